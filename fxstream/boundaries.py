@@ -1,0 +1,208 @@
+"""Where a streamed region is cut into segments.
+
+A dynamic program over the places of a region where a single tensor is live. It minimises
+
+    arithmetic of all tiles / arithmetic of the plain region  +  bytes of the boundaries / bytes of the activations
+
+which trades recomputation of overlaps against kept memory, both relative to the plain network. Boundaries may
+also be given, as a number of segments or as the modules that each end one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fxstream.demand import make_segment
+from fxstream.errors import PlanError
+from fxstream.grid import Grid
+from fxstream.locality import Locality
+from fxstream.receptive_field import IDENTITY
+from fxstream.request import (
+    Request,
+    belongs,
+    image_extents,
+    leaf_extents,
+    output_extents,
+    place_of_module,
+    tile_bounds,
+)
+from fxstream.sizes import Shape
+
+__all__ = ["RegionPlanner", "arithmetic"]
+
+
+def arithmetic(locality: Locality, nodes: Sequence[str]) -> dict[str, int]:
+    """Arithmetic of each node at full size: multiply-accumulates, and one per element written."""
+    costs = {}
+    for name in nodes:
+        meta = locality.metas[name]
+        elements = math.prod(meta.shape) if isinstance(meta, Shape) else 0
+        costs[name] = locality.footprint(name).macs + elements
+    return costs
+
+
+class RegionPlanner:
+    """The dynamic program over the places where a region may be cut into segments."""
+
+    def __init__(self, locality: Locality, nodes: tuple[str, ...], request: Request) -> None:
+        self._locality = locality
+        self._nodes = nodes
+        self._request = request
+        self._place = {name: i for i, name in enumerate(nodes)}
+        self._arithmetic = arithmetic(locality, nodes)
+        self._bytes = max(1, locality.activation_bytes(nodes))
+        self._reads = [[(r.value.name, r.dims) for r in locality.footprint(n).reads] for n in nodes]
+        self._total = max(1, sum(self._arithmetic.values()))
+
+    def segments(self) -> list[tuple[str, ...]]:
+        """The runs of nodes, in order, that become segments."""
+        if isinstance(self._request.segments, tuple):
+            ends = [self._last_place(path) for path in self._request.segments]
+            return self._runs(sorted(place for place in ends if place is not None))
+        return self._runs(self._chosen())
+
+    def _runs(self, ends: Sequence[int]) -> list[tuple[str, ...]]:
+        cuts = [0, *(end + 1 for end in ends if end + 1 < len(self._nodes)), len(self._nodes)]
+        return [self._nodes[a:b] for a, b in itertools.pairwise(cuts) if a < b]
+
+    def _last_place(self, path: str) -> int | None:
+        place_of_module(self._locality, path)
+        inside = [i for i, n in enumerate(self._nodes) if belongs(self._locality.verdicts[n].module, path)]
+        return inside[-1] if inside else None
+
+    def candidates(self) -> list[int]:
+        """The places after which a single tensor is live; of a run of pointwise nodes only the last."""
+        last_use = list(range(len(self._nodes)))
+        for i, reads in enumerate(self._reads):
+            for name, _ in reads:
+                if name in self._place:
+                    last_use[self._place[name]] = i
+        places, live = [], set()
+        for i in range(len(self._nodes) - 1):
+            live = {k for k in (*live, i) if last_use[k] > i}
+            if live == {i} and isinstance(self._locality.metas[self._nodes[i]], Shape):
+                if places and places[-1] == i - 1 and self._is_identity(i):
+                    places.pop()
+                places.append(i)
+        return places
+
+    def _is_identity(self, place: int) -> bool:
+        """Whether the node at `place` reads just its own pixels, and is no larger than what it reads."""
+        footprint = self._locality.footprint(self._nodes[place])
+        here, before = (self._locality.metas[self._nodes[k]] for k in (place, place - 1))
+        reads_itself = all(m == IDENTITY for read in footprint.reads for m in read.maps)
+        return reads_itself and isinstance(here, Shape) and isinstance(before, Shape) and here.bytes <= before.bytes
+
+    def _chosen(self) -> list[int]:
+        """The ends of all segments but the last, by the objective in the module's docstring."""
+        ends = [*self.candidates(), len(self._nodes) - 1]
+        pairs = {end: self._ending_at(end, [-1, *(e for e in ends if e < end)]) for end in ends}
+        count = self._request.segments
+        assert not isinstance(count, tuple)
+        if count is not None and not 1 <= count <= len(ends):
+            raise PlanError(f"segments={count}: this model's stream can be cut into 1 to {len(ends)} segments")
+        cheapest = _path(pairs, count, lambda cost: cost.total, operator.add)
+        if cheapest is None:
+            cheapest = _path(pairs, count, lambda cost: cost.least_tile, max)
+        assert cheapest is not None
+        return cheapest[:-1]
+
+    def _ending_at(self, end: int, starts: Sequence[int]) -> dict[int, _Cost]:
+        """The cost of the segment from each start to `end`, in the coarsest grid that fits it."""
+        run = make_segment(self._locality, "", self._nodes[: end + 1])
+        leaves = {start: self._leaves(start, end) for start in starts}
+        chosen: dict[int, list[_Choice | None]] = {start: [] for start in starts}
+        least = dict.fromkeys(starts, 1.0)
+        for axis in range(len(self._locality.footprint(run.outputs[0]).dims)):
+            grid = Grid(self._locality, run, self._request, axis)
+            finest = (grid.finest, grid.longest(grid.finest))
+            for start in starts:
+                for leaf, (_, scales) in leaves[start].items():
+                    least[start] = max(least[start], finest[1].get(leaf, 0) * scales[axis])
+            pending = {start for start in starts if _fits(finest, leaves[start], axis)}
+            found: dict[int, _Choice] = {}
+            for count in _counts(grid.finest):
+                if not pending:
+                    break
+                choice = (count, grid.longest(count))
+                fitting = {start for start in pending if _fits(choice, leaves[start], axis)}
+                found |= dict.fromkeys(fitting, choice)
+                pending -= fitting
+            for start in starts:
+                chosen[start].append(found.get(start))
+        return {start: self._cost(start, end, chosen[start], least[start]) for start in starts}
+
+    def _leaves(self, start: int, end: int) -> _Leaves:
+        """What a segment between two places reads from outside: bounds, and image pixels per pixel."""
+        found: _Leaves = {}
+        for name, dims in itertools.chain(*self._reads[start + 1 : end + 1]):
+            if self._place.get(name, -1) <= start and name not in found:
+                extents = leaf_extents(self._locality, name, dims)
+                full = image_extents(self._locality, len(dims))
+                scales = tuple(image / extent for image, extent in zip(full, extents, strict=True))
+                found[name] = (tile_bounds(self._locality, self._request, extents), scales)
+        return found
+
+    def _cost(self, start: int, end: int, chosen: Sequence[_Choice | None], least: float) -> _Cost:
+        macs = 0.0
+        for name in self._nodes[start + 1 : end + 1]:
+            ratio = 1.0
+            for choice, extent in zip(chosen, output_extents(self._locality, name), strict=True):
+                if choice is None:
+                    return _Cost(math.inf, least)
+                ratio *= choice[0] * choice[1].get(name, 0) / extent
+            macs += ratio * self._arithmetic[name]
+        boundary = 0 if end == len(self._nodes) - 1 else self._locality.activation_bytes([self._nodes[end]])
+        return _Cost(macs / self._total + boundary / self._bytes, least)
+
+
+_Choice = tuple[int, dict[str, int]]
+"""A number of tiles along an axis, and the longest interval that a tile then holds of each node."""
+_Leaves = dict[str, tuple[tuple[int, ...], tuple[float, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """Of one segment: its share of the objective, and the smallest tile that it can run with."""
+
+    total: float
+    least_tile: float
+
+
+def _fits(choice: _Choice, leaves: _Leaves, axis: int) -> bool:
+    return all(choice[1].get(leaf, 0) <= bounds[axis] for leaf, (bounds, _) in leaves.items())
+
+
+def _counts(finest: int) -> list[int]:
+    """Numbers of tiles to consider: all small ones, then in steps of about a quarter, and the finest."""
+    counts, count = [], 1
+    while count < finest:
+        counts.append(count)
+        count = max(count + 1, count * 5 // 4)
+    return [*counts, finest]
+
+
+def _path(
+    pairs: Mapping[int, Mapping[int, _Cost]],
+    count: int | None,
+    weight: Callable[[_Cost], float],
+    combine: Callable[[float, float], float],
+) -> list[int] | None:
+    """The segment ends of the cheapest way from -1 to the last end, in `count` steps if given."""
+    best: dict[tuple[int, int], tuple[float, list[int]]] = {(-1, 0): (0.0, [])}
+    for end, starts in pairs.items():
+        for steps in range(1, (count or 1) + 1):
+            before = steps - 1 if count else 1
+            options = []
+            for start, cost in starts.items():
+                known = best.get((start, 0 if start == -1 else before))
+                if known and not (count and start == -1 and steps > 1) and weight(cost) < math.inf:
+                    options.append((combine(known[0], weight(cost)), [*known[1], end]))
+            if options:
+                best[end, steps] = min(options)
+    found = best.get((max(pairs), count or 1))
+    return found[1] if found else None

@@ -1,0 +1,243 @@
+"""`compile`: the pipeline from a model to a module that streams, readable as a table of contents.
+
+    capture  ->  shapes at this size  ->  locality  ->  plan  ->  rewrite  ->  run
+
+Captures are kept per mode (training flags, input structure, types, devices), everything after per image size.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fxstream.capture import Captured, capture, is_image
+from fxstream.errors import InputError, StreamingWarning
+from fxstream.locality import Locality, Verdict, analyse_locality
+from fxstream.planning import Plan, make_plan
+from fxstream.request import Request
+from fxstream.rewrite import rewrite
+from fxstream.rules import Kind
+from fxstream.sizes import shapes_at
+
+__all__ = ["StreamedModule", "compile"]
+
+logger = logging.getLogger("fxstream")
+
+SMALL_SHARE = 0.5
+"""Below this share of streamed activations the user is told what stands in the way."""
+
+
+def compile(
+    model: nn.Module,
+    *,
+    tile: int | tuple[int, ...],
+    segments: int | tuple[str, ...] | None = None,
+    cut: str | None = None,
+) -> StreamedModule:
+    """The model as a drop-in module that streams its large part tile by tile, with the same results.
+
+    `tile` is the largest box of the model's input, overlap included, that a tile of the first segment reads:
+    pixels, one number for all axes or one per axis. `segments` is the number of segments of each streamed
+    region, or the names of the modules that each end one; by default the planner chooses. `cut` names the
+    module after which nothing is streamed. The model itself is not changed and its parameters are shared.
+
+    Raises `InputError` for a tile that is not a positive integer or tuple of them; at the first call
+    `CaptureError` or `PlanError`.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"compile needs an nn.Module, found {type(model).__name__}")
+    request = Request(_checked_tile(tile), _checked_segments(segments), cut)
+    return StreamedModule(model, request)
+
+
+def _checked_tile(tile: object) -> int | tuple[int, ...]:
+    numbers = tile if isinstance(tile, (tuple, list)) else (tile,)
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
+        raise InputError(f"tile must be a positive int, or one per image axis, in pixels; found {tile!r}")
+    return tuple(numbers) if isinstance(tile, (tuple, list)) else numbers[0]
+
+
+def _checked_segments(segments: object) -> int | tuple[str, ...] | None:
+    if segments is None or (isinstance(segments, int) and not isinstance(segments, bool) and segments > 0):
+        return segments
+    if isinstance(segments, (tuple, list)) and segments and all(isinstance(s, str) for s in segments):
+        return tuple(segments)
+    raise InputError(f"segments must be a positive int or module names; found {segments!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Analysed:
+    """Everything known about the model at one image size."""
+
+    captured: Captured
+    locality: Locality
+    plan: Plan
+    streamed: fx.GraphModule | None
+
+
+class StreamedModule(nn.Module):
+    """A model that streams; made by `compile`.
+
+    It shares the model's parameters, buffers and submodules (the same dictionaries), so `state_dict`,
+    optimisers, `.to()` and `.train()` act on both.
+    """
+
+    def __init__(self, model: nn.Module, request: Request) -> None:
+        super().__init__()
+        self._share(model)
+        self.__dict__["request"] = request
+        self.training = model.training
+        self._forget()
+
+    def _share(self, model: nn.Module) -> None:
+        # Not registered as a submodule: its parts are ours under their own names.
+        self.__dict__["model"] = model
+        for parts in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[parts] = model.__dict__[parts]
+
+    def _forget(self) -> None:
+        self.__dict__["_captures"] = {}
+        self.__dict__["_analyses"] = {}
+        self.__dict__["_last"] = None
+        self.__dict__["_told"] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StreamedModule, (self.model, self.request)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StreamedModule:
+        return StreamedModule(copy.deepcopy(self.model, memo), self.request)
+
+    def train(self, mode: bool = True) -> StreamedModule:
+        """Training mode of the model and of this module."""
+        self.training = mode
+        self.model.train(mode)
+        return self
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """The verdict on every node, for the last input."""
+        return tuple(self._analysed().locality.verdicts.values())
+
+    @property
+    def plan(self) -> Plan:
+        """Segments and tiles for the last input."""
+        return self._analysed().plan
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The rewritten graph for the last input; the captured one where the plain path was taken."""
+        analysed = self._analysed()
+        return analysed.captured.graph if analysed.streamed is None else analysed.streamed.graph
+
+    def _analysed(self) -> Analysed:
+        last: Analysed | None = self.__dict__["_last"]
+        if last is None:
+            raise InputError("nothing is known before the first call: call the module on an image")
+        return last
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns for these arguments."""
+        tensors = _checked_inputs(self.model, args, kwargs)
+        analysed = self._at_size(args, kwargs, tensors)
+        self.__dict__["_last"] = analysed
+        if analysed.streamed is None:
+            return self.model(*args, **kwargs)
+        flat = analysed.streamed(*analysed.captured.model_tensors(self.model), *tensors)
+        return pytree.tree_unflatten(flat, analysed.captured.out_spec)
+
+    def _at_size(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[torch.Tensor]
+    ) -> Analysed:
+        mode = _mode_key(self.model, args, kwargs)
+        size = tuple(tuple(tensor.shape) for tensor in tensors)
+        analyses: dict[Any, Analysed] = self.__dict__["_analyses"]
+        if (mode, size) not in analyses:
+            captured = self._captured(mode, size, args, kwargs)
+            analyses[mode, size] = self._analyse(captured, tensors)
+        return analyses[mode, size]
+
+    def _captured(self, mode: Any, size: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+        """The capture for this mode; one that is bound to its size serves that size only."""
+        captures: dict[Any, Captured] = self.__dict__["_captures"]
+        key = mode if mode in captures else (mode, size)
+        if key not in captures:
+            captured = capture(self.model, args, kwargs)
+            key = (mode, size) if captured.bound else mode
+            captures[key] = captured
+            if captured.bound:
+                self._tell_once(
+                    f"{type(self.model).__name__} is bound to the size of its input: each new image or batch size"
+                    " is captured anew"
+                )
+        return captures[key]
+
+    def _analyse(self, captured: Captured, tensors: list[torch.Tensor]) -> Analysed:
+        metas = shapes_at(captured.module, [*captured.model_tensors(self.model), *tensors])
+        locality = analyse_locality(captured, metas)
+        plan = make_plan(locality, self.request)
+        logger.info("%s", plan)
+        self._tell_what_stops_the_stream(locality, plan)
+        streamed = None if plan.is_trivial else rewrite(captured, locality, plan)
+        return Analysed(captured, locality, plan, streamed)
+
+    def _tell_what_stops_the_stream(self, locality: Locality, plan: Plan) -> None:
+        if plan.streamed_share >= SMALL_SHARE or self.request.cut is not None:
+            return
+        barriers = locality.barriers()
+        first = f": {barriers[0]}" if barriers else ""
+        statistics = [v for v in barriers if v.operator == "aten::batch_norm" and v.kind is Kind.REDUCE]
+        advice = ". fxstream.freeze_batch_norm(model) makes them local" if statistics else ""
+        if statistics:
+            first += f" ({len(statistics)} BatchNorm layers use batch statistics)"
+        self._tell_once(
+            f"{plan.streamed_share:.0%} of the activations of {type(self.model).__name__} are streamed{first}{advice}"
+        )
+
+    def _tell_once(self, message: str) -> None:
+        told: set[str] = self.__dict__["_told"]
+        if message not in told:
+            told.add(message)
+            warnings.warn(message, StreamingWarning, stacklevel=2)
+
+    def extra_repr(self) -> str:
+        return f"tile={self.request.tile}"
+
+
+def _mode_key(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a capture depends on: training flags, structure, types, devices, and all sizes but batch and space."""
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    inputs = tuple(_fixed(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+    flags = tuple(module.training for module in model.modules())
+    weights = {(t.dtype, t.device) for t in (*model.parameters(), *model.buffers())}
+    return flags, str(spec), inputs, frozenset(weights)
+
+
+def _fixed(tensor: torch.Tensor) -> tuple[Any, ...]:
+    fixed = tensor.shape[1:2] if is_image(tensor) else tensor.shape[1:]
+    return tensor.ndim, tuple(fixed), tensor.dtype, tensor.device
+
+
+def _checked_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The tensors among the arguments; `InputError` for what no network takes."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
+    images = [tensor for tensor in tensors if is_image(tensor)]
+    if not images:
+        raise InputError("no image among the arguments: fxstream needs a tensor [N, C, spatial dims...]")
+    for image in images:
+        if image.is_complex():
+            raise InputError(f"a complex image ({image.dtype}) cannot be streamed: pass real and imaginary channels")
+        if image.numel() == 0:
+            raise InputError(f"the image is empty: its shape is {list(image.shape)}")
+    devices = {tensor.device for tensor in tensors} | {p.device for p in model.parameters()}
+    if len(devices) > 1:
+        found = ", ".join(sorted(map(str, devices)))
+        raise InputError(f"image and model are on different devices ({found}): move them to one")
+    return tensors

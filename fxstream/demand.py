@@ -1,0 +1,186 @@
+"""What a tile of a segment must read: boxes propagated backwards through the graph, in integers.
+
+A `Segment` is a run of local nodes with its inputs and outputs. A tile owns an interval of every output along
+each axis; walking the nodes backwards, the interval that a node must hold is the hull of what its consumers
+read, clipped to the node's real extent. This is exact for any graph of branches, concatenations, strides and
+upsamplings. Axes are independent, so the walk is per axis and a tile is a product of walks.
+
+Coordinates: every interval is in pixels of the node that it belongs to.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fxstream.box import EMPTY, Interval
+from fxstream.locality import Locality
+from fxstream.receptive_field import AxisMap
+from fxstream.rules import Average, Production
+
+__all__ = ["AxisStep", "AxisTile", "AxisWalk", "Cut", "ReadStep", "Segment", "make_segment"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Local nodes that are evaluated tile by tile.
+
+    `leaves` are the spatial inputs with their stream dims (cut to a box per tile), `smalls` the inputs passed
+    whole, `outputs` the nodes used outside, all by node name.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    leaves: tuple[tuple[str, tuple[int, ...]], ...]
+    smalls: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def make_segment(locality: Locality, name: str, nodes: tuple[str, ...]) -> Segment:
+    """The segment of these nodes, its inputs and outputs found from the graph."""
+    inside = set(nodes)
+    leaves: dict[str, tuple[int, ...]] = {}
+    smalls: dict[str, None] = {}
+    outputs: list[str] = []
+    for node in locality.graph.nodes:
+        if node.name not in inside:
+            continue
+        reads = {read.value.name: read.dims for read in locality.footprint(node.name).reads}
+        leaves.update({n: dims for n, dims in reads.items() if n not in inside})
+        for given in node.all_input_nodes:
+            is_integer = isinstance(locality.metas.get(given.name), int)
+            if given.name not in inside and given.name not in reads and not is_integer:
+                smalls[given.name] = None
+        users = [u for u in node.users if not isinstance(locality.metas.get(u.name), int)]
+        if any(user.name not in inside for user in users):
+            outputs.append(node.name)
+    return Segment(name, nodes, tuple(leaves.items()), tuple(smalls), tuple(outputs))
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """`length` pixels from `start` on, of the `held` pixels that a tile holds of a value."""
+
+    start: int
+    length: int
+    held: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is cut away."""
+        return self.length == self.held
+
+
+@dataclass(frozen=True, slots=True)
+class ReadStep:
+    """How one read is served along one axis: a cut of what the producer holds, then padding."""
+
+    cut: Cut
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
+class AxisStep:
+    """One node of a tile along one axis: its reads, the cut of its result, the divisors of an average."""
+
+    reads: tuple[ReadStep, ...]
+    result: Cut
+    counts: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class AxisTile:
+    """One tile along one axis.
+
+    `steps` and `crops` (of the outputs) depend only on lengths and relative positions, so that tiles with
+    equal ones run the same program; `boxes` are absolute.
+    """
+
+    outputs: tuple[Interval, ...]
+    boxes: Mapping[str, Interval]
+    steps: tuple[AxisStep | None, ...]
+    crops: tuple[Cut, ...]
+
+    @property
+    def program_key(self) -> tuple[object, ...]:
+        """What the tile program depends on along this axis."""
+        return self.steps, self.crops
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    producer: str
+    map: AxisMap
+    extent: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    name: str
+    reads: tuple[_Read, ...]
+    production: Production | None
+    average: Average | None
+    is_item: bool
+
+
+class AxisWalk:
+    """The backward walk of one segment along one axis."""
+
+    def __init__(self, locality: Locality, segment: Segment, axis: int) -> None:
+        self.segment = segment
+        self.axis = axis
+        self._nodes = tuple(_node(locality, name, axis) for name in segment.nodes)
+
+    def boxes(self, outputs: Mapping[str, Interval]) -> dict[str, Interval]:
+        """The interval that each node and leaf must hold for these intervals of the outputs."""
+        boxes = dict(outputs)
+        for node in reversed(self._nodes):
+            box = boxes.get(node.name, EMPTY)
+            if not len(box):
+                continue
+            for read in node.reads:
+                held = read.map.read(box).nearest(read.extent)
+                known = boxes.get(read.producer)
+                boxes[read.producer] = held if known is None else known.hull(held)
+        for node in self._nodes:
+            if node.is_item and node.name in boxes:
+                boxes[node.name] = boxes[node.reads[0].producer]
+        return boxes
+
+    def tile(self, outputs: tuple[Interval, ...]) -> AxisTile:
+        """Everything about the tile that owns these intervals, one per output of the segment."""
+        boxes = self.boxes(dict(zip(self.segment.outputs, outputs, strict=True)))
+        steps = tuple(_step(node, boxes) for node in self._nodes)
+        crops = tuple(
+            Cut(out.start - boxes[name].start, len(out), len(boxes[name])) if len(out) else Cut(0, 0, 0)
+            for name, out in zip(self.segment.outputs, outputs, strict=True)
+        )
+        return AxisTile(outputs, boxes, steps, crops)
+
+
+def _node(locality: Locality, name: str, axis: int) -> _Node:
+    footprint = locality.footprint(name)
+    reads = tuple(_Read(r.value.name, r.maps[axis], r.extents[axis]) for r in footprint.reads)
+    production = footprint.production[axis] if footprint.production else None
+    average = footprint.average[axis] if footprint.average else None
+    return _Node(name, reads, production, average, footprint.target is operator.getitem)
+
+
+def _step(node: _Node, boxes: Mapping[str, Interval]) -> AxisStep | None:
+    """How the node is evaluated from the boxes its producers hold; None where nothing needs it."""
+    box = boxes.get(node.name, EMPTY)
+    if not len(box):
+        return None
+    reads, produced = [], box
+    for read in node.reads:
+        held = boxes[read.producer]
+        wanted = held if node.is_item else read.map.read(box)
+        real = wanted.clip(read.extent)
+        start = real.start - held.start if len(real) else 0
+        reads.append(ReadStep(Cut(start, len(real), len(held)), *wanted.outside(read.extent)))
+        if node.production is not None:
+            produced = node.production.produce(wanted)
+    counts = node.average.counts(box) if node.average is not None else None
+    return AxisStep(tuple(reads), Cut(box.start - produced.start, len(box), len(produced)), counts)

@@ -1,0 +1,44 @@
+"""Every exception and warning that fxstream raises: one base, one class per stage, one sentence each.
+
+A message has five parts where they exist: the node, the user's source line, what was found, what was
+needed, and what to do. Errors of the user's own network (a wrong number of channels, say) keep torch's
+sentence as the cause and add the line of the model that it came from.
+"""
+
+__all__ = [
+    "CaptureError",
+    "FxstreamError",
+    "InputError",
+    "PlanError",
+    "RuleError",
+    "StreamError",
+    "StreamingWarning",
+]
+
+
+class FxstreamError(Exception):
+    """Base of all errors of this package."""
+
+
+class InputError(FxstreamError, ValueError):
+    """An argument of the user cannot be accepted: a tile, an image, a module name."""
+
+
+class CaptureError(FxstreamError, RuntimeError):
+    """The model cannot be turned into a graph."""
+
+
+class RuleError(FxstreamError, RuntimeError):
+    """An operator rule is registered twice, or says something impossible."""
+
+
+class PlanError(FxstreamError, ValueError):
+    """No plan satisfies the request; the message names the smallest that would."""
+
+
+class StreamError(FxstreamError, RuntimeError):
+    """The tile loop met something it cannot compute exactly."""
+
+
+class StreamingWarning(UserWarning):
+    """Said once per model: less is streamed than the user may expect."""

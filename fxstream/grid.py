@@ -1,0 +1,87 @@
+"""The grid of tiles of one segment along one axis.
+
+Tiles partition the outputs evenly, so that no slivers remain; the grid is the coarsest whose tiles all read no
+more than the bound. Several outputs, at any resolution, are cut at the same fractions.
+"""
+
+from __future__ import annotations
+
+from fxstream.box import Interval
+from fxstream.demand import AxisTile, AxisWalk, Segment
+from fxstream.locality import Locality
+from fxstream.request import Request, leaf_extents, output_extents, tile_bounds
+
+__all__ = ["Grid"]
+
+
+class Grid:
+    """The search for the fewest even tiles along one axis whose reads stay below the bound."""
+
+    def __init__(self, locality: Locality, segment: Segment, request: Request, axis: int) -> None:
+        self.axis = axis
+        self._segment = segment
+        self._walk = AxisWalk(locality, segment, axis)
+        self._extents = [output_extents(locality, output)[axis] for output in segment.outputs]
+        self._bounds = {}
+        for leaf, dims in segment.leaves:
+            self._bounds[leaf] = tile_bounds(locality, request, leaf_extents(locality, leaf, dims))[axis]
+
+    @property
+    def finest(self) -> int:
+        """The number of tiles of one output pixel each."""
+        return max(self._extents)
+
+    def outputs(self, count: int) -> list[tuple[Interval, ...]]:
+        """The intervals of every output that each of `count` tiles owns."""
+        longest = Interval(0, self.finest).partition(count)
+        return [
+            tuple(Interval(t.start * e // self.finest, t.stop * e // self.finest) for e in self._extents)
+            for t in longest
+        ]
+
+    def excess(self, outputs: tuple[Interval, ...]) -> tuple[int, str] | None:
+        """By how much of its bound, and of which leaf, the tile that owns `outputs` reads too much."""
+        boxes = self._walk.boxes(dict(zip(self._segment.outputs, outputs, strict=True)))
+        over = [
+            (len(boxes[leaf]), leaf)
+            for leaf, bound in self._bounds.items()
+            if leaf in boxes and len(boxes[leaf]) > bound
+        ]
+        return max(over) if over else None
+
+    def _fits(self, count: int, sampled: bool = False) -> bool:
+        outputs = self.outputs(count)
+        if sampled and count > 5:
+            outputs = [outputs[i] for i in (0, 1, count // 2, count - 2, count - 1)]
+        return all(self.excess(owned) is None for owned in outputs)
+
+    def count(self) -> int | None:
+        """The smallest number of tiles that fits, or None where single pixels do not fit."""
+        low, high = 0, 1
+        while not self._fits(high, sampled=True):
+            if high == self.finest:
+                return None
+            low, high = high, min(2 * high, self.finest)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._fits(middle, sampled=True) else (middle, high)
+        return next((count for count in range(high, self.finest + 1) if self._fits(count)), None)
+
+    def longest(self, count: int) -> dict[str, int]:
+        """About the longest interval that a tile of a grid of `count` holds of each node, from a few tiles."""
+        outputs = self.outputs(count)
+        lengths: dict[str, int] = {}
+        for i in {0, count // 2, count - 1}:
+            owned = dict(zip(self._segment.outputs, outputs[i], strict=True))
+            for name, box in self._walk.boxes(owned).items():
+                lengths[name] = max(lengths.get(name, 0), len(box))
+        return lengths
+
+    def tiles(self, count: int) -> tuple[AxisTile, ...]:
+        """The tiles of a grid of `count`."""
+        return tuple(self._walk.tile(outputs) for outputs in self.outputs(count))
+
+    def least(self) -> tuple[int, str, int]:
+        """The largest read of a single output pixel: pixels, leaf, and the bound it breaks."""
+        worst = max(filter(None, map(self.excess, self.outputs(self.finest))))
+        return (*worst, self._bounds[worst[1]])

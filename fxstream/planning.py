@@ -1,0 +1,168 @@
+"""The plan for one image size: what is streamed, in which segments and tiles.
+
+A region is streamed when that frees most of its activations. Where it is cut is decided in `boundaries`, the
+tiles of each segment in `grid`.
+
+Reference: Pinckaers, van Ginneken, Litjens, "Streaming convolutional neural networks for end-to-end learning
+with multi-megapixel images", sections III-A and III-C.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fxstream.box import Box
+from fxstream.boundaries import RegionPlanner, arithmetic
+from fxstream.demand import AxisTile, Segment, make_segment
+from fxstream.errors import PlanError
+from fxstream.grid import Grid
+from fxstream.locality import Locality
+from fxstream.request import Request, image_extents, leaf_extents, output_extents, place_of_module
+
+__all__ = ["Plan", "SegmentPlan", "make_plan"]
+
+WORTHWHILE = 0.5
+"""A region is streamed when that frees more than this share of its activations."""
+LEAST_SHARE = 0.01
+"""A region with less than this share of the network's activations is not worth a tile loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentPlan:
+    """A segment and its tiles: along each axis, and every combination of them."""
+
+    segment: Segment
+    axes: tuple[tuple[AxisTile, ...], ...]
+    overhead: float
+
+    @property
+    def tile_count(self) -> int:
+        """Number of tiles."""
+        return math.prod(len(tiles) for tiles in self.axes)
+
+    def tiles(self) -> Iterator[tuple[AxisTile, ...]]:
+        """The tiles in the order in which they run."""
+        return itertools.product(*self.axes)
+
+    def leaf_box(self, leaf: str, tile: Sequence[AxisTile]) -> Box:
+        """What a tile reads of a leaf, in pixels of the leaf."""
+        return Box(tuple(along.boxes[leaf] for along in tile))
+
+    def largest_read(self, leaf: str) -> tuple[int, ...]:
+        """The largest box that a tile reads of a leaf."""
+        return tuple(max(len(tile.boxes[leaf]) for tile in tiles) for tiles in self.axes)
+
+    def __str__(self) -> str:
+        grid = " x ".join(str(len(tiles)) for tiles in self.axes)
+        reads = ", ".join(
+            f"{leaf} {' x '.join(map(str, self.largest_read(leaf)))}" for leaf, _ in self.segment.leaves
+        )
+        nodes = self.segment.nodes
+        return (
+            f"{self.segment.name}: {nodes[0]} .. {nodes[-1]} ({len(nodes)} nodes), {grid} tiles, "
+            f"largest read {reads}, {self.overhead:.2f}x MACs"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The segments to stream, in the order of the graph, and why no more."""
+
+    segments: tuple[SegmentPlan, ...]
+    streamed_bytes: int
+    activation_bytes: int
+
+    @property
+    def streamed_share(self) -> float:
+        """Share of the network's activations that lie in streamed segments."""
+        return self.streamed_bytes / max(1, self.activation_bytes)
+
+    @property
+    def is_trivial(self) -> bool:
+        """Whether nothing is cut into tiles, so that the plain path does the same."""
+        return all(plan.tile_count == 1 for plan in self.segments)
+
+    def __str__(self) -> str:
+        head = f"{len(self.segments)} segments, {self.streamed_share:.0%} of the activations streamed"
+        return "\n".join([head, *(f"  {segment}" for segment in self.segments)])
+
+
+def make_plan(locality: Locality, request: Request) -> Plan:
+    """The segments and tiles for one image size.
+
+    Raises `PlanError` where no tile fits, naming the smallest that does and the node that needs it, and where
+    a module path in the request matches nothing.
+    """
+    nodes = _streamable(locality, request.cut)
+    activations = [n.name for n in locality.graph.nodes if n.op == "call_function"]
+    total = locality.activation_bytes([n for n in activations if locality.verdicts[n].kind.value != "small"])
+    chosen: list[tuple[str, ...]] = []
+    for region in locality.regions:
+        kept = tuple(name for name in region.nodes if name in nodes)
+        if kept and _is_worthwhile(locality, kept, total):
+            chosen += RegionPlanner(locality, kept, request).segments()
+    planned = tuple(
+        _segment_plan(locality, make_segment(locality, f"segment_{i}", run), request)
+        for i, run in enumerate(chosen)
+    )
+    streamed = locality.activation_bytes([name for run in chosen for name in run])
+    return Plan(planned, streamed, total)
+
+
+def _streamable(locality: Locality, cut: str | None) -> set[str]:
+    """The nodes up to the last one of the module where the user ends the stream."""
+    names = [node.name for node in locality.graph.nodes]
+    return set(names if cut is None else names[: place_of_module(locality, cut) + 1])
+
+
+def _is_worthwhile(locality: Locality, nodes: tuple[str, ...], total: int) -> bool:
+    """Whether streaming these nodes frees a good part of their activations."""
+    held = locality.activation_bytes(nodes)
+    kept = locality.activation_bytes(make_segment(locality, "", nodes).outputs)
+    return held - kept > WORTHWHILE * held and held > LEAST_SHARE * total
+
+
+def _segment_plan(locality: Locality, segment: Segment, request: Request) -> SegmentPlan:
+    """The grid of one segment, or the error that names what it would need."""
+    axes = len(locality.footprint(segment.outputs[0]).dims)
+    grids = [Grid(locality, segment, request, axis) for axis in range(axes)]
+    counts = [grid.count() for grid in grids]
+    tiles = []
+    for grid, count in zip(grids, counts, strict=True):
+        if count is None:
+            raise PlanError(_too_small(locality, segment, request, grid))
+        tiles.append(grid.tiles(count))
+    return SegmentPlan(segment, tuple(tiles), _overhead(locality, segment, tiles))
+
+
+def _too_small(locality: Locality, segment: Segment, request: Request, grid: Grid) -> str:
+    """The five parts of the error on a tile that one output pixel does not fit in."""
+    pixels, leaf, bound = grid.least()
+    verdict = locality.verdicts[segment.outputs[-1]]
+    dims = dict(segment.leaves)[leaf]
+    extent = leaf_extents(locality, leaf, dims)[grid.axis]
+    full = image_extents(locality, len(dims))[grid.axis]
+    least = (pixels - 1) * full // extent + 1
+    where = f" ({verdict.source})" if verdict.source else ""
+    return (
+        f"tile={request.tile} is too small along axis {grid.axis}: one output pixel of"
+        f" `{verdict.module or verdict.node}`{where} reads {pixels} pixels of `{leaf}`, and this tile holds"
+        f" {bound}. The smallest tile that works here is {least}; more segments, or a cut before"
+        f" `{verdict.module or verdict.node}`, need less."
+    )
+
+
+def _overhead(locality: Locality, segment: Segment, axes: Sequence[Sequence[AxisTile]]) -> float:
+    """Arithmetic of all tiles over that of the plain segment."""
+    costs = arithmetic(locality, segment.nodes)
+    total = 0.0
+    for name, cost in costs.items():
+        for axis, extent in enumerate(output_extents(locality, name)):
+            cost *= sum(len(tile.boxes.get(name, ())) for tile in axes[axis]) / extent
+        total += cost
+    return total / max(1, sum(costs.values()))
+
+

@@ -1,0 +1,115 @@
+"""Put the segments into the graph: dense nodes stay ordinary nodes, each segment becomes one call.
+
+The order of the new graph is a topological order of the graph with each segment contracted to one node, as
+close to the original order as possible, with effects and random draws in their original order.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+
+import networkx as nx
+import torch
+from torch import fx, nn
+
+from fxstream.capture import Captured
+from fxstream.functional import ordered_nodes
+from fxstream.locality import Locality
+from fxstream.planning import Plan, SegmentPlan
+from fxstream.runtime import Stream, build_stream, stream_map
+from fxstream.sizes import fold_integers
+
+__all__ = ["StreamedSegment", "rewrite"]
+
+
+class StreamedSegment(nn.Module):
+    """A segment in the rewritten graph: called with its leaves, then its small tensors."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """The whole outputs of the segment; a tuple if there are several."""
+        outputs = stream_map(self.stream, tensors)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def extra_repr(self) -> str:
+        return str(self.stream.plan)
+
+
+def rewrite(captured: Captured, locality: Locality, plan: Plan) -> fx.GraphModule:
+    """The graph at one image size with its segments streamed; takes and returns what the captured one does."""
+    segments = {plan.segment.name: plan for plan in plan.segments}
+    unit = {node: name for name, plan in segments.items() for node in plan.segment.nodes}
+    labels = _labels(captured)
+    originals = {node.name: node for node in captured.graph.nodes}
+    graph = fx.Graph()
+    env: dict[str, fx.Node] = {}
+    modules: dict[str, nn.Module] = {}
+    for name in _order(captured.graph, unit):
+        if name in segments:
+            modules[name] = _streamed(locality, segments[name], labels)
+            _call_segment(graph, env, segments[name])
+        elif not isinstance(locality.metas.get(name), int):
+            _copy(graph, env, originals[name], locality)
+    root = {node.target: getattr(captured.module, node.target) for node in graph.nodes if node.op == "get_attr"}
+    graph.lint()
+    return fx.GraphModule({**root, **modules}, graph, "Streamed")
+
+
+def _streamed(locality: Locality, plan: SegmentPlan, labels: Mapping[str, str]) -> StreamedSegment:
+    inputs = (*(leaf for leaf, _ in plan.segment.leaves), *plan.segment.smalls)
+    return StreamedSegment(build_stream(locality, plan, tuple(labels.get(name, name) for name in inputs)))
+
+
+def _labels(captured: Captured) -> dict[str, str]:
+    """The user's name of each model tensor's placeholder."""
+    placeholders = [n.name for n in captured.graph.nodes if n.op == "placeholder" and n.name not in captured.inputs]
+    return dict(zip(placeholders, captured.tensors, strict=True))
+
+
+def _order(graph: fx.Graph, unit: Mapping[str, str]) -> Sequence[str]:
+    """Node and segment names in an order in which they can run."""
+    place: dict[str, int] = {}
+    edges = nx.DiGraph()
+    for i, node in enumerate(graph.nodes):
+        name = unit.get(node.name, node.name)
+        place[name] = i
+        edges.add_node(name)
+        edges.add_edges_from(
+            (source, name) for given in node.all_input_nodes if (source := unit.get(given.name, given.name)) != name
+        )
+    ordered = [node.name for node in ordered_nodes(graph)]
+    edges.add_edges_from(zip(ordered, ordered[1:], strict=False))
+    return list(nx.lexicographical_topological_sort(edges, key=place.__getitem__))
+
+
+def _call_segment(graph: fx.Graph, env: dict[str, fx.Node], plan: SegmentPlan) -> None:
+    segment = plan.segment
+    inputs = (*(leaf for leaf, _ in segment.leaves), *segment.smalls)
+    call = graph.create_node("call_module", segment.name, tuple(env[name] for name in inputs), name=segment.name)
+    if len(segment.outputs) == 1:
+        env[segment.outputs[0]] = call
+        return
+    for k, output in enumerate(segment.outputs):
+        env[output] = graph.create_node("call_function", operator.getitem, (call, k), name=output)
+
+
+def _copy(graph: fx.Graph, env: dict[str, fx.Node], node: fx.Node, locality: Locality) -> None:
+    args, kwargs = fold_integers(node, locality.metas)
+
+    def mapped(given: fx.Node) -> fx.Node:
+        return env[given.name]
+
+    new = graph.create_node(
+        node.op,
+        node.target,
+        fx.node.map_arg(args, mapped),
+        fx.node.map_arg(kwargs, mapped),
+        name=node.name,
+        type_expr=node.type,
+    )
+    new.meta = dict(node.meta)
+    env[node.name] = new

@@ -1,0 +1,103 @@
+"""The table of operator rules: per ATen operator, what a box reads and how it is evaluated on a box.
+
+`rule_of` finds the row of an operator; `register_rule` adds one for an operator of the user's own:
+
+    @fxstream.register_rule("mylib::soft_threshold")
+    def _(call):
+        return fxstream.rules.pointwise(call)
+
+The families are `pointwise`, `windowed`, `resampled`, `shuffled` and `channelwise`; `map-wide` operators are
+listed with the reason why they are not local. An operator without a row is never assumed local.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fxstream.rules import channelwise, mapwide, resampled, shuffled, windowed
+from fxstream.rules import pointwise as _pointwise
+from fxstream.rules.pointwise import pointwise, random_draw
+from fxstream.rules.rule import (
+    Average,
+    Call,
+    Evaluation,
+    Footprint,
+    Kind,
+    OpRule,
+    Production,
+    Read,
+    Refusal,
+    RuleTable,
+    TileSize,
+    Value,
+)
+
+__all__ = [
+    "Average",
+    "Call",
+    "Evaluation",
+    "Footprint",
+    "Kind",
+    "OpRule",
+    "Production",
+    "Read",
+    "Refusal",
+    "TileSize",
+    "Value",
+    "pointwise",
+    "register_rule",
+    "rule_of",
+    "rules",
+    "unregister_rule",
+]
+
+_TABLE = RuleTable()
+for _family in (_pointwise, windowed, resampled, shuffled, channelwise, mapwide):
+    _family.add_rules(_TABLE)
+
+Rule = Callable[[Call], Footprint | Refusal]
+
+
+def register_rule(operator: str, family: str = "user") -> Callable[[Rule], Rule]:
+    """A decorator that adds a rule for ``"namespace::name"``; it serves all overloads.
+
+    The rule is given a `Call` and returns a `Footprint` or a `Refusal`. Raises `RuleError` where the operator
+    has a rule already.
+    """
+
+    def add(rule: Rule) -> Rule:
+        _TABLE.add(operator, family, rule)
+        return rule
+
+    return add
+
+
+def unregister_rule(operator: str) -> None:
+    """Take a rule added by `register_rule` out again. Raises `KeyError` where there is none."""
+    _TABLE.remove(operator)
+
+
+def rule_of(target: object) -> OpRule | None:
+    """The row for an operator overload, or None.
+
+    Random operators come first (their draw is one for the whole image), then the table, then torch's own
+    pointwise tag.
+    """
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    name = target._schema.name
+    row = _TABLE.get(name)
+    if row is not None:
+        return row
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        return OpRule(name, "random", random_draw)
+    if _pointwise.is_tagged(target):
+        return OpRule(name, "pointwise", pointwise)
+    return None
+
+
+def rules() -> tuple[OpRule, ...]:
+    """All rows of the table; operators found by torch's pointwise tag have none."""
+    return _TABLE.rows()

@@ -1,0 +1,128 @@
+"""Operators that compute each output pixel from the same pixel of their inputs.
+
+Most carry `torch.Tag.pointwise`; the additions below do not but behave so. Operands broadcast as torch does:
+a small operand is passed whole, an operand that has a stream axis at full extent is cut to the box, one that
+has it at extent 1 is read at that one pixel.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fxstream.receptive_field import BROADCAST, IDENTITY, AxisMap
+from fxstream.rules.rule import Answer, Call, Evaluation, Footprint, Kind, Read, Refusal, RuleTable, Value
+
+__all__ = ["add_rules", "aligned_read", "pointwise", "random_draw"]
+
+ADDITIONS = (
+    "alias",
+    "clone",
+    "contiguous",
+    "detach",
+    "lift_fresh_copy",
+    "to",
+    "_to_copy",
+    "type_as",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "copy",
+    "fill",
+    "divide",
+    "hardswish",
+    "log_sigmoid",
+    "multiply",
+    "subtract",
+)
+DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+
+
+def add_rules(table: RuleTable) -> None:
+    """The operators without the pointwise tag; tagged ones are found by their tag."""
+    for name in ADDITIONS:
+        table.add(f"aten::{name}", "pointwise", pointwise)
+    for name in DROPOUTS:
+        table.add(f"aten::{name}", "pointwise", dropout)
+    table.add("aten::batch_norm", "pointwise", batch_norm)
+    table.add("aten::prelu", "pointwise", prelu)
+    table.add("aten::rrelu", "pointwise", rrelu)
+
+
+def pointwise(call: Call) -> Answer:
+    """The rule of every pointwise operator, with any mix of spatial and small operands."""
+    rank = len(call.shape)
+    aligned = {tuple(d + rank - len(v.shape) for d in v.dims) for v in call.spatial()}
+    if len(aligned) != 1:
+        return Refusal(Kind.GLOBAL, f"combines inputs whose stream axes are different dims: {sorted(aligned)}")
+    (dims,) = aligned
+    reads = []
+    for argument, index, value in call.tensors():
+        read = aligned_read(call, argument, index, value, dims)
+        if isinstance(read, Refusal):
+            return read
+        if read is not None:
+            reads.append(read)
+    return Footprint(Evaluation.POINTWISE, dims, tuple(reads), call.target)
+
+
+def aligned_read(
+    call: Call, argument: str, index: int | None, value: Value, dims: tuple[int, ...]
+) -> Read | Refusal | None:
+    """How an operand that broadcasts against a result with stream dims `dims` is read; None if whole."""
+    missing = len(call.shape) - len(value.shape)
+    sizes = [value.shape[d - missing] if d >= missing else 1 for d in dims]
+    positional = [size != 1 for size in sizes]
+    if not value.dims and not any(positional):
+        return None
+    if any(d < missing for d in dims):
+        return Refusal(Kind.GLOBAL, f"`{value.name}` follows some stream axes and lacks others", dims)
+    maps = []
+    for dim, size in zip(dims, sizes, strict=True):
+        if size != call.shape[dim] and size != 1:
+            return Refusal(Kind.GLOBAL, f"`{value.name}` has {size} pixels where {call.shape[dim]} are needed")
+        maps.append(IDENTITY if size == call.shape[dim] else BROADCAST)
+    return Read(argument, value, tuple(d - missing for d in dims), tuple(maps), index)
+
+
+def batch_norm(call: Call) -> Answer:
+    """With running statistics a per-channel affine map; with batch statistics a reduction."""
+    image: Value = call["input"]
+    if call["training"] or call["running_mean"] is None:
+        return Refusal(Kind.REDUCE, "uses batch statistics: every output pixel needs the whole map", image.dims)
+    return per_channel(call, image)
+
+
+def prelu(call: Call) -> Answer:
+    """One slope per channel."""
+    return per_channel(call, call["self"])
+
+
+def per_channel(call: Call, image: Value) -> Answer:
+    """A pointwise operator whose other operands are vectors along dim 1."""
+    if 1 in image.dims or any(value.dims for _, _, value in call.tensors() if value.name != image.name):
+        return Refusal(Kind.GLOBAL, "its per-channel operand lies along a stream axis", image.dims)
+    argument = next(name for name, _, value in call.tensors() if value.name == image.name)
+    maps: tuple[AxisMap, ...] = (IDENTITY,) * len(image.dims)
+    return Footprint(Evaluation.POINTWISE, image.dims, (Read(argument, image, image.dims, maps),), call.target)
+
+
+def dropout(call: Call) -> Answer:
+    """The identity outside training; a random draw in training."""
+    return random_draw(call) if call["train"] and call["p"] > 0 else pointwise(call)
+
+
+def rrelu(call: Call) -> Answer:
+    """A leaky ReLU outside training; a random draw in training."""
+    return random_draw(call) if call["training"] else pointwise(call)
+
+
+def random_draw(call: Call) -> Refusal:
+    """An operator whose result depends on the random generator: one draw for the whole image."""
+    image = call.spatial()[0]
+    dims = image.dims if image.shape == call.shape else ()
+    return Refusal(Kind.GLOBAL, "draws random numbers for the whole map at once", dims)
+
+
+def is_tagged(target: torch._ops.OpOverload) -> bool:
+    """Whether torch itself declares the operator pointwise."""
+    return torch.Tag.pointwise in target.tags

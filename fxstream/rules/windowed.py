@@ -1,0 +1,211 @@
+"""Operators that read a window of input pixels per output pixel.
+
+On a box: crop the input to what the windows read, pad what lies outside the image with a fill value, call
+the operator with padding 0. Convolution fills with 0, max pooling with minus infinity, average pooling with 0
+and divides by the counts of the real windows. Constant padding is the pad alone, cropping the crop alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from fxstream.receptive_field import IDENTITY, AxisMap
+from fxstream.rules.rule import (
+    Answer,
+    Average,
+    Call,
+    Evaluation,
+    Footprint,
+    Kind,
+    Read,
+    Refusal,
+    RuleTable,
+    Value,
+)
+
+__all__ = ["add_rules", "per_axis", "window_dims"]
+
+aten = torch.ops.aten
+CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+
+
+def add_rules(table: RuleTable) -> None:
+    """Convolution, pooling, constant padding, cropping, space to depth."""
+    for n in CONVOLUTIONS:
+        table.add(f"aten::conv{n}d", "windowed", partial(convolution, n))
+        table.add(f"aten::max_pool{n}d", "windowed", partial(max_pool, n))
+        table.add(f"aten::avg_pool{n}d", "windowed", partial(average_pool, n))
+    table.add("aten::pad", "windowed", pad)
+    table.add("aten::constant_pad_nd", "windowed", pad)
+    table.add("aten::slice", "windowed", crop)
+    table.add("aten::narrow", "windowed", narrow)
+    table.add("aten::pixel_unshuffle", "windowed", pixel_unshuffle)
+
+
+def per_axis(given: Sequence[int] | int, n: int) -> tuple[int, ...]:
+    """One number per window axis, from torch's shorthand of one for all."""
+    values = (given,) if isinstance(given, int) else tuple(given)
+    return values * n if len(values) == 1 else values
+
+
+def window_dims(call: Call, image: Value, n: int) -> tuple[int, ...] | Refusal:
+    """The stream dims that a window over the last `n` dims slides along.
+
+    An image-dependent value that has lost its stream axes (tokens turned back into a map) gets them again
+    here: the dims a window slides along are space by definition.
+    """
+    rank = len(image.shape)
+    sliding = tuple(range(rank - n, rank))
+    if any(value.dims for _, _, value in call.tensors() if value.name != image.name):
+        return Refusal(Kind.GLOBAL, "its weights depend on the position in the image")
+    if not image.dims and rank == n + 2 and min(image.shape[-n:]) > 1:
+        return sliding
+    if not image.dims or set(image.dims) != set(sliding):
+        return Refusal(Kind.GLOBAL, f"slides along dims {sliding}, but the stream axes are dims {image.dims}")
+    return image.dims
+
+
+def windowed(
+    call: Call, argument: str, maps: Sequence[AxisMap], dims: tuple[int, ...], **footprint: Any
+) -> Footprint:
+    """The footprint of a window over the last dims; `maps` are in the order of those dims."""
+    image: Value = call[argument]
+    first = len(image.shape) - len(maps)
+    ordered = tuple(maps[d - first] for d in dims)
+    reads = (Read(argument, image, dims, ordered),)
+    return Footprint(Evaluation.WINDOWED, dims, reads, footprint.pop("target", call.target), **footprint)
+
+
+def convolution(n: int, call: Call) -> Answer:
+    """Convolution with any stride, dilation, groups, kernel and padding, "same" and "valid" included."""
+    dims = window_dims(call, call["input"], n)
+    if isinstance(dims, Refusal):
+        return dims
+    kernel = call["weight"].shape[2:]
+    stride, dilation = per_axis(call["stride"], n), per_axis(call["dilation"], n)
+    spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if call["padding"] == "same":
+        padding = tuple(span // 2 for span in spans)
+    elif call["padding"] == "valid":
+        padding = (0,) * n
+    else:
+        padding = per_axis(call["padding"], n)
+    maps = [AxisMap.window(*axis) for axis in zip(kernel, stride, padding, dilation, strict=True)]
+    macs = math.prod(call.shape) * math.prod(call["weight"].shape[1:])
+    target = CONVOLUTIONS[n]
+    return windowed(
+        call, "input", maps, dims, target=target, overrides={"padding": [0] * n}, fill=0.0, macs=macs
+    )
+
+
+def max_pool(n: int, call: Call) -> Answer:
+    """Max pooling; windows that reach beyond the padding under ceil_mode see the fill value there."""
+    image: Value = call["self"]
+    dims = window_dims(call, image, n)
+    if isinstance(dims, Refusal):
+        return dims
+    if not image.dtype.is_floating_point:
+        return Refusal(Kind.GLOBAL, f"pools {image.dtype}, which has no minus infinity to pad with", dims)
+    kernel = per_axis(call["kernel_size"], n)
+    stride = per_axis(call["stride"], n) or kernel
+    padding, dilation = per_axis(call["padding"], n), per_axis(call["dilation"], n)
+    maps = [AxisMap.window(*axis) for axis in zip(kernel, stride, padding, dilation, strict=True)]
+    overrides = {"padding": [0] * n, "ceil_mode": False}
+    return windowed(call, "self", maps, dims, overrides=overrides, fill=-math.inf)
+
+
+def average_pool(n: int, call: Call) -> Answer:
+    """Average pooling; the divisors at the border are counted per window."""
+    image: Value = call["self"]
+    dims = window_dims(call, image, n)
+    if isinstance(dims, Refusal):
+        return dims
+    kernel = per_axis(call["kernel_size"], n)
+    stride = per_axis(call["stride"], n) or kernel
+    padding = per_axis(call["padding"], n)
+    maps = [AxisMap.window(*axis) for axis in zip(kernel, stride, padding, strict=True)]
+    first = len(image.shape) - n
+    average = tuple(
+        Average(
+            kernel[d - first], stride[d - first], padding[d - first], image.shape[d], call["count_include_pad"]
+        )
+        for d in dims
+    )
+    return windowed(
+        call,
+        "self",
+        maps,
+        dims,
+        overrides={"padding": [0] * n, "ceil_mode": False},
+        fill=0.0,
+        average=None if call.arguments.get("divisor_override") else average,
+    )
+
+
+def pad(call: Call) -> Answer:
+    """Constant padding, or cropping where a pad is negative; pads of other dims stay with the operator."""
+    image: Value = call["self"]
+    if call.arguments.get("mode", "constant") != "constant":
+        return Refusal(Kind.NO_RULE, f"{call['mode']} padding is not streamed", image.dims)
+    rank, pads = len(image.shape), list(call["pad"])
+    maps, remaining = [], list(pads)
+    for dim in image.dims:
+        place = 2 * (rank - 1 - dim)
+        before = pads[place] if place < len(pads) else 0
+        maps.append(AxisMap.shifted(-before))
+        remaining[place : place + 2] = [0, 0][: len(remaining[place : place + 2])]
+    return Footprint(
+        Evaluation.WINDOWED,
+        image.dims,
+        (Read("self", image, image.dims, tuple(maps)),),
+        call.target if any(remaining) else None,
+        {"pad": remaining},
+        fill=float(call["value"] or 0.0),
+    )
+
+
+def crop(call: Call) -> Answer:
+    """A slice of any dim; along a stream axis a crop, strided or not."""
+    image: Value = call["self"]
+    dim = call["dim"] % len(image.shape)
+    maps = [IDENTITY] * len(image.dims)
+    if dim not in image.dims:
+        return Footprint(
+            Evaluation.POINTWISE, image.dims, (Read("self", image, image.dims, tuple(maps)),), call.target
+        )
+    start = range(image.shape[dim])[slice(call["start"], call["end"])].start
+    maps[image.dims.index(dim)] = AxisMap(call["step"], 1, start, start)
+    return Footprint(
+        Evaluation.WINDOWED,
+        image.dims,
+        (Read("self", image, image.dims, tuple(maps)),),
+        None if call["step"] == 1 else call.target,
+        {"start": None, "end": None},
+    )
+
+
+def narrow(call: Call) -> Answer:
+    """A slice given by its start and length."""
+    image: Value = call["self"]
+    dim = call["dim"] % len(image.shape)
+    maps = [IDENTITY] * len(image.dims)
+    if dim in image.dims:
+        maps[image.dims.index(dim)] = AxisMap.shifted(call["start"] % image.shape[dim])
+    target = None if dim in image.dims else call.target
+    return Footprint(
+        Evaluation.WINDOWED, image.dims, (Read("self", image, image.dims, tuple(maps)),), target
+    )
+
+
+def pixel_unshuffle(call: Call) -> Answer:
+    """Space to depth: each output pixel reads a square of `downscale_factor` pixels a side."""
+    dims = window_dims(call, call["self"], 2)
+    if isinstance(dims, Refusal):
+        return dims
+    factor = call["downscale_factor"]
+    return windowed(call, "self", [AxisMap(factor, 1, 0, factor - 1)] * 2, dims)

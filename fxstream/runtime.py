@@ -1,0 +1,304 @@
+"""The tile loop and its gradient. The only file with grad mode, autocast and autograd.
+
+NOTE [the stream as one differentiable function]
+1. Forward runs every tile without recording and writes its rectangle of every output. The rectangles
+   partition the outputs, so each pixel is written once.
+2. Backward recomputes one tile at a time with recording on, pulls back the tile's slice of the output
+   gradient with ordinary autograd, and sums over tiles. Since the rectangles partition the outputs, the sum of
+   the tiles' vector-Jacobian products is the whole one, for every parameter and for the input.
+3. Parameters are inputs of the function and their summed gradients are returned once, so that hooks on them
+   (DDP) fire once. Parameters of less than 32 bits are summed in float32.
+4. Forward and recompute must agree: autocast is saved and restored, and its cache of cast weights is off, for
+   a cast made without recording must not serve a recorded use later. Nothing in a tile draws random numbers.
+5. Gradients are computed only for what asks for them; an output without gradient costs nothing.
+6. Double backward and functional transforms are refused: the recorded tile is gone when they would need it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxstream.demand import AxisTile
+from fxstream.errors import StreamError
+from fxstream.locality import Locality
+from fxstream.planning import SegmentPlan
+from fxstream.sizes import Shape
+from fxstream.tile_program import tile_program
+
+__all__ = ["Stream", "build_stream", "stream_map"]
+
+Subscript = tuple[slice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TileCall:
+    """One turn of the loop: which program, what it reads of each leaf, what it owns of each output."""
+
+    program: int
+    leaves: tuple[Subscript, ...]
+    outputs: tuple[Subscript | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A segment made ready to run: the programs of its tile classes and the schedule of its tiles.
+
+    `labels` name the leaves and the small tensors, in that order, in the user's words.
+    """
+
+    plan: SegmentPlan
+    programs: tuple[fx.GraphModule, ...]
+    calls: tuple[TileCall, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    labels: tuple[str, ...]
+
+    @property
+    def leaf_count(self) -> int:
+        """How many of the inputs are cut into boxes; the rest is passed whole."""
+        return len(self.plan.segment.leaves)
+
+    def tile_inputs(self, call: TileCall, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What one tile reads of each leaf; views."""
+        return [leaf[box] for leaf, box in zip(leaves, call.leaves, strict=True)]
+
+
+def build_stream(locality: Locality, plan: SegmentPlan, labels: tuple[str, ...]) -> Stream:
+    """The programs and the schedule of a planned segment."""
+    segment = plan.segment
+    classes: dict[tuple[int, ...], int] = {}
+    programs: list[fx.GraphModule] = []
+    calls: list[TileCall] = []
+    per_axis = [_class_numbers(tiles) for tiles in plan.axes]
+    ranks = [_shape(locality, leaf) for leaf, _ in segment.leaves]
+    shapes = tuple(_shape(locality, output) for output in segment.outputs)
+    for tile in plan.tiles():
+        key = tuple(numbers[id(along)] for numbers, along in zip(per_axis, tile, strict=True))
+        if key not in classes:
+            classes[key] = len(programs)
+            programs.append(tile_program(locality, segment, tile))
+        leaves = tuple(
+            plan.leaf_box(leaf, tile).index(dims, len(shape))
+            for (leaf, dims), shape in zip(segment.leaves, ranks, strict=True)
+        )
+        owned = tuple(
+            _owned(locality, tile, k, output, len(shapes[k])) for k, output in enumerate(segment.outputs)
+        )
+        calls.append(TileCall(classes[key], leaves, owned))
+    return Stream(plan, tuple(programs), tuple(calls), shapes, labels)
+
+
+def _class_numbers(tiles: Sequence[AxisTile]) -> dict[int, int]:
+    """The class of each tile along one axis: equal programs, equal number."""
+    numbers: dict[object, int] = {}
+    return {id(tile): numbers.setdefault(tile.program_key, len(numbers)) for tile in tiles}
+
+
+def _shape(locality: Locality, name: str) -> tuple[int, ...]:
+    meta = locality.metas[name]
+    assert isinstance(meta, Shape)
+    return meta.shape
+
+
+def _owned(
+    locality: Locality, tile: Sequence[AxisTile], k: int, output: str, rank: int
+) -> Subscript | None:
+    """The part of output `k` that a tile owns, or None where that is empty."""
+    subscript = [slice(None)] * rank
+    for dim, along in zip(locality.footprint(output).dims, tile, strict=True):
+        interval = along.outputs[k]
+        if not len(interval):
+            return None
+        subscript[dim] = slice(interval.start, interval.stop)
+    return tuple(subscript)
+
+
+def stream_map(stream: Stream, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The outputs of the segment on the leaves and small tensors `tensors`, differentiable in all of them.
+
+    Raises `StreamError` under functional transforms.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise StreamError(
+            "torch.func transforms (grad, vmap, jvp) cannot go through a stream: use loss.backward() or"
+            " torch.autograd.grad, or call the plain model"
+        )
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _StreamMap.apply(stream, *tensors)  # type: ignore[no-untyped-call, no-any-return]
+    return _forward(stream, tensors)
+
+
+@torch.no_grad()
+def _forward(stream: Stream, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Rule 1: all tiles, without recording."""
+    leaves = [tensor.detach() for tensor in tensors[: stream.leaf_count]]
+    smalls = [tensor.detach() for tensor in tensors[stream.leaf_count :]]
+    outputs: list[torch.Tensor | None] = [None] * len(stream.shapes)
+    with _Ambient.now(tensors[0].device).restored():
+        for call in stream.calls:
+            tiles = stream.programs[call.program](*stream.tile_inputs(call, leaves), *smalls)
+            for k, (tile, owned) in enumerate(zip(tiles, call.outputs, strict=True)):
+                if owned is not None:
+                    whole = outputs[k]
+                    if whole is None:
+                        whole = outputs[k] = _allocate(tile, stream.shapes[k])
+                    whole[owned] = tile
+    return tuple(output for output in outputs if output is not None)
+
+
+def _allocate(tile: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """An output of the type, device and memory format of its first tile."""
+    layout = torch.contiguous_format
+    for channels_last in (torch.channels_last, torch.channels_last_3d):
+        rank = 4 if channels_last is torch.channels_last else 5
+        if tile.ndim == rank and not tile.is_contiguous() and tile.is_contiguous(memory_format=channels_last):
+            layout = channels_last
+    return torch.empty(shape, dtype=tile.dtype, device=tile.device, memory_format=layout)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ambient:
+    """The autocast state that forward ran under (rule 4)."""
+
+    device: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls, device: torch.device) -> _Ambient:
+        return cls(device.type, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        if not self.enabled and not torch.is_autocast_enabled(self.device):
+            yield
+            return
+        with torch.autocast(self.device, enabled=self.enabled, dtype=self.dtype, cache_enabled=False):
+            yield
+
+
+class _StreamMap(torch.autograd.Function):
+    """The segment as one function of its leaves and small tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, stream: Stream, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        outputs = _forward(stream, tensors)
+        ctx.save_for_backward(*tensors)
+        ctx.stream = stream
+        ctx.ambient = _Ambient.now(tensors[0].device)
+        ctx.dtypes = tuple(output.dtype for output in outputs)
+        ctx.versions = [(weakref.ref(t), None if t.is_inference() else t._version) for t in tensors]
+        ctx.mark_non_differentiable(*(o for o in outputs if not o.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise StreamError(
+                "a stream has no double backward: its tiles are recomputed and released during backward, so"
+                " create_graph=True is not possible; call the plain model for higher derivatives"
+            )
+        stream: Stream = ctx.stream
+        _check_unchanged(stream, ctx.versions)
+        tensors = ctx.saved_tensors
+        sums = _Sums(stream, tensors, ctx.needs_input_grad[1:])
+        with ctx.ambient.restored():
+            for call in stream.calls:
+                _pull_back(stream, call, sums, grads, ctx.dtypes)
+        return (None, *sums.gradients())
+
+
+def _check_unchanged(stream: Stream, versions: Sequence[tuple[Any, int | None]]) -> None:
+    """Refuse where a saved tensor was changed in place since forward, naming it."""
+    for label, (reference, version) in zip(stream.labels, versions, strict=True):
+        tensor = reference()
+        if tensor is not None and version is not None and tensor._version != version:
+            raise StreamError(
+                f"`{label}` was changed in place between forward and backward, and the stream must recompute"
+                " with the values of forward: take the optimiser's step after backward"
+            )
+
+
+class _Sums:
+    """The gradients of all inputs, summed over tiles (rules 2, 3 and 5)."""
+
+    def __init__(self, stream: Stream, tensors: Sequence[torch.Tensor], wanted: Sequence[bool]) -> None:
+        count = stream.leaf_count
+        self._tensors, self._wanted = tensors, wanted
+        self.leaves = [tensor.detach() for tensor in tensors[:count]]
+        self.wanted_leaves = wanted[:count]
+        self.smalls = [
+            tensor.detach().requires_grad_(wants)
+            for tensor, wants in zip(tensors[count:], wanted[count:], strict=True)
+        ]
+        self._sums: list[torch.Tensor | None] = [None] * len(tensors)
+
+    def add_leaf(self, leaf: int, box: Subscript, gradient: torch.Tensor) -> None:
+        """Add what one tile gives for the box of a leaf that it read."""
+        total = self._sums[leaf]
+        if total is None:
+            total = self._sums[leaf] = torch.zeros_like(self.leaves[leaf])
+        total[box] += gradient
+
+    def add_small(self, small: int, gradient: torch.Tensor) -> None:
+        """Add what one tile gives for a small tensor."""
+        place = len(self.leaves) + small
+        total = self._sums[place]
+        if total is None:
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            self._sums[place] = gradient.to(wide, copy=True)
+        else:
+            total += gradient
+
+    def gradients(self) -> Iterator[torch.Tensor | None]:
+        """The sums in the type of their tensor; None where nothing was asked for or nothing flowed."""
+        for tensor, wants, total in zip(self._tensors, self._wanted, self._sums, strict=True):
+            yield total.to(tensor.dtype) if wants and total is not None else None
+
+
+def _pull_back(
+    stream: Stream,
+    call: TileCall,
+    sums: _Sums,
+    grads: Sequence[torch.Tensor | None],
+    dtypes: Sequence[torch.dtype],
+) -> None:
+    """Rule 2 for one tile."""
+    flowing = [
+        (k, grad[owned])
+        for k, (grad, owned) in enumerate(zip(grads, call.outputs, strict=True))
+        if grad is not None and owned is not None
+    ]
+    if not flowing:
+        return
+    with torch.enable_grad():
+        tiles = [
+            tile.requires_grad_(wants)
+            for tile, wants in zip(stream.tile_inputs(call, sums.leaves), sums.wanted_leaves, strict=True)
+        ]
+        results = stream.programs[call.program](*tiles, *sums.smalls)
+    pulled = [(results[k], grad) for k, grad in flowing if results[k].requires_grad]
+    for k, grad in flowing:
+        if results[k].dtype != dtypes[k] or results[k].shape != grad.shape:
+            raise StreamError(
+                f"a recomputed tile of `{stream.plan.segment.outputs[k]}` is {results[k].dtype}"
+                f" {list(results[k].shape)}, but forward had {dtypes[k]} {list(grad.shape)}"
+            )
+    inputs = [tensor for tensor in (*tiles, *sums.smalls) if tensor.requires_grad]
+    if not pulled or not inputs:
+        return
+    outputs, slices = zip(*pulled, strict=True)
+    found = iter(torch.autograd.grad(outputs, inputs, slices, allow_unused=True))
+    for leaf, tile in enumerate(tiles):
+        if tile.requires_grad and (gradient := next(found)) is not None:
+            sums.add_leaf(leaf, call.leaves[leaf], gradient)
+    for k, small in enumerate(sums.smalls):
+        if small.requires_grad and (gradient := next(found)) is not None:
+            sums.add_small(k, gradient)

@@ -1,0 +1,212 @@
+"""The FX program of a tile class: what one tile of a segment computes, with crops and pads as nodes.
+
+Tiles whose steps agree along every axis share a program. It takes the tile's cut of every leaf and the small
+tensors whole, and returns the tile's rectangle of every output. It is an ordinary `fx.GraphModule`: it can be
+printed, linted, and compiled.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from fxstream.demand import AxisStep, AxisTile, Cut, ReadStep, Segment
+from fxstream.errors import StreamError
+from fxstream.locality import Locality
+from fxstream.rules import Footprint, Read, TileSize
+from fxstream.sizes import Shape, fold_integers
+
+__all__ = ["tile_program"]
+
+aten = torch.ops.aten
+
+
+def tile_program(locality: Locality, segment: Segment, tiles: Sequence[AxisTile]) -> fx.GraphModule:
+    """The program of the class that `tiles` (one per axis) belongs to."""
+    builder = _Builder(locality, segment)
+    for position, name in enumerate(segment.nodes):
+        steps = [step for tile in tiles if (step := tile.steps[position]) is not None]
+        if len(steps) == len(tiles):
+            builder.add(name, steps)
+    results = [
+        builder.result(name, [tile.crops[i] for tile in tiles]) for i, name in enumerate(segment.outputs)
+    ]
+    builder.graph.output(tuple(results))
+    builder.graph.eliminate_dead_code()
+    builder.graph.lint()
+    return fx.GraphModule({}, builder.graph, f"{segment.name}_tile")
+
+
+class _Builder:
+    """The graph under construction; `env` maps a node of the model to its value on the tile."""
+
+    def __init__(self, locality: Locality, segment: Segment) -> None:
+        self.graph = fx.Graph()
+        self.env: dict[str, fx.Node] = {}
+        self._locality = locality
+        self._original = {node.name: node for node in locality.graph.nodes}
+        self._served: dict[tuple[object, ...], fx.Node] = {}
+        self._leaves = {name: self.graph.placeholder(f"{name}_tile") for name, _ in segment.leaves}
+        self._smalls = {name: self.graph.placeholder(name) for name in segment.smalls}
+
+    def add(self, name: str, steps: Sequence[AxisStep]) -> None:
+        """The call of one node on its crops and pads, cropped to the box that the tile holds."""
+        footprint = self._locality.footprint(name)
+        before = len(self.graph.nodes)
+        served = [
+            self._serve(footprint, read, [step.reads[i] for step in steps])
+            for i, read in enumerate(footprint.reads)
+        ]
+        if footprint.target is None:
+            (result,) = served
+        elif footprint.average is not None and any(_is_ragged(footprint, steps)):
+            result = self._average(name, footprint, served[0], steps)
+        else:
+            result = self._call(name, footprint, served, steps)
+        self.env[name] = self.cut(result, footprint.dims, [step.result for step in steps])
+        for node in itertools.islice(reversed(self.graph.nodes), len(self.graph.nodes) - before):
+            node.meta = {k: v for k, v in self._original[name].meta.items() if k in TRACED}
+
+    def result(self, name: str, cuts: Sequence[Cut]) -> fx.Node | None:
+        """The rectangle of an output that the tile owns; None where it owns no pixel of it."""
+        if not all(cut.length for cut in cuts):
+            return None
+        return self.cut(self.env[name], self._locality.footprint(name).dims, cuts)
+
+    def cut(self, node: fx.Node, dims: tuple[int, ...], cuts: Sequence[Cut]) -> fx.Node:
+        """`node` cut along each stream dim; itself where nothing is cut away."""
+        for dim, cut in zip(dims, cuts, strict=True):
+            if not cut.is_whole:
+                arguments = (node, dim, cut.start, cut.start + cut.length)
+                node = self.graph.call_function(aten.slice.Tensor, arguments)
+        return node
+
+    def _serve(self, footprint: Footprint, read: Read, steps: Sequence[ReadStep]) -> fx.Node:
+        """The pixels of one read: cut from what the tile holds, padded where they lie outside the image."""
+        key = (read.value.name, tuple(steps), read.dims, footprint.fill)
+        if key not in self._served:
+            name = read.value.name
+            held = self.env[name] if name in self.env else self._leaves[name]
+            node = self.cut(held, read.dims, [step.cut for step in steps])
+            self._served[key] = self._pad(node, footprint, read, steps)
+        return self._served[key]
+
+    def _pad(
+        self, node: fx.Node, footprint: Footprint, read: Read, steps: Sequence[ReadStep]
+    ) -> fx.Node:
+        if not any(step.before or step.after for step in steps):
+            return node
+        if footprint.fill is None:
+            raise StreamError(f"the rule of {footprint.target} reads outside the image and gives no fill value")
+        rank = len(read.value.shape)
+        pads = [0] * (2 * rank)
+        for dim, step in zip(read.dims, steps, strict=True):
+            pads[2 * (rank - 1 - dim) : 2 * (rank - dim)] = [step.before, step.after]
+        pads = pads[: 2 * (rank - min(read.dims))]
+        return self.graph.call_function(aten.constant_pad_nd.default, (node, pads, footprint.fill))
+
+    def _call(
+        self,
+        name: str,
+        footprint: Footprint,
+        served: Sequence[fx.Node],
+        steps: Sequence[AxisStep],
+        **replaced: Any,
+    ) -> fx.Node:
+        """The operator on the served inputs, with the arguments that a tile replaces."""
+        target = footprint.target
+        assert target is not None
+        original = self._original[name]
+        if not isinstance(target, torch._ops.OpOverload):
+            return self.graph.call_function(target, (served[0], *original.args[1:]))
+        arguments = self._arguments(original)
+        for read, node in zip(footprint.reads, served, strict=True):
+            if read.index is None:
+                arguments[read.argument] = node
+            else:
+                arguments[read.argument][read.index] = node
+        shape = self._tile_shape(name, footprint, steps)
+        for argument, value in {**footprint.overrides, **replaced}.items():
+            arguments[argument] = _sized(value, shape, footprint.dims)
+        return self._schema_call(target, arguments)
+
+    def _arguments(self, original: fx.Node) -> dict[str, Any]:
+        """The node's arguments by schema name, small tensors as this program's own, reads left to fill in."""
+        assert isinstance(original.target, torch._ops.OpOverload)
+        args, kwargs = fold_integers(original, self._locality.metas)
+        names = [argument.name for argument in original.target._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        smalls = {k: map_arg(v, lambda n: self._smalls.get(n.name, n)) for k, v in given.items()}
+        return {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in smalls.items()}
+
+    def _tile_shape(self, name: str, footprint: Footprint, steps: Sequence[AxisStep]) -> list[int]:
+        meta = self._locality.metas[name]
+        shape = list(meta.shape) if isinstance(meta, Shape) else []
+        for dim, step in zip(footprint.dims, steps, strict=True):
+            if shape:
+                shape[dim] = step.result.held
+        return shape
+
+    def _schema_call(self, target: torch._ops.OpOverload, arguments: Mapping[str, Any]) -> fx.Node:
+        positional, kwargs = [], {}
+        for argument in target._schema.arguments:
+            if argument.kwarg_only:
+                if argument.name in arguments:
+                    kwargs[argument.name] = arguments[argument.name]
+            else:
+                positional.append(arguments.get(argument.name, argument.default_value))
+        return self.graph.call_function(target, tuple(positional), kwargs)
+
+    def _average(
+        self, name: str, footprint: Footprint, served: fx.Node, steps: Sequence[AxisStep]
+    ) -> fx.Node:
+        """An average pooling at the border: the sums of the windows over the counts of their real pixels."""
+        assert footprint.average is not None
+        call, dims = self.graph.call_function, footprint.dims
+        ordered = [a for _, a in sorted(zip(dims, footprint.average, strict=True), key=lambda pair: pair[0])]
+        kernel, stride = [a.kernel for a in ordered], [a.stride for a in ordered]
+        if len(dims) == 1:
+            served = call(aten.unsqueeze.default, (served, -2))
+            kernel, stride = [1, *kernel], [1, *stride]
+        pool = aten.avg_pool3d.default if len(dims) == 3 else aten.avg_pool2d.default
+        sums = call(pool, (served, kernel, stride, [0] * len(kernel), False, True, 1))
+        if len(dims) == 1:
+            sums = call(aten.squeeze.dim, (sums, -2))
+        counts = tuple(step.counts for step in steps)
+        return call(divide_by_counts, (sums, counts, dims))
+
+
+TRACED = ("nn_module_stack", "stack_trace")
+
+
+def _is_ragged(footprint: Footprint, steps: Sequence[AxisStep]) -> list[bool]:
+    """Per axis, whether some window has fewer pixels than the kernel."""
+    assert footprint.average is not None
+    pairs = zip(footprint.average, steps, strict=True)
+    return [any(count != average.kernel for count in step.counts or ()) for average, step in pairs]
+
+
+def divide_by_counts(
+    sums: torch.Tensor, counts: Sequence[Sequence[int]], dims: Sequence[int]
+) -> torch.Tensor:
+    """Window sums over the number of pixels of each window, the product of its counts along `dims`."""
+    divisor = sums.new_ones((1,) * sums.ndim)
+    for dim, along in zip(dims, counts, strict=True):
+        shape = [1] * sums.ndim
+        shape[dim] = len(along)
+        divisor = divisor * sums.new_tensor(along).view(shape)
+    return sums / divisor
+
+
+def _sized(value: Any, shape: Sequence[int], dims: Sequence[int]) -> Any:
+    """A size argument of a tile; anything else unchanged."""
+    if value is TileSize.RESULT:
+        return list(shape)
+    if value is TileSize.STREAM:
+        return [shape[dim] for dim in sorted(dims)]
+    return value
