@@ -1,6 +1,7 @@
 """Exact streaming of convolutional networks over images larger than memory."""
 
 from fxstream import rules
+from fxstream.analysis import Analysis, analyze
 from fxstream.compiler import StreamedModule, compile
 from fxstream.errors import (
     CaptureError,
@@ -11,9 +12,11 @@ from fxstream.errors import (
     StreamError,
     StreamingWarning,
 )
+from fxstream.freeze import freeze_batch_norm
 from fxstream.rules import register_rule
 
 __all__ = [
+    "Analysis",
     "CaptureError",
     "FxstreamError",
     "InputError",
@@ -22,7 +25,9 @@ __all__ = [
     "StreamError",
     "StreamedModule",
     "StreamingWarning",
+    "analyze",
     "compile",
+    "freeze_batch_norm",
     "register_rule",
     "rules",
 ]

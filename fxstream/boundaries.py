@@ -1,6 +1,7 @@
 """Where a streamed region is cut into segments.
 
-A dynamic program over the places of a region where a single tensor is live. It minimises
+A dynamic program over the places of a region where few bytes are live (one tensor between two residual blocks,
+the features so far inside a dense block). It minimises
 
     arithmetic of all tiles / arithmetic of the plain region  +  bytes of the boundaries / bytes of the activations
 
@@ -34,6 +35,11 @@ from fxstream.sizes import Shape
 
 __all__ = ["RegionPlanner", "arithmetic"]
 
+MOST_CANDIDATES = 24
+"""Boundaries considered per region; their pairs are what planning time goes into."""
+SEGMENT_COST = 0.01
+"""What one more segment must save, as a share of the plain network's arithmetic or activations."""
+
 
 def arithmetic(locality: Locality, nodes: Sequence[str]) -> dict[str, int]:
     """Arithmetic of each node at full size: multiply-accumulates, and one per element written."""
@@ -57,6 +63,7 @@ class RegionPlanner:
         self._bytes = max(1, locality.activation_bytes(nodes))
         self._reads = [[(r.value.name, r.dims) for r in locality.footprint(n).reads] for n in nodes]
         self._total = max(1, sum(self._arithmetic.values()))
+        self._boundary_bytes = self._candidates()
 
     def segments(self) -> list[tuple[str, ...]]:
         """The runs of nodes, in order, that become segments."""
@@ -74,32 +81,44 @@ class RegionPlanner:
         inside = [i for i, n in enumerate(self._nodes) if belongs(self._locality.verdicts[n].module, path)]
         return inside[-1] if inside else None
 
-    def candidates(self) -> list[int]:
-        """The places after which a single tensor is live; of a run of pointwise nodes only the last."""
+    def _live(self) -> list[list[str]]:
+        """For the place after each node, the values of the region computed so far that are still needed."""
         last_use = list(range(len(self._nodes)))
         for i, reads in enumerate(self._reads):
             for name, _ in reads:
                 if name in self._place:
                     last_use[self._place[name]] = i
-        places, live = [], set()
-        for i in range(len(self._nodes) - 1):
-            live = {k for k in (*live, i) if last_use[k] > i}
-            if live == {i} and isinstance(self._locality.metas[self._nodes[i]], Shape):
-                if places and places[-1] == i - 1 and self._is_identity(i):
-                    places.pop()
-                places.append(i)
-        return places
+        live: list[list[int]] = [[]]
+        for i in range(len(self._nodes)):
+            live.append([k for k in (*live[-1], i) if last_use[k] > i])
+        return [[self._nodes[k] for k in places] for places in live[1:]]
 
-    def _is_identity(self, place: int) -> bool:
-        """Whether the node at `place` reads just its own pixels, and is no larger than what it reads."""
-        footprint = self._locality.footprint(self._nodes[place])
-        here, before = (self._locality.metas[self._nodes[k]] for k in (place, place - 1))
-        reads_itself = all(m == IDENTITY for read in footprint.reads for m in read.maps)
-        return reads_itself and isinstance(here, Shape) and isinstance(before, Shape) and here.bytes <= before.bytes
+    def _candidates(self) -> dict[int, int]:
+        """The places worth a boundary and the bytes that it would keep.
+
+        These are the places before a window where no fewer bytes are live just before or after; of more than
+        `MOST_CANDIDATES`, those with the fewest bytes.
+        """
+        live = self._live()[:-1]
+        sizes = [self._locality.activation_bytes(names) for names in live]
+        places = {}
+        for i, (names, size) in enumerate(zip(live, sizes, strict=True)):
+            single = all(isinstance(self._locality.metas[name], Shape) for name in names)
+            after = sizes[i + 1] if i + 1 < len(sizes) else size
+            lowest = size <= sizes[max(i - 1, 0)] and (size < after or (size == after and self._is_window(i + 1)))
+            if names and single and lowest:
+                places[i] = size
+        kept = sorted(sorted(places, key=places.__getitem__)[:MOST_CANDIDATES])
+        return {i: places[i] for i in kept}
+
+    def _is_window(self, place: int) -> bool:
+        """Whether the node at `place` reads more than its own pixels."""
+        reads = self._locality.footprint(self._nodes[place]).reads
+        return any(axis_map != IDENTITY for read in reads for axis_map in read.maps)
 
     def _chosen(self) -> list[int]:
         """The ends of all segments but the last, by the objective in the module's docstring."""
-        ends = [*self.candidates(), len(self._nodes) - 1]
+        ends = [*self._boundary_bytes, len(self._nodes) - 1]
         pairs = {end: self._ending_at(end, [-1, *(e for e in ends if e < end)]) for end in ends}
         count = self._request.segments
         assert not isinstance(count, tuple)
@@ -128,7 +147,7 @@ class RegionPlanner:
             for count in _counts(grid.finest):
                 if not pending:
                     break
-                choice = (count, grid.longest(count))
+                choice = (len(grid.outputs(count)), grid.longest(count))
                 fitting = {start for start in pending if _fits(choice, leaves[start], axis)}
                 found |= dict.fromkeys(fitting, choice)
                 pending -= fitting
@@ -156,8 +175,7 @@ class RegionPlanner:
                     return _Cost(math.inf, least)
                 ratio *= choice[0] * choice[1].get(name, 0) / extent
             macs += ratio * self._arithmetic[name]
-        boundary = 0 if end == len(self._nodes) - 1 else self._locality.activation_bytes([self._nodes[end]])
-        return _Cost(macs / self._total + boundary / self._bytes, least)
+        return _Cost(macs / self._total + self._boundary_bytes.get(end, 0) / self._bytes + SEGMENT_COST, least)
 
 
 _Choice = tuple[int, dict[str, int]]

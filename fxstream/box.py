@@ -89,14 +89,14 @@ class Interval:
         """Whether every pixel of `other` is in this interval; an empty one always is."""
         return not len(other) or (self.start <= other.start and other.stop <= self.stop)
 
-    def partition(self, parts: int) -> tuple[Interval, ...]:
-        """Split into `parts` intervals whose lengths differ by one at most.
+    def split(self, length: int) -> tuple[Interval, ...]:
+        """Consecutive intervals of `length` pixels that partition this one; the last may be shorter.
 
-        >>> Interval(0, 7).partition(3)
-        (Interval(start=0, stop=2), Interval(start=2, stop=4), Interval(start=4, stop=7))
+        >>> [str(part) for part in Interval(0, 7).split(3)]
+        ['0:3', '3:6', '6:7']
         """
-        cuts = [self.start + i * len(self) // parts for i in range(parts + 1)]
-        return tuple(Interval(a, b) for a, b in zip(cuts, cuts[1:], strict=False))
+        starts = range(self.start, self.stop, length)
+        return tuple(Interval(start, min(start + length, self.stop)) for start in starts)
 
 
 EMPTY = Interval(0, 0)

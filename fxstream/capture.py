@@ -22,7 +22,6 @@ import operator
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,11 +33,10 @@ from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError
 from fxstream.functional import UNSTREAMED, make_functional, mutated_inputs, remove_dead_nodes
-from fxstream.sizes import Shape, explain_sizes, moving_constants
+from fxstream.sizes import Shape, explain_sizes, is_library_file, moving_constants
 
 __all__ = ["Captured", "capture", "is_image", "module_path"]
 
-OWN_ROOT = str(Path(__file__).parent)
 SHIFTS = ((33, 97, 161), (32, 64, 96), (224, 448, 672))
 """Pixels added per axis for another capture, in order of preference: odd first, else multiples of a stride.
 
@@ -172,7 +170,7 @@ def _explanation(model: nn.Module, error: Exception) -> str:
     own = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((f"{torch.__path__[0]}/", "<", OWN_ROOT))
+        if not is_library_file(frame.filename)
     ]
     place = f" at {own[-1].filename}:{own[-1].lineno} (`{own[-1].line}`)" if own else ""
     text = str(error).strip().splitlines()
@@ -185,7 +183,7 @@ def _explanation(model: nn.Module, error: Exception) -> str:
 
 def _normalised(program: ExportedProgram) -> fx.Graph:
     """The program's graph, made functional, in place."""
-    graph = program.graph_module.graph
+    graph: fx.Graph = program.graph_module.graph
     names = {
         spec.arg.name
         for spec in program.graph_signature.input_specs

@@ -18,14 +18,14 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from fxstream.analysis import Analysis, analyse
 from fxstream.capture import Captured, capture, is_image
 from fxstream.errors import InputError, StreamingWarning
-from fxstream.locality import Locality, Verdict, analyse_locality
+from fxstream.locality import Verdict
 from fxstream.planning import Plan, make_plan
 from fxstream.request import Request
 from fxstream.rewrite import rewrite
 from fxstream.rules import Kind
-from fxstream.sizes import shapes_at
 
 __all__ = ["StreamedModule", "compile"]
 
@@ -74,11 +74,10 @@ def _checked_segments(segments: object) -> int | tuple[str, ...] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Analysed:
-    """Everything known about the model at one image size."""
+class Prepared:
+    """The model made ready for one image size; `streamed` is None where the plain path does the same."""
 
-    captured: Captured
-    locality: Locality
+    analysis: Analysis
     plan: Plan
     streamed: fx.GraphModule | None
 
@@ -90,24 +89,21 @@ class StreamedModule(nn.Module):
     optimisers, `.to()` and `.train()` act on both.
     """
 
+    model: nn.Module
+    request: Request
+    _captures: dict[Any, Captured]
+    _prepared: dict[Any, Prepared]
+    _last: Prepared | None
+    _told: set[str]
+
     def __init__(self, model: nn.Module, request: Request) -> None:
         super().__init__()
-        self._share(model)
-        self.__dict__["request"] = request
+        shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+        # Not registered as a submodule: the model's parts are ours under their own names.
+        self.__dict__ |= {parts: model.__dict__[parts] for parts in shared} | {"model": model}
+        self.request = request
         self.training = model.training
-        self._forget()
-
-    def _share(self, model: nn.Module) -> None:
-        # Not registered as a submodule: its parts are ours under their own names.
-        self.__dict__["model"] = model
-        for parts in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[parts] = model.__dict__[parts]
-
-    def _forget(self) -> None:
-        self.__dict__["_captures"] = {}
-        self.__dict__["_analyses"] = {}
-        self.__dict__["_last"] = None
-        self.__dict__["_told"] = set()
+        self._captures, self._prepared, self._last, self._told = {}, {}, None, set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StreamedModule, (self.model, self.request)
@@ -124,87 +120,80 @@ class StreamedModule(nn.Module):
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
         """The verdict on every node, for the last input."""
-        return tuple(self._analysed().locality.verdicts.values())
+        return self._latest().analysis.verdicts
 
     @property
     def plan(self) -> Plan:
         """Segments and tiles for the last input."""
-        return self._analysed().plan
+        return self._latest().plan
 
     @property
     def graph(self) -> fx.Graph:
         """The rewritten graph for the last input; the captured one where the plain path was taken."""
-        analysed = self._analysed()
-        return analysed.captured.graph if analysed.streamed is None else analysed.streamed.graph
+        latest = self._latest()
+        return latest.analysis.captured.graph if latest.streamed is None else latest.streamed.graph
 
-    def _analysed(self) -> Analysed:
-        last: Analysed | None = self.__dict__["_last"]
-        if last is None:
+    def _latest(self) -> Prepared:
+        if self._last is None:
             raise InputError("nothing is known before the first call: call the module on an image")
-        return last
+        return self._last
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for these arguments."""
         tensors = _checked_inputs(self.model, args, kwargs)
-        analysed = self._at_size(args, kwargs, tensors)
-        self.__dict__["_last"] = analysed
-        if analysed.streamed is None:
+        prepared = self._at_size(args, kwargs, tensors)
+        self._last = prepared
+        if prepared.streamed is None:
             return self.model(*args, **kwargs)
-        flat = analysed.streamed(*analysed.captured.model_tensors(self.model), *tensors)
-        return pytree.tree_unflatten(flat, analysed.captured.out_spec)
+        captured = prepared.analysis.captured
+        flat = prepared.streamed(*captured.model_tensors(self.model), *tensors)
+        return pytree.tree_unflatten(flat, captured.out_spec)
 
-    def _at_size(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[torch.Tensor]
-    ) -> Analysed:
+    def _at_size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[torch.Tensor]) -> Prepared:
         mode = _mode_key(self.model, args, kwargs)
         size = tuple(tuple(tensor.shape) for tensor in tensors)
-        analyses: dict[Any, Analysed] = self.__dict__["_analyses"]
-        if (mode, size) not in analyses:
+        if (mode, size) not in self._prepared:
             captured = self._captured(mode, size, args, kwargs)
-            analyses[mode, size] = self._analyse(captured, tensors)
-        return analyses[mode, size]
+            self._prepared[mode, size] = self._prepare(captured, tensors)
+        return self._prepared[mode, size]
 
     def _captured(self, mode: Any, size: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
         """The capture for this mode; one that is bound to its size serves that size only."""
-        captures: dict[Any, Captured] = self.__dict__["_captures"]
-        key = mode if mode in captures else (mode, size)
-        if key not in captures:
+        key = mode if mode in self._captures else (mode, size)
+        if key not in self._captures:
             captured = capture(self.model, args, kwargs)
             key = (mode, size) if captured.bound else mode
-            captures[key] = captured
+            self._captures[key] = captured
             if captured.bound:
                 self._tell_once(
                     f"{type(self.model).__name__} is bound to the size of its input: each new image or batch size"
                     " is captured anew"
                 )
-        return captures[key]
+        return self._captures[key]
 
-    def _analyse(self, captured: Captured, tensors: list[torch.Tensor]) -> Analysed:
-        metas = shapes_at(captured.module, [*captured.model_tensors(self.model), *tensors])
-        locality = analyse_locality(captured, metas)
-        plan = make_plan(locality, self.request)
+    def _prepare(self, captured: Captured, tensors: list[torch.Tensor]) -> Prepared:
+        analysis = analyse(captured, self.model, tensors)
+        plan = make_plan(analysis.locality, self.request)
         logger.info("%s", plan)
-        self._tell_what_stops_the_stream(locality, plan)
-        streamed = None if plan.is_trivial else rewrite(captured, locality, plan)
-        return Analysed(captured, locality, plan, streamed)
+        self._tell_what_stops_the_stream(analysis, plan)
+        streamed = None if plan.is_trivial else rewrite(captured, analysis.locality, plan)
+        return Prepared(analysis, plan, streamed)
 
-    def _tell_what_stops_the_stream(self, locality: Locality, plan: Plan) -> None:
+    def _tell_what_stops_the_stream(self, analysis: Analysis, plan: Plan) -> None:
         if plan.streamed_share >= SMALL_SHARE or self.request.cut is not None:
             return
-        barriers = locality.barriers()
+        barriers = analysis.barriers
         first = f": {barriers[0]}" if barriers else ""
         statistics = [v for v in barriers if v.operator == "aten::batch_norm" and v.kind is Kind.REDUCE]
         advice = ". fxstream.freeze_batch_norm(model) makes them local" if statistics else ""
         if statistics:
             first += f" ({len(statistics)} BatchNorm layers use batch statistics)"
-        self._tell_once(
-            f"{plan.streamed_share:.0%} of the activations of {type(self.model).__name__} are streamed{first}{advice}"
-        )
+        name = type(self.model).__name__
+        self._tell_once(f"{plan.streamed_share:.0%} of the activations of {name} are streamed{first}{advice}")
 
     def _tell_once(self, message: str) -> None:
-        told: set[str] = self.__dict__["_told"]
-        if message not in told:
-            told.add(message)
+        if message not in self._told:
+            self._told.add(message)
             warnings.warn(message, StreamingWarning, stacklevel=2)
 
     def extra_repr(self) -> str:
@@ -233,7 +222,9 @@ def _checked_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
         raise InputError("no image among the arguments: fxstream needs a tensor [N, C, spatial dims...]")
     for image in images:
         if image.is_complex():
-            raise InputError(f"a complex image ({image.dtype}) cannot be streamed: pass real and imaginary channels")
+            raise InputError(
+                f"a complex image ({image.dtype}) cannot be streamed: pass real and imaginary channels"
+            )
         if image.numel() == 0:
             raise InputError(f"the image is empty: its shape is {list(image.shape)}")
     devices = {tensor.device for tensor in tensors} | {p.device for p in model.parameters()}

@@ -11,7 +11,7 @@ Coordinates: every interval is in pixels of the node that it belongs to.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fxstream.box import EMPTY, Interval
@@ -132,32 +132,70 @@ class AxisWalk:
         self.segment = segment
         self.axis = axis
         self._nodes = tuple(_node(locality, name, axis) for name in segment.nodes)
+        self._names = (*segment.nodes, *(leaf for leaf, _ in segment.leaves))
+        place = {name: i for i, name in enumerate(self._names)}
+        # Plain integers: this loop runs for every node of every tile that the planner considers.
+        self._steps = tuple(
+            (i, tuple((place[r.producer], *_integers(r.map), r.extent) for r in node.reads))
+            for i, node in reversed(tuple(enumerate(self._nodes)))
+        )
+        self._items = tuple((i, place[n.reads[0].producer]) for i, n in enumerate(self._nodes) if n.is_item)
+        self._outputs = tuple(place[name] for name in segment.outputs)
 
-    def boxes(self, outputs: Mapping[str, Interval]) -> dict[str, Interval]:
-        """The interval that each node and leaf must hold for these intervals of the outputs."""
-        boxes = dict(outputs)
-        for node in reversed(self._nodes):
-            box = boxes.get(node.name, EMPTY)
-            if not len(box):
+    def boxes(self, outputs: Sequence[Interval]) -> dict[str, Interval]:
+        """The interval that each node and leaf must hold, for the interval owned of each output."""
+        starts, stops = self._walk(outputs)
+        return {
+            name: Interval(start, stop)
+            for name, start, stop in zip(self._names, starts, stops, strict=True)
+            if stop > start
+        }
+
+    def lengths(self, outputs: Sequence[Interval]) -> dict[str, int]:
+        """How many pixels of each node and leaf a tile must hold; the same walk as `boxes`."""
+        starts, stops = self._walk(outputs)
+        return {
+            name: stop - start
+            for name, start, stop in zip(self._names, starts, stops, strict=True)
+            if stop > start
+        }
+
+    def _walk(self, outputs: Sequence[Interval]) -> tuple[list[int], list[int]]:
+        """`AxisMap.read`, `Interval.nearest` and `Interval.hull`, node by node, in plain integers."""
+        starts, stops = [0] * len(self._names), [0] * len(self._names)
+        for i, owned in zip(self._outputs, outputs, strict=True):
+            starts[i], stops[i] = owned.start, owned.stop
+        for i, reads in self._steps:
+            start, stop = starts[i], stops[i]
+            if start == stop:
                 continue
-            for read in node.reads:
-                held = read.map.read(box).nearest(read.extent)
-                known = boxes.get(read.producer)
-                boxes[read.producer] = held if known is None else known.hull(held)
-        for node in self._nodes:
-            if node.is_item and node.name in boxes:
-                boxes[node.name] = boxes[node.reads[0].producer]
-        return boxes
+            for producer, num, den, first, last, extent in reads:
+                low = (num * start + first) // den
+                high = (num * (stop - 1) + last) // den + 1
+                low = 0 if low < 0 else extent - 1 if low >= extent else low
+                high = 1 if high < 1 else extent if high > extent else high
+                if starts[producer] == stops[producer]:
+                    starts[producer], stops[producer] = low, high
+                else:
+                    starts[producer] = min(starts[producer], low)
+                    stops[producer] = max(stops[producer], high)
+        for item, several in self._items:
+            starts[item], stops[item] = starts[several], stops[several]
+        return starts, stops
 
     def tile(self, outputs: tuple[Interval, ...]) -> AxisTile:
         """Everything about the tile that owns these intervals, one per output of the segment."""
-        boxes = self.boxes(dict(zip(self.segment.outputs, outputs, strict=True)))
+        boxes = self.boxes(outputs)
         steps = tuple(_step(node, boxes) for node in self._nodes)
         crops = tuple(
             Cut(out.start - boxes[name].start, len(out), len(boxes[name])) if len(out) else Cut(0, 0, 0)
             for name, out in zip(self.segment.outputs, outputs, strict=True)
         )
         return AxisTile(outputs, boxes, steps, crops)
+
+
+def _integers(axis_map: AxisMap) -> tuple[int, int, int, int]:
+    return axis_map.num, axis_map.den, axis_map.first, axis_map.last
 
 
 def _node(locality: Locality, name: str, axis: int) -> _Node:

@@ -11,6 +11,8 @@ What must keep its order (effects, random draws) is listed by `ordered_nodes`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -41,7 +43,7 @@ def mutated_inputs(node: fx.Node) -> list[fx.Node]:
     return [given for given, alias in _arguments(node) if alias is not None and alias.is_write]
 
 
-def _arguments(node: fx.Node) -> list[tuple[fx.Node, torch._C._AliasInfo | None]]:
+def _arguments(node: fx.Node) -> list[tuple[fx.Node, Any | None]]:
     """The tensor arguments with their alias annotation."""
     schema = schema_of(node)
     if schema is None:

@@ -1,7 +1,8 @@
 """The grid of tiles of one segment along one axis.
 
-Tiles partition the outputs evenly, so that no slivers remain; the grid is the coarsest whose tiles all read no
-more than the bound. Several outputs, at any resolution, are cut at the same fractions.
+Tiles partition the outputs in intervals of equal length, the last one shorter: that gives the fewest tile
+classes, and no more arithmetic than any other partition into as many tiles. The grid is the coarsest whose tiles
+all read no more than the bound. Several outputs, at any resolution, are cut at the same fractions.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Grid:
         return max(self._extents)
 
     def outputs(self, count: int) -> list[tuple[Interval, ...]]:
-        """The intervals of every output that each of `count` tiles owns."""
-        longest = Interval(0, self.finest).partition(count)
+        """The intervals of every output that each tile owns, in tiles as long as `count` of them need."""
+        longest = Interval(0, self.finest).split(-(-self.finest // count))
         return [
             tuple(Interval(t.start * e // self.finest, t.stop * e // self.finest) for e in self._extents)
             for t in longest
@@ -41,18 +42,14 @@ class Grid:
 
     def excess(self, outputs: tuple[Interval, ...]) -> tuple[int, str] | None:
         """By how much of its bound, and of which leaf, the tile that owns `outputs` reads too much."""
-        boxes = self._walk.boxes(dict(zip(self._segment.outputs, outputs, strict=True)))
-        over = [
-            (len(boxes[leaf]), leaf)
-            for leaf, bound in self._bounds.items()
-            if leaf in boxes and len(boxes[leaf]) > bound
-        ]
+        lengths = self._walk.lengths(outputs)
+        over = [(lengths[leaf], leaf) for leaf, bound in self._bounds.items() if lengths.get(leaf, 0) > bound]
         return max(over) if over else None
 
     def _fits(self, count: int, sampled: bool = False) -> bool:
         outputs = self.outputs(count)
-        if sampled and count > 5:
-            outputs = [outputs[i] for i in (0, 1, count // 2, count - 2, count - 1)]
+        if sampled and len(outputs) > 5:
+            outputs = [outputs[i] for i in (0, 1, len(outputs) // 2, -2, -1)]
         return all(self.excess(owned) is None for owned in outputs)
 
     def count(self) -> int | None:
@@ -71,10 +68,9 @@ class Grid:
         """About the longest interval that a tile of a grid of `count` holds of each node, from a few tiles."""
         outputs = self.outputs(count)
         lengths: dict[str, int] = {}
-        for i in {0, count // 2, count - 1}:
-            owned = dict(zip(self._segment.outputs, outputs[i], strict=True))
-            for name, box in self._walk.boxes(owned).items():
-                lengths[name] = max(lengths.get(name, 0), len(box))
+        for i in {0, len(outputs) // 2, len(outputs) - 1}:
+            for name, length in self._walk.lengths(outputs[i]).items():
+                lengths[name] = max(lengths.get(name, 0), length)
         return lengths
 
     def tiles(self, count: int) -> tuple[AxisTile, ...]:

@@ -100,7 +100,8 @@ class Locality:
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.counts().items()))
         regions = "\n".join(
-            f"  region {i}: {len(r.nodes)} nodes, {r.nodes[0]} .. {r.nodes[-1]}" for i, r in enumerate(self.regions)
+            f"  region {i}: {len(r.nodes)} nodes, {r.nodes[0]} .. {r.nodes[-1]}"
+            for i, r in enumerate(self.regions)
         )
         return f"{len(self.verdicts)} nodes: {counts}\n{regions}"
 
@@ -115,6 +116,8 @@ def analyse_locality(captured: Captured, metas: Mapping[str, Meta]) -> Locality:
             values[node.name] = _input_value(node.name, meta, node.name in captured.inputs)
         elif node.op == "call_function":
             answer = _answer(node, meta, values, metas)
+            if node.target is operator.getitem and isinstance(answer, Footprint):
+                answer = _of_local(answer, verdicts)
             verdicts[node.name] = _verdict(node, answer)
             values[node.name] = _result(node, answer.dims, meta, values)
         elif node.op == "get_attr":
@@ -171,7 +174,7 @@ def _call(
     arguments: dict[str, Any] = {}
     for i, argument in enumerate(target._schema.arguments):
         given = args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
-        arguments[argument.name] = map_arg(given, lambda n: values[n.name])
+        arguments[argument.name] = map_arg(given, lambda n: values[n.name])  # type: ignore[arg-type,return-value]
     results = meta if isinstance(meta, tuple) else (meta,)
     return Call(node.name, target, arguments, tuple(m.shape for m in results if isinstance(m, Shape)))
 
@@ -179,12 +182,21 @@ def _call(
 def _item(node: fx.Node, values: Values) -> Footprint | Refusal:
     """One result of an operator that returns several: the same box of it."""
     several, index = node.args
-    assert isinstance(several, fx.Node) and isinstance(index, int)
+    assert isinstance(several, fx.Node)
+    assert isinstance(index, int)
     value = _values_of(several.name, values)[index]
     if not value.dims:
         return NO_AXIS
     read = Read("0", value, value.dims, (IDENTITY,) * len(value.dims))
     return Footprint(Evaluation.SHUFFLED, value.dims, (read,), operator.getitem)
+
+
+def _of_local(item: Footprint, verdicts: Mapping[str, Verdict]) -> Footprint | Refusal:
+    """The footprint of one of several results, if the operator that returns them is local itself."""
+    several = item.reads[0].value.name
+    if verdicts[several].kind is Kind.LOCAL:
+        return item
+    return Refusal(Kind.GLOBAL, f"is one of several results of `{several}`", item.dims)
 
 
 def _verdict(node: fx.Node, answer: Footprint | Refusal) -> Verdict:
@@ -195,9 +207,7 @@ def _verdict(node: fx.Node, answer: Footprint | Refusal) -> Verdict:
     return Verdict(node.name, name, answer.kind, answer.reason, *place)
 
 
-def _result(
-    node: fx.Node, dims: tuple[int, ...], meta: Meta, values: Values
-) -> Value | tuple[Value, ...]:
+def _result(node: fx.Node, dims: tuple[int, ...], meta: Meta, values: Values) -> Value | tuple[Value, ...]:
     """The value of a node with the stream axes that its footprint or refusal leaves it."""
     image = any(v.image for given in node.all_input_nodes for v in _values_of(given.name, values))
     if isinstance(meta, Shape):
@@ -223,9 +233,7 @@ def _stages(graph: fx.Graph, verdicts: Mapping[str, Verdict]) -> dict[str, int]:
     return stages
 
 
-def _regions(
-    graph: fx.Graph, verdicts: Mapping[str, Verdict], stages: Mapping[str, int]
-) -> tuple[Region, ...]:
+def _regions(graph: fx.Graph, verdicts: Mapping[str, Verdict], stages: Mapping[str, int]) -> tuple[Region, ...]:
     """The connected parts of each stage's local nodes, in the order of the graph."""
     order = {node.name: i for i, node in enumerate(graph.nodes)}
     parts = nx.Graph()

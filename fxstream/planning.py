@@ -1,6 +1,6 @@
 """The plan for one image size: what is streamed, in which segments and tiles.
 
-A region is streamed when that frees most of its activations. Where it is cut is decided in `boundaries`, the
+A region is streamed when that frees most of its activations, or when the user names segments or a cut. Where it is cut is decided in `boundaries`, the
 tiles of each segment in `grid`.
 
 Reference: Pinckaers, van Ginneken, Litjens, "Streaming convolutional neural networks for end-to-end learning
@@ -14,8 +14,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fxstream.box import Box
 from fxstream.boundaries import RegionPlanner, arithmetic
+from fxstream.box import Box
 from fxstream.demand import AxisTile, Segment, make_segment
 from fxstream.errors import PlanError
 from fxstream.grid import Grid
@@ -57,10 +57,10 @@ class SegmentPlan:
 
     def __str__(self) -> str:
         grid = " x ".join(str(len(tiles)) for tiles in self.axes)
-        reads = ", ".join(
-            f"{leaf} {' x '.join(map(str, self.largest_read(leaf)))}" for leaf, _ in self.segment.leaves
-        )
-        nodes = self.segment.nodes
+        nodes, leaf = self.segment.nodes, self.segment.leaves[0][0]
+        others = len(self.segment.leaves) - 1
+        reads = f"{leaf} {' x '.join(map(str, self.largest_read(leaf)))}"
+        reads += f" and {others} more" if others else ""
         return (
             f"{self.segment.name}: {nodes[0]} .. {nodes[-1]} ({len(nodes)} nodes), {grid} tiles, "
             f"largest read {reads}, {self.overhead:.2f}x MACs"
@@ -102,7 +102,8 @@ def make_plan(locality: Locality, request: Request) -> Plan:
     chosen: list[tuple[str, ...]] = []
     for region in locality.regions:
         kept = tuple(name for name in region.nodes if name in nodes)
-        if kept and _is_worthwhile(locality, kept, total):
+        asked = request.segments is not None or request.cut is not None
+        if kept and (asked or _is_worthwhile(locality, kept, total)):
             chosen += RegionPlanner(locality, kept, request).segments()
     planned = tuple(
         _segment_plan(locality, make_segment(locality, f"segment_{i}", run), request)
@@ -159,10 +160,9 @@ def _overhead(locality: Locality, segment: Segment, axes: Sequence[Sequence[Axis
     """Arithmetic of all tiles over that of the plain segment."""
     costs = arithmetic(locality, segment.nodes)
     total = 0.0
-    for name, cost in costs.items():
+    for name, plain in costs.items():
+        cost = float(plain)
         for axis, extent in enumerate(output_extents(locality, name)):
             cost *= sum(len(tile.boxes.get(name, ())) for tile in axes[axis]) / extent
         total += cost
     return total / max(1, sum(costs.values()))
-
-

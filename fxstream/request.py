@@ -14,7 +14,15 @@ from fxstream.errors import PlanError
 from fxstream.locality import Locality
 from fxstream.sizes import Shape
 
-__all__ = ["Request", "belongs", "image_extents", "leaf_extents", "output_extents", "place_of_module", "tile_bounds"]
+__all__ = [
+    "Request",
+    "belongs",
+    "image_extents",
+    "leaf_extents",
+    "output_extents",
+    "place_of_module",
+    "tile_bounds",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +76,8 @@ def leaf_extents(locality: Locality, leaf: str, dims: tuple[int, ...]) -> tuple[
 
 def output_extents(locality: Locality, output: str) -> tuple[int, ...]:
     """The extents of a local node's result along its stream axes."""
-    return leaf_extents(locality, output, locality.footprint(output).dims)
+    value = locality.values[output]
+    return (value[0] if isinstance(value, tuple) else value).extents
 
 
 def place_of_module(locality: Locality, path: str) -> int:
@@ -87,5 +96,3 @@ def place_of_module(locality: Locality, path: str) -> int:
 def belongs(module: str, path: str) -> bool:
     """Whether a module lies at or below a path."""
     return module == path or module.startswith(f"{path}.")
-
-

@@ -6,6 +6,7 @@ close to the original order as possible, with effects and random draws in their 
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Mapping, Sequence
 
@@ -66,7 +67,9 @@ def _streamed(locality: Locality, plan: SegmentPlan, labels: Mapping[str, str]) 
 
 def _labels(captured: Captured) -> dict[str, str]:
     """The user's name of each model tensor's placeholder."""
-    placeholders = [n.name for n in captured.graph.nodes if n.op == "placeholder" and n.name not in captured.inputs]
+    placeholders = [
+        n.name for n in captured.graph.nodes if n.op == "placeholder" and n.name not in captured.inputs
+    ]
     return dict(zip(placeholders, captured.tensors, strict=True))
 
 
@@ -79,10 +82,12 @@ def _order(graph: fx.Graph, unit: Mapping[str, str]) -> Sequence[str]:
         place[name] = i
         edges.add_node(name)
         edges.add_edges_from(
-            (source, name) for given in node.all_input_nodes if (source := unit.get(given.name, given.name)) != name
+            (source, name)
+            for given in node.all_input_nodes
+            if (source := unit.get(given.name, given.name)) != name
         )
     ordered = [node.name for node in ordered_nodes(graph)]
-    edges.add_edges_from(zip(ordered, ordered[1:], strict=False))
+    edges.add_edges_from(itertools.pairwise(ordered))
     return list(nx.lexicographical_topological_sort(edges, key=place.__getitem__))
 
 

@@ -106,9 +106,7 @@ def _shape(locality: Locality, name: str) -> tuple[int, ...]:
     return meta.shape
 
 
-def _owned(
-    locality: Locality, tile: Sequence[AxisTile], k: int, output: str, rank: int
-) -> Subscript | None:
+def _owned(locality: Locality, tile: Sequence[AxisTile], k: int, output: str, rank: int) -> Subscript | None:
     """The part of output `k` that a tile owns, or None where that is empty."""
     subscript = [slice(None)] * rank
     for dim, along in zip(locality.footprint(output).dims, tile, strict=True):

@@ -15,6 +15,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from fxstream.errors import InputError
 
-__all__ = ["Shape", "explain_sizes", "fold_integers", "moving_constants", "shapes_at", "source_line"]
+__all__ = ["Shape", "explain_sizes", "fold_integers", "is_library_file", "moving_constants", "shapes_at", "source_line"]
 
 LARGEST_DENOMINATOR = 64
 
@@ -61,10 +62,14 @@ def source_line(node: fx.Node) -> str:
     return _innermost(node.meta.get("stack_trace") or "")
 
 
+def is_library_file(path: str) -> bool:
+    """Whether a source file is torch's or ours, and so not the user's."""
+    return path.startswith((f"{torch.__path__[0]}/", f"{Path(__file__).parent}/", "<"))
+
+
 def _innermost(trace: str) -> str:
-    torch_root = f"{torch.__path__[0]}/"
     lines = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
-    own = [line for line in lines if torch_root not in line]
+    own = [line for line in lines if not is_library_file(line.split('"')[1])]
     if not own:
         return ""
     file, number = own[-1].split('"')[1], own[-1].split("line ")[1].split(",")[0]
@@ -156,7 +161,7 @@ class _SizesOfTensors:
             ratios = {Fraction(c, s) for c, s in zip(constant.values, sizes, strict=True) if s}
             if len(ratios) == 1 and len(set(sizes)) > 1:
                 (ratio,) = ratios
-                if 0 < ratio and max(ratio.numerator, ratio.denominator) <= LARGEST_DENOMINATOR:
+                if ratio > 0 and max(ratio.numerator, ratio.denominator) <= LARGEST_DENOMINATOR:
                     return self._fraction(place, dim, ratio)
         return None
 

@@ -33,9 +33,7 @@ def tile_program(locality: Locality, segment: Segment, tiles: Sequence[AxisTile]
         steps = [step for tile in tiles if (step := tile.steps[position]) is not None]
         if len(steps) == len(tiles):
             builder.add(name, steps)
-    results = [
-        builder.result(name, [tile.crops[i] for tile in tiles]) for i, name in enumerate(segment.outputs)
-    ]
+    results = [builder.result(name, [tile.crops[i] for tile in tiles]) for i, name in enumerate(segment.outputs)]
     builder.graph.output(tuple(results))
     builder.graph.eliminate_dead_code()
     builder.graph.lint()
@@ -80,11 +78,8 @@ class _Builder:
 
     def cut(self, node: fx.Node, dims: tuple[int, ...], cuts: Sequence[Cut]) -> fx.Node:
         """`node` cut along each stream dim; itself where nothing is cut away."""
-        for dim, cut in zip(dims, cuts, strict=True):
-            if not cut.is_whole:
-                arguments = (node, dim, cut.start, cut.start + cut.length)
-                node = self.graph.call_function(aten.slice.Tensor, arguments)
-        return node
+        parts = tuple((d, c.start, c.length) for d, c in zip(dims, cuts, strict=True) if not c.is_whole)
+        return self.graph.call_function(crop, (node, *parts)) if parts else node
 
     def _serve(self, footprint: Footprint, read: Read, steps: Sequence[ReadStep]) -> fx.Node:
         """The pixels of one read: cut from what the tile holds, padded where they lie outside the image."""
@@ -96,9 +91,7 @@ class _Builder:
             self._served[key] = self._pad(node, footprint, read, steps)
         return self._served[key]
 
-    def _pad(
-        self, node: fx.Node, footprint: Footprint, read: Read, steps: Sequence[ReadStep]
-    ) -> fx.Node:
+    def _pad(self, node: fx.Node, footprint: Footprint, read: Read, steps: Sequence[ReadStep]) -> fx.Node:
         if not any(step.before or step.after for step in steps):
             return node
         if footprint.fill is None:
@@ -162,9 +155,7 @@ class _Builder:
                 positional.append(arguments.get(argument.name, argument.default_value))
         return self.graph.call_function(target, tuple(positional), kwargs)
 
-    def _average(
-        self, name: str, footprint: Footprint, served: fx.Node, steps: Sequence[AxisStep]
-    ) -> fx.Node:
+    def _average(self, name: str, footprint: Footprint, served: fx.Node, steps: Sequence[AxisStep]) -> fx.Node:
         """An average pooling at the border: the sums of the windows over the counts of their real pixels."""
         assert footprint.average is not None
         call, dims = self.graph.call_function, footprint.dims
@@ -191,9 +182,18 @@ def _is_ragged(footprint: Footprint, steps: Sequence[AxisStep]) -> list[bool]:
     return [any(count != average.kernel for count in step.counts or ()) for average, step in pairs]
 
 
-def divide_by_counts(
-    sums: torch.Tensor, counts: Sequence[Sequence[int]], dims: Sequence[int]
-) -> torch.Tensor:
+def crop(tensor: torch.Tensor, *parts: tuple[int, int, int]) -> torch.Tensor:
+    """`length` pixels from `start` on along `dim`, for each (dim, start, length); a view.
+
+    >>> crop(torch.arange(6).view(2, 3), (0, 1, 1), (1, 0, 2))
+    tensor([[3, 4]])
+    """
+    for dim, start, length in parts:
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
+
+
+def divide_by_counts(sums: torch.Tensor, counts: Sequence[Sequence[int]], dims: Sequence[int]) -> torch.Tensor:
     """Window sums over the number of pixels of each window, the product of its counts along `dims`."""
     divisor = sums.new_ones((1,) * sums.ndim)
     for dim, along in zip(dims, counts, strict=True):

@@ -102,9 +102,7 @@ def transposed_convolution(n: int, call: Call) -> Answer:
     first = len(image.shape) - n
     stride, padding = per_axis(call["stride"], n), per_axis(call["padding"], n)
     dilation, kernel = per_axis(call["dilation"], n), call["weight"].shape[2:]
-    gaps = [
-        max(0, s - 1 - d * (k - 1)) for s, d, k in zip(stride, dilation, kernel, strict=True)
-    ]
+    gaps = [max(0, s - 1 - d * (k - 1)) for s, d, k in zip(stride, dilation, kernel, strict=True)]
     maps, production = [], []
     for dim in dims:
         j = dim - first

@@ -90,7 +90,8 @@ def reshape(call: Call) -> Answer:
     if dims is None:
         reason = f"reshapes {list(image.shape)} to {list(call.shape)}, which joins a stream axis with others"
         return Refusal(Kind.GLOBAL, reason)
-    return moved(call, image, dims, size=TileSize.RESULT)
+    argument = "size" if "size" in call.arguments else "shape"
+    return moved(call, image, dims, **{argument: TileSize.RESULT})
 
 
 def flatten(call: Call) -> Answer:
@@ -118,9 +119,7 @@ def squeeze(call: Call) -> Answer:
     return replace(footprint, target=torch.ops.aten.squeeze.dims if gone else None)
 
 
-def _follow_dims(
-    before: Sequence[int], after: Sequence[int], dims: tuple[int, ...]
-) -> tuple[int, ...] | None:
+def _follow_dims(before: Sequence[int], after: Sequence[int], dims: tuple[int, ...]) -> tuple[int, ...] | None:
     """Where stream dims end up in a reshape; None where one is joined, split or of ambiguous size 1.
 
     Both shapes are read from the left in blocks of equal product; a stream dim must be a block of its own.

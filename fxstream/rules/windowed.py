@@ -98,9 +98,7 @@ def convolution(n: int, call: Call) -> Answer:
     maps = [AxisMap.window(*axis) for axis in zip(kernel, stride, padding, dilation, strict=True)]
     macs = math.prod(call.shape) * math.prod(call["weight"].shape[1:])
     target = CONVOLUTIONS[n]
-    return windowed(
-        call, "input", maps, dims, target=target, overrides={"padding": [0] * n}, fill=0.0, macs=macs
-    )
+    return windowed(call, "input", maps, dims, target=target, overrides={"padding": [0] * n}, fill=0.0, macs=macs)
 
 
 def max_pool(n: int, call: Call) -> Answer:
@@ -197,9 +195,7 @@ def narrow(call: Call) -> Answer:
     if dim in image.dims:
         maps[image.dims.index(dim)] = AxisMap.shifted(call["start"] % image.shape[dim])
     target = None if dim in image.dims else call.target
-    return Footprint(
-        Evaluation.WINDOWED, image.dims, (Read("self", image, image.dims, tuple(maps)),), target
-    )
+    return Footprint(Evaluation.WINDOWED, image.dims, (Read("self", image, image.dims, tuple(maps)),), target)
 
 
 def pixel_unshuffle(call: Call) -> Answer:

@@ -1,0 +1,102 @@
+"""What fxstream finds in a model at one image size: verdicts, regions and where the stream ends.
+
+`analyze` runs nothing and allocates nothing of the image's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxstream.capture import Captured, capture
+from fxstream.errors import InputError
+from fxstream.locality import Locality, Region, Verdict, analyse_locality
+from fxstream.sizes import shapes_at
+
+__all__ = ["Analysis", "analyse", "analyze"]
+
+MOST_SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """A captured model with the verdict on each of its nodes at one size; prints as a summary."""
+
+    captured: Captured
+    locality: Locality
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """The verdict on every node, in the order of the graph."""
+        return tuple(self.locality.verdicts.values())
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The parts of the graph that can be streamed in one piece each."""
+        return self.locality.regions
+
+    @property
+    def barriers(self) -> tuple[Verdict, ...]:
+        """The nodes that need the whole feature map, or have no rule."""
+        return self.locality.barriers()
+
+    @property
+    def cut(self) -> Verdict | None:
+        """The node that ends the first region; None where everything is local."""
+        return self.barriers[0] if self.barriers else None
+
+    def __str__(self) -> str:
+        total = max(1, self.locality.activation_bytes(list(self.locality.verdicts)))
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.locality.counts().items()))
+        lines = [f"{len(self.verdicts)} nodes: {counts}"]
+        regions = sorted(self.regions, key=lambda r: -self.locality.activation_bytes(r.nodes))
+        for region in regions[:MOST_SHOWN]:
+            first, last = (self.locality.verdicts[region.nodes[i]] for i in (0, -1))
+            share = self.locality.activation_bytes(region.nodes) / total
+            lines.append(
+                f"region {first.module or first.node} .. {last.module or last.node}:"
+                f" {len(region.nodes)} nodes, {share:.1%} of the activations"
+            )
+        if len(regions) > MOST_SHOWN:
+            lines.append(f"and {len(regions) - MOST_SHOWN} smaller regions")
+        lines += [str(verdict) for verdict in self.barriers[:MOST_SHOWN]]
+        if len(self.barriers) > MOST_SHOWN:
+            lines.append(f"and {len(self.barriers) - MOST_SHOWN} more barriers")
+        return "\n".join(lines)
+
+
+def analyse(captured: Captured, model: nn.Module, tensors: list[torch.Tensor]) -> Analysis:
+    """The analysis of a captured model for these inputs (only their shapes are looked at)."""
+    metas = shapes_at(captured.module, [*captured.model_tensors(model), *tensors])
+    return Analysis(captured, analyse_locality(captured, metas))
+
+
+def analyze(
+    model: nn.Module,
+    size: int | tuple[int, ...],
+    *,
+    channels: int = 3,
+    batch: int = 1,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Analysis:
+    """What fxstream finds in `model` for one image [batch, channels, *size], without running it.
+
+    `size` is in pixels, one number for a square 2-D image or one per axis. Raises `CaptureError` where the
+    model cannot be captured and `InputError` where it cannot take the size.
+
+    >>> print(analyze(torch.nn.Conv2d(3, 8, 3), 64))
+    1 nodes: 1 local
+    region conv2d .. conv2d: 1 nodes, 100.0% of the activations
+    """
+    extents = (size, size) if isinstance(size, int) else tuple(size)
+    if not extents or any(not isinstance(e, int) or e < 1 for e in (*extents, channels, batch)):
+        raise InputError(f"size, channels and batch must be positive ints, found {size!r}, {channels}, {batch}")
+    weight = next(iter(model.parameters()), torch.empty(0))
+    image = torch.empty(1, dtype=weight.dtype, device=weight.device).expand(batch, channels, *extents)
+    captured = capture(model, (image,), kwargs or {})
+    tensors = [t for t in (kwargs or {}).values() if isinstance(t, torch.Tensor)]
+    return analyse(captured, model, [image, *tensors])

@@ -1,0 +1,231 @@
+"""Small networks that predecessors get wrong, bit-equal on the integer oracle with tiny tiles."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import assert_streams, integer_image, make_integer
+from torch import nn
+
+
+class Function(nn.Module):
+    """A module from a function of parts."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        self._forward = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *args):
+        return self._forward(self, *args)
+
+
+def conv(i, o, k=3, **options):
+    return nn.Conv2d(i, o, k, **options)
+
+
+def residual(m, x):
+    return F.relu(m.b(F.relu(m.a(x))) + m.skip(x))
+
+
+def dense(m, x):
+    for layer in (m.a, m.b, m.c):
+        x = torch.cat([x, layer(F.relu(x))], 1)
+    return m.last(x)
+
+
+def unet(m, x):
+    a = F.relu(m.down(x))
+    b = F.relu(m.deeper(F.max_pool2d(a, 2)))
+    up = F.pad(F.interpolate(b, scale_factor=2), (0, 1, 0, 1))
+    return m.out(torch.cat([a, up], 1))
+
+
+def channels_last(m, x):
+    x = m.patch(x).permute(0, 2, 3, 1)
+    x = x + m.mlp(m.norm(x))
+    return m.depthwise(x.permute(0, 3, 1, 2))
+
+
+def shuffle(m, x):
+    x = m.a(x)
+    n, c, h, w = x.shape
+    return m.b(x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w))
+
+
+def split_and_join(m, x):
+    a, b = m.a(x).chunk(2, 1)
+    c, d, e = torch.split(m.b(b), [1, 2, 1], 1)
+    return torch.cat([a, e, d], 1) * c
+
+
+def in_place(m, x):
+    x = F.relu_(m.a(x))
+    y = m.b(x)
+    y += x[:, :, 1:-1, 1:-1]
+    return y.mul_(2)
+
+
+def squeeze_excite(m, x):
+    x = m.b(F.relu(m.a(x)))
+    gate = m.gate(x.mean((2, 3), keepdim=True))
+    return m.c(F.relu(x * gate))
+
+
+CASES = {
+    "three convolutions": nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 4), nn.ReLU(), conv(4, 2)),
+    "bias, padding and stride": nn.Sequential(conv(3, 4, 3, stride=2, padding=1), conv(4, 3, 5, stride=3, padding=2)),
+    "even kernels": nn.Sequential(conv(2, 3, 2), conv(3, 3, 4, padding=1), conv(3, 2, 2, stride=2)),
+    "rectangular kernel": nn.Sequential(conv(1, 3, (3, 5), padding=(1, 0)), conv(3, 2, (1, 7), stride=(1, 2))),
+    "dilation": nn.Sequential(conv(2, 3, 3, dilation=3, padding=3), conv(3, 2, 3, dilation=(1, 2), stride=2)),
+    "same": nn.Sequential(conv(2, 3, 4, padding="same"), conv(3, 2, 3, padding="same", dilation=2)),
+    "stride larger than kernel": nn.Sequential(conv(2, 3, 1, stride=3), conv(3, 2, 2, stride=3, padding=1)),
+    "padded 1x1": nn.Sequential(conv(2, 3, 1, padding=2), nn.ReLU(), conv(3, 2, 3, stride=2, padding=2)),
+    "groups": nn.Sequential(conv(4, 4, groups=4, padding=1), conv(4, 6, groups=2), conv(6, 13, 1)),
+    "max pool": nn.Sequential(conv(2, 3), nn.MaxPool2d(3, 2, 1), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)),
+    "max pool, dilated": nn.Sequential(conv(2, 3), nn.MaxPool2d(2, 1, 1, dilation=2), conv(3, 2)),
+    "max pool, ceil and padding": nn.Sequential(conv(2, 3, 1), nn.MaxPool2d(3, 2, 1, ceil_mode=True), conv(3, 2, 1)),
+    "average pool": nn.Sequential(conv(2, 3), nn.AvgPool2d(2, 2), nn.AvgPool2d((4, 2), 2, (2, 1)), conv(3, 2, 1)),
+    "average pool, ceil": nn.Sequential(conv(2, 3), nn.AvgPool2d(2, 2, ceil_mode=True), conv(3, 2, 1)),
+    "average pool, pad not counted": nn.Sequential(
+        conv(2, 3), nn.AvgPool2d(2, 2, 1, ceil_mode=True, count_include_pad=False), conv(3, 2, 1)
+    ),
+    "average pool, divisor": nn.Sequential(conv(2, 3), nn.AvgPool2d(3, 2, 1, divisor_override=4), conv(3, 2, 1)),
+    "frozen batch norm": nn.Sequential(conv(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), conv(3, 2)),
+    "transposed": nn.Sequential(nn.ConvTranspose2d(2, 3, 4, 2, 1), nn.ReLU(), conv(3, 2, 3, stride=2)),
+    "transposed, output padding": nn.Sequential(
+        conv(2, 3, 3, stride=2), nn.ConvTranspose2d(3, 2, 3, 2, 1, output_padding=1), conv(2, 2, 3)
+    ),
+    "transposed with gaps": nn.Sequential(
+        conv(2, 3, 3, stride=2), nn.ConvTranspose2d(3, 2, 2, 4, 0, output_padding=3), conv(2, 2, 3)
+    ),
+    "transposed, dilated, grouped": nn.Sequential(
+        conv(2, 4, 3), nn.ConvTranspose2d(4, 2, 3, 3, 2, groups=2, dilation=2), conv(2, 2, 3)
+    ),
+    "nearest upsampling": nn.Sequential(conv(2, 3, stride=2), nn.Upsample(scale_factor=(2, 3)), conv(3, 2)),
+    "pixel shuffle": nn.Sequential(conv(2, 8), nn.PixelShuffle(2), conv(2, 3), nn.PixelUnshuffle(2), conv(12, 2, 2)),
+    "pad and crop": nn.Sequential(conv(2, 3), nn.ZeroPad2d((1, -2, 3, -1)), nn.ConstantPad2d(2, 3.0), conv(3, 2)),
+    "prelu": nn.Sequential(conv(2, 3), nn.PReLU(3), conv(3, 2)),
+    "residual": Function(residual, a=conv(2, 3, stride=2, padding=1), b=conv(3, 3, padding=1), skip=conv(2, 3, 1, stride=2)),
+    "dense block": Function(dense, a=conv(2, 2, padding=1), b=conv(4, 2, padding=1), c=conv(6, 2, padding=1), last=conv(8, 2)),
+    "unet": Function(unet, down=conv(2, 3, padding=1), deeper=conv(3, 4, padding=1), out=conv(7, 2)),
+    "channel shuffle": Function(shuffle, a=conv(2, 4), b=conv(4, 2)),
+    "splits": Function(split_and_join, a=conv(2, 4), b=conv(2, 4, 1)),
+    "in place": Function(in_place, a=conv(2, 3, padding=1), b=conv(3, 3)),
+    "strided slice": Function(lambda m, x: m.b(m.a(x)[:, :, 1::2, -19:]), a=conv(2, 3), b=conv(3, 2)),
+    "frozen stem": nn.Sequential(conv(2, 3).requires_grad_(False), nn.ReLU(), conv(3, 2)),
+    "shared module": Function(lambda m, x: m.last(m.a(F.relu(m.a(x)))), a=conv(2, 2, padding=1), last=conv(2, 2)),
+    "two outputs": Function(lambda m, x: (m.b(m.a(x)), m.c(m.a(x))), a=conv(2, 3), b=conv(3, 2, stride=2), c=conv(3, 1, 5)),
+    "positional parameter": Function(
+        lambda m, x: m.b(m.a(x) + m.grid), a=conv(2, 3, padding=1), b=conv(3, 2), grid=nn.Parameter(torch.zeros(1, 3, 21, 17))
+    ),
+    "weight standardisation": Function(
+        lambda m, x: m.b(F.conv2d(x, m.a.weight - m.a.weight.sum((1, 2, 3), keepdim=True), m.a.bias)), a=conv(2, 3), b=conv(3, 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("tile", [13, 16])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_bit_equal_to_the_plain_network(name, tile, batch):
+    model = make_integer(CASES[name]).eval()
+    channels = next(p for p in model.parameters() if p.ndim == 4).shape
+    transposed = isinstance(model, nn.Sequential) and isinstance(model[0], nn.ConvTranspose2d)
+    groups = getattr(model[0], "groups", 1) if isinstance(model, nn.Sequential) else 1
+    if name == "positional parameter":
+        channels = model.a.weight.shape
+    image = integer_image(batch, channels[0] if transposed else channels[1] * groups, 21, 17)
+    assert_streams(model, image, tile=tile, segments=1, tolerance=0.0)
+
+
+def test_channels_last_network():
+    norm, mlp = nn.LayerNorm(4), nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+    parts = {"patch": conv(3, 4, 2, stride=2), "norm": norm, "mlp": mlp, "depthwise": conv(4, 4, 5, padding=2, groups=4)}
+    model = Function(channels_last, **parts).double()
+    image = torch.randn(2, 3, 37, 34, dtype=torch.double, requires_grad=True)
+    assert_streams(model, image, tile=20)
+
+
+def test_regions_start_again_behind_a_gate():
+    parts = {"a": conv(2, 4, padding=1), "b": conv(4, 4), "c": conv(4, 4), "gate": conv(4, 4, 1)}
+    model = make_integer(Function(squeeze_excite, **parts))
+    plan = assert_streams(model, integer_image(2, 2, 19, 23) , tile=12, tolerance=1e-12)
+    assert len(plan.segments) == 2
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+def test_one_and_three_axes(axes):
+    kinds = {1: (nn.Conv1d, nn.MaxPool1d, nn.AvgPool1d, nn.ConvTranspose1d), 3: (nn.Conv3d, nn.MaxPool3d, nn.AvgPool3d, nn.ConvTranspose3d)}
+    convolution, max_pool, average_pool, transposed = kinds[axes]
+    model = nn.Sequential(
+        convolution(2, 3, 3, padding=1),
+        max_pool(3, 2, 1),
+        convolution(3, 3, 2, dilation=2),
+        average_pool(2, 1, 1, ceil_mode=True, count_include_pad=False),
+        transposed(3, 2, 3, 2, output_padding=1),
+    )
+    image = integer_image(2, 2, *((41,) if axes == 1 else (13, 12, 15)))
+    assert_streams(make_integer(model), image, tile=13, segments=1, tolerance=0.0)
+
+
+@pytest.mark.parametrize("segments", [1, 2, 3, ("0",), ("2", "4")])
+def test_segments_chain(segments):
+    model = make_integer(nn.Sequential(*(conv(2, 2, padding=1, stride=1 + i % 2) for i in range(6))))
+    plan = assert_streams(model, integer_image(1, 2, 67, 61), tile=40, segments=segments, tolerance=0.0)
+    assert len(plan.segments) == (segments if isinstance(segments, int) else len(segments) + 1)
+
+
+def test_cut_ends_the_stream():
+    model = make_integer(nn.Sequential(*(conv(2, 2, padding=1) for _ in range(5))))
+    plan = assert_streams(model, integer_image(1, 2, 21, 22), tile=12, cut="2", segments=1, tolerance=0.0)
+    assert [s.segment.nodes for s in plan.segments] == [("conv2d", "conv2d_1", "conv2d_2")]
+
+
+@pytest.mark.parametrize("size", [*range(33, 42), (40, 64), (7, 53), (1, 70)])
+@pytest.mark.parametrize("tile", [19, 23, 32])
+def test_no_alignment_of_size_and_tile(size, tile):
+    model = nn.Sequential(conv(1, 2, 3, stride=2, padding=1), nn.MaxPool2d(3, 2, 1), conv(2, 2, 3, padding=1))
+    extents = (size, size) if isinstance(size, int) else size
+    assert_streams(make_integer(model), integer_image(1, 1, *extents), tile=tile, segments=1, tolerance=0.0)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 13])
+def test_input_channels(channels):
+    model = make_integer(nn.Sequential(conv(channels, 2), conv(2, 2)))
+    assert_streams(model, integer_image(2, channels, 14, 15), tile=8, tolerance=0.0)
+
+
+def test_tile_per_axis():
+    model = make_integer(nn.Sequential(conv(2, 2), nn.ReLU(), conv(2, 2)))
+    plan = assert_streams(model, integer_image(1, 2, 30, 30), tile=(30, 10), tolerance=0.0)
+    assert [len(tiles) for tiles in plan.segments[0].axes] == [1, 5]
+
+
+def test_several_inputs_keywords_and_nested_outputs():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = conv(2, 3, padding=1), conv(1, 3, 1)
+
+        def forward(self, image, *, mask, scale=2):
+            x = F.relu(self.a(image)) + self.b(mask)
+            return {"map": (x * scale, 5), "mean": x.mean()}
+
+    model = make_integer(Model())
+    mask = integer_image(2, 1, 20, 18, requires_grad=False)
+    assert_streams(model, integer_image(2, 2, 20, 18), tile=9, kwargs={"mask": mask, "scale": 3}, tolerance=1e-12)
+
+
+def test_nan_and_infinity_flow_as_in_the_plain_network():
+    model = make_integer(nn.Sequential(conv(1, 2), nn.ReLU(), conv(2, 1)))
+    image = integer_image(1, 1, 30, 30, requires_grad=False)
+    image[0, 0, 9, 9], image[0, 0, 20, 21] = torch.nan, torch.inf
+    assert_streams(model, image, tile=11, tolerance=0.0)
+
+
+def test_memory_formats():
+    model = make_integer(nn.Sequential(conv(2, 2), conv(2, 2)))
+    image = integer_image(2, 2, 19, 20, requires_grad=False)
+    assert_streams(model, image.to(memory_format=torch.channels_last), tile=10, tolerance=0.0)
+    assert_streams(model, image.transpose(2, 3), tile=10, tolerance=0.0)
