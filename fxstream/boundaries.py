@@ -63,7 +63,7 @@ class RegionPlanner:
         self._bytes = max(1, locality.activation_bytes(nodes))
         self._reads = [[(r.value.name, r.dims) for r in locality.footprint(n).reads] for n in nodes]
         self._total = max(1, sum(self._arithmetic.values()))
-        self._boundary_bytes = self._candidates()
+        self._boundary_bytes = self._candidates(MOST_CANDIDATES)
 
     def segments(self) -> list[tuple[str, ...]]:
         """The runs of nodes, in order, that become segments."""
@@ -93,11 +93,11 @@ class RegionPlanner:
             live.append([k for k in (*live[-1], i) if last_use[k] > i])
         return [[self._nodes[k] for k in places] for places in live[1:]]
 
-    def _candidates(self) -> dict[int, int]:
-        """The places worth a boundary and the bytes that it would keep.
+    def _candidates(self, most: int) -> dict[int, int]:
+        """The places worth a boundary and the bytes that it would keep, at most so many of them.
 
-        These are the places before a window where no fewer bytes are live just before or after; of more than
-        `MOST_CANDIDATES`, those with the fewest bytes.
+        These are the places before a window where no fewer bytes are live just before or after, those with the
+        fewest bytes first.
         """
         live = self._live()[:-1]
         sizes = [self._locality.activation_bytes(names) for names in live]
@@ -108,7 +108,7 @@ class RegionPlanner:
             lowest = size <= sizes[max(i - 1, 0)] and (size < after or (size == after and self._is_window(i + 1)))
             if names and single and lowest:
                 places[i] = size
-        kept = sorted(sorted(places, key=places.__getitem__)[:MOST_CANDIDATES])
+        kept = sorted(sorted(places, key=places.__getitem__)[:most])
         return {i: places[i] for i in kept}
 
     def _is_window(self, place: int) -> bool:
@@ -117,18 +117,29 @@ class RegionPlanner:
         return any(axis_map != IDENTITY for read in reads for axis_map in read.maps)
 
     def _chosen(self) -> list[int]:
-        """The ends of all segments but the last, by the objective in the module's docstring."""
-        ends = [*self._boundary_bytes, len(self._nodes) - 1]
-        pairs = {end: self._ending_at(end, [-1, *(e for e in ends if e < end)]) for end in ends}
+        """The ends of all segments but the last, by the objective in the module's docstring.
+
+        Where the tile is too small for the few candidates, all places are considered; where it is too small for
+        any choice, the one that needs the smallest tile is returned, so that the error can name it.
+        """
         count = self._request.segments
         assert not isinstance(count, tuple)
-        if count is not None and not 1 <= count <= len(ends):
-            raise PlanError(f"segments={count}: this model's stream can be cut into 1 to {len(ends)} segments")
+        pairs = self._pairs()
         cheapest = _path(pairs, count, lambda cost: cost.total, operator.add)
+        if cheapest is None and len(self._boundary_bytes) >= MOST_CANDIDATES:
+            self._boundary_bytes = self._candidates(len(self._nodes))
+            pairs = self._pairs()
+            cheapest = _path(pairs, count, lambda cost: cost.total, operator.add)
         if cheapest is None:
             cheapest = _path(pairs, count, lambda cost: cost.least_tile, max)
-        assert cheapest is not None
+        if cheapest is None:
+            raise PlanError(f"segments={count}: this stream can be cut into 1 to {len(pairs)} segments")
         return cheapest[:-1]
+
+    def _pairs(self) -> dict[int, dict[int, _Cost]]:
+        """The cost of every segment, by its end and then by the end of the segment before it."""
+        ends = [*self._boundary_bytes, len(self._nodes) - 1]
+        return {end: self._ending_at(end, [-1, *(e for e in ends if e < end)]) for end in ends}
 
     def _ending_at(self, end: int, starts: Sequence[int]) -> dict[int, _Cost]:
         """The cost of the segment from each start to `end`, in the coarsest grid that fits it."""

@@ -123,13 +123,21 @@ def _made_independent(
 
 @contextlib.contextmanager
 def _neutral() -> Iterator[None]:
-    """No autocast, no inference mode, gradients on: the graph must not depend on where it is captured."""
+    """No autocast, no inference mode, gradients on: the graph must not depend on where it is captured.
+
+    Nothing that capture saves for backward may reach the hooks of a surrounding checkpoint either.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged))
         for device in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _export(

@@ -33,7 +33,11 @@ class RuleError(FxstreamError, RuntimeError):
 
 
 class PlanError(FxstreamError, ValueError):
-    """No plan satisfies the request; the message names the smallest that would."""
+    """No plan satisfies the request; the message names the smallest that would, `least_tile` in pixels."""
+
+    def __init__(self, message: str, least_tile: int | None = None) -> None:
+        super().__init__(message)
+        self.least_tile = least_tile
 
 
 class StreamError(FxstreamError, RuntimeError):

@@ -175,8 +175,9 @@ def is_random(node: fx.Node) -> bool:
     schema = schema_of(node)
     if schema is None or torch.Tag.nondeterministic_seeded not in node.target.tags:  # type: ignore[union-attr]
         return False
-    switch = next((i for i, a in enumerate(schema.arguments) if a.name in ("train", "training")), None)
-    return switch is None or switch >= len(node.args) or node.args[switch] is not False
+    given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
+    in_training = given.get("train", given.get("training", True)) is not False
+    return in_training and given.get("p", 1) != 0
 
 
 def updates_statistics(node: fx.Node) -> bool:

@@ -134,12 +134,12 @@ def _segment_plan(locality: Locality, segment: Segment, request: Request) -> Seg
     tiles = []
     for grid, count in zip(grids, counts, strict=True):
         if count is None:
-            raise PlanError(_too_small(locality, segment, request, grid))
+            raise _too_small(locality, segment, request, grid)
         tiles.append(grid.tiles(count))
     return SegmentPlan(segment, tuple(tiles), _overhead(locality, segment, tiles))
 
 
-def _too_small(locality: Locality, segment: Segment, request: Request, grid: Grid) -> str:
+def _too_small(locality: Locality, segment: Segment, request: Request, grid: Grid) -> PlanError:
     """The five parts of the error on a tile that one output pixel does not fit in."""
     pixels, leaf, bound = grid.least()
     verdict = locality.verdicts[segment.outputs[-1]]
@@ -148,12 +148,13 @@ def _too_small(locality: Locality, segment: Segment, request: Request, grid: Gri
     full = image_extents(locality, len(dims))[grid.axis]
     least = (pixels - 1) * full // extent + 1
     where = f" ({verdict.source})" if verdict.source else ""
-    return (
+    message = (
         f"tile={request.tile} is too small along axis {grid.axis}: one output pixel of"
         f" `{verdict.module or verdict.node}`{where} reads {pixels} pixels of `{leaf}`, and this tile holds"
         f" {bound}. The smallest tile that works here is {least}; more segments, or a cut before"
         f" `{verdict.module or verdict.node}`, need less."
     )
+    return PlanError(message, least)
 
 
 def _overhead(locality: Locality, segment: Segment, axes: Sequence[Sequence[AxisTile]]) -> float:

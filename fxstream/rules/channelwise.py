@@ -30,7 +30,6 @@ KEEPING = (
     "argsort",
     "topk",
     "index_select",
-    "renorm",
 )
 """Operators along `dim` or `dims` whose result keeps the dim."""
 

@@ -1,0 +1,252 @@
+"""The compiled module in the places where the plain one is used (invariant 4)."""
+
+import copy
+import pickle
+import socket
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from compare import assert_same, integer_image, make_integer, relative_error, step
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fxstream
+
+
+class Net(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.stem = nn.Conv2d(2, width, 3, padding=1)
+        self.bn = nn.BatchNorm2d(width)
+        self.body = nn.Conv2d(width, width, 3, stride=2)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(F.relu(self.body(F.relu(self.bn(self.stem(x))))).mean((2, 3)))
+
+
+def frozen() -> nn.Module:
+    return fxstream.freeze_batch_norm(Net()).double().train()
+
+
+def compiled(model) -> fxstream.StreamedModule:
+    return fxstream.compile(model, tile=16)
+
+
+def image(batch=2):
+    return torch.randn(batch, 2, 37, 30, dtype=torch.double, requires_grad=True)
+
+
+def check(module, model, x) -> None:
+    plain = copy.deepcopy(model)
+    assert_same(step(module, model, [x]), step(plain, plain, [x]), 1e-12)
+    assert not module.plan.is_trivial
+
+
+def test_parameters_are_the_same_objects():
+    model = frozen()
+    module = compiled(model)
+    assert all(a is b for a, b in zip(module.parameters(), model.parameters(), strict=True))
+    assert list(module.state_dict()) == list(model.state_dict())
+    assert [n for n, _ in module.named_modules()] == [n for n, _ in model.named_modules()]
+
+
+def test_state_dict_round_trip():
+    model, other = frozen(), frozen()
+    module = compiled(model)
+    module(image())
+    module.load_state_dict(other.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    check(module, model, image())
+
+
+def test_optimiser_step_and_dtype_change():
+    model = frozen()
+    module = compiled(model)
+    optimiser = torch.optim.SGD(module.parameters(), 0.1)
+    for _ in range(2):
+        check(module, model, image())
+        optimiser.step()
+    module.float()
+    x = image().detach().float()
+    assert model.stem.weight.dtype == torch.float32
+    assert relative_error(module(x).detach(), model(x).detach()) < 1e-5
+
+
+def test_deepcopy_and_pickle():
+    module = compiled(frozen())
+    module(image())
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert other.stem.weight is not module.stem.weight
+        assert not other.bn.training
+        assert not other.train().bn.training
+        check(other, other.model, image())
+
+
+def test_train_and_eval():
+    model = Net().double()
+    module = compiled(model)
+    assert module.eval().model.training is False
+    check(module, model, image())
+    module.train()
+    assert model.bn.training
+    plain = copy.deepcopy(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = step(module, model, [image()])
+        module(image())
+        module(image(1))
+    assert len([w for w in caught if w.category is fxstream.StreamingWarning]) == 1
+    assert "freeze_batch_norm" in str(caught[0].message)
+    assert "`bn`" in str(caught[0].message)
+    torch.manual_seed(0)
+    assert int(model.bn.num_batches_tracked) == 3
+    assert found.tensors.keys() == step(plain, plain, [image()]).tensors.keys()
+
+
+def test_running_statistics_are_updated_once_when_a_part_is_streamed():
+    parts = [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)]
+    model = nn.Sequential(*parts).double().train()
+    plain, x = copy.deepcopy(model), image()
+    module = fxstream.compile(model, tile=20, segments=1)
+    assert_same(step(module, model, [x]), step(plain, plain, [x]), 1e-12)
+    assert int(model[3].num_batches_tracked) == 1
+    assert len(module.plan.segments) == 2
+
+
+def test_small_images_take_the_plain_path():
+    model = frozen()
+    module = fxstream.compile(model, tile=64)
+    module(image())
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    module(image())
+    assert calls == [1]
+    assert module.plan.is_trivial
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_inside_checkpoint(use_reentrant):
+    model = frozen()
+    module, x = compiled(model), image()
+    plain = copy.deepcopy(model)
+    found = step(lambda x: checkpoint(module, x, use_reentrant=use_reentrant), model, [x])
+    assert_same(found, step(plain, plain, [x]), 1e-12)
+
+
+def test_autocast():
+    torch.manual_seed(3)
+    model = fxstream.freeze_batch_norm(Net(16)).train()
+    module, x = fxstream.compile(model, tile=16), torch.randn(2, 2, 37, 30)
+
+    def gradients(net, reference=False):
+        model.zero_grad()
+        if reference:
+            net(x.double()).square().sum().backward()
+        else:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = net(x)
+            assert out.dtype == torch.bfloat16
+            out.square().sum().backward()
+        return {n: p.grad for n, p in net.named_parameters()}
+
+    plain = gradients(copy.deepcopy(model))
+    exact = gradients(copy.deepcopy(model).double(), reference=True)
+    streamed = gradients(module)
+    for name, wanted in exact.items():
+        error, plain_error = (relative_error(g[name].double(), wanted) for g in (streamed, plain))
+        assert error <= 2 * plain_error + 1e-3, name
+    assert model.stem.weight.grad.dtype == torch.float32
+
+
+def test_autocast_cache_does_not_lose_gradients():
+    """A weight cast without recording must not be reused by a recorded use in the same autocast region."""
+    model = nn.Conv2d(2, 2, 3, padding=1)
+    module = fxstream.compile(model, tile=12, segments=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = torch.randn(1, 2, 30, 30)
+        loss = module(x).sum() + model(x).sum()
+    loss.backward()
+    streamed = model.weight.grad.clone()
+    model.weight.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        (2 * model(x).sum()).backward()
+    assert relative_error(streamed, model.weight.grad) < 0.02
+
+
+def test_low_precision_parameters_are_summed_in_float32():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 1, 3)).bfloat16()
+    x = torch.randn(1, 1, 60, 60, dtype=torch.bfloat16)
+    exact = step(*[copy.deepcopy(model).double()] * 2, [x.double()])
+    plain = step(*[copy.deepcopy(model)] * 2, [x])
+    streamed = step(fxstream.compile(model, tile=10), model, [x])
+    for name in ("grad of 0.weight", "grad of 2.weight", "grad of 0.bias"):
+        wanted = exact.tensors[name]
+        errors = [relative_error(r.tensors[name].double(), wanted) for r in (streamed, plain)]
+        assert errors[0] <= 2 * errors[1], name
+        assert streamed.tensors[name].dtype == torch.bfloat16
+
+
+def test_no_grad_and_inference_mode():
+    model = frozen()
+    module, x = compiled(model), image().detach()
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert relative_error(module(x), model(x)) < 1e-12
+    assert torch.is_grad_enabled()
+
+
+def test_frozen_stem_returns_no_gradient():
+    model = frozen()
+    model.stem.requires_grad_(False)
+    x = image().detach()
+    module = compiled(model)
+    module(x).sum().backward()
+    assert model.stem.weight.grad is None
+    check(module, model, x)
+
+
+def test_retain_graph_and_two_backwards():
+    model = make_integer(nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU(), nn.Conv2d(2, 1, 3)))
+    y = fxstream.compile(model, tile=10)(integer_image(1, 2, 20, 20)).sum()
+    y.backward(retain_graph=True)
+    once = model[0].weight.grad.clone()
+    y.backward()
+    assert torch.equal(model[0].weight.grad, 2 * once)
+
+
+def test_no_files_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    compiled(frozen())(image()).sum().backward()
+    assert list(tmp_path.iterdir()) == []
+
+
+def _train(rank: int, port: int, state, images, results) -> None:
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = frozen()
+    model.load_state_dict(state)
+    ddp = nn.parallel.DistributedDataParallel(fxstream.compile(model, tile=16))
+    ddp(images[rank : rank + 1]).square().mean().backward()
+    if rank == 0:
+        results.put({n: p.grad.numpy() for n, p in model.named_parameters()})
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_ddp_over_two_processes():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    model, images = frozen(), image().detach()
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    arguments = (port, model.state_dict(), images, results)
+    processes = torch.multiprocessing.spawn(_train, arguments, nprocs=2, join=False)
+    found = results.get()
+    processes.join(120)
+    model(images).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert relative_error(torch.from_numpy(found[name]), parameter.grad) < 1e-12, name

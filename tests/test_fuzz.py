@@ -1,0 +1,170 @@
+"""Random graphs as plain data, streamed with tiles down to one pixel, bit-equal on the integer oracle.
+
+A graph is a tuple of steps, each an operator with the places of its inputs among the values so far; values are
+cropped to a common size where they are joined. Every failure found goes into `CORPUS`. The campaign
+(`-m campaign`) draws thousands.
+"""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import assert_same, integer_image, step
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fxstream
+
+CHANNELS = 2
+
+
+class RandomGraph(nn.Module):
+    """The network that a tuple of steps describes."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = steps
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.randint(-1, 2, s[2]).double()) for s in steps if s[0] in ("conv", "transposed")
+        )
+        self.bias = nn.Parameter(torch.randint(-1, 2, (CHANNELS,)).double())
+
+    def forward(self, x):
+        values, weights = [x], iter(self.weights)
+        for kind, place, *options in self.steps:
+            a = values[place % len(values)]
+            if kind == "conv":
+                values.append(F.conv2d(a, next(weights), self.bias, *options[1:]))
+            elif kind == "transposed":
+                values.append(F.conv_transpose2d(a, next(weights), self.bias, *options[1:]))
+            elif kind == "join":
+                b = values[options[0] % len(values)]
+                h, w = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
+                both = [v[:, :, :h, :w] for v in (a, b)]
+                values.append(both[0] + both[1] if options[1] else torch.cat(both, 1)[:, 1 : 1 + CHANNELS])
+            else:
+                values.append(UNARY[kind](a, *options))
+        return tuple(values[-2:]) if self.steps[-1][0] == "join" else values[-1]
+
+
+UNARY = {
+    "relu": F.relu,
+    "max_pool": lambda x, k, s, p, d, c: F.max_pool2d(x, k, s, p, d, c),
+    "avg_pool": lambda x, k, s, p, c, i: F.avg_pool2d(x, k, s, p, c, i) * (k[0] * k[1] if k[0] & k[1] & 1 else 1),
+    "up": lambda x, s: F.interpolate(x, scale_factor=s),
+    "pad": lambda x, p: F.pad(x, p),
+    "shuffle": lambda x: F.pixel_shuffle(x.repeat(1, 4, 1, 1), 2),
+    "nhwc": lambda x: x.permute(0, 2, 3, 1).flip(-1).permute(0, 3, 1, 2),
+    "stride": lambda x, a, b: x[:, :, a::b],
+}
+
+place = st.integers(0, 7)
+pair = lambda low, high: st.tuples(st.integers(low, high), st.integers(low, high))  # noqa: E731
+kernel = st.tuples(st.just(CHANNELS), st.just(CHANNELS), st.integers(1, 4), st.integers(1, 4))
+pooled = st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
+
+
+@st.composite
+def max_pools(draw):
+    window = draw(pair(1, 4))
+    padding = tuple(draw(st.integers(0, k // 2)) for k in window)
+    return ("max_pool", draw(place), window, draw(pair(1, 3)), padding, draw(pair(1, 2)), draw(st.booleans()))
+
+
+@st.composite
+def average_pools(draw):
+    window = draw(pooled)
+    padding = tuple(draw(st.integers(0, k // 2)) for k in window)
+    return ("avg_pool", draw(place), window, draw(pair(1, 3)), padding, draw(st.booleans()), True)
+
+
+@st.composite
+def transposed_convolutions(draw):
+    stride = draw(pair(1, 3))
+    extra = tuple(draw(st.integers(0, s - 1)) for s in stride)
+    padding, dilation = draw(pair(0, 1)), draw(pair(1, 2))
+    return ("transposed", draw(place), draw(kernel), stride, padding, extra, 1, dilation)
+
+
+steps = st.one_of(
+    st.tuples(st.just("conv"), place, kernel, pair(1, 3), pair(0, 3), pair(1, 3)),
+    transposed_convolutions(),
+    max_pools(),
+    average_pools(),
+    st.tuples(st.just("join"), place, place, st.booleans()),
+    st.tuples(st.just("relu"), place),
+    st.tuples(st.just("up"), place, pair(1, 3)),
+    st.tuples(st.just("pad"), place, st.tuples(*[st.integers(-1, 2)] * 4)),
+    st.tuples(st.just("shuffle"), place),
+    st.tuples(st.just("nhwc"), place),
+    st.tuples(st.just("stride"), place, st.integers(0, 2), st.integers(1, 3)),
+)
+graphs = st.lists(steps, min_size=1, max_size=7).map(tuple)
+
+
+def run(graph, size, tile, segments) -> bool:
+    """Compare one case; False where the plain network itself cannot run or the case is trivial."""
+    torch.manual_seed(0)
+    model, image = RandomGraph(graph), integer_image(2, CHANNELS, *size)
+    try:
+        wanted = step(model, model, [image])
+    except (RuntimeError, ValueError):
+        return False
+    if any(t is not None and (t.numel() == 0 or t.abs().max() > 2**50) for t in wanted.tensors.values()):
+        return False
+    for _ in range(6):
+        module = fxstream.compile(model, tile=tile, segments=segments)
+        try:
+            found = step(module, model, [image])
+        except fxstream.PlanError as error:
+            if error.least_tile is None:
+                return False
+            tile = max(tile + 1, error.least_tile)
+            continue
+        assert_same(found, wanted, 0.0)
+        return not module.plan.is_trivial
+    return False
+
+
+CORPUS = [
+    # (graph, size, tile, segments): cases that once failed
+    ((("conv", 0, (2, 2, 1, 1), (1, 1), (2, 2), (1, 1)),), (5, 4), 1, 1),
+    ((("up", 0, (2, 3)), ("conv", 1, (2, 2, 3, 3), (2, 2), (1, 1), (1, 1))), (7, 5), 3, 1),
+    ((("transposed", 0, (2, 2, 1, 2), (3, 3), (1, 0), (2, 1), 1, (1, 1)), ("relu", 1)), (4, 5), 2, 1),
+    ((("conv", 0, (2, 2, 3, 3), (1, 1), (1, 1), (1, 1)), ("max_pool", 1, (2, 2), (2, 2), (1, 0), (1, 1), True), ("join", 1, 2, True)), (9, 8), 4, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CORPUS)
+def test_corpus(case):
+    assert run(*case)
+
+
+SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
+
+
+@settings(max_examples=150, **SETTINGS)
+@given(graphs, pair(1, 18), st.integers(1, 14), st.sampled_from([1, 1, None]))
+def test_random_graphs(graph, size, tile, segments):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(graph, size, tile, segments)
+
+
+@pytest.mark.campaign
+def test_campaign_of_random_graphs(request):
+    """Thousands of graphs; prints how many were really tiled."""
+    counts = {"drawn": 0, "tiled": 0}
+
+    @settings(max_examples=5000, **SETTINGS | {"derandomize": False})
+    @given(graphs, pair(1, 24), st.integers(1, 14), st.sampled_from([1, 1, None]))
+    def campaign(graph, size, tile, segments):
+        counts["drawn"] += 1
+        counts["tiled"] += run(graph, size, tile, segments)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        campaign()
+    print(counts)

@@ -1,0 +1,75 @@
+"""Real networks in float64: output and every gradient within 1e-10 of the plain network.
+
+The suite takes one or both ways through each network; the campaign (`-m campaign`) the whole matrix.
+"""
+
+import pytest
+import timm
+import torch
+import torchvision
+from compare import assert_streams, randomise_statistics
+
+import fxstream
+
+TORCHVISION = (
+    "resnet18 resnet34 resnet50 resnet101 wide_resnet50_2 resnext50_32x4d densenet121 densenet161 densenet169"
+    " densenet201 vgg11 vgg16_bn convnext_tiny mobilenet_v2"
+).split()
+TIMM = ["resnet26d", "regnetx_002", "repvgg_a0", "convnext_atto", "dpn68"]
+NETWORKS = [*TORCHVISION, *(f"timm/{name}" for name in TIMM)]
+ONE_SEGMENT = {  # (tile along the long axis of a thin image, where the stream ends)
+    "resnet18": (460, None),
+    "resnet50": (460, None),
+    "densenet121": (300, "features.denseblock2"),
+    "vgg16_bn": (220, None),
+    "mobilenet_v2": (500, None),
+    "convnext_tiny": (300, "features.3"),
+    "timm/resnet26d": (460, None),
+}
+SMALL = ((97, 135), 96)
+WIDE_KERNELS = ((65, 270), (65, 232))
+
+
+def build(name: str) -> torch.nn.Module:
+    options = {"num_classes": 7}
+    if name.startswith("timm/"):
+        model = timm.create_model(name.removeprefix("timm/"), pretrained=False, **options)
+    else:
+        model = torchvision.models.get_model(name, weights=None, **options)
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Dropout, torchvision.ops.StochasticDepth)):
+            module.p = 0.0
+    return fxstream.freeze_batch_norm(randomise_statistics(model)).double().train()
+
+
+def image(batch: int, height: int, width: int) -> torch.Tensor:
+    return torch.randn(batch, 3, height, width, dtype=torch.double, requires_grad=True)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_several_segments(name):
+    size, tile = WIDE_KERNELS if "convnext" in name else SMALL
+    plan = assert_streams(build(name), image(3, *size), tile=tile)
+    assert len(plan.segments) > 1
+    assert plan.streamed_share > 0.9
+
+
+@pytest.mark.parametrize("name", ONE_SEGMENT)
+def test_one_segment(name):
+    tile, cut = ONE_SEGMENT[name]
+    assert_streams(build(name), image(1, 37, tile + 131), tile=(37, tile), segments=1, cut=cut)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name, width", [("densenet121", 2300), ("convnext_tiny", 1900), ("resnet101", 1200)])
+def test_campaign_of_whole_networks_in_one_segment(name, width):
+    assert_streams(build(name), image(1, 33, width), tile=(33, width - 20), segments=1)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("size", [(97, 135), (128, 160), (131, 101), (161, 300)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_campaign_of_networks(name, size, batch):
+    tile = tuple(extent * 6 // 7 for extent in size) if "convnext" in name else 96
+    assert_streams(build(name), image(batch, *size), tile=tile)

@@ -1,0 +1,193 @@
+"""The schedule: what runs how often, and what is kept. And the oracle itself, shown to fail on seeded faults."""
+
+import gc
+import math
+import types
+
+import pytest
+import torch
+from compare import assert_streams, integer_image, make_integer
+from torch import nn
+
+import fxstream
+from fxstream import box, demand, planning, receptive_field, runtime
+from fxstream.bench import PeakMemory, measure
+
+
+def network() -> nn.Module:
+    layers = [nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(3, 2, 3, padding=1)]
+    return make_integer(nn.Sequential(*layers))
+
+
+def streams(module) -> list[runtime.Stream]:
+    return [m.stream for m in module._last.streamed.modules() if hasattr(m, "stream")]
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_each_output_pixel_is_written_once(segments):
+    module = fxstream.compile(network(), tile=13, segments=segments)
+    module(integer_image(1, 2, 31, 26))
+    assert len(streams(module)) == segments
+    for stream in streams(module):
+        for k, shape in enumerate(stream.shapes):
+            written = torch.zeros(shape)
+            for call in stream.calls:
+                written[call.outputs[k]] += 1
+            assert torch.equal(written, torch.ones(shape))
+
+
+def test_each_tile_is_computed_once_forward_and_once_backward(monkeypatch):
+    module = fxstream.compile(network(), tile=13, segments=1)
+    image = integer_image(1, 2, 31, 26)
+    module(image)
+    (stream,) = streams(module)
+    calls = []
+    for i, program in enumerate(stream.programs):
+        forward = program.forward
+        monkeypatch.setattr(program, "forward", lambda *a, i=i, f=forward: (calls.append(i), f(*a))[1])
+    y = module(image)
+    assert sorted(calls) == sorted(call.program for call in stream.calls)
+    calls.clear()
+    y.sum().backward()
+    assert sorted(calls) == sorted(call.program for call in stream.calls)
+
+
+def test_interior_tiles_share_one_program():
+    module = fxstream.compile(network(), tile=20, segments=1)
+    module(integer_image(1, 2, 160, 160))
+    (stream,) = streams(module)
+    assert len(stream.calls) > 60
+    assert len(stream.programs) <= 16
+
+
+def test_a_tile_program_prints_its_crops_and_pads():
+    module = fxstream.compile(network(), tile=13, segments=1)
+    module(integer_image(1, 2, 31, 26))
+    code = streams(module)[0].programs[0].code
+    assert "constant_pad_nd" in code
+    assert "conv2d" in code
+
+
+def test_the_rewritten_graph_has_one_call_per_segment():
+    module = fxstream.compile(network(), tile=13, segments=2)
+    module(integer_image(1, 2, 31, 26))
+    assert [n.name for n in module.graph.nodes if n.op == "call_module"] == ["segment_0", "segment_1"]
+
+
+def test_nothing_is_kept_beyond_leaves_output_and_their_gradients():
+    model = nn.Sequential(nn.Conv2d(2, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 1, 3, stride=4))
+    module = fxstream.compile(model, tile=40, segments=1)
+    module(torch.randn(1, 2, 200, 200))
+    with PeakMemory() as memory:
+        y = module(torch.randn(1, 2, 200, 200, requires_grad=True))
+    gc.collect()
+    assert memory.live == y.numel() * 4 + 2 * 200 * 200 * 4
+
+
+def test_peak_memory_does_not_grow_with_the_image():
+    layers = [nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 1, 3, stride=8)]
+    model = nn.Sequential(*layers)
+    module = fxstream.compile(model, tile=96, segments=1)
+    peaks = []
+    for size in (192, 384, 768):
+        image = torch.randn(1, 1, size, size)
+        module(image)
+        kept = 3 * 4 * (size // 8) ** 2  # output, its gradient, and a margin of one more
+        peaks.append(measure(lambda image=image: module(image).sum().backward()).peak_bytes - kept)
+    assert max(peaks) < 1.1 * min(peaks)
+    plain = measure(lambda: model(image).sum().backward()).peak_bytes
+    assert max(peaks) < plain / 10
+
+
+# Faults: each must be caught by the comparison.
+
+
+def caught() -> bool:
+    try:
+        assert_streams(network(), integer_image(2, 2, 31, 26), tile=15, segments=1, tolerance=0.0)
+    except (AssertionError, RuntimeError):
+        return True
+    return False
+
+
+def test_no_fault_is_not_caught():
+    assert not caught()
+
+
+def test_dropped_halo_is_caught(monkeypatch):
+    window = receptive_field.AxisMap.window.__func__
+
+    def narrow(cls, kernel, stride, padding, dilation=1):
+        full = window(cls, kernel, stride, padding, dilation)
+        return cls(full.num, full.den, full.first + 1, full.last) if kernel > 1 else full
+
+    monkeypatch.setattr(receptive_field.AxisMap, "window", classmethod(narrow))
+    assert caught()
+
+
+def test_shifted_map_is_caught(monkeypatch):
+    window = receptive_field.AxisMap.window.__func__
+
+    def shifted(cls, kernel, stride, padding, dilation=1):
+        full = window(cls, kernel, stride, padding, dilation)
+        return cls(full.num, full.den, full.first + 1, full.last + 1)
+
+    monkeypatch.setattr(receptive_field.AxisMap, "window", classmethod(shifted))
+    assert caught()
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_skipped_tile_is_caught(monkeypatch, when):
+    build = runtime.build_stream
+    monkeypatch.setattr(
+        "fxstream.rewrite.build_stream",
+        lambda *a: runtime.Stream(
+            *(lambda s: (s.plan, s.programs, s.calls[:-1], s.shapes, s.labels))(build(*a))
+        ),
+    )
+    if when == "backward":
+        forward, complete = runtime._forward, {}
+        monkeypatch.setattr("fxstream.rewrite.build_stream", lambda *a: complete.setdefault("s", build(*a)))
+        shorter = lambda s: runtime.Stream(s.plan, s.programs, s.calls[:-1], s.shapes, s.labels)  # noqa: E731
+        apply = runtime._StreamMap.apply
+        monkeypatch.setattr(runtime, "_forward", lambda s, t: forward(complete["s"], t))
+        monkeypatch.setattr(runtime._StreamMap, "apply", lambda s, *t: apply(shorter(s), *t))
+    assert caught()
+
+
+def test_stale_plan_is_caught(monkeypatch):
+    known = {}
+    real = planning.make_plan
+    monkeypatch.setattr("fxstream.compiler.make_plan", lambda loc, request: known.setdefault("plan", real(loc, request)))
+    model = network()
+    module = fxstream.compile(model, tile=15, segments=1)
+    assert torch.equal(module(image := integer_image(1, 2, 31, 26)), model(image))
+    with pytest.raises((RuntimeError, AssertionError)):
+        assert torch.equal(module(other := integer_image(1, 2, 37, 40)), model(other))
+
+
+def test_wrong_fill_is_caught(monkeypatch):
+    monkeypatch.setattr("fxstream.rules.windowed.math", types.SimpleNamespace(inf=0.0, prod=math.prod))
+    model = make_integer(nn.Sequential(nn.Conv2d(1, 1, 1), nn.MaxPool2d(3, 2, 1)))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[0].bias.fill_(-9.0)
+    with pytest.raises(AssertionError):
+        assert_streams(model, integer_image(1, 1, 20, 20), tile=9, segments=1, tolerance=0.0)
+
+
+def test_unclipped_hull_is_caught(monkeypatch):
+    walk = demand.AxisWalk._walk
+
+    def last_consumer_wins(self, outputs):
+        starts, stops = walk(self, outputs)
+        return [s + (1 if 0 < s < e - 1 else 0) for s, e in zip(starts, stops, strict=True)], stops
+
+    monkeypatch.setattr(demand.AxisWalk, "_walk", last_consumer_wins)
+    assert caught()
+
+
+def test_box_arithmetic():
+    boxes = box.Box((box.Interval(0, 3), box.Interval(2, 9))), box.Box((box.Interval(2, 5), box.EMPTY))
+    assert str(boxes[0].hull(boxes[1])) == "[0:5, 2:9]"
+    assert boxes[0].shape == (3, 7)
