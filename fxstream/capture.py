@@ -18,6 +18,7 @@ The limit: a branch on the size that none of the captured sizes takes is not see
 from __future__ import annotations
 
 import contextlib
+import logging
 import operator
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,10 +131,26 @@ def _neutral() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(_quiet("torch._subclasses.fake_tensor"))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged))
         for device in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Nothing from one logger: a capture that fails at another size is an answer, not an error."""
+
+    def nothing(record: logging.LogRecord) -> bool:
+        return False
+
+    logger = logging.getLogger(name)
+    logger.addFilter(nothing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(nothing)
 
 
 def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
@@ -175,11 +192,7 @@ def _shifted(tensor: torch.Tensor, largest: torch.Tensor, shift: Sequence[int]) 
 
 def _explanation(model: nn.Module, error: Exception) -> str:
     """The user's line and the reason in words."""
-    own = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not is_library_file(frame.filename)
-    ]
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_library_file(frame.filename)]
     place = f" at {own[-1].filename}:{own[-1].lineno} (`{own[-1].line}`)" if own else ""
     text = str(error).strip().splitlines()
     reason = text[0] if text else type(error).__name__

@@ -11,6 +11,7 @@ What must keep its order (effects, random draws) is listed by `ordered_nodes`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,48 +69,44 @@ def _viewed_inputs(node: fx.Node) -> list[fx.Node]:
     return [given for given, alias in _arguments(node) if alias is not None]
 
 
-class _Storages:
-    """Which nodes may share storage: a union-find over view operators."""
+@dataclass(eq=False, slots=True)
+class _Storage:
+    """The nodes so far that may share one storage, and why it must stay outside a stream, if so."""
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self._root: dict[fx.Node, fx.Node] = {node: node for node in graph.nodes}
-        for node in graph.nodes:
-            for viewed in _viewed_inputs(node):
-                self._root[self._find(node)] = self._find(viewed)
-        self._groups: dict[fx.Node, list[fx.Node]] = {}
-        for node in graph.nodes:
-            self._groups.setdefault(self._find(node), []).append(node)
-
-    def _find(self, node: fx.Node) -> fx.Node:
-        while self._root[node] is not node:
-            node = self._root[node]
-        return node
-
-    def sharing(self, node: fx.Node) -> list[fx.Node]:
-        """All nodes of the captured graph that may share storage with `node`."""
-        return self._groups[self._find(node)]
-
-    def add(self, node: fx.Node, like: fx.Node) -> None:
-        """Count a new node among those that may share storage with `like`."""
-        self._root[node] = self._find(like)
-        self.sharing(like).append(node)
+    members: list[fx.Node]
+    reason: str | None = None
 
 
 def make_functional(graph: fx.Graph) -> None:
     """Rewrite `graph` in place; what cannot be made functional is marked and left in order."""
-    storages = _Storages(graph)
     position = {node: i for i, node in enumerate(graph.nodes)}
+    storages: dict[fx.Node, _Storage] = {}
     for node in list(graph.nodes):
         changed = mutated_inputs(node)
         if not changed:
+            _join(storages, node, _viewed_inputs(node))
             continue
-        sharing = storages.sharing(changed[0])
         twin = _functional_twin(node)
+        sharing = storages[changed[0]].members
         if twin is None or len(changed) > 1 or _is_seen_elsewhere(node, changed[0], sharing, position):
-            for other in sharing:
-                other.meta[UNSTREAMED] = f"its storage is changed in place by `{node.name}`"
-            continue
-        storages.add(_replace(graph, node, changed[0], twin, position), changed[0])
+            _join(storages, node, changed)
+            storages[node].reason = f"its storage is changed in place by `{node.name}`"
+        else:
+            _join(storages, _replace(graph, node, changed[0], twin, position), [])
+    for storage in storages.values():
+        for node in storage.members if storage.reason else ():
+            node.meta[UNSTREAMED] = storage.reason
+
+
+def _join(storages: dict[fx.Node, _Storage], node: fx.Node, viewed: list[fx.Node]) -> None:
+    """Count `node` among those that share storage with what it views; a new storage if nothing."""
+    whole = storages[viewed[0]] if viewed else _Storage([])
+    for other in (storages[given] for given in viewed[1:]):
+        if other is not whole:
+            whole.members += other.members
+            storages.update(dict.fromkeys(other.members, whole))
+    whole.members.append(node)
+    storages[node] = whole
 
 
 def _is_seen_elsewhere(
@@ -117,14 +114,11 @@ def _is_seen_elsewhere(
 ) -> bool:
     """Whether another name of the storage is used after `node`, or is a tensor of the model."""
     now = position[node]
-    for other in sharing:
-        if other.op == "placeholder" and other.meta.get("fxstream_model_tensor"):
-            return True
-        if other in (changed, node) or position.get(other, -1) > now:
-            continue
-        if any(position.get(user, now + 1) > now for user in other.users):
-            return True
-    return False
+    return any(
+        bool(other.meta.get("fxstream_model_tensor"))
+        or (other is not changed and any(position[user] > now for user in other.users))
+        for other in sharing
+    )
 
 
 def _functional_twin(node: fx.Node) -> torch._ops.OpOverload | None:

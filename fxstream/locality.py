@@ -146,9 +146,6 @@ def _answer(node: fx.Node, meta: Meta, values: Values, metas: Mapping[str, Meta]
     inputs = [value for given in node.all_input_nodes for value in _values_of(given.name, values)]
     if not any(value.image for value in inputs):
         return Refusal(Kind.SMALL, "does not depend on an image")
-    marked = next((n.meta[UNSTREAMED] for n in (node, *node.all_input_nodes) if UNSTREAMED in n.meta), None)
-    if marked is not None:
-        return Refusal(Kind.GLOBAL, marked)
     if node.target is operator.getitem:
         return _item(node, values)
     rule = rule_of(node.target)
@@ -159,7 +156,10 @@ def _answer(node: fx.Node, meta: Meta, values: Values, metas: Mapping[str, Meta]
     if not has_axes and rule.family not in STARTS_AXES:
         return NO_AXIS
     answer = rule.rule(_call(node, node.target, meta, values, metas))
-    return NO_AXIS if isinstance(answer, Refusal) and not has_axes else answer
+    if not (answer.dims if isinstance(answer, Footprint) else has_axes):
+        return NO_AXIS
+    marked = next((n.meta[UNSTREAMED] for n in (node, *node.all_input_nodes) if UNSTREAMED in n.meta), None)
+    return answer if marked is None else Refusal(Kind.GLOBAL, marked, answer.dims)
 
 
 def _call(

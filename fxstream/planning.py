@@ -1,7 +1,7 @@
 """The plan for one image size: what is streamed, in which segments and tiles.
 
-A region is streamed when that frees most of its activations, or when the user names segments or a cut. Where it is cut is decided in `boundaries`, the
-tiles of each segment in `grid`.
+A region is streamed when that frees most of its activations, or when the user names segments or a cut. Where it
+is cut is decided in `boundaries`, the tiles of each segment in `grid`.
 
 Reference: Pinckaers, van Ginneken, Litjens, "Streaming convolutional neural networks for end-to-end learning
 with multi-megapixel images", sections III-A and III-C.

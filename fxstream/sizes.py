@@ -26,7 +26,15 @@ from torch.utils import _pytree as pytree
 
 from fxstream.errors import InputError
 
-__all__ = ["Shape", "explain_sizes", "fold_integers", "is_library_file", "moving_constants", "shapes_at", "source_line"]
+__all__ = [
+    "Shape",
+    "explain_sizes",
+    "fold_integers",
+    "is_library_file",
+    "moving_constants",
+    "shapes_at",
+    "source_line",
+]
 
 LARGEST_DENOMINATOR = 64
 

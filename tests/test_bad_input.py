@@ -46,7 +46,7 @@ def test_too_many_segments(model):
 
 
 def test_not_a_module():
-    with pytest.raises(InputError, match="needs an nn.Module, found function"):
+    with pytest.raises(InputError, match=r"needs an nn\.Module, found function"):
         fxstream.compile(lambda x: x, tile=8)
 
 
@@ -57,7 +57,9 @@ def test_tile_with_wrong_number_of_axes(model):
 
 def test_tile_too_small_names_minimum_and_node(model):
     compiled = fxstream.compile(model, tile=8, segments=1)
-    with pytest.raises(PlanError, match=r"one output pixel of `2`.*reads 9 pixels.*The smallest tile .* is 9") as error:
+    with pytest.raises(
+        PlanError, match=r"one output pixel of `2`.*reads 9 pixels.*The smallest tile .* is 9"
+    ) as error:
         compiled(torch.randn(1, 3, 30, 30))
     assert "more segments" in str(error.value)
     assert not fxstream.compile(model, tile=9, segments=1)(torch.randn(1, 3, 30, 30)).isnan().any()
@@ -80,7 +82,7 @@ def test_image_smaller_than_the_kernel(model):
 def test_wrong_number_of_channels(model):
     compiled = fxstream.compile(model, tile=12)
     compiled(torch.randn(1, 3, 30, 30))
-    with pytest.raises(CaptureError, match="expected input.* to have 3 channels, but got 1"):
+    with pytest.raises(CaptureError, match=r"expected input.* to have 3 channels, but got 1"):
         compiled(torch.randn(1, 1, 30, 30))
 
 

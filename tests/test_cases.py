@@ -74,7 +74,9 @@ def squeeze_excite(m, x):
 
 CASES = {
     "three convolutions": nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 4), nn.ReLU(), conv(4, 2)),
-    "bias, padding and stride": nn.Sequential(conv(3, 4, 3, stride=2, padding=1), conv(4, 3, 5, stride=3, padding=2)),
+    "bias, padding and stride": nn.Sequential(
+        conv(3, 4, 3, stride=2, padding=1), conv(4, 3, 5, stride=3, padding=2)
+    ),
     "even kernels": nn.Sequential(conv(2, 3, 2), conv(3, 3, 4, padding=1), conv(3, 2, 2, stride=2)),
     "rectangular kernel": nn.Sequential(conv(1, 3, (3, 5), padding=(1, 0)), conv(3, 2, (1, 7), stride=(1, 2))),
     "dilation": nn.Sequential(conv(2, 3, 3, dilation=3, padding=3), conv(3, 2, 3, dilation=(1, 2), stride=2)),
@@ -84,7 +86,9 @@ CASES = {
     "groups": nn.Sequential(conv(4, 4, groups=4, padding=1), conv(4, 6, groups=2), conv(6, 13, 1)),
     "max pool": nn.Sequential(conv(2, 3), nn.MaxPool2d(3, 2, 1), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)),
     "max pool, dilated": nn.Sequential(conv(2, 3), nn.MaxPool2d(2, 1, 1, dilation=2), conv(3, 2)),
-    "max pool, ceil and padding": nn.Sequential(conv(2, 3, 1), nn.MaxPool2d(3, 2, 1, ceil_mode=True), conv(3, 2, 1)),
+    "max pool, ceil and padding": nn.Sequential(
+        conv(2, 3, 1), nn.MaxPool2d(3, 2, 1, ceil_mode=True), conv(3, 2, 1)
+    ),
     "average pool": nn.Sequential(conv(2, 3), nn.AvgPool2d(2, 2), nn.AvgPool2d((4, 2), 2, (2, 1)), conv(3, 2, 1)),
     "average pool, ceil": nn.Sequential(conv(2, 3), nn.AvgPool2d(2, 2, ceil_mode=True), conv(3, 2, 1)),
     "average pool, pad not counted": nn.Sequential(
@@ -103,11 +107,17 @@ CASES = {
         conv(2, 4, 3), nn.ConvTranspose2d(4, 2, 3, 3, 2, groups=2, dilation=2), conv(2, 2, 3)
     ),
     "nearest upsampling": nn.Sequential(conv(2, 3, stride=2), nn.Upsample(scale_factor=(2, 3)), conv(3, 2)),
-    "pixel shuffle": nn.Sequential(conv(2, 8), nn.PixelShuffle(2), conv(2, 3), nn.PixelUnshuffle(2), conv(12, 2, 2)),
+    "pixel shuffle": nn.Sequential(
+        conv(2, 8), nn.PixelShuffle(2), conv(2, 3), nn.PixelUnshuffle(2), conv(12, 2, 2)
+    ),
     "pad and crop": nn.Sequential(conv(2, 3), nn.ZeroPad2d((1, -2, 3, -1)), nn.ConstantPad2d(2, 3.0), conv(3, 2)),
     "prelu": nn.Sequential(conv(2, 3), nn.PReLU(3), conv(3, 2)),
-    "residual": Function(residual, a=conv(2, 3, stride=2, padding=1), b=conv(3, 3, padding=1), skip=conv(2, 3, 1, stride=2)),
-    "dense block": Function(dense, a=conv(2, 2, padding=1), b=conv(4, 2, padding=1), c=conv(6, 2, padding=1), last=conv(8, 2)),
+    "residual": Function(
+        residual, a=conv(2, 3, stride=2, padding=1), b=conv(3, 3, padding=1), skip=conv(2, 3, 1, stride=2)
+    ),
+    "dense block": Function(
+        dense, a=conv(2, 2, padding=1), b=conv(4, 2, padding=1), c=conv(6, 2, padding=1), last=conv(8, 2)
+    ),
     "unet": Function(unet, down=conv(2, 3, padding=1), deeper=conv(3, 4, padding=1), out=conv(7, 2)),
     "channel shuffle": Function(shuffle, a=conv(2, 4), b=conv(4, 2)),
     "splits": Function(split_and_join, a=conv(2, 4), b=conv(2, 4, 1)),
@@ -115,12 +125,19 @@ CASES = {
     "strided slice": Function(lambda m, x: m.b(m.a(x)[:, :, 1::2, -19:]), a=conv(2, 3), b=conv(3, 2)),
     "frozen stem": nn.Sequential(conv(2, 3).requires_grad_(False), nn.ReLU(), conv(3, 2)),
     "shared module": Function(lambda m, x: m.last(m.a(F.relu(m.a(x)))), a=conv(2, 2, padding=1), last=conv(2, 2)),
-    "two outputs": Function(lambda m, x: (m.b(m.a(x)), m.c(m.a(x))), a=conv(2, 3), b=conv(3, 2, stride=2), c=conv(3, 1, 5)),
+    "two outputs": Function(
+        lambda m, x: (m.b(m.a(x)), m.c(m.a(x))), a=conv(2, 3), b=conv(3, 2, stride=2), c=conv(3, 1, 5)
+    ),
     "positional parameter": Function(
-        lambda m, x: m.b(m.a(x) + m.grid), a=conv(2, 3, padding=1), b=conv(3, 2), grid=nn.Parameter(torch.zeros(1, 3, 21, 17))
+        lambda m, x: m.b(m.a(x) + m.grid),
+        a=conv(2, 3, padding=1),
+        b=conv(3, 2),
+        grid=nn.Parameter(torch.zeros(1, 3, 21, 17)),
     ),
     "weight standardisation": Function(
-        lambda m, x: m.b(F.conv2d(x, m.a.weight - m.a.weight.sum((1, 2, 3), keepdim=True), m.a.bias)), a=conv(2, 3), b=conv(3, 2)
+        lambda m, x: m.b(F.conv2d(x, m.a.weight - m.a.weight.sum((1, 2, 3), keepdim=True), m.a.bias)),
+        a=conv(2, 3),
+        b=conv(3, 2),
     ),
 }
 
@@ -141,7 +158,12 @@ def test_bit_equal_to_the_plain_network(name, tile, batch):
 
 def test_channels_last_network():
     norm, mlp = nn.LayerNorm(4), nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
-    parts = {"patch": conv(3, 4, 2, stride=2), "norm": norm, "mlp": mlp, "depthwise": conv(4, 4, 5, padding=2, groups=4)}
+    parts = {
+        "patch": conv(3, 4, 2, stride=2),
+        "norm": norm,
+        "mlp": mlp,
+        "depthwise": conv(4, 4, 5, padding=2, groups=4),
+    }
     model = Function(channels_last, **parts).double()
     image = torch.randn(2, 3, 37, 34, dtype=torch.double, requires_grad=True)
     assert_streams(model, image, tile=20)
@@ -150,13 +172,16 @@ def test_channels_last_network():
 def test_regions_start_again_behind_a_gate():
     parts = {"a": conv(2, 4, padding=1), "b": conv(4, 4), "c": conv(4, 4), "gate": conv(4, 4, 1)}
     model = make_integer(Function(squeeze_excite, **parts))
-    plan = assert_streams(model, integer_image(2, 2, 19, 23) , tile=12, tolerance=1e-12)
+    plan = assert_streams(model, integer_image(2, 2, 19, 23), tile=12, tolerance=1e-12)
     assert len(plan.segments) == 2
 
 
 @pytest.mark.parametrize("axes", [1, 3])
 def test_one_and_three_axes(axes):
-    kinds = {1: (nn.Conv1d, nn.MaxPool1d, nn.AvgPool1d, nn.ConvTranspose1d), 3: (nn.Conv3d, nn.MaxPool3d, nn.AvgPool3d, nn.ConvTranspose3d)}
+    kinds = {
+        1: (nn.Conv1d, nn.MaxPool1d, nn.AvgPool1d, nn.ConvTranspose1d),
+        3: (nn.Conv3d, nn.MaxPool3d, nn.AvgPool3d, nn.ConvTranspose3d),
+    }
     convolution, max_pool, average_pool, transposed = kinds[axes]
     model = nn.Sequential(
         convolution(2, 3, 3, padding=1),

@@ -108,7 +108,14 @@ def test_train_and_eval():
 
 
 def test_running_statistics_are_updated_once_when_a_part_is_streamed():
-    parts = [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)]
+    parts = [
+        nn.Conv2d(2, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 2, 3),
+    ]
     model = nn.Sequential(*parts).double().train()
     plain, x = copy.deepcopy(model), image()
     module = fxstream.compile(model, tile=20, segments=1)

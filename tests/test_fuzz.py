@@ -49,9 +49,16 @@ class RandomGraph(nn.Module):
         return tuple(values[-2:]) if self.steps[-1][0] == "join" else values[-1]
 
 
+def max_pool(x, kernel, stride, padding, dilation, ceil_mode):
+    """Max pooling, refused where torch itself writes outside its memory: a window without a real pixel."""
+    if any(n < d * (k - 1) + 1 for n, k, d in zip(x.shape[2:], kernel, dilation, strict=True)):
+        raise ValueError("the window is larger than the map")
+    return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
+
+
 UNARY = {
     "relu": F.relu,
-    "max_pool": lambda x, k, s, p, d, c: F.max_pool2d(x, k, s, p, d, c),
+    "max_pool": max_pool,
     "avg_pool": lambda x, k, s, p, c, i: F.avg_pool2d(x, k, s, p, c, i) * (k[0] * k[1] if k[0] & k[1] & 1 else 1),
     "up": lambda x, s: F.interpolate(x, scale_factor=s),
     "pad": lambda x, p: F.pad(x, p),
@@ -123,7 +130,8 @@ def run(graph, size, tile, segments) -> bool:
                 return False
             tile = max(tile + 1, error.least_tile)
             continue
-        assert_same(found, wanted, 0.0)
+        divides = any(s[0] == "avg_pool" for s in graph)  # by 3 at a border, which rounds
+        assert_same(found, wanted, 1e-12 if divides else 0.0)
         return not module.plan.is_trivial
     return False
 
@@ -158,7 +166,7 @@ def test_campaign_of_random_graphs(request):
     """Thousands of graphs; prints how many were really tiled."""
     counts = {"drawn": 0, "tiled": 0}
 
-    @settings(max_examples=5000, **SETTINGS | {"derandomize": False})
+    @settings(max_examples=3000, **SETTINGS | {"derandomize": False})
     @given(graphs, pair(1, 24), st.integers(1, 14), st.sampled_from([1, 1, None]))
     def campaign(graph, size, tile, segments):
         counts["drawn"] += 1

@@ -11,10 +11,22 @@ from compare import assert_streams, randomise_statistics
 
 import fxstream
 
-TORCHVISION = (
-    "resnet18 resnet34 resnet50 resnet101 wide_resnet50_2 resnext50_32x4d densenet121 densenet161 densenet169"
-    " densenet201 vgg11 vgg16_bn convnext_tiny mobilenet_v2"
-).split()
+TORCHVISION = [
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "wide_resnet50_2",
+    "resnext50_32x4d",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "vgg11",
+    "vgg16_bn",
+    "convnext_tiny",
+    "mobilenet_v2",
+]
 TIMM = ["resnet26d", "regnetx_002", "repvgg_a0", "convnext_atto", "dpn68"]
 NETWORKS = [*TORCHVISION, *(f"timm/{name}" for name in TIMM)]
 ONE_SEGMENT = {  # (tile along the long axis of a thin image, where the stream ends)

@@ -75,7 +75,9 @@ def test_the_rewritten_graph_has_one_call_per_segment():
 
 
 def test_nothing_is_kept_beyond_leaves_output_and_their_gradients():
-    model = nn.Sequential(nn.Conv2d(2, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 1, 3, stride=4))
+    model = nn.Sequential(
+        nn.Conv2d(2, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 1, 3, stride=4)
+    )
     module = fxstream.compile(model, tile=40, segments=1)
     module(torch.randn(1, 2, 200, 200))
     with PeakMemory() as memory:
@@ -141,9 +143,7 @@ def test_skipped_tile_is_caught(monkeypatch, when):
     build = runtime.build_stream
     monkeypatch.setattr(
         "fxstream.rewrite.build_stream",
-        lambda *a: runtime.Stream(
-            *(lambda s: (s.plan, s.programs, s.calls[:-1], s.shapes, s.labels))(build(*a))
-        ),
+        lambda *a: runtime.Stream(*(lambda s: (s.plan, s.programs, s.calls[:-1], s.shapes, s.labels))(build(*a))),
     )
     if when == "backward":
         forward, complete = runtime._forward, {}
@@ -158,7 +158,9 @@ def test_skipped_tile_is_caught(monkeypatch, when):
 def test_stale_plan_is_caught(monkeypatch):
     known = {}
     real = planning.make_plan
-    monkeypatch.setattr("fxstream.compiler.make_plan", lambda loc, request: known.setdefault("plan", real(loc, request)))
+    monkeypatch.setattr(
+        "fxstream.compiler.make_plan", lambda loc, request: known.setdefault("plan", real(loc, request))
+    )
     model = network()
     module = fxstream.compile(model, tile=15, segments=1)
     assert torch.equal(module(image := integer_image(1, 2, 31, 26)), model(image))
