@@ -22,7 +22,7 @@ __all__ = ["Analysis", "analyse", "analyze"]
 MOST_SHOWN = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Analysis:
     """A captured model with the verdict on each of its nodes at one size; prints as a summary."""
 
@@ -67,6 +67,8 @@ class Analysis:
         if len(self.barriers) > MOST_SHOWN:
             lines.append(f"and {len(self.barriers) - MOST_SHOWN} more barriers")
         return "\n".join(lines)
+
+    __repr__ = __str__
 
 
 def analyse(captured: Captured, model: nn.Module, tensors: list[torch.Tensor]) -> Analysis:

@@ -115,7 +115,7 @@ def _is_seen_elsewhere(
     """Whether another name of the storage is used after `node`, or is a tensor of the model."""
     now = position[node]
     return any(
-        bool(other.meta.get("fxstream_model_tensor"))
+        other.meta.get("fxstream_model_tensor") is True
         or (other is not changed and any(position[user] > now for user in other.users))
         for other in sharing
     )
@@ -171,7 +171,7 @@ def is_random(node: fx.Node) -> bool:
         return False
     given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
     in_training = given.get("train", given.get("training", True)) is not False
-    return in_training and given.get("p", 1) != 0
+    return in_training and bool(given.get("p", 1) != 0)
 
 
 def updates_statistics(node: fx.Node) -> bool:

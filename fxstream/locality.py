@@ -67,7 +67,7 @@ class Region:
     nodes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Locality:
     """The verdicts of all operator nodes at one image size, the values and the regions."""
 
@@ -104,6 +104,8 @@ class Locality:
             for i, r in enumerate(self.regions)
         )
         return f"{len(self.verdicts)} nodes: {counts}\n{regions}"
+
+    __repr__ = __str__
 
 
 def analyse_locality(captured: Captured, metas: Mapping[str, Meta]) -> Locality:

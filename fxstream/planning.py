@@ -30,7 +30,7 @@ LEAST_SHARE = 0.01
 """A region with less than this share of the network's activations is not worth a tile loop."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class SegmentPlan:
     """A segment and its tiles: along each axis, and every combination of them."""
 
@@ -66,8 +66,10 @@ class SegmentPlan:
             f"largest read {reads}, {self.overhead:.2f}x MACs"
         )
 
+    __repr__ = __str__
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan:
     """The segments to stream, in the order of the graph, and why no more."""
 
@@ -88,6 +90,8 @@ class Plan:
     def __str__(self) -> str:
         head = f"{len(self.segments)} segments, {self.streamed_share:.0%} of the activations streamed"
         return "\n".join([head, *(f"  {segment}" for segment in self.segments)])
+
+    __repr__ = __str__
 
 
 def make_plan(locality: Locality, request: Request) -> Plan:

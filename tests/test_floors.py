@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "fxstream"
 FLOORS = (
     ("errors", "box"),
     ("receptive_field",),
-    ("rules", "functional", "sizes", "freeze"),
+    ("rules", "functional", "sizes", "freeze", "zoo"),
     ("capture",),
     ("locality",),
     ("demand", "request"),

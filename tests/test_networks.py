@@ -4,12 +4,12 @@ The suite takes one or both ways through each network; the campaign (`-m campaig
 """
 
 import pytest
-import timm
 import torch
 import torchvision
 from compare import assert_streams, randomise_statistics
 
 import fxstream
+from fxstream import zoo
 
 TORCHVISION = [
     "resnet18",
@@ -44,10 +44,7 @@ WIDE_KERNELS = ((65, 270), (65, 232))
 
 def build(name: str) -> torch.nn.Module:
     options = {"num_classes": 7}
-    if name.startswith("timm/"):
-        model = timm.create_model(name.removeprefix("timm/"), pretrained=False, **options)
-    else:
-        model = torchvision.models.get_model(name, weights=None, **options)
+    model = zoo.build(name if "/" in name else f"torchvision/{name}", **options)
     for module in model.modules():
         if isinstance(module, (torch.nn.Dropout, torchvision.ops.StochasticDepth)):
             module.p = 0.0

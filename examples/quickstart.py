@@ -1,0 +1,79 @@
+"""Train a ResNet-50 on a photograph of a retina, plain and streamed, and compare.
+
+Both networks start from the same weights and take the same steps. Printed are the loss of each step, the
+largest difference between their gradients relative to the largest gradient, and the peak memory and time of a
+step, plain -> streamed.
+"""
+
+import argparse
+import copy
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from skimage import data
+
+import fxstream
+from fxstream.bench import measure
+from fxstream.zoo import build
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--size", type=int, default=1411, help="pixels of the image that are used, per side")
+parser.add_argument("--tile", type=int, default=512, help="pixels of the image that a tile reads, per side")
+parser.add_argument("--steps", type=int, default=2)
+parser.add_argument("--network", default="torchvision/resnet50")
+options = parser.parse_args()
+
+torch.manual_seed(0)
+photograph = torch.from_numpy(data.retina()[: options.size, : options.size].copy())
+image = photograph.permute(2, 0, 1)[None].float() / 255
+target = torch.tensor([[0.7]])
+
+plain = build(options.network, num_classes=1)
+for module in plain.modules():
+    if isinstance(module, torch.nn.BatchNorm2d):
+        module.momentum = 1.0  # running statistics of this photograph, made small
+with torch.no_grad():
+    plain.train()(torch.nn.functional.interpolate(image, size=256))
+fxstream.freeze_batch_norm(plain)
+streamed = fxstream.compile(copy.deepcopy(plain), tile=options.tile)  # the one line
+
+
+def train_step(model, optimiser):
+    optimiser.zero_grad()
+    loss = torch.nn.functional.mse_loss(model(image), target)
+    loss.backward()
+    return loss.item()
+
+
+console = Console()
+table = Table("step", "loss plain", "loss streamed", "gradient difference", "memory", "time")
+with Progress(console=Console(stderr=True), transient=True) as progress:
+    bar = progress.add_task("training", total=2 * options.steps + 1)
+    with torch.no_grad():
+        streamed(image)  # captures the network and plans the tiles
+    progress.advance(bar)
+    optimisers = {model: torch.optim.SGD(model.parameters(), 1e-4) for model in (plain, streamed)}
+    for number in range(options.steps):
+        results = []
+        for model, optimiser in optimisers.items():
+            results.append(measure(lambda m=model, o=optimiser: train_step(m, o)))
+            progress.advance(bar)
+        pairs = zip(plain.parameters(), streamed.parameters(), strict=True)
+        scale = max(p.grad.abs().max().item() for p in plain.parameters())
+        difference = max((a.grad - b.grad).abs().max().item() for a, b in pairs) / scale
+        for optimiser in optimisers.values():
+            optimiser.step()
+        a, b = results
+        table.add_row(
+            str(number + 1),
+            f"{a.result:.6f}",
+            f"{b.result:.6f}",
+            f"{difference:.0e}",
+            f"{a.peak_bytes / 2**30:.2f} -> {b.peak_bytes / 2**30:.2f} GiB",
+            f"{a.seconds:.1f} -> {b.seconds:.1f} s",
+        )
+
+console.print(table)
+console.print(str(streamed.plan), highlight=False)

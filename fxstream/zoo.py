@@ -1,0 +1,51 @@
+"""Networks of torchvision and timm by name.
+
+A CPU-only build of torch has no compiled torchvision operators, and `import torchvision` then fails on the
+fake-tensor rules that it registers for two of them. Defining their schemas is enough for the networks, which
+use neither; this is the one place where that happens, and only where they are missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxstream.errors import InputError
+
+__all__ = ["build", "define_missing_torchvision_schemas"]
+
+
+@functools.cache
+def define_missing_torchvision_schemas() -> torch.library.Library | None:
+    """Define `torchvision::nms` and `torchvision::qnms` where no compiled operators do; returns the library."""
+    if torch.cuda.is_available():
+        return None
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+def build(target: str, **options: Any) -> nn.Module:
+    """The network `torchvision/NAME` or `timm/NAME`, without weights; `options` go to its constructor.
+
+    Raises `InputError` for a name of another form or a network that is not known.
+    """
+    library, _, name = target.partition("/")
+    if library not in ("torchvision", "timm") or not name:
+        raise InputError(f"a network is named torchvision/NAME or timm/NAME, found {target!r}")
+    define_missing_torchvision_schemas()
+    try:
+        if library == "timm":
+            made = importlib.import_module("timm").create_model(name, pretrained=False, **options)
+        else:
+            made = importlib.import_module("torchvision").models.get_model(name, weights=None, **options)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise InputError(f"{target} cannot be built: {error}") from error
+    assert isinstance(made, nn.Module)
+    return made
