@@ -160,6 +160,9 @@ def _answer(node: fx.Node, meta: Meta, values: Values, metas: Mapping[str, Meta]
     answer = rule.rule(_call(node, node.target, meta, values, metas))
     if not (answer.dims if isinstance(answer, Footprint) else has_axes):
         return NO_AXIS
+    shapes = [m.shape for m in (meta if isinstance(meta, tuple) else (meta,)) if isinstance(m, Shape)]
+    if any(0 in shape for shape in (*shapes, *(value.extents for value in inputs))):
+        return Refusal(Kind.GLOBAL, "reads or writes a map without pixels", answer.dims)
     marked = next((n.meta[UNSTREAMED] for n in (node, *node.all_input_nodes) if UNSTREAMED in n.meta), None)
     return answer if marked is None else Refusal(Kind.GLOBAL, marked, answer.dims)
 

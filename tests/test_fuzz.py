@@ -145,9 +145,20 @@ CORPUS = [
 ]  # fmt: skip
 
 
+UNTILED = [  # cases that once failed and where nothing can be tiled
+    ((("pad", 0, (0, 0, 0, -1)), ("pad", 1, (0, 0, 1, 0))), (1, 3), 1, 1),
+    ((("pad", 0, (0, 0, 0, -1)), ("pad", 1, (0, 0, 0, 1))), (1, 3), 1, 1),
+]
+
+
 @pytest.mark.parametrize("case", CORPUS)
 def test_corpus(case):
     assert run(*case)
+
+
+@pytest.mark.parametrize("case", UNTILED)
+def test_corpus_of_trivial_cases(case):
+    assert not run(*case)
 
 
 SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
