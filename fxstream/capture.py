@@ -11,32 +11,29 @@ NOTE [size independence]
 3. Only if something moves, a third capture confirms the explanation.
 4. Where no other size can be captured, or something moves without explanation, the capture is `bound`: it
    serves this size only, and another size is captured anew.
-
-The limit: a branch on the size that none of the captured sizes takes is not seen.
+5. A model whose own code reads sizes may still branch on them: at each new size one more export confirms that
+   path and constants are the captured ones (`still_holds`), or else this size gets a capture of its own.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import operator
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
-from fxstream.errors import CaptureError
+from fxstream.errors import CaptureError, InputError
+from fxstream.export import SizeReads, export
 from fxstream.functional import UNSTREAMED, make_functional, mutated_inputs, remove_dead_nodes
-from fxstream.sizes import Shape, explain_sizes, is_library_file, moving_constants
+from fxstream.sizes import Meta, explain_sizes, fold_integers, moving_constants, shapes_at
 
-__all__ = ["Captured", "capture", "is_image", "module_path"]
+__all__ = ["Captured", "capture", "module_path", "still_holds"]
 
 SHIFTS = ((33, 97, 161), (32, 64, 96), (224, 448, 672))
 """Pixels added per axis for another capture, in order of preference: odd first, else multiples of a stride.
@@ -60,6 +57,7 @@ class Captured:
     inputs: tuple[str, ...]
     out_spec: pytree.TreeSpec
     bound: bool
+    reads_sizes: bool
 
     @property
     def graph(self) -> fx.Graph:
@@ -75,11 +73,6 @@ class Captured:
         return found
 
 
-def is_image(tensor: torch.Tensor | Shape) -> bool:
-    """Whether an input has stream axes: batch, channels, and at least one spatial dim."""
-    return len(tensor.shape) >= 3
-
-
 def module_path(node: fx.Node) -> str:
     """The user's module that the node belongs to, as in ``layer1.0.conv1``; empty for the model itself."""
     stack = node.meta.get("nn_module_stack")
@@ -91,16 +84,51 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
     Raises `CaptureError` with the user's line where the model cannot be captured.
     """
-    program = _export(model, args, kwargs, None)
+    with SizeReads() as reads:
+        program = export(model, args, kwargs, None)
     graphs, bound = [_normalised(program)], True
     for shift in SHIFTS:
         try:
-            other = _export(model, args, kwargs, shift)
+            other = export(model, args, kwargs, shift)
         except CaptureError:
             continue
         bound = not _made_independent(model, args, kwargs, graphs[0], _normalised(other), shift)
         break
-    return _captured(program, graphs[0], bound)
+    return _captured(program, graphs[0], bound, reads.found)
+
+
+def still_holds(
+    captured: Captured,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    tensors: Sequence[torch.Tensor],
+) -> bool:
+    """Whether the model takes the captured path, with the captured constants, for these inputs too (rule 5).
+
+    Only a model that reads sizes has to be asked; the answer costs one export. Raises `CaptureError` where the
+    model itself cannot take the inputs.
+    """
+    fresh = _normalised(export(model, args, kwargs, None))
+    try:
+        metas = shapes_at(captured.module, [*captured.model_tensors(model), *tensors])
+    except InputError:
+        return False
+    return _calls(captured.graph, metas) == _calls(fresh, {})
+
+
+def _calls(graph: fx.Graph, metas: Mapping[str, Meta]) -> list[tuple[Any, ...]]:
+    """Every operator call with integers folded and inputs named by their place among the calls."""
+    names: dict[str, object] = {}
+    calls: list[tuple[Any, ...]] = []
+    for node in graph.nodes:
+        if node.op == "call_function" and not isinstance(metas.get(node.name), int):
+            leaves = pytree.tree_leaves(fold_integers(node, metas), is_leaf=lambda x: x is None)
+            calls.append((node.target, [names[x.name] if isinstance(x, fx.Node) else x for x in leaves]))
+            names[node.name] = ("call", len(calls))
+        else:
+            names[node.name] = node.name
+    return calls
 
 
 def _made_independent(
@@ -116,90 +144,10 @@ def _made_independent(
     if not moving:
         return moving is not None
     try:
-        third = _export(model, args, kwargs, tuple(3 * pixels for pixels in shift))
+        third = export(model, args, kwargs, tuple(3 * pixels for pixels in shift))
     except CaptureError:
         return False
     return explain_sizes([graph, second, _normalised(third)])
-
-
-@contextlib.contextmanager
-def _neutral() -> Iterator[None]:
-    """No autocast, no inference mode, gradients on: the graph must not depend on where it is captured.
-
-    Nothing that capture saves for backward may reach the hooks of a surrounding checkpoint either.
-    """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(_quiet("torch._subclasses.fake_tensor"))
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged))
-        for device in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield
-
-
-@contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Nothing from one logger: a capture that fails at another size is an answer, not an error."""
-
-    def nothing(record: logging.LogRecord) -> bool:
-        return False
-
-    logger = logging.getLogger(name)
-    logger.addFilter(nothing)
-    try:
-        yield
-    finally:
-        logger.removeFilter(nothing)
-
-
-def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shift: Sequence[int] | None
-) -> ExportedProgram:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    largest = max((t for t in tensors if is_image(t)), key=torch.Tensor.numel, default=None)
-
-    def fake(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        shape = leaf.shape if shift is None or largest is None else _shifted(leaf, largest, shift)
-        with mode:
-            return torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
-
-    fake_args, fake_kwargs = pytree.tree_map(fake, (tuple(args), dict(kwargs)))
-    try:
-        with _neutral():
-            return torch.export.export(model, fake_args, fake_kwargs, strict=False)
-    except Exception as error:
-        raise CaptureError(_explanation(model, error)) from error
-
-
-def _shifted(tensor: torch.Tensor, largest: torch.Tensor, shift: Sequence[int]) -> list[int]:
-    """The shape at another size: one more image, and as many more pixels as the resolution asks for."""
-    shape = list(tensor.shape)
-    if shape and shape[0] == largest.shape[0]:
-        shape[0] += 1
-    if tensor.ndim == largest.ndim:
-        for axis in range(2, len(shape)):
-            shape[axis] += shift[axis - 2] * shape[axis] // largest.shape[axis]
-    return shape
-
-
-def _explanation(model: nn.Module, error: Exception) -> str:
-    """The user's line and the reason in words."""
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_library_file(frame.filename)]
-    place = f" at {own[-1].filename}:{own[-1].lineno} (`{own[-1].line}`)" if own else ""
-    text = str(error).strip().splitlines()
-    reason = text[0] if text else type(error).__name__
-    kind = type(error).__name__
-    if "DataDependent" in kind or "GuardOnData" in kind:
-        reason = f"control flow depends on the values of a tensor: {reason}"
-    return f"{type(model).__name__} cannot run on inputs of these shapes and types{place}: {reason}"
 
 
 def _normalised(program: ExportedProgram) -> fx.Graph:
@@ -224,7 +172,7 @@ def _normalised(program: ExportedProgram) -> fx.Graph:
     return graph
 
 
-def _captured(program: ExportedProgram, graph: fx.Graph, bound: bool) -> Captured:
+def _captured(program: ExportedProgram, graph: fx.Graph, bound: bool, reads_sizes: bool) -> Captured:
     """The lifted graph with the roles of its placeholders."""
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     tensors, inputs, constants = [], [], {}
@@ -245,4 +193,4 @@ def _captured(program: ExportedProgram, graph: fx.Graph, bound: bool) -> Capture
                 constants[str(spec.target)] = program.constants[str(spec.target)]
     program.graph_module.recompile()
     out_spec = program.call_spec.out_spec
-    return Captured(program.graph_module, tuple(tensors), constants, tuple(inputs), out_spec, bound)
+    return Captured(program.graph_module, tuple(tensors), constants, tuple(inputs), out_spec, bound, reads_sizes)

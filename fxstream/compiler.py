@@ -19,13 +19,14 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxstream.analysis import Analysis, analyse
-from fxstream.capture import Captured, capture, is_image
+from fxstream.capture import Captured, capture, still_holds
 from fxstream.errors import InputError, StreamingWarning
 from fxstream.locality import Verdict
 from fxstream.planning import Plan, make_plan
 from fxstream.request import Request
 from fxstream.rewrite import rewrite
 from fxstream.rules import Kind
+from fxstream.sizes import is_image
 
 __all__ = ["StreamedModule", "compile"]
 
@@ -153,23 +154,27 @@ class StreamedModule(nn.Module):
         mode = _mode_key(self.model, args, kwargs)
         size = tuple(tuple(tensor.shape) for tensor in tensors)
         if (mode, size) not in self._prepared:
-            captured = self._captured(mode, size, args, kwargs)
+            captured = self._captured(mode, size, args, kwargs, tensors)
             self._prepared[mode, size] = self._prepare(captured, tensors)
         return self._prepared[mode, size]
 
-    def _captured(self, mode: Any, size: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+    def _captured(
+        self, mode: Any, size: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[torch.Tensor]
+    ) -> Captured:
         """The capture for this mode; one that is bound to its size serves that size only."""
-        key = mode if mode in self._captures else (mode, size)
-        if key not in self._captures:
-            captured = capture(self.model, args, kwargs)
-            key = (mode, size) if captured.bound else mode
-            self._captures[key] = captured
-            if captured.bound:
+        known = self._captures.get(mode)
+        if known is not None and known.reads_sizes and not still_holds(known, self.model, args, kwargs, tensors):
+            known = None
+        if known is None:
+            known = capture(self.model, args, kwargs)
+            bound = known.bound or mode in self._captures
+            self._captures.setdefault((mode, size) if bound else mode, known)
+            if bound:
                 self._tell_once(
                     f"{type(self.model).__name__} is bound to the size of its input: each new image or batch size"
                     " is captured anew"
                 )
-        return self._captures[key]
+        return known
 
     def _prepare(self, captured: Captured, tensors: list[torch.Tensor]) -> Prepared:
         analysis = analyse(captured, self.model, tensors)

@@ -26,11 +26,11 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from fxstream.capture import Captured, is_image, module_path
+from fxstream.capture import Captured, module_path
 from fxstream.functional import UNSTREAMED, ordered_nodes
 from fxstream.receptive_field import IDENTITY
 from fxstream.rules import Call, Evaluation, Footprint, Kind, Read, Refusal, Value, rule_of
-from fxstream.sizes import Meta, Shape, fold_integers, source_line
+from fxstream.sizes import Meta, Shape, fold_integers, is_image, source_line
 
 __all__ = ["Locality", "Region", "Values", "Verdict", "analyse_locality"]
 

@@ -36,7 +36,13 @@ class SegmentPlan:
 
     segment: Segment
     axes: tuple[tuple[AxisTile, ...], ...]
-    overhead: float
+    arithmetic: int
+    streamed_arithmetic: float
+
+    @property
+    def overhead(self) -> float:
+        """Arithmetic of all tiles over that of the plain segment, in one forward pass."""
+        return self.streamed_arithmetic / max(1, self.arithmetic)
 
     @property
     def tile_count(self) -> int:
@@ -83,12 +89,21 @@ class Plan:
         return self.streamed_bytes / max(1, self.activation_bytes)
 
     @property
+    def overhead(self) -> float:
+        """Arithmetic of all tiles over that of the plain segments, in one forward pass."""
+        plain = sum(plan.arithmetic for plan in self.segments)
+        return sum(plan.streamed_arithmetic for plan in self.segments) / max(1, plain)
+
+    @property
     def is_trivial(self) -> bool:
         """Whether nothing is cut into tiles, so that the plain path does the same."""
         return all(plan.tile_count == 1 for plan in self.segments)
 
     def __str__(self) -> str:
-        head = f"{len(self.segments)} segments, {self.streamed_share:.0%} of the activations streamed"
+        head = (
+            f"{len(self.segments)} segments, {self.streamed_share:.0%} of the activations streamed,"
+            f" {self.overhead:.2f}x MACs"
+        )
         return "\n".join([head, *(f"  {segment}" for segment in self.segments)])
 
     __repr__ = __str__
@@ -140,7 +155,8 @@ def _segment_plan(locality: Locality, segment: Segment, request: Request) -> Seg
         if count is None:
             raise _too_small(locality, segment, request, grid)
         tiles.append(grid.tiles(count))
-    return SegmentPlan(segment, tuple(tiles), _overhead(locality, segment, tiles))
+    plain = sum(arithmetic(locality, segment.nodes).values())
+    return SegmentPlan(segment, tuple(tiles), plain, _streamed_arithmetic(locality, segment, tiles))
 
 
 def _too_small(locality: Locality, segment: Segment, request: Request, grid: Grid) -> PlanError:
@@ -161,13 +177,14 @@ def _too_small(locality: Locality, segment: Segment, request: Request, grid: Gri
     return PlanError(message, least)
 
 
-def _overhead(locality: Locality, segment: Segment, axes: Sequence[Sequence[AxisTile]]) -> float:
-    """Arithmetic of all tiles over that of the plain segment."""
-    costs = arithmetic(locality, segment.nodes)
+def _streamed_arithmetic(locality: Locality, segment: Segment, axes: Sequence[Sequence[AxisTile]]) -> float:
+    """Arithmetic of all tiles: per node, its arithmetic times how often its pixels are computed."""
     total = 0.0
-    for name, plain in costs.items():
-        cost = float(plain)
-        for axis, extent in enumerate(output_extents(locality, name)):
-            cost *= sum(len(tile.boxes.get(name, ())) for tile in axes[axis]) / extent
-        total += cost
-    return total / max(1, sum(costs.values()))
+    for name, plain in arithmetic(locality, segment.nodes).items():
+        extents = output_extents(locality, name)
+        repeated = (
+            sum(len(tile.boxes.get(name, ())) for tile in tiles) / extent
+            for tiles, extent in zip(axes, extents, strict=True)
+        )
+        total += plain * math.prod(repeated)
+    return total

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxstream.box import Box
 from fxstream.demand import AxisTile
 from fxstream.errors import StreamError
 from fxstream.locality import Locality
@@ -108,13 +109,8 @@ def _shape(locality: Locality, name: str) -> tuple[int, ...]:
 
 def _owned(locality: Locality, tile: Sequence[AxisTile], k: int, output: str, rank: int) -> Subscript | None:
     """The part of output `k` that a tile owns, or None where that is empty."""
-    subscript = [slice(None)] * rank
-    for dim, along in zip(locality.footprint(output).dims, tile, strict=True):
-        interval = along.outputs[k]
-        if not len(interval):
-            return None
-        subscript[dim] = slice(interval.start, interval.stop)
-    return tuple(subscript)
+    owned = Box(tuple(along.outputs[k] for along in tile))
+    return owned.index(locality.footprint(output).dims, rank) if all(owned.shape) else None
 
 
 def stream_map(stream: Stream, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -30,6 +30,7 @@ __all__ = [
     "Shape",
     "explain_sizes",
     "fold_integers",
+    "is_image",
     "is_library_file",
     "moving_constants",
     "shapes_at",
@@ -54,6 +55,11 @@ class Shape:
 
 Meta = Shape | int | tuple["Shape | int", ...] | None
 """What is known of a node's value at a size: a tensor's shape, an integer, several, or nothing."""
+
+
+def is_image(tensor: torch.Tensor | Shape) -> bool:
+    """Whether an input has stream axes: batch, channels, and at least one spatial dim."""
+    return len(tensor.shape) >= 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,33 @@ def test_a_model_bound_to_its_size_is_captured_for_it_and_says_so_once(captures)
     assert captures["captures"] == 2
 
 
+class Branching(nn.Module):
+    """Takes another path, or another constant, at sizes that no capture has looked at."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        if x.shape[-1] > 300:
+            x = -x
+        return self.b(x[:, :, : min(x.shape[2], 200)])
+
+
+def test_a_branch_on_the_size_is_seen_at_every_size(captures):
+    model = make_integer(Branching())
+    module = fxstream.compile(model, tile=40, segments=1)
+    check(module, model, 1, 2, 50, 60)
+    check(module, model, 1, 2, 60, 50)
+    assert captures["captures"] == 1
+    with pytest.warns(fxstream.StreamingWarning, match="bound to the size"):
+        check(module, model, 1, 2, 50, 310)
+    check(module, model, 1, 2, 250, 45)
+    check(module, model, 2, 2, 70, 45)
+    assert captures["captures"] == 3
+
+
 def test_recapture_when_mode_structure_or_type_changes(captures):
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Dropout(0.0), nn.Conv2d(3, 2, 3))
     module, image = fxstream.compile(model, tile=12), torch.randn(1, 2, 20, 20)

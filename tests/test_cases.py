@@ -176,6 +176,39 @@ def test_regions_start_again_behind_a_gate():
     assert len(plan.segments) == 2
 
 
+PLAINLY = {
+    "reflect": lambda m, x: m.b(F.pad(m.a(x), (2, 1, 1, 2), "reflect")),
+    "replicate": lambda m, x: m.b(F.pad(m.a(x), (2, 1, 1, 2), "replicate")),
+    "circular": lambda m, x: m.b(F.pad(m.a(x), (2, 1, 1, 2), "circular")),
+    "bilinear": lambda m, x: m.b(F.interpolate(m.a(x), scale_factor=2, mode="bilinear")),
+    "bicubic": lambda m, x: m.b(F.interpolate(m.a(x), size=(31, 29), mode="bicubic", align_corners=True)),
+    "nearest, not by a whole number": lambda m, x: m.b(F.interpolate(m.a(x), size=(31, 29))),
+    "group norm": lambda m, x: m.b(F.relu(F.group_norm(m.a(x), 2))),
+    "instance norm": lambda m, x: m.b(F.relu(F.instance_norm(m.a(x)))),
+    "layer norm over space": lambda m, x: m.b(F.layer_norm(m.a(x), m.a(x).shape[1:])),
+    "spatial concatenation": lambda m, x: m.b(torch.cat([m.a(x), m.a(x)[:, :, ::2]], 2)),
+    "spatial softmax": lambda m, x: m.b(m.a(x) * m.a(x).flatten(2).softmax(-1).view_as(m.a(x))),
+    "roll": lambda m, x: m.b(torch.roll(m.a(x), (2, -3), (2, 3))),
+    "flip": lambda m, x: m.b(m.a(x).flip(-1)),
+    "mean over one axis": lambda m, x: m.b(m.a(x) + m.a(x).mean(2, keepdim=True)),
+    "attention": lambda m, x: m.b(
+        F.scaled_dot_product_attention(*[m.a(x).flatten(2).transpose(1, 2)] * 3)
+        .transpose(1, 2)
+        .reshape(m.a(x).shape)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLAINLY)
+def test_what_is_not_local_is_computed_plainly(name):
+    """Operators that the stream must not take, between two convolutions that it does."""
+    model = Function(
+        PLAINLY[name], a=conv(2, 4, padding=1, bias=False), b=nn.Sequential(conv(4, 6), nn.ReLU(), conv(6, 2))
+    )
+    image = torch.randn(2, 2, 23, 19, dtype=torch.double, requires_grad=True)
+    assert_streams(model.double(), image, tile=13, segments=1)
+
+
 @pytest.mark.parametrize("axes", [1, 3])
 def test_one_and_three_axes(axes):
     kinds = {

@@ -1,0 +1,139 @@
+"""One static, non-strict `torch.export` of a model on fake tensors, wherever it is called from.
+
+The graph must not depend on the surroundings (autocast, inference mode, hooks of a checkpoint), and nothing of
+the image's size is allocated. `SizeReads` notes whether the model's own code looks at the size of a tensor; one
+that does not, takes the same path at every size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fxstream.errors import CaptureError
+from fxstream.sizes import is_image, is_library_file
+
+__all__ = ["SizeReads", "export"]
+
+READS = {torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel, torch.Tensor.__len__}  # type: ignore[attr-defined]
+MACHINERY = tuple(f"{torch.__path__[0]}/{part}" for part in ("_", "fx/", "overrides", "export/"))
+
+
+class SizeReads(TorchFunctionMode):
+    """Notes in `found` whether code outside of torch reads the size of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in READS and not self.found:
+            self.found = _is_called_by_the_user()
+        return func(*args, **(kwargs or {}))
+
+
+def _is_called_by_the_user() -> bool:
+    """Whether the caller behind the tracing machinery is not torch's own code."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and (
+        frame.f_code.co_name == "__torch_function__" or frame.f_code.co_filename.startswith(MACHINERY)
+    ):
+        frame = frame.f_back
+    return not is_library_file(frame.f_code.co_filename)
+
+
+@contextlib.contextmanager
+def _neutral() -> Iterator[None]:
+    """No autocast, no inference mode, gradients on: the graph must not depend on where it is captured.
+
+    Nothing that capture saves for backward may reach the hooks of a surrounding checkpoint either.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_quiet("torch._subclasses.fake_tensor"))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged))
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Nothing from one logger: a capture that fails at another size is an answer, not an error."""
+
+    def nothing(record: logging.LogRecord) -> bool:
+        return False
+
+    logger = logging.getLogger(name)
+    logger.addFilter(nothing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(nothing)
+
+
+def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shift: Sequence[int] | None
+) -> ExportedProgram:
+    """The program of `model` for inputs like these, `shift` pixels larger per axis and one more image if given.
+
+    Raises `CaptureError` with the user's line where the model cannot be captured.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    largest = max((t for t in tensors if is_image(t)), key=torch.Tensor.numel, default=None)
+
+    def fake(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        shape = leaf.shape if shift is None or largest is None else _shifted(leaf, largest, shift)
+        with mode:
+            return torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
+
+    fake_args, fake_kwargs = pytree.tree_map(fake, (tuple(args), dict(kwargs)))
+    try:
+        with _neutral():
+            return torch.export.export(model, fake_args, fake_kwargs, strict=False)
+    except Exception as error:
+        raise CaptureError(_explanation(model, error)) from error
+
+
+def _shifted(tensor: torch.Tensor, largest: torch.Tensor, shift: Sequence[int]) -> list[int]:
+    """The shape at another size: one more image, and as many more pixels as the resolution asks for."""
+    shape = list(tensor.shape)
+    if shape and shape[0] == largest.shape[0]:
+        shape[0] += 1
+    if tensor.ndim == largest.ndim:
+        for axis in range(2, len(shape)):
+            shape[axis] += shift[axis - 2] * shape[axis] // largest.shape[axis]
+    return shape
+
+
+def _explanation(model: nn.Module, error: Exception) -> str:
+    """The user's line and the reason in words."""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_library_file(frame.filename)]
+    place = f" at {own[-1].filename}:{own[-1].lineno} (`{own[-1].line}`)" if own else ""
+    text = str(error).strip().splitlines()
+    reason = text[0] if text else type(error).__name__
+    kind = type(error).__name__
+    if "DataDependent" in kind or "GuardOnData" in kind:
+        reason = f"control flow depends on the values of a tensor: {reason}"
+    return f"{type(model).__name__} cannot run on inputs of these shapes and types{place}: {reason}"
