@@ -30,7 +30,14 @@ from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError, InputError
 from fxstream.export import SizeReads, export
-from fxstream.functional import UNSTREAMED, make_functional, mutated_inputs, remove_dead_nodes
+from fxstream.functional import (
+    UNSTREAMED,
+    make_functional,
+    mutated_inputs,
+    remove_dead_nodes,
+    subgraphs,
+    updates_statistics,
+)
 from fxstream.sizes import Meta, explain_sizes, fold_integers, moving_constants, shapes_at
 
 __all__ = ["Captured", "capture", "module_path", "still_holds"]
@@ -86,15 +93,25 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     """
     with SizeReads() as reads:
         program = export(model, args, kwargs, None)
-    graphs, bound = [_normalised(program)], True
+    graph, bound = _normalised(program), True
     for shift in SHIFTS:
         try:
             other = export(model, args, kwargs, shift)
         except CaptureError:
             continue
-        bound = not _made_independent(model, args, kwargs, graphs[0], _normalised(other), shift)
+        independent = _made_independent(model, args, kwargs, graph, _normalised(other), shift)
+        bound = not (independent and _same_constants(program.constants, other.constants))
         break
-    return _captured(program, graphs[0], bound, reads.found)
+    return _captured(program, graph, bound, reads.found)
+
+
+def _same_constants(known: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the tensors that the model makes from numbers have the same values."""
+    return known.keys() == other.keys() and all(
+        type(known[name]) is type(other[name])
+        and (not isinstance(known[name], torch.Tensor) or torch.equal(known[name], other[name]))
+        for name in known
+    )
 
 
 def still_holds(
@@ -109,7 +126,10 @@ def still_holds(
     Only a model that reads sizes has to be asked; the answer costs one export. Raises `CaptureError` where the
     model itself cannot take the inputs.
     """
-    fresh = _normalised(export(model, args, kwargs, None))
+    program = export(model, args, kwargs, None)
+    fresh = _normalised(program)
+    if not _same_constants({n: program.constants.get(n) for n in captured.constants}, captured.constants):
+        return False
     try:
         metas = shapes_at(captured.module, [*captured.model_tensors(model), *tensors])
     except InputError:
@@ -125,6 +145,7 @@ def _calls(graph: fx.Graph, metas: Mapping[str, Meta]) -> list[tuple[Any, ...]]:
         if node.op == "call_function" and not isinstance(metas.get(node.name), int):
             leaves = pytree.tree_leaves(fold_integers(node, metas), is_leaf=lambda x: x is None)
             calls.append((node.target, [names[x.name] if isinstance(x, fx.Node) else x for x in leaves]))
+            calls += [("in a subgraph", _calls(graph, {})) for graph in subgraphs(node)]
             names[node.name] = ("call", len(calls))
         else:
             names[node.name] = node.name
@@ -166,7 +187,7 @@ def _normalised(program: ExportedProgram) -> fx.Graph:
     make_functional(graph)
     remove_dead_nodes(graph)
     for node in graph.nodes:
-        if node.op == "call_function" and mutated_inputs(node):
+        if node.op == "call_function" and mutated_inputs(node) and not updates_statistics(node):
             node.meta.setdefault(UNSTREAMED, "changes a tensor in place")
     graph.lint()
     return graph

@@ -22,6 +22,7 @@ from fxstream.analysis import Analysis, analyse
 from fxstream.capture import Captured, capture, still_holds
 from fxstream.errors import InputError, StreamingWarning
 from fxstream.locality import Verdict
+from fxstream.mode import attributes, mode_key
 from fxstream.planning import Plan, make_plan
 from fxstream.request import Request
 from fxstream.rewrite import rewrite
@@ -83,6 +84,10 @@ class Prepared:
     streamed: fx.GraphModule | None
 
 
+MOST_SIZES = 64
+"""Image sizes whose plans and tile programs are kept."""
+
+
 class StreamedModule(nn.Module):
     """A model that streams; made by `compile`.
 
@@ -96,6 +101,7 @@ class StreamedModule(nn.Module):
     _prepared: dict[Any, Prepared]
     _last: Prepared | None
     _told: set[str]
+    _volatile: set[str]
 
     def __init__(self, model: nn.Module, request: Request) -> None:
         super().__init__()
@@ -104,7 +110,8 @@ class StreamedModule(nn.Module):
         self.__dict__ |= {parts: model.__dict__[parts] for parts in shared} | {"model": model}
         self.request = request
         self.training = model.training
-        self._captures, self._prepared, self._last, self._told = {}, {}, None, set()
+        self._captures, self._prepared, self._last = {}, {}, None
+        self._told, self._volatile = set(), set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StreamedModule, (self.model, self.request)
@@ -151,10 +158,12 @@ class StreamedModule(nn.Module):
         return pytree.tree_unflatten(flat, captured.out_spec)
 
     def _at_size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[torch.Tensor]) -> Prepared:
-        mode = _mode_key(self.model, args, kwargs)
+        mode = mode_key(self.model, args, kwargs, self._volatile)
         size = tuple(tuple(tensor.shape) for tensor in tensors)
         if (mode, size) not in self._prepared:
             captured = self._captured(mode, size, args, kwargs, tensors)
+            if len(self._prepared) >= MOST_SIZES:
+                del self._prepared[next(iter(self._prepared))]
             self._prepared[mode, size] = self._prepare(captured, tensors)
         return self._prepared[mode, size]
 
@@ -166,7 +175,9 @@ class StreamedModule(nn.Module):
         if known is not None and known.reads_sizes and not still_holds(known, self.model, args, kwargs, tensors):
             known = None
         if known is None:
+            before = attributes(self.model)
             known = capture(self.model, args, kwargs)
+            self._volatile |= {name for name, value in attributes(self.model).items() if before.get(name) != value}
             bound = known.bound or mode in self._captures
             self._captures.setdefault((mode, size) if bound else mode, known)
             if bound:
@@ -203,20 +214,6 @@ class StreamedModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"tile={self.request.tile}"
-
-
-def _mode_key(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a capture depends on: training flags, structure, types, devices, and all sizes but batch and space."""
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    inputs = tuple(_fixed(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-    flags = tuple(module.training for module in model.modules())
-    weights = {(t.dtype, t.device) for t in (*model.parameters(), *model.buffers())}
-    return flags, str(spec), inputs, frozenset(weights)
-
-
-def _fixed(tensor: torch.Tensor) -> tuple[Any, ...]:
-    fixed = tensor.shape[1:2] if is_image(tensor) else tensor.shape[1:]
-    return tensor.ndim, tuple(fixed), tensor.dtype, tensor.device
 
 
 def _checked_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:

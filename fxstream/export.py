@@ -1,6 +1,6 @@
 """One static, non-strict `torch.export` of a model on fake tensors, wherever it is called from.
 
-The graph must not depend on the surroundings (autocast, inference mode, hooks of a checkpoint), and nothing of
+The graph must not depend on the surroundings (inference mode, hooks of a checkpoint), and nothing of
 the image's size is allocated. `SizeReads` notes whether the model's own code looks at the size of a tensor; one
 that does not, takes the same path at every size.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -57,17 +57,15 @@ def _is_called_by_the_user() -> bool:
 
 @contextlib.contextmanager
 def _neutral() -> Iterator[None]:
-    """No autocast, no inference mode, gradients on: the graph must not depend on where it is captured.
+    """No inference mode, gradients on; what capture saves for backward must not reach a checkpoint's hooks.
 
-    Nothing that capture saves for backward may reach the hooks of a surrounding checkpoint either.
+    Autocast stays as it is, since the types that the model sees depend on it.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_quiet("torch._subclasses.fake_tensor"))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged))
-        for device in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
@@ -111,9 +109,15 @@ def export(
     fake_args, fake_kwargs = pytree.tree_map(fake, (tuple(args), dict(kwargs)))
     try:
         with _neutral():
-            return torch.export.export(model, fake_args, fake_kwargs, strict=False)
+            program = torch.export.export(model, fake_args, fake_kwargs, strict=False)
     except Exception as error:
         raise CaptureError(_explanation(model, error)) from error
+    if any(isinstance(constant, FakeTensor) for constant in program.constants.values()):
+        raise CaptureError(
+            f"{type(model).__name__} takes `.data` of a tensor that it computes, which hides it from capture:"
+            " use .detach() instead"
+        )
+    return program
 
 
 def _shifted(tensor: torch.Tensor, largest: torch.Tensor, shift: Sequence[int]) -> list[int]:

@@ -30,6 +30,9 @@ RETURNS_ITS_INPUT = {
 }
 """Operators that may return their input itself without saying so in their schema."""
 
+NOT_DIFFERENTIABLE = {"aten::copy_"}
+"""In-place operators whose functional twin has no derivative."""
+
 RENAMED = {"aten::normal_": "normal_functional", "aten::bernoulli_.float": "bernoulli.p"}
 """Functional twins that are not the name without its underscore."""
 
@@ -40,8 +43,26 @@ def schema_of(node: fx.Node) -> torch.FunctionSchema | None:
 
 
 def mutated_inputs(node: fx.Node) -> list[fx.Node]:
-    """The inputs that the operator changes in place, by its schema."""
+    """The inputs that the node changes in place: by its schema, as running statistics, or in its subgraphs."""
+    if updates_statistics(node):
+        return [given for given in node.args[3:5] if isinstance(given, fx.Node)]
+    if any(mutated_inputs(inner) for inner in inner_nodes(node)):
+        return [given for given in node.all_input_nodes if given.op != "get_attr"]
     return [given for given, alias in _arguments(node) if alias is not None and alias.is_write]
+
+
+def subgraphs(node: fx.Node) -> list[fx.Graph]:
+    """The graphs that a higher-order operator (a `no_grad` or autocast block of the model, say) runs."""
+    if node.op != "call_function" or schema_of(node) is not None:
+        return []
+    owner = node.graph.owning_module
+    modules = [getattr(owner, str(given.target)) for given in node.all_input_nodes if given.op == "get_attr"]
+    return [module.graph for module in modules if isinstance(module, fx.GraphModule)]
+
+
+def inner_nodes(node: fx.Node) -> list[fx.Node]:
+    """The operator nodes of its subgraphs."""
+    return [inner for graph in subgraphs(node) for inner in graph.nodes if inner.op == "call_function"]
 
 
 def _arguments(node: fx.Node) -> list[tuple[fx.Node, Any | None]]:
@@ -60,13 +81,20 @@ def _arguments(node: fx.Node) -> list[tuple[fx.Node, Any | None]]:
 
 
 def _viewed_inputs(node: fx.Node) -> list[fx.Node]:
-    """The inputs whose storage the result may share."""
+    """The inputs whose storage the result may share, by the schema; all that a higher-order operator is given."""
     if node.op == "call_function" and schema_of(node) is None:
-        return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (list, tuple))]
+        several = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (list, tuple))]
+        return [n for n in node.all_input_nodes if n.op != "get_attr"] if subgraphs(node) else several
     schema = schema_of(node)
     if schema is not None and schema.name in RETURNS_ITS_INPUT:
         return node.all_input_nodes[:1]
     return [given for given, alias in _arguments(node) if alias is not None]
+
+
+def _storage_of(node: fx.Node) -> int | None:
+    """What identifies the storage of the node's fake value; it tells views that no schema declares."""
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
 @dataclass(eq=False, slots=True)
@@ -81,21 +109,38 @@ def make_functional(graph: fx.Graph) -> None:
     """Rewrite `graph` in place; what cannot be made functional is marked and left in order."""
     position = {node: i for i, node in enumerate(graph.nodes)}
     storages: dict[fx.Node, _Storage] = {}
+    first_of: dict[int | None, fx.Node] = {}
     for node in list(graph.nodes):
         changed = mutated_inputs(node)
         if not changed:
-            _join(storages, node, _viewed_inputs(node))
+            same = first_of.setdefault(_storage_of(node), node)
+            viewed = [*_viewed_inputs(node), *([same] if same is not node and _storage_of(node) else [])]
+            _join(storages, node, [given for given in viewed if given in storages])
+            continue
+        if updates_statistics(node):
+            _join(storages, node, [])
+            _keep(storages, node, changed)
             continue
         twin = _functional_twin(node)
         sharing = storages[changed[0]].members
-        if twin is None or len(changed) > 1 or _is_seen_elsewhere(node, changed[0], sharing, position):
+        harmless = twin is torch.ops.aten.detach.default  # changes no value
+        seen = not harmless and _is_seen_elsewhere(node, changed[0], sharing, position)
+        if twin is None or len(changed) > 1 or seen:
             _join(storages, node, changed)
-            storages[node].reason = f"its storage is changed in place by `{node.name}`"
+            _keep(storages, node, changed)
         else:
-            _join(storages, _replace(graph, node, changed[0], twin, position), [])
+            result = _replace(graph, node, changed[0], twin, position)
+            _join(storages, result, [])
+            first_of[_storage_of(result)] = result
     for storage in storages.values():
         for node in storage.members if storage.reason else ():
             node.meta[UNSTREAMED] = storage.reason
+
+
+def _keep(storages: dict[fx.Node, _Storage], node: fx.Node, changed: list[fx.Node]) -> None:
+    """Leave an in-place node as it is, and what it changes outside of the stream."""
+    for given in changed:
+        storages[given].reason = f"its storage is changed in place by `{node.name}`"
 
 
 def _join(storages: dict[fx.Node, _Storage], node: fx.Node, viewed: list[fx.Node]) -> None:
@@ -124,15 +169,15 @@ def _is_seen_elsewhere(
 def _functional_twin(node: fx.Node) -> torch._ops.OpOverload | None:
     """``relu.default`` for ``relu_.default``, or None."""
     schema = schema_of(node)
-    assert schema is not None
-    namespace, name = schema.name.split("::")
-    if not name.endswith("_"):
+    if schema is None or not schema.name.endswith("_") or schema.name in NOT_DIFFERENTIABLE:
         return None
+    namespace, name = schema.name.split("::")
     overload = schema.overload_name or "default"
     renamed = RENAMED.get(f"{schema.name}.{overload}", RENAMED.get(schema.name, name[:-1])).split(".")
     packet = getattr(getattr(torch.ops, namespace), renamed[0], None)
     wanted = renamed[1] if len(renamed) > 1 else overload
-    return getattr(packet, wanted if wanted in packet.overloads() else "default") if packet else None
+    found = [name for name in (wanted, "default") if packet is not None and name in packet.overloads()]
+    return getattr(packet, found[0]) if found else None
 
 
 def _replace(
@@ -148,7 +193,7 @@ def _replace(
     tensors is followed by a conversion back.
     """
     with graph.inserting_before(node):
-        new = graph.create_node("call_function", twin, node.args, node.kwargs)
+        new = graph.create_node("call_function", twin, _all_positional(node), _keyword_only(node))
         new.meta = dict(node.meta)
         result = new
         if len(node.all_input_nodes) > 1:
@@ -164,10 +209,27 @@ def _replace(
     return result
 
 
-def is_random(node: fx.Node) -> bool:
-    """Whether the node draws from a random generator."""
+def _all_positional(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments with the defaults that the in-place operator has and its twin may lack."""
     schema = schema_of(node)
-    if schema is None or torch.Tag.nondeterministic_seeded not in node.target.tags:  # type: ignore[union-attr]
+    assert schema is not None
+    missing = [a for a in schema.arguments[len(node.args) :] if not a.kwarg_only]
+    return (*node.args, *(node.kwargs.get(a.name, a.default_value) for a in missing))
+
+
+def _keyword_only(node: fx.Node) -> dict[str, Any]:
+    schema = schema_of(node)
+    assert schema is not None
+    names = {argument.name for argument in schema.arguments if argument.kwarg_only}
+    return {name: given for name, given in node.kwargs.items() if name in names}
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the node draws from a random generator, itself or in its subgraphs."""
+    schema = schema_of(node)
+    if schema is None:
+        return any(is_random(inner) for inner in inner_nodes(node))
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:  # type: ignore[union-attr]
         return False
     given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
     in_training = given.get("train", given.get("training", True)) is not False
@@ -177,7 +239,8 @@ def is_random(node: fx.Node) -> bool:
 def updates_statistics(node: fx.Node) -> bool:
     """Whether the node is a batch norm in training, which changes its running statistics."""
     schema = schema_of(node)
-    return schema is not None and schema.name == "aten::batch_norm" and node.args[5] is True
+    is_batch_norm = schema is not None and schema.name == "aten::batch_norm"
+    return is_batch_norm and node.args[5] is True and node.args[3] is not None
 
 
 def ordered_nodes(graph: fx.Graph) -> list[fx.Node]:
@@ -199,5 +262,5 @@ def remove_dead_nodes(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op != "call_function" or node.users:
             continue
-        if not (is_random(node) or updates_statistics(node) or mutated_inputs(node)):
+        if not (is_random(node) or mutated_inputs(node)):
             graph.erase_node(node)

@@ -112,6 +112,7 @@ def analyse_locality(captured: Captured, metas: Mapping[str, Meta]) -> Locality:
     """The verdict of every node of the graph at the size that `metas` describes."""
     values: Values = {}
     verdicts: dict[str, Verdict] = {}
+    alignments: dict[str, tuple[int, ...]] = {}
     for node in captured.graph.nodes:
         meta = metas.get(node.name)
         if node.op == "placeholder":
@@ -120,6 +121,8 @@ def analyse_locality(captured: Captured, metas: Mapping[str, Meta]) -> Locality:
             answer = _answer(node, meta, values, metas)
             if node.target is operator.getitem and isinstance(answer, Footprint):
                 answer = _of_local(answer, verdicts)
+            if isinstance(answer, Footprint):
+                answer = _aligned_once(answer, alignments)
             verdicts[node.name] = _verdict(node, answer)
             values[node.name] = _result(node, answer.dims, meta, values)
         elif node.op == "get_attr":
@@ -164,7 +167,9 @@ def _answer(node: fx.Node, meta: Meta, values: Values, metas: Mapping[str, Meta]
     if any(0 in shape for shape in (*shapes, *(value.extents for value in inputs))):
         return Refusal(Kind.GLOBAL, "reads or writes a map without pixels", answer.dims)
     marked = next((n.meta[UNSTREAMED] for n in (node, *node.all_input_nodes) if UNSTREAMED in n.meta), None)
-    return answer if marked is None else Refusal(Kind.GLOBAL, marked, answer.dims)
+    if marked is None or isinstance(answer, Refusal):
+        return answer
+    return Refusal(Kind.GLOBAL, marked, answer.dims)
 
 
 def _call(
@@ -202,6 +207,14 @@ def _of_local(item: Footprint, verdicts: Mapping[str, Verdict]) -> Footprint | R
     if verdicts[several].kind is Kind.LOCAL:
         return item
     return Refusal(Kind.GLOBAL, f"is one of several results of `{several}`", item.dims)
+
+
+def _aligned_once(answer: Footprint, alignments: dict[str, tuple[int, ...]]) -> Footprint | Refusal:
+    """The footprint, unless it cuts a value along other dims than an earlier operator did."""
+    for read in answer.reads:
+        if alignments.setdefault(read.value.name, read.dims) != read.dims:
+            return Refusal(Kind.GLOBAL, f"reads `{read.value.name}` along other dims than before", answer.dims)
+    return answer
 
 
 def _verdict(node: fx.Node, answer: Footprint | Refusal) -> Verdict:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fxstream.boundaries import RegionPlanner, arithmetic
-from fxstream.box import Box
+from fxstream.box import EMPTY, Box
 from fxstream.demand import AxisTile, Segment, make_segment
 from fxstream.errors import PlanError
 from fxstream.grid import Grid
@@ -54,12 +54,12 @@ class SegmentPlan:
         return itertools.product(*self.axes)
 
     def leaf_box(self, leaf: str, tile: Sequence[AxisTile]) -> Box:
-        """What a tile reads of a leaf, in pixels of the leaf."""
-        return Box(tuple(along.boxes[leaf] for along in tile))
+        """What a tile reads of a leaf, in pixels of the leaf; empty where it owns nothing that needs the leaf."""
+        return Box(tuple(along.boxes.get(leaf, EMPTY) for along in tile))
 
     def largest_read(self, leaf: str) -> tuple[int, ...]:
         """The largest box that a tile reads of a leaf."""
-        return tuple(max(len(tile.boxes[leaf]) for tile in tiles) for tiles in self.axes)
+        return tuple(max(len(tile.boxes.get(leaf, EMPTY)) for tile in tiles) for tiles in self.axes)
 
     def __str__(self) -> str:
         grid = " x ".join(str(len(tiles)) for tiles in self.axes)

@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from fxstream.box import Box
-from fxstream.demand import AxisTile
+from fxstream.demand import AxisTile, Segment
 from fxstream.errors import StreamError
 from fxstream.locality import Locality
 from fxstream.planning import SegmentPlan
@@ -51,7 +51,8 @@ class TileCall:
 class Stream:
     """A segment made ready to run: the programs of its tile classes and the schedule of its tiles.
 
-    `labels` name the leaves and the small tensors, in that order, in the user's words.
+    `labels` name the leaves and the small tensors, in that order, in the user's words; `sources` are the places
+    of the inputs that each output can send a gradient to.
     """
 
     plan: SegmentPlan
@@ -59,6 +60,7 @@ class Stream:
     calls: tuple[TileCall, ...]
     shapes: tuple[tuple[int, ...], ...]
     labels: tuple[str, ...]
+    sources: tuple[frozenset[int], ...]
 
     @property
     def leaf_count(self) -> int:
@@ -92,7 +94,27 @@ def build_stream(locality: Locality, plan: SegmentPlan, labels: tuple[str, ...])
             _owned(locality, tile, k, output, len(shapes[k])) for k, output in enumerate(segment.outputs)
         )
         calls.append(TileCall(classes[key], leaves, owned))
-    return Stream(plan, tuple(programs), tuple(calls), shapes, labels)
+    return Stream(plan, tuple(programs), tuple(calls), shapes, labels, _sources(locality, segment))
+
+
+CONSTANT = {"aten::detach", "aten::zeros_like", "aten::ones_like", "aten::full_like"}
+"""Operators whose result has no gradient."""
+
+
+def _sources(locality: Locality, segment: Segment) -> tuple[frozenset[int], ...]:
+    """For each output, the places of the inputs that a gradient can flow to: nothing behind a detach."""
+    inputs = (*(leaf for leaf, _ in segment.leaves), *segment.smalls)
+    known = {name: frozenset([place]) for place, name in reversed(list(enumerate(inputs)))}
+    for place, name in enumerate(inputs):
+        known[name] |= {place}
+    nodes = {node.name: node for node in locality.graph.nodes}
+    for name in segment.nodes:
+        known[name] = frozenset().union(*(known.get(given.name, ()) for given in nodes[name].all_input_nodes))
+        meta = locality.metas[name]
+        has_gradient = not isinstance(meta, Shape) or meta.dtype.is_floating_point or meta.dtype.is_complex
+        if locality.verdicts[name].operator in CONSTANT or not has_gradient:
+            known[name] = frozenset()
+    return tuple(known[output] for output in segment.outputs)
 
 
 def _class_numbers(tiles: Sequence[AxisTile]) -> dict[int, int]:
@@ -189,7 +211,13 @@ class _StreamMap(torch.autograd.Function):
         ctx.ambient = _Ambient.now(tensors[0].device)
         ctx.dtypes = tuple(output.dtype for output in outputs)
         ctx.versions = [(weakref.ref(t), None if t.is_inference() else t._version) for t in tensors]
-        ctx.mark_non_differentiable(*(o for o in outputs if not o.is_floating_point()))
+        ctx.mark_non_differentiable(
+            *(
+                output
+                for output, sources in zip(outputs, stream.sources, strict=True)
+                if not any(tensors[source].requires_grad for source in sources)
+            )
+        )
         return outputs
 
     @staticmethod

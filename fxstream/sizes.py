@@ -100,6 +100,8 @@ def moving_constants(graphs: Sequence[fx.Graph]) -> list[Moving] | None:
     for row in zip(*columns, strict=True):
         if len({(node.op, str(node.target)) for node in row if node.op != "placeholder"}) > 1:
             return None
+        if row[0].op == "get_attr" and moving_constants([_graph_of(node) for node in row]) != []:
+            return None
         leaves = [_leaves(node, place) for node, place in zip(row, places, strict=True)]
         if len({len(found) for found in leaves}) != 1:
             return None
@@ -110,6 +112,12 @@ def moving_constants(graphs: Sequence[fx.Graph]) -> list[Moving] | None:
                 return None
             moving.append(Moving(row[0], i, values))
     return moving
+
+
+def _graph_of(node: fx.Node) -> fx.Graph:
+    """The graph of the module that a get_attr node holds; an empty one for anything else."""
+    held = getattr(node.graph.owning_module, str(node.target), None)
+    return held.graph if isinstance(held, fx.GraphModule) else fx.Graph()
 
 
 def _leaves(node: fx.Node, place: Mapping[fx.Node, int]) -> list[object]:

@@ -63,7 +63,7 @@ class _Builder:
         if footprint.target is None:
             (result,) = served
         elif footprint.average is not None and any(_is_ragged(footprint, steps)):
-            result = self._average(name, footprint, served[0], steps)
+            result = self._average(footprint, served[0], steps)
         else:
             result = self._call(name, footprint, served, steps)
         self.env[name] = self.cut(result, footprint.dims, [step.result for step in steps])
@@ -155,21 +155,12 @@ class _Builder:
                 positional.append(arguments.get(argument.name, argument.default_value))
         return self.graph.call_function(target, tuple(positional), kwargs)
 
-    def _average(self, name: str, footprint: Footprint, served: fx.Node, steps: Sequence[AxisStep]) -> fx.Node:
+    def _average(self, footprint: Footprint, served: fx.Node, steps: Sequence[AxisStep]) -> fx.Node:
         """An average pooling at the border: the sums of the windows over the counts of their real pixels."""
         assert footprint.average is not None
-        call, dims = self.graph.call_function, footprint.dims
-        ordered = [a for _, a in sorted(zip(dims, footprint.average, strict=True), key=lambda pair: pair[0])]
-        kernel, stride = [a.kernel for a in ordered], [a.stride for a in ordered]
-        if len(dims) == 1:
-            served = call(aten.unsqueeze.default, (served, -2))
-            kernel, stride = [1, *kernel], [1, *stride]
-        pool = aten.avg_pool3d.default if len(dims) == 3 else aten.avg_pool2d.default
-        sums = call(pool, (served, kernel, stride, [0] * len(kernel), False, True, 1))
-        if len(dims) == 1:
-            sums = call(aten.squeeze.dim, (sums, -2))
-        counts = tuple(step.counts for step in steps)
-        return call(divide_by_counts, (sums, counts, dims))
+        axes = sorted(zip(footprint.dims, footprint.average, (s.counts for s in steps), strict=True))
+        windows = tuple((average.kernel, average.stride, counts) for _, average, counts in axes)
+        return self.graph.call_function(average_windows, (served, windows))
 
 
 TRACED = ("nn_module_stack", "stack_trace")
@@ -193,14 +184,26 @@ def crop(tensor: torch.Tensor, *parts: tuple[int, int, int]) -> torch.Tensor:
     return tensor
 
 
-def divide_by_counts(sums: torch.Tensor, counts: Sequence[Sequence[int]], dims: Sequence[int]) -> torch.Tensor:
-    """Window sums over the number of pixels of each window, the product of its counts along `dims`."""
-    divisor = sums.new_ones((1,) * sums.ndim)
-    for dim, along in zip(dims, counts, strict=True):
-        shape = [1] * sums.ndim
-        shape[dim] = len(along)
-        divisor = divisor * sums.new_tensor(along).view(shape)
-    return sums / divisor
+def average_windows(tensor: torch.Tensor, windows: Sequence[tuple[int, int, Sequence[int]]]) -> torch.Tensor:
+    """The sums of windows over the last dims, each divided by the product of its counts of pixels.
+
+    `windows` has, per dim, the kernel, the stride and the count of each window.
+
+    >>> average_windows(torch.tensor([[[1.0, 3.0, 5.0, 0.0]]]), ((2, 2, (2, 1)),))
+    tensor([[[2., 5.]]])
+    """
+    wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    kernel, stride = [k for k, _, _ in windows], [s for _, s, _ in windows]
+    if len(windows) == 1:
+        sums = aten.avg_pool2d(wide.unsqueeze(-2), [1, *kernel], [1, *stride], divisor_override=1).squeeze(-2)
+    else:
+        pool = aten.avg_pool2d if len(windows) == 2 else aten.avg_pool3d
+        sums = pool(wide, kernel, stride, divisor_override=1)
+    divisor = sums.new_ones(())
+    for _, _, counts in windows:
+        divisor = divisor.unsqueeze(-1) * sums.new_tensor(counts)
+    averages: torch.Tensor = sums / divisor
+    return averages.to(tensor.dtype)
 
 
 def _sized(value: Any, shape: Sequence[int], dims: Sequence[int]) -> Any:

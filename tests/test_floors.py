@@ -10,6 +10,7 @@ FLOORS = (
     ("errors", "box"),
     ("receptive_field",),
     ("rules", "functional", "sizes", "freeze", "zoo"),
+    ("mode",),
     ("export",),
     ("capture",),
     ("locality",),

@@ -149,7 +149,14 @@ def concatenation(call: Call) -> Answer:
         return Refusal(Kind.GLOBAL, "concatenates maps whose stream axes are different dims")
     if dim in dims:
         return Refusal(Kind.NO_RULE, "concatenates along a stream axis")
-    return _all_parts(call, dims, dims)
+    reads = [aligned_read(call, argument, i, value, dims) for argument, i, value in call.tensors()]
+    if refused := [read for read in reads if isinstance(read, Refusal)]:
+        return refused[0]
+    whole = any(read is None for read in reads)
+    if whole and math.prod(call.shape[d] for d in dims) > 1:
+        return Refusal(Kind.GLOBAL, "concatenates a small part that has no stream axis", dims)
+    kept = tuple(read for read in reads if isinstance(read, Read))
+    return Footprint(Evaluation.POINTWISE, dims, kept, call.target)
 
 
 def stack(call: Call) -> Answer:
@@ -158,22 +165,12 @@ def stack(call: Call) -> Answer:
     dims = images[0].dims
     if any(image.dims != dims for image in images):
         return Refusal(Kind.GLOBAL, "stacks maps whose stream axes are different dims")
+    if any(not value.dims for _, _, value in call.tensors()):
+        return Refusal(Kind.GLOBAL, "stacks a small part with maps")
     new = call["dim"] % len(call.shape)
-    return _all_parts(call, dims, tuple(d + (d >= new) for d in dims))
-
-
-def _all_parts(call: Call, dims: tuple[int, ...], dims_out: tuple[int, ...]) -> Answer:
-    """Each part is read at the box of the result; small parts of full extent are cut like the others."""
-    reads = []
-    for argument, index, value in call.tensors():
-        if dims == dims_out or value.dims:
-            read = aligned_read(call, argument, index, value, dims) if dims == dims_out else None
-            if isinstance(read, Refusal):
-                return read
-            reads.append(read or Read(argument, value, dims, (IDENTITY,) * len(dims), index))
-        else:
-            return Refusal(Kind.GLOBAL, f"stacks the small `{value.name}` with maps")
-    return Footprint(Evaluation.POINTWISE, dims_out, tuple(reads), call.target)
+    maps = (IDENTITY,) * len(dims)
+    reads = tuple(Read(argument, value, dims, maps, index) for argument, index, value in call.tensors())
+    return Footprint(Evaluation.POINTWISE, tuple(d + (d >= new) for d in dims), reads, call.target)
 
 
 def linear(call: Call) -> Answer:

@@ -49,7 +49,8 @@ def upsample_nearest(n: int, call: Call) -> Answer:
     dims = window_dims(call, image, n)
     if isinstance(dims, Refusal):
         return dims
-    if any(call.shape[d] % image.shape[d] or not _indexes_exactly(call, d, image) for d in dims):
+    exact = all(not call.shape[d] % image.shape[d] and _indexes_exactly(call, d, image) for d in dims)
+    if not exact or not _scales_are_the_ratio(call, image, n):
         sizes = [(image.shape[d], call.shape[d]) for d in dims]
         return Refusal(Kind.NO_RULE, f"nearest resampling {sizes} is not by a whole number", dims)
     scales = [call.shape[d] // image.shape[d] for d in dims]
@@ -64,6 +65,14 @@ def upsample_nearest(n: int, call: Call) -> Answer:
         overrides,
         production=tuple(Production(s, 0, s) for s in scales),
     )
+
+
+def _scales_are_the_ratio(call: Call, image: Value, n: int) -> bool:
+    """Whether scale factors, where given, are the ratio of the sizes; torch indexes by the factors."""
+    given = [value for name, value in call.arguments.items() if name.startswith("scale") and value is not None]
+    factors = [f for value in given for f in (value if isinstance(value, (list, tuple)) else [value])]
+    ratios = [call.shape[d] / image.shape[d] for d in range(len(call.shape) - n, len(call.shape))]
+    return not factors or factors == ratios
 
 
 def _indexes_exactly(call: Call, dim: int, image: Value) -> bool:

@@ -86,6 +86,8 @@ def transpose(call: Call) -> Answer:
 def reshape(call: Call) -> Answer:
     """Any change of shape that keeps each stream axis a dim of its own."""
     image: Value = call["self"]
+    if "dtype" in call.arguments:
+        return Refusal(Kind.NO_RULE, "reads the bits of another type", ())
     dims = _follow_dims(image.shape, call.shape, image.dims)
     if dims is None:
         reason = f"reshapes {list(image.shape)} to {list(call.shape)}, which joins a stream axis with others"
@@ -96,6 +98,9 @@ def reshape(call: Call) -> Answer:
 
 def flatten(call: Call) -> Answer:
     """Joins or splits dims other than stream axes; its arguments name dims, not sizes of the image."""
+    image: Value = call["self"]
+    if "sizes" in call.arguments and call["dim"] % len(image.shape) in image.dims:
+        return Refusal(Kind.GLOBAL, "splits a stream axis")
     answer = reshape(call)
     return answer if isinstance(answer, Refusal) else replace(answer, overrides={})
 

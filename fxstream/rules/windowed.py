@@ -123,6 +123,8 @@ def average_pool(n: int, call: Call) -> Answer:
     dims = window_dims(call, image, n)
     if isinstance(dims, Refusal):
         return dims
+    if not image.dtype.is_floating_point:
+        return Refusal(Kind.GLOBAL, f"averages {image.dtype}, which rounds", dims)
     kernel = per_axis(call["kernel_size"], n)
     stride = per_axis(call["stride"], n) or kernel
     padding = per_axis(call["padding"], n)
