@@ -161,16 +161,17 @@ class StreamedModule(nn.Module):
         mode = mode_key(self.model, args, kwargs, self._volatile)
         size = tuple(tuple(tensor.shape) for tensor in tensors)
         if (mode, size) not in self._prepared:
-            captured = self._captured(mode, size, args, kwargs, tensors)
+            captured = self._captured(mode, args, kwargs, tensors)
+            mode = mode_key(self.model, args, kwargs, self._volatile)
             if len(self._prepared) >= MOST_SIZES:
                 del self._prepared[next(iter(self._prepared))]
             self._prepared[mode, size] = self._prepare(captured, tensors)
         return self._prepared[mode, size]
 
     def _captured(
-        self, mode: Any, size: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[torch.Tensor]
+        self, mode: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[torch.Tensor]
     ) -> Captured:
-        """The capture for this mode; one that is bound to its size serves that size only."""
+        """The capture for this mode; one that is bound to its size is not kept for other sizes."""
         known = self._captures.get(mode)
         if known is not None and known.reads_sizes and not still_holds(known, self.model, args, kwargs, tensors):
             known = None
@@ -179,11 +180,13 @@ class StreamedModule(nn.Module):
             known = capture(self.model, args, kwargs)
             self._volatile |= {name for name, value in attributes(self.model).items() if before.get(name) != value}
             bound = known.bound or mode in self._captures
-            self._captures.setdefault((mode, size) if bound else mode, known)
-            if bound:
+            if not bound:
+                self._captures[mode_key(self.model, args, kwargs, self._volatile)] = known
+            else:
                 self._tell_once(
+                    "bound",
                     f"{type(self.model).__name__} is bound to the size of its input: each new image or batch size"
-                    " is captured anew"
+                    " is captured anew",
                 )
         return known
 
@@ -205,11 +208,13 @@ class StreamedModule(nn.Module):
         if statistics:
             first += f" ({len(statistics)} BatchNorm layers use batch statistics)"
         name = type(self.model).__name__
-        self._tell_once(f"{plan.streamed_share:.0%} of the activations of {name} are streamed{first}{advice}")
+        self._tell_once(
+            "share", f"{plan.streamed_share:.0%} of the activations of {name} are streamed{first}{advice}"
+        )
 
-    def _tell_once(self, message: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
+    def _tell_once(self, topic: str, message: str) -> None:
+        if topic not in self._told:
+            self._told.add(topic)
             warnings.warn(message, StreamingWarning, stacklevel=2)
 
     def extra_repr(self) -> str:

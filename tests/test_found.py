@@ -215,7 +215,7 @@ def test_a_counter_in_forward_does_not_recapture():
     calls = model.calls
     for _ in range(3):
         module(torch.randn(1, 3, 40, 40))
-    assert model.calls == calls + 2 or model.calls == calls
+    assert model.calls == calls
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float16])
