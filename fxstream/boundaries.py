@@ -63,7 +63,7 @@ class RegionPlanner:
         self._bytes = max(1, locality.activation_bytes(nodes))
         self._reads = [[(r.value.name, r.dims) for r in locality.footprint(n).reads] for n in nodes]
         self._total = max(1, sum(self._arithmetic.values()))
-        self._boundary_bytes = self._candidates(MOST_CANDIDATES)
+        self._boundary_bytes: dict[int, int] = {}
 
     def segments(self) -> list[tuple[str, ...]]:
         """The runs of nodes, in order, that become segments."""
@@ -96,8 +96,8 @@ class RegionPlanner:
     def _candidates(self, most: int) -> dict[int, int]:
         """The places worth a boundary and the bytes that it would keep, at most so many of them.
 
-        These are the places before a window where no fewer bytes are live just before or after, those with the
-        fewest bytes first.
+        These are the places before a window where no fewer bytes are live just before or after; of each of `most`
+        equal stretches of the region the one with the fewest bytes.
         """
         live = self._live()[:-1]
         sizes = [self._locality.activation_bytes(names) for names in live]
@@ -108,8 +108,12 @@ class RegionPlanner:
             lowest = size <= sizes[max(i - 1, 0)] and (size < after or (size == after and self._is_window(i + 1)))
             if names and single and lowest:
                 places[i] = size
-        kept = sorted(sorted(places, key=places.__getitem__)[:most])
-        return {i: places[i] for i in kept}
+        best: dict[int, int] = {}
+        for i, size in places.items():
+            stretch = i * most // len(self._nodes)
+            if stretch not in best or size < places[best[stretch]]:
+                best[stretch] = i
+        return {i: places[i] for i in best.values()}
 
     def _is_window(self, place: int) -> bool:
         """Whether the node at `place` reads more than its own pixels."""
@@ -124,12 +128,12 @@ class RegionPlanner:
         """
         count = self._request.segments
         assert not isinstance(count, tuple)
-        pairs = self._pairs()
-        cheapest = _path(pairs, count, lambda cost: cost.total, operator.add)
-        if cheapest is None and len(self._boundary_bytes) >= MOST_CANDIDATES:
-            self._boundary_bytes = self._candidates(len(self._nodes))
+        for most in (MOST_CANDIDATES, 2 * MOST_CANDIDATES, len(self._nodes)):
+            self._boundary_bytes = self._candidates(most)
             pairs = self._pairs()
             cheapest = _path(pairs, count, lambda cost: cost.total, operator.add)
+            if cheapest is not None or len(self._boundary_bytes) < most // 2:
+                break
         if cheapest is None:
             cheapest = _path(pairs, count, lambda cost: cost.least_tile, max)
         if cheapest is None:
@@ -145,22 +149,23 @@ class RegionPlanner:
         """The cost of the segment from each start to `end`, in the coarsest grid that fits it."""
         run = make_segment(self._locality, "", self._nodes[: end + 1])
         leaves = {start: self._leaves(start, end) for start in starts}
+        watched = {start: tuple(found) for start, found in leaves.items()}
         chosen: dict[int, list[_Choice | None]] = {start: [] for start in starts}
         least = dict.fromkeys(starts, 1.0)
         for axis in range(len(self._locality.footprint(run.outputs[0]).dims)):
             grid = Grid(self._locality, run, self._request, axis)
-            finest = (grid.finest, grid.longest(grid.finest))
+            _, reads = grid.longest(grid.finest, watched)
             for start in starts:
                 for leaf, (_, scales) in leaves[start].items():
-                    least[start] = max(least[start], finest[1].get(leaf, 0) * scales[axis])
-            pending = {start for start in starts if _fits(finest, leaves[start], axis)}
+                    least[start] = max(least[start], reads[start].get(leaf, 0) * scales[axis])
+            pending = {start for start in starts if _fits(reads[start], leaves[start], axis)}
             found: dict[int, _Choice] = {}
             for count in _counts(grid.finest):
                 if not pending:
                     break
-                choice = (len(grid.outputs(count)), grid.longest(count))
-                fitting = {start for start in pending if _fits(choice, leaves[start], axis)}
-                found |= dict.fromkeys(fitting, choice)
+                lengths, reads = grid.longest(count, {start: watched[start] for start in pending})
+                fitting = {start for start in pending if _fits(reads[start], leaves[start], axis)}
+                found |= dict.fromkeys(fitting, (len(grid.outputs(count)), lengths))
                 pending -= fitting
             for start in starts:
                 chosen[start].append(found.get(start))
@@ -202,8 +207,9 @@ class _Cost:
     least_tile: float
 
 
-def _fits(choice: _Choice, leaves: _Leaves, axis: int) -> bool:
-    return all(choice[1].get(leaf, 0) <= bounds[axis] for leaf, (bounds, _) in leaves.items())
+def _fits(reads: Mapping[str, int], leaves: _Leaves, axis: int) -> bool:
+    """Whether what a tile reads of each leaf is within the leaf's bound."""
+    return all(reads.get(leaf, 0) <= bounds[axis] for leaf, (bounds, _) in leaves.items())
 
 
 def _counts(finest: int) -> list[int]:

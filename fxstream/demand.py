@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from fxstream.box import EMPTY, Interval
 from fxstream.locality import Locality
@@ -133,7 +134,7 @@ class AxisWalk:
         self.axis = axis
         self._nodes = tuple(_node(locality, name, axis) for name in segment.nodes)
         self._names = (*segment.nodes, *(leaf for leaf, _ in segment.leaves))
-        place = {name: i for i, name in enumerate(self._names)}
+        self._place = place = {name: i for i, name in enumerate(self._names)}
         # Plain integers: this loop runs for every node of every tile that the planner considers.
         self._steps = tuple(
             (i, tuple((place[r.producer], *_integers(r.map), r.extent) for r in node.reads))
@@ -151,21 +152,32 @@ class AxisWalk:
             if stop > start
         }
 
-    def lengths(self, outputs: Sequence[Interval]) -> dict[str, int]:
-        """How many pixels of each node and leaf a tile must hold; the same walk as `boxes`."""
-        starts, stops = self._walk(outputs)
-        return {
-            name: stop - start
-            for name, start, stop in zip(self._names, starts, stops, strict=True)
-            if stop > start
-        }
+    def lengths(
+        self, outputs: Sequence[Interval], watched: Mapping[int, Sequence[str]]
+    ) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
+        """How many pixels of each node and leaf a tile must hold; the same walk as `boxes`.
 
-    def _walk(self, outputs: Sequence[Interval]) -> tuple[list[int], list[int]]:
+        For each place in `watched` also what the nodes behind that place alone need of the values named there:
+        the reads of a segment that starts behind it.
+        """
+        reads: dict[int, dict[str, int]] = {}
+        starts, stops = self._walk(outputs, watched, reads)
+        return {n: b - a for n, a, b in zip(self._names, starts, stops, strict=True) if b > a}, reads
+
+    def _walk(
+        self,
+        outputs: Sequence[Interval],
+        watched: Mapping[int, Sequence[str]] = MappingProxyType({}),
+        reads_behind: dict[int, dict[str, int]] | None = None,
+    ) -> tuple[list[int], list[int]]:
         """`AxisMap.read`, `Interval.nearest` and `Interval.hull`, node by node, in plain integers."""
         starts, stops = [0] * len(self._names), [0] * len(self._names)
         for i, owned in zip(self._outputs, outputs, strict=True):
             starts[i], stops[i] = owned.start, owned.stop
+        place, found = self._place, {} if reads_behind is None else reads_behind
         for i, reads in self._steps:
+            if i in watched:
+                found[i] = {name: stops[place[name]] - starts[place[name]] for name in watched[i]}
             start, stop = starts[i], stops[i]
             if start == stop:
                 continue
@@ -179,6 +191,7 @@ class AxisWalk:
                 else:
                     starts[producer] = min(starts[producer], low)
                     stops[producer] = max(stops[producer], high)
+        found |= {-1: {name: stops[place[name]] - starts[place[name]] for name in watched.get(-1, ())}}
         for item, several in self._items:
             starts[item], stops[item] = starts[several], stops[several]
         return starts, stops

@@ -7,6 +7,8 @@ all read no more than the bound. Several outputs, at any resolution, are cut at 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from fxstream.box import Interval
 from fxstream.demand import AxisTile, AxisWalk, Segment
 from fxstream.locality import Locality
@@ -42,7 +44,7 @@ class Grid:
 
     def excess(self, outputs: tuple[Interval, ...]) -> tuple[int, str] | None:
         """By how much of its bound, and of which leaf, the tile that owns `outputs` reads too much."""
-        lengths = self._walk.lengths(outputs)
+        lengths, _ = self._walk.lengths(outputs, {})
         over = [(lengths[leaf], leaf) for leaf, bound in self._bounds.items() if lengths.get(leaf, 0) > bound]
         return max(over) if over else None
 
@@ -64,14 +66,19 @@ class Grid:
             low, high = (low, middle) if self._fits(middle, sampled=True) else (middle, high)
         return next((count for count in range(high, self.finest + 1) if self._fits(count)), None)
 
-    def longest(self, count: int) -> dict[str, int]:
-        """About the longest interval that a tile of a grid of `count` holds of each node, from a few tiles."""
+    def longest(
+        self, count: int, watched: Mapping[int, Sequence[str]]
+    ) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
+        """About the longest intervals, as `AxisWalk.lengths` gives them, over a few tiles of a grid of `count`."""
         outputs = self.outputs(count)
         lengths: dict[str, int] = {}
+        reads: dict[int, dict[str, int]] = {place: {} for place in watched}
         for i in {0, len(outputs) // 2, len(outputs) - 1}:
-            for name, length in self._walk.lengths(outputs[i]).items():
-                lengths[name] = max(lengths.get(name, 0), length)
-        return lengths
+            of_tile, behind = self._walk.lengths(outputs[i], watched)
+            _keep_longest(lengths, of_tile)
+            for place, known in reads.items():
+                _keep_longest(known, behind[place])
+        return lengths, reads
 
     def tiles(self, count: int) -> tuple[AxisTile, ...]:
         """The tiles of a grid of `count`."""
@@ -81,3 +88,8 @@ class Grid:
         """The largest read of a single output pixel: pixels, leaf, and the bound it breaks."""
         worst = max(filter(None, map(self.excess, self.outputs(self.finest))))
         return (*worst, self._bounds[worst[1]])
+
+
+def _keep_longest(known: dict[str, int], other: Mapping[str, int]) -> None:
+    for name, length in other.items():
+        known[name] = max(known.get(name, 0), length)

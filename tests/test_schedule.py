@@ -183,14 +183,14 @@ def test_wrong_fill_is_caught(monkeypatch):
         assert_streams(model, integer_image(1, 1, 20, 20), tile=9, segments=1, tolerance=0.0)
 
 
-def test_unclipped_hull_is_caught(monkeypatch):
+def test_box_that_starts_late_is_caught(monkeypatch):
     walk = demand.AxisWalk._walk
 
-    def last_consumer_wins(self, outputs):
-        starts, stops = walk(self, outputs)
+    def shifted(self, *arguments):
+        starts, stops = walk(self, *arguments)
         return [s + (1 if 0 < s < e - 1 else 0) for s, e in zip(starts, stops, strict=True)], stops
 
-    monkeypatch.setattr(demand.AxisWalk, "_walk", last_consumer_wins)
+    monkeypatch.setattr(demand.AxisWalk, "_walk", shifted)
     assert caught()
 
 
