@@ -49,10 +49,6 @@ class Interval:
             return self
         return Interval(min(self.start, other.start), max(self.stop, other.stop))
 
-    def shift(self, pixels: int) -> Interval:
-        """The same interval `pixels` further on; an empty one stays empty."""
-        return Interval(self.start + pixels, self.stop + pixels) if len(self) else EMPTY
-
     def clip(self, extent: int) -> Interval:
         """The part inside an axis of `extent` pixels.
 
@@ -84,10 +80,6 @@ class Interval:
         before = min(self.stop, 0) - min(self.start, 0)
         after = max(self.stop, extent) - max(self.start, extent)
         return before, after
-
-    def contains(self, other: Interval) -> bool:
-        """Whether every pixel of `other` is in this interval; an empty one always is."""
-        return not len(other) or (self.start <= other.start and other.stop <= self.stop)
 
     def split(self, length: int) -> tuple[Interval, ...]:
         """Consecutive intervals of `length` pixels that partition this one; the last may be shorter.

@@ -101,6 +101,12 @@ def convolution(n: int, call: Call) -> Answer:
     return windowed(call, "input", maps, dims, target=target, overrides={"padding": [0] * n}, fill=0.0, macs=macs)
 
 
+def pool_windows(n: int, call: Call) -> tuple[tuple[int, ...], ...]:
+    """Kernel, stride and padding of a pooling along each of its dims; the stride defaults to the kernel."""
+    kernel = per_axis(call["kernel_size"], n)
+    return kernel, per_axis(call["stride"], n) or kernel, per_axis(call["padding"], n)
+
+
 def max_pool(n: int, call: Call) -> Answer:
     """Max pooling; windows that reach beyond the padding under ceil_mode see the fill value there."""
     image: Value = call["self"]
@@ -109,10 +115,8 @@ def max_pool(n: int, call: Call) -> Answer:
         return dims
     if not image.dtype.is_floating_point:
         return Refusal(Kind.GLOBAL, f"pools {image.dtype}, which has no minus infinity to pad with", dims)
-    kernel = per_axis(call["kernel_size"], n)
-    stride = per_axis(call["stride"], n) or kernel
-    padding, dilation = per_axis(call["padding"], n), per_axis(call["dilation"], n)
-    maps = [AxisMap.window(*axis) for axis in zip(kernel, stride, padding, dilation, strict=True)]
+    dilation = per_axis(call["dilation"], n)
+    maps = [AxisMap.window(*axis) for axis in zip(*pool_windows(n, call), dilation, strict=True)]
     overrides = {"padding": [0] * n, "ceil_mode": False}
     return windowed(call, "self", maps, dims, overrides=overrides, fill=-math.inf)
 
@@ -125,9 +129,7 @@ def average_pool(n: int, call: Call) -> Answer:
         return dims
     if not image.dtype.is_floating_point:
         return Refusal(Kind.GLOBAL, f"averages {image.dtype}, which rounds", dims)
-    kernel = per_axis(call["kernel_size"], n)
-    stride = per_axis(call["stride"], n) or kernel
-    padding = per_axis(call["padding"], n)
+    kernel, stride, padding = pool_windows(n, call)
     maps = [AxisMap.window(*axis) for axis in zip(kernel, stride, padding, strict=True)]
     first = len(image.shape) - n
     average = tuple(
