@@ -38,6 +38,27 @@ ONE_SEGMENT = {  # (tile along the long axis of a thin image, where the stream e
     "convnext_tiny": (300, "features.3"),
     "timm/resnet26d": (460, None),
 }
+WHOLE_WIDTH = {  # a little more than the receptive field of the whole network, so that there are several tiles
+    "resnet18": 539,
+    "resnet34": 1001,
+    "resnet50": 531,
+    "resnet101": 1201,
+    "wide_resnet50_2": 531,
+    "resnext50_32x4d": 531,
+    "densenet121": 2301,
+    "densenet161": 3201,
+    "densenet169": 3601,
+    "densenet201": 4101,
+    "vgg11": 301,
+    "vgg16_bn": 331,
+    "convnext_tiny": 1901,
+    "mobilenet_v2": 601,
+    "timm/resnet26d": 601,
+    "timm/regnetx_002": 1001,
+    "timm/repvgg_a0": 901,
+    "timm/convnext_atto": 1901,
+    "timm/dpn68": 1301,
+}
 SMALL = ((97, 135), 96)
 WIDE_KERNELS = ((65, 270), (65, 232))
 
@@ -70,9 +91,11 @@ def test_one_segment(name):
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("name, width", [("densenet121", 2300), ("convnext_tiny", 1900), ("resnet101", 1200)])
-def test_campaign_of_whole_networks_in_one_segment(name, width):
-    assert_streams(build(name), image(1, 33, width), tile=(33, width - 20), segments=1)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_campaign_of_whole_networks_in_one_segment(name, batch):
+    width = WHOLE_WIDTH[name]
+    assert_streams(build(name), image(batch, 33, width), tile=(33, width - 20), segments=1)
 
 
 @pytest.mark.campaign

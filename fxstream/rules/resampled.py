@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from fxstream.receptive_field import AxisMap
+from fxstream.receptive_field import AxisExtent, AxisMap
 from fxstream.rules.rule import (
     Answer,
     Call,
@@ -64,6 +64,7 @@ def upsample_nearest(n: int, call: Call) -> Answer:
         call.target,
         overrides,
         production=tuple(Production(s, 0, s) for s in scales),
+        extents=tuple(AxisExtent(s, 1, 0) for s in scales),
     )
 
 
@@ -95,6 +96,7 @@ def pixel_shuffle(call: Call) -> Answer:
         (Read("self", image, dims, (AxisMap(1, factor, 0, 0),) * 2),),
         call.target,
         production=(Production(factor, 0, factor),) * 2,
+        extents=(AxisExtent(factor, 1, 0),) * 2,
     )
 
 
@@ -112,12 +114,13 @@ def transposed_convolution(n: int, call: Call) -> Answer:
     stride, padding = per_axis(call["stride"], n), per_axis(call["padding"], n)
     dilation, kernel = per_axis(call["dilation"], n), call["weight"].shape[2:]
     gaps = [max(0, s - 1 - d * (k - 1)) for s, d, k in zip(stride, dilation, kernel, strict=True)]
-    maps, production = [], []
+    maps, production, extents = [], [], []
     for dim in dims:
         j = dim - first
         span = dilation[j] * (kernel[j] - 1)
         maps.append(AxisMap(1, stride[j], padding[j] - span + (0 if gaps[j] else stride[j] - 1), padding[j]))
         production.append(Production(stride[j], -padding[j], span + 1 + gaps[j]))
+        extents.append(AxisExtent(stride[j], 1, call.shape[dim] - stride[j] * image.shape[dim]))
     return Footprint(
         Evaluation.RESAMPLED,
         dims,
@@ -126,5 +129,6 @@ def transposed_convolution(n: int, call: Call) -> Answer:
         {"padding": [0] * n, "output_padding": gaps},
         fill=0.0,
         production=tuple(production),
+        extents=tuple(extents),
         macs=math.prod(image.shape) * math.prod(call["weight"].shape[1:]),
     )

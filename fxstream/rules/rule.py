@@ -19,7 +19,7 @@ import torch
 
 from fxstream.box import Interval
 from fxstream.errors import RuleError
-from fxstream.receptive_field import AxisMap
+from fxstream.receptive_field import AxisExtent, AxisMap
 
 __all__ = [
     "Average",
@@ -153,7 +153,8 @@ class Footprint:
     `dims` are the stream dims of the result. `target` is called on the cropped and padded inputs with the
     arguments in `overrides` replaced (an `Evaluation.WINDOWED` call has padding 0, for example); where it is
     None the cropped and padded input is itself the result. `fill` is the value of pixels outside the image.
-    `macs` are the multiply-accumulates of the whole call.
+    `extents` give the result's pixels along each axis from those of the first read; None where they are the
+    same. `macs` are the multiply-accumulates of the whole call.
     """
 
     evaluation: Evaluation
@@ -164,6 +165,7 @@ class Footprint:
     fill: float | None = None
     production: tuple[Production, ...] | None = None
     average: tuple[Average, ...] | None = None
+    extents: tuple[AxisExtent, ...] | None = None
     macs: int = 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fxstream.receptive_field import IDENTITY, AxisMap
+from fxstream.receptive_field import IDENTITY, AxisExtent, AxisMap
 from fxstream.rules.rule import (
     Answer,
     Average,
@@ -71,13 +71,19 @@ def window_dims(call: Call, image: Value, n: int) -> tuple[int, ...] | Refusal:
 
 
 def windowed(
-    call: Call, argument: str, maps: Sequence[AxisMap], dims: tuple[int, ...], **footprint: Any
+    call: Call,
+    argument: str,
+    maps: Sequence[AxisMap],
+    extents: Sequence[AxisExtent],
+    dims: tuple[int, ...],
+    **footprint: Any,
 ) -> Footprint:
-    """The footprint of a window over the last dims; `maps` are in the order of those dims."""
+    """The footprint of a window over the last dims; `maps` and `extents` are in the order of those dims."""
     image: Value = call[argument]
     first = len(image.shape) - len(maps)
     ordered = tuple(maps[d - first] for d in dims)
     reads = (Read(argument, image, dims, ordered),)
+    footprint["extents"] = tuple(extents[d - first] for d in dims)
     return Footprint(Evaluation.WINDOWED, dims, reads, footprint.pop("target", call.target), **footprint)
 
 
@@ -95,10 +101,20 @@ def convolution(n: int, call: Call) -> Answer:
         padding = (0,) * n
     else:
         padding = per_axis(call["padding"], n)
-    maps = [AxisMap.window(*axis) for axis in zip(kernel, stride, padding, dilation, strict=True)]
-    macs = math.prod(call.shape) * math.prod(call["weight"].shape[1:])
-    target = CONVOLUTIONS[n]
-    return windowed(call, "input", maps, dims, target=target, overrides={"padding": [0] * n}, fill=0.0, macs=macs)
+    windows = list(zip(kernel, stride, padding, dilation, strict=True))
+    same = call["padding"] == "same"
+    extents = [AxisExtent.changed(0) if same else AxisExtent.window(*window) for window in windows]
+    return windowed(
+        call,
+        "input",
+        [AxisMap.window(*window) for window in windows],
+        extents,
+        dims,
+        target=CONVOLUTIONS[n],
+        overrides={"padding": [0] * n},
+        fill=0.0,
+        macs=math.prod(call.shape) * math.prod(call["weight"].shape[1:]),
+    )
 
 
 def pool_windows(n: int, call: Call) -> tuple[tuple[int, ...], ...]:
@@ -116,9 +132,11 @@ def max_pool(n: int, call: Call) -> Answer:
     if not image.dtype.is_floating_point:
         return Refusal(Kind.GLOBAL, f"pools {image.dtype}, which has no minus infinity to pad with", dims)
     dilation = per_axis(call["dilation"], n)
-    maps = [AxisMap.window(*axis) for axis in zip(*pool_windows(n, call), dilation, strict=True)]
+    windows = list(zip(*pool_windows(n, call), dilation, strict=True))
+    maps = [AxisMap.window(*window) for window in windows]
+    extents = [AxisExtent.window(*window, ceil=call["ceil_mode"]) for window in windows]
     overrides = {"padding": [0] * n, "ceil_mode": False}
-    return windowed(call, "self", maps, dims, overrides=overrides, fill=-math.inf)
+    return windowed(call, "self", maps, extents, dims, overrides=overrides, fill=-math.inf)
 
 
 def average_pool(n: int, call: Call) -> Answer:
@@ -130,7 +148,7 @@ def average_pool(n: int, call: Call) -> Answer:
     if not image.dtype.is_floating_point:
         return Refusal(Kind.GLOBAL, f"averages {image.dtype}, which rounds", dims)
     kernel, stride, padding = pool_windows(n, call)
-    maps = [AxisMap.window(*axis) for axis in zip(kernel, stride, padding, strict=True)]
+    windows = list(zip(kernel, stride, padding, strict=True))
     first = len(image.shape) - n
     average = tuple(
         Average(
@@ -141,7 +159,8 @@ def average_pool(n: int, call: Call) -> Answer:
     return windowed(
         call,
         "self",
-        maps,
+        [AxisMap.window(*window) for window in windows],
+        [AxisExtent.window(*window, ceil=call["ceil_mode"]) for window in windows],
         dims,
         overrides={"padding": [0] * n, "ceil_mode": False},
         fill=0.0,
@@ -155,11 +174,12 @@ def pad(call: Call) -> Answer:
     if call.arguments.get("mode", "constant") != "constant":
         return Refusal(Kind.NO_RULE, f"{call['mode']} padding is not streamed", image.dims)
     rank, pads = len(image.shape), list(call["pad"])
-    maps, remaining = [], list(pads)
+    maps, extents, remaining = [], [], list(pads)
     for dim in image.dims:
         place = 2 * (rank - 1 - dim)
-        before = pads[place] if place < len(pads) else 0
+        before, after = pads[place : place + 2] if place < len(pads) else (0, 0)
         maps.append(AxisMap.shifted(-before))
+        extents.append(AxisExtent.changed(before + after))
         remaining[place : place + 2] = [0, 0][: len(remaining[place : place + 2])]
     return Footprint(
         Evaluation.WINDOWED,
@@ -168,6 +188,7 @@ def pad(call: Call) -> Answer:
         call.target if any(remaining) else None,
         {"pad": remaining},
         fill=float(call["value"] or 0.0),
+        extents=tuple(extents),
     )
 
 
@@ -180,26 +201,45 @@ def crop(call: Call) -> Answer:
         return Footprint(
             Evaluation.POINTWISE, image.dims, (Read("self", image, image.dims, tuple(maps)),), call.target
         )
-    start = range(image.shape[dim])[slice(call["start"], call["end"])].start
-    maps[image.dims.index(dim)] = AxisMap(call["step"], 1, start, start)
+    axis, step = image.dims.index(dim), call["step"]
+    start, stop, _ = slice(call["start"], call["end"]).indices(image.shape[dim])
+    maps[axis] = AxisMap(step, 1, start, start)
+    extents = [AxisExtent.changed(0)] * len(image.dims)
+    extents[axis] = _cropped(call["start"] or 0, call["end"], start, stop, image.shape[dim], step)
     return Footprint(
         Evaluation.WINDOWED,
         image.dims,
         (Read("self", image, image.dims, tuple(maps)),),
-        None if call["step"] == 1 else call.target,
+        None if step == 1 else call.target,
         {"start": None, "end": None},
+        extents=tuple(extents),
     )
+
+
+def _cropped(given: int, end: int | None, start: int, stop: int, extent: int, step: int) -> AxisExtent:
+    """The extent of a crop; an end that is counted from the image's end, like a start, moves with it."""
+    moves = end is None or end < 0 or end >= extent
+    if moves and given >= 0:
+        return AxisExtent(1, step, step - 1 - start + stop - extent)
+    return AxisExtent.fixed(len(range(start, stop, step)))
 
 
 def narrow(call: Call) -> Answer:
     """A slice given by its start and length."""
     image: Value = call["self"]
     dim = call["dim"] % len(image.shape)
-    maps = [IDENTITY] * len(image.dims)
+    maps, extents = [IDENTITY] * len(image.dims), [AxisExtent.changed(0)] * len(image.dims)
     if dim in image.dims:
-        maps[image.dims.index(dim)] = AxisMap.shifted(call["start"] % image.shape[dim])
-    target = None if dim in image.dims else call.target
-    return Footprint(Evaluation.WINDOWED, image.dims, (Read("self", image, image.dims, tuple(maps)),), target)
+        axis = image.dims.index(dim)
+        maps[axis] = AxisMap.shifted(call["start"] % image.shape[dim])
+        extents[axis] = AxisExtent.fixed(call["length"])
+    return Footprint(
+        Evaluation.WINDOWED,
+        image.dims,
+        (Read("self", image, image.dims, tuple(maps)),),
+        None if dim in image.dims else call.target,
+        extents=tuple(extents),
+    )
 
 
 def pixel_unshuffle(call: Call) -> Answer:
@@ -208,4 +248,5 @@ def pixel_unshuffle(call: Call) -> Answer:
     if isinstance(dims, Refusal):
         return dims
     factor = call["downscale_factor"]
-    return windowed(call, "self", [AxisMap(factor, 1, 0, factor - 1)] * 2, dims)
+    maps, extents = [AxisMap(factor, 1, 0, factor - 1)] * 2, [AxisExtent(1, factor, 0)] * 2
+    return windowed(call, "self", maps, extents, dims)
