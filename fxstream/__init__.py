@@ -8,11 +8,13 @@ from fxstream.errors import (
     FxstreamError,
     InputError,
     PlanError,
+    ProbeError,
     RuleError,
     StreamError,
     StreamingWarning,
 )
 from fxstream.freeze import freeze_batch_norm
+from fxstream.probe import ProbeReport
 from fxstream.rules import register_rule
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "FxstreamError",
     "InputError",
     "PlanError",
+    "ProbeError",
+    "ProbeReport",
     "RuleError",
     "StreamError",
     "StreamedModule",

@@ -15,9 +15,9 @@ from torch import nn
 from fxstream.capture import Captured, capture
 from fxstream.errors import InputError
 from fxstream.locality import Locality, Region, Verdict, analyse_locality
-from fxstream.sizes import shapes_at
+from fxstream.sizes import shapes_at, stream_dims
 
-__all__ = ["Analysis", "analyse", "analyze"]
+__all__ = ["Analysis", "analyse", "analyze", "example_image"]
 
 MOST_SHOWN = 8
 
@@ -74,7 +74,24 @@ class Analysis:
 def analyse(captured: Captured, model: nn.Module, tensors: list[torch.Tensor]) -> Analysis:
     """The analysis of a captured model for these inputs (only their shapes are looked at)."""
     metas = shapes_at(captured.module, [*captured.model_tensors(model), *tensors])
-    return Analysis(captured, analyse_locality(captured, metas))
+    inputs = {name: stream_dims(metas.get(name)) for name in captured.inputs}
+    return Analysis(captured, analyse_locality(captured.graph, metas, inputs))
+
+
+def example_image(model: nn.Module, size: int | tuple[int, ...], channels: int, batch: int) -> torch.Tensor:
+    """An image [batch, channels, *size] of the model's type on its device, without memory of its own.
+
+    `size` is one number for a square 2-D image, or one per axis. Raises `InputError` for anything but
+    positive ints.
+    """
+    extents = (size, size) if isinstance(size, int) else tuple(size)
+    if not extents or any(
+        isinstance(e, bool) or not isinstance(e, int) or e < 1 for e in (*extents, channels, batch)
+    ):
+        raise InputError(f"size, channels and batch must be positive ints, found {size!r}, {channels}, {batch}")
+    floating = (weight for weight in model.parameters() if weight.is_floating_point())
+    weight = next(floating, torch.empty(0))
+    return torch.empty(1, dtype=weight.dtype, device=weight.device).expand(batch, channels, *extents)
 
 
 def analyze(
@@ -94,11 +111,7 @@ def analyze(
     1 nodes: 1 local
     region conv2d .. conv2d: 1 nodes, 100.0% of the activations
     """
-    extents = (size, size) if isinstance(size, int) else tuple(size)
-    if not extents or any(not isinstance(e, int) or e < 1 for e in (*extents, channels, batch)):
-        raise InputError(f"size, channels and batch must be positive ints, found {size!r}, {channels}, {batch}")
-    weight = next(iter(model.parameters()), torch.empty(0))
-    image = torch.empty(1, dtype=weight.dtype, device=weight.device).expand(batch, channels, *extents)
+    image = example_image(model, size, channels, batch)
     captured = capture(model, (image,), kwargs or {})
     tensors = [t for t in (kwargs or {}).values() if isinstance(t, torch.Tensor)]
     return analyse(captured, model, [image, *tensors])

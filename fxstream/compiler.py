@@ -1,8 +1,9 @@
 """`compile`: the pipeline from a model to a module that streams, readable as a table of contents.
 
-    capture  ->  shapes at this size  ->  locality  ->  plan  ->  rewrite  ->  run
+    capture  ->  shapes at this size  ->  locality  ->  plan  ->  probe  ->  rewrite  ->  run
 
-Captures are kept per mode (training flags, input structure, types, devices), everything after per image size.
+Captures are kept per mode (training flags, input structure, types, devices) and probed once; everything else is
+per image size.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fxstream.errors import InputError, StreamingWarning
 from fxstream.locality import Verdict
 from fxstream.mode import attributes, mode_key
 from fxstream.planning import Plan, make_plan
+from fxstream.probe import ProbeReport, probe
 from fxstream.request import Request
 from fxstream.rewrite import rewrite
 from fxstream.rules import Kind
@@ -43,21 +45,23 @@ def compile(
     tile: int | tuple[int, ...],
     segments: int | tuple[str, ...] | None = None,
     cut: str | None = None,
+    verify: bool = True,
 ) -> StreamedModule:
     """The model as a drop-in module that streams its large part tile by tile, with the same results.
 
     `tile` is the largest box of the model's input, overlap included, that a tile of the first segment reads:
     pixels, one number for all axes or one per axis. `segments` is the number of segments of each streamed
     region, or the names of the modules that each end one; by default the planner chooses. `cut` names the
-    module after which nothing is streamed. The model itself is not changed and its parameters are shared.
+    module after which nothing is streamed. With `verify` the probe measures once per capture, on the real
+    operators, what the rules claim. The model itself is not changed and its parameters are shared.
 
     Raises `InputError` for a tile that is not a positive integer or tuple of them; at the first call
-    `CaptureError` or `PlanError`.
+    `CaptureError`, `PlanError` or `ProbeError`.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"compile needs an nn.Module, found {type(model).__name__}")
     request = Request(_checked_tile(tile), _checked_segments(segments), cut)
-    return StreamedModule(model, request)
+    return StreamedModule(model, request, verify)
 
 
 def _checked_tile(tile: object) -> int | tuple[int, ...]:
@@ -81,6 +85,7 @@ class Prepared:
 
     analysis: Analysis
     plan: Plan
+    probe: tuple[ProbeReport, ...]
     streamed: fx.GraphModule | None
 
 
@@ -97,27 +102,29 @@ class StreamedModule(nn.Module):
 
     model: nn.Module
     request: Request
+    verify: bool
     _captures: dict[Any, Captured]
+    _probed: dict[Any, tuple[ProbeReport, ...]]
     _prepared: dict[Any, Prepared]
     _last: Prepared | None
     _told: set[str]
     _volatile: set[str]
 
-    def __init__(self, model: nn.Module, request: Request) -> None:
+    def __init__(self, model: nn.Module, request: Request, verify: bool = True) -> None:
         super().__init__()
         shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
         # Not registered as a submodule: the model's parts are ours under their own names.
         self.__dict__ |= {parts: model.__dict__[parts] for parts in shared} | {"model": model}
-        self.request = request
+        self.request, self.verify = request, verify
         self.training = model.training
-        self._captures, self._prepared, self._last = {}, {}, None
+        self._captures, self._probed, self._prepared, self._last = {}, {}, {}, None
         self._told, self._volatile = set(), set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StreamedModule, (self.model, self.request)
+        return StreamedModule, (self.model, self.request, self.verify)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamedModule:
-        return StreamedModule(copy.deepcopy(self.model, memo), self.request)
+        return StreamedModule(copy.deepcopy(self.model, memo), self.request, self.verify)
 
     def train(self, mode: bool = True) -> StreamedModule:
         """Training mode of the model and of this module."""
@@ -134,6 +141,11 @@ class StreamedModule(nn.Module):
     def plan(self) -> Plan:
         """Segments and tiles for the last input."""
         return self._latest().plan
+
+    @property
+    def probe(self) -> tuple[ProbeReport, ...]:
+        """What the probe measured on each streamed region, for the last input; empty where it was not run."""
+        return self._latest().probe
 
     @property
     def graph(self) -> fx.Graph:
@@ -195,8 +207,25 @@ class StreamedModule(nn.Module):
         plan = make_plan(analysis.locality, self.request)
         logger.info("%s", plan)
         self._tell_what_stops_the_stream(analysis, plan)
-        streamed = None if plan.is_trivial else rewrite(captured, analysis.locality, plan)
-        return Prepared(analysis, plan, streamed)
+        if plan.is_trivial:
+            return Prepared(analysis, plan, (), None)
+        reports = self._verified(analysis, plan)
+        return Prepared(analysis, plan, reports, rewrite(captured, analysis.locality, plan))
+
+    def _verified(self, analysis: Analysis, plan: Plan) -> tuple[ProbeReport, ...]:
+        """The probe's reports on what the plan streams, once per capture. Raises `ProbeError` on a mismatch."""
+        if not self.verify:
+            return ()
+        streamed = {name for segment in plan.segments for name in segment.segment.nodes}
+        parts = [[n for n in region.nodes if n in streamed] for region in analysis.regions]
+        key = (analysis.captured.graph, frozenset(streamed))
+        if key not in self._probed:
+            reports = tuple(probe(analysis.locality, part, f"region {i}") for i, part in enumerate(parts) if part)
+            for report in reports:
+                logger.info("%s", report)
+                report.raise_on_mismatch()
+            self._probed[key] = reports
+        return self._probed[key]
 
     def _tell_what_stops_the_stream(self, analysis: Analysis, plan: Plan) -> None:
         if plan.streamed_share >= SMALL_SHARE or self.request.cut is not None:

@@ -10,6 +10,7 @@ __all__ = [
     "FxstreamError",
     "InputError",
     "PlanError",
+    "ProbeError",
     "RuleError",
     "StreamError",
     "StreamingWarning",
@@ -38,6 +39,10 @@ class PlanError(FxstreamError, ValueError):
     def __init__(self, message: str, least_tile: int | None = None) -> None:
         super().__init__(message)
         self.least_tile = least_tile
+
+
+class ProbeError(FxstreamError, RuntimeError):
+    """The real operators contradict what the rules claim about them."""
 
 
 class StreamError(FxstreamError, RuntimeError):

@@ -189,14 +189,14 @@ def _replace(
 ) -> fx.Node:
     """Put the functional twin in the place of an in-place node; returns the node that is the new value.
 
-    An in-place operator keeps the type of what it changes while its twin promotes, so a twin of several
-    tensors is followed by a conversion back.
+    An in-place operator keeps the type of what it changes while its twin promotes, so a twin of tensors of
+    several types is followed by a conversion back.
     """
     with graph.inserting_before(node):
         new = graph.create_node("call_function", twin, _all_positional(node), _keyword_only(node))
         new.meta = dict(node.meta)
         result = new
-        if len(node.all_input_nodes) > 1:
+        if len(_types(node)) > 1:
             result = graph.create_node("call_function", torch.ops.aten.type_as.default, (new, changed))
             result.meta = dict(node.meta)
     now = position[node]
@@ -207,6 +207,11 @@ def _replace(
     )
     graph.erase_node(node)
     return result
+
+
+def _types(node: fx.Node) -> set[object]:
+    """The types of the tensors that a node is given; a tensor of unknown type counts as one of its own."""
+    return {getattr(given.meta.get("val"), "dtype", given) for given in node.all_input_nodes}
 
 
 def _all_positional(node: fx.Node) -> tuple[Any, ...]:

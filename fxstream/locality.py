@@ -26,11 +26,11 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from fxstream.capture import Captured, module_path
+from fxstream.capture import module_path
 from fxstream.functional import UNSTREAMED, ordered_nodes
 from fxstream.receptive_field import IDENTITY
 from fxstream.rules import Call, Evaluation, Footprint, Kind, Read, Refusal, Value, rule_of
-from fxstream.sizes import Meta, Shape, fold_integers, is_image, source_line
+from fxstream.sizes import Meta, Shape, fold_integers, source_line
 
 __all__ = ["Locality", "Region", "Values", "Verdict", "analyse_locality"]
 
@@ -108,15 +108,20 @@ class Locality:
     __repr__ = __str__
 
 
-def analyse_locality(captured: Captured, metas: Mapping[str, Meta]) -> Locality:
-    """The verdict of every node of the graph at the size that `metas` describes."""
+def analyse_locality(
+    graph: fx.Graph, metas: Mapping[str, Meta], inputs: Mapping[str, tuple[int, ...]]
+) -> Locality:
+    """The verdict of every node of the graph at the size that `metas` describes.
+
+    `inputs` are the placeholders that hold images, with their stream dims; the others are weights.
+    """
     values: Values = {}
     verdicts: dict[str, Verdict] = {}
     alignments: dict[str, tuple[int, ...]] = {}
-    for node in captured.graph.nodes:
+    for node in graph.nodes:
         meta = metas.get(node.name)
         if node.op == "placeholder":
-            values[node.name] = _input_value(node.name, meta, node.name in captured.inputs)
+            values[node.name] = _input_value(node.name, meta, inputs)
         elif node.op == "call_function":
             answer = _answer(node, meta, values, metas)
             if node.target is operator.getitem and isinstance(answer, Footprint):
@@ -127,16 +132,15 @@ def analyse_locality(captured: Captured, metas: Mapping[str, Meta]) -> Locality:
             values[node.name] = _result(node, answer.dims, meta, values)
         elif node.op == "get_attr":
             values[node.name] = ()
-    stages = _stages(captured.graph, verdicts)
-    regions = _regions(captured.graph, verdicts, stages)
-    return Locality(captured.graph, metas, values, verdicts, stages, regions)
+    stages = _stages(graph, verdicts)
+    regions = _regions(graph, verdicts, stages)
+    return Locality(graph, metas, values, verdicts, stages, regions)
 
 
-def _input_value(name: str, meta: Meta, is_input: bool) -> Value | tuple[Value, ...]:
+def _input_value(name: str, meta: Meta, inputs: Mapping[str, tuple[int, ...]]) -> Value | tuple[Value, ...]:
     if not isinstance(meta, Shape):
         return ()
-    dims = tuple(range(2, len(meta.shape))) if is_input and is_image(meta) else ()
-    return Value(name, meta.shape, meta.dtype, dims, is_input)
+    return Value(name, meta.shape, meta.dtype, inputs.get(name, ()), name in inputs)
 
 
 def _values_of(name: str, values: Values) -> tuple[Value, ...]:

@@ -35,6 +35,7 @@ __all__ = [
     "moving_constants",
     "shapes_at",
     "source_line",
+    "stream_dims",
 ]
 
 LARGEST_DENOMINATOR = 64
@@ -60,6 +61,11 @@ Meta = Shape | int | tuple["Shape | int", ...] | None
 def is_image(tensor: torch.Tensor | Shape) -> bool:
     """Whether an input has stream axes: batch, channels, and at least one spatial dim."""
     return len(tensor.shape) >= 3
+
+
+def stream_dims(meta: Meta) -> tuple[int, ...]:
+    """The stream dims of an input of the model: all after batch and channels."""
+    return tuple(range(2, len(meta.shape))) if isinstance(meta, Shape) else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +230,7 @@ class _ShapeInterpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         try:
-            value = super().run_node(n)
+            value = self._kept_shape(n) if n.target is torch.ops.aten.batch_norm.default else super().run_node(n)
         except Exception as error:
             place = source_line(n)
             raise InputError(
@@ -233,6 +239,12 @@ class _ShapeInterpreter(fx.Interpreter):
             ) from error
         self.metas[n.name] = _meta(value)
         return value
+
+    def _kept_shape(self, n: fx.Node) -> Any:
+        """BatchNorm without torch's decomposition, which takes most of the time of a run on fake tensors."""
+        (image, *weights), _ = self.fetch_args_kwargs_from_env(n)
+        fits = all(w.shape == image.shape[1:2] for w in weights[:4] if isinstance(w, torch.Tensor))
+        return torch.empty_like(image) if fits and not n.args[5] else super().run_node(n)
 
 
 def _meta(value: Any) -> Meta:

@@ -104,7 +104,7 @@ def test_train_and_eval():
     assert "`bn`" in str(caught[0].message)
     torch.manual_seed(0)
     assert int(model.bn.num_batches_tracked) == 3
-    assert found.tensors.keys() == step(plain, plain, [image()]).tensors.keys()
+    assert found.keys() == step(plain, plain, [image()]).keys()
 
 
 def test_running_statistics_are_updated_once_when_a_part_is_streamed():
@@ -192,10 +192,10 @@ def test_low_precision_parameters_are_summed_in_float32():
     plain = step(*[copy.deepcopy(model)] * 2, [x])
     streamed = step(fxstream.compile(model, tile=10), model, [x])
     for name in ("grad of 0.weight", "grad of 2.weight", "grad of 0.bias"):
-        wanted = exact.tensors[name]
-        errors = [relative_error(r.tensors[name].double(), wanted) for r in (streamed, plain)]
+        wanted = exact[name]
+        errors = [relative_error(r[name].double(), wanted) for r in (streamed, plain)]
         assert errors[0] <= 2 * errors[1], name
-        assert streamed.tensors[name].dtype == torch.bfloat16
+        assert streamed[name].dtype == torch.bfloat16
 
 
 def test_no_grad_and_inference_mode():

@@ -130,5 +130,6 @@ def transposed_convolution(n: int, call: Call) -> Answer:
         fill=0.0,
         production=tuple(production),
         extents=tuple(extents),
+        tight=not any(gaps),
         macs=math.prod(image.shape) * math.prod(call["weight"].shape[1:]),
     )

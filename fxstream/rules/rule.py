@@ -154,7 +154,8 @@ class Footprint:
     arguments in `overrides` replaced (an `Evaluation.WINDOWED` call has padding 0, for example); where it is
     None the cropped and padded input is itself the result. `fill` is the value of pixels outside the image.
     `extents` give the result's pixels along each axis from those of the first read; None where they are the
-    same. `macs` are the multiply-accumulates of the whole call.
+    same. A footprint that is not `tight` claims to read more than has an influence. `macs` are the
+    multiply-accumulates of the whole call.
     """
 
     evaluation: Evaluation
@@ -166,6 +167,7 @@ class Footprint:
     production: tuple[Production, ...] | None = None
     average: tuple[Average, ...] | None = None
     extents: tuple[AxisExtent, ...] | None = None
+    tight: bool = True
     macs: int = 0
 
 

@@ -117,7 +117,7 @@ def convolution(n: int, call: Call) -> Answer:
     )
 
 
-def pool_windows(n: int, call: Call) -> tuple[tuple[int, ...], ...]:
+def pool_windows(n: int, call: Call) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Kernel, stride and padding of a pooling along each of its dims; the stride defaults to the kernel."""
     kernel = per_axis(call["kernel_size"], n)
     return kernel, per_axis(call["stride"], n) or kernel, per_axis(call["padding"], n)
@@ -134,7 +134,7 @@ def max_pool(n: int, call: Call) -> Answer:
     dilation = per_axis(call["dilation"], n)
     windows = list(zip(*pool_windows(n, call), dilation, strict=True))
     maps = [AxisMap.window(*window) for window in windows]
-    extents = [AxisExtent.window(*window, ceil=call["ceil_mode"]) for window in windows]
+    extents = [AxisExtent.window(*window, call["ceil_mode"]) for window in windows]
     overrides = {"padding": [0] * n, "ceil_mode": False}
     return windowed(call, "self", maps, extents, dims, overrides=overrides, fill=-math.inf)
 
@@ -160,7 +160,7 @@ def average_pool(n: int, call: Call) -> Answer:
         call,
         "self",
         [AxisMap.window(*window) for window in windows],
-        [AxisExtent.window(*window, ceil=call["ceil_mode"]) for window in windows],
+        [AxisExtent.window(*window, 1, call["ceil_mode"]) for window in windows],
         dims,
         overrides={"padding": [0] * n, "ceil_mode": False},
         fill=0.0,
