@@ -70,7 +70,7 @@ def excerpt(locality: Locality, segment: Segment, dtype: torch.dtype) -> Excerpt
     """The segment's nodes as a graph of their own, with `dtype` for every floating type."""
     graph = fx.Graph()
     inputs = (*(leaf for leaf, _ in segment.leaves), *segment.smalls)
-    env: dict[str, fx.Node] = {name: graph.placeholder(name) for name in inputs}
+    env: dict[str, fx.Node] = {name: _named(graph.placeholder(name), name) for name in inputs}
     wanted = set(segment.nodes)
     for node in locality.graph.nodes:
         is_integer = isinstance(locality.metas.get(node.name), int)
@@ -78,12 +78,18 @@ def excerpt(locality: Locality, segment: Segment, dtype: torch.dtype) -> Excerpt
         if node.name not in wanted and not (is_integer and inside and node.all_input_nodes):
             continue
         args, kwargs = _adapted((node.args, dict(node.kwargs)), env, locality, dtype)
-        copy = graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+        copy = _named(graph.create_node(node.op, node.target, args, kwargs), node.name)
         copy.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
         env[node.name] = copy
     graph.output(tuple(env[name] for name in segment.outputs))
     graph.lint()
     return Excerpt(fx.GraphModule({}, graph, "Excerpt"), segment, dtype, locality)
+
+
+def _named(node: fx.Node, name: str) -> fx.Node:
+    """The node under exactly this name, which fx would change if it is one of Python's (`input`)."""
+    node.name = name
+    return node
 
 
 def _adapted(arguments: Any, env: Mapping[str, fx.Node], locality: Locality, dtype: torch.dtype) -> Any:

@@ -31,10 +31,11 @@ def assert_streams(
     tolerance: float = 1e-10,
     kwargs=None,
     at_least_tiles: int = 2,
+    verify: bool = True,
 ) -> Plan:
     """The compiled model equals the plain one; at least one segment has that many tiles. Returns the plan."""
     plain = copy.deepcopy(model)
-    compiled = fxstream.compile(model, tile=tile, segments=segments, cut=cut)
+    compiled = fxstream.compile(model, tile=tile, segments=segments, cut=cut, verify=verify)
     assert_same(step(compiled, model, images, kwargs), step(plain, plain, images, kwargs), tolerance)
     tiles = max((plan.tile_count for plan in compiled.plan.segments), default=1)
     assert tiles >= at_least_tiles, f"nothing was tiled: {compiled.plan}"

@@ -1,0 +1,268 @@
+"""The probe agrees with true rules, and every seeded fault in a rule makes it disagree."""
+
+import math
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxstream
+from fxstream import receptive_field, zoo
+from fxstream.errors import ProbeError
+from fxstream.probe import probe
+from fxstream.rules import register_rule, unregister_rule
+
+
+class Everything(nn.Module):
+    """Branches, dilation, strides, even and asymmetric kernels, pooling, upsampling, NHWC."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, (7, 4), 2, (3, 1))
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.wide = nn.Conv2d(8, 8, 3, padding=3, dilation=3, groups=4)
+        self.down = nn.Conv2d(8, 8, 2, 2)
+        self.up = nn.ConvTranspose2d(8, 8, 4, 2, 1)
+        self.norm = nn.LayerNorm(8)
+        self.mean = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+
+    def forward(self, x):
+        x = F.relu(self.pool(self.stem(x)))
+        y = F.interpolate(self.down(x), scale_factor=2)
+        x = torch.cat([x, self.wide(x)], 1)[:, 4:12]
+        x = self.norm((x + y).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.mean(F.gelu(self.up(F.silu(x))))
+
+
+def report_of(model, size=200):
+    analysis = fxstream.analyze(model, size)
+    assert len(analysis.regions) >= 1
+    return probe(analysis.locality, analysis.regions[0].nodes)
+
+
+def frozen(name):
+    return fxstream.freeze_batch_norm(zoo.build(name)).train()
+
+
+def test_every_kind_of_operator():
+    report = report_of(Everything())
+    assert report.agrees, report
+    assert report.measured == report.nodes
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision/resnet18", "torchvision/mobilenet_v2", "torchvision/squeezenet1_1", "timm/convnext_atto"]
+)
+def test_networks(name):
+    report = report_of(frozen(name), 256)
+    assert report.agrees, report
+    assert report.measured > 0.95 * report.nodes
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_one_to_three_axes(dims):
+    conv, pool = getattr(nn, f"Conv{dims}d"), getattr(nn, f"MaxPool{dims}d")
+    model = nn.Sequential(conv(2, 4, 3, 2, 1), nn.ReLU(), pool(3, 2, 1), conv(4, 4, 3, padding=2, dilation=2))
+    analysis = fxstream.analyze(model, (60,) * dims, channels=2)
+    report = probe(analysis.locality, analysis.regions[0].nodes)
+    assert report.agrees, report
+    assert report.measured == 4
+
+
+def test_several_regions_and_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(3, 4, 3, 1, 1)
+            self.norm, self.c = nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 5)
+
+        def forward(self, x, y):
+            return self.c(self.norm(F.relu(self.a(x)) + self.b(y)))
+
+    model = Two()
+    module = fxstream.compile(model, tile=16, segments=1)
+    x, y = torch.randn(1, 3, 64, 64), torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(module(x, y), model(x, y))
+    assert len(module.probe) == 2
+    assert all(report.agrees for report in module.probe)
+
+
+def test_in_a_tile_of_ones_the_border_fades():
+    """Algorithm 2 as printed, in float32: 40 layers of 1/3 take 40 pixels away, the count finds about 25."""
+    values, kernel = torch.ones(1, 1, 400), torch.full((1, 1, 3), 1 / 3)
+    for _ in range(40):
+        values = F.conv1d(values, kernel, padding=1)
+    assert int((values[0, 0, :200] < values.max()).sum()) < 30
+    report = probe_of_chain(40)
+    assert report.agrees
+    assert report.measured == 40
+
+
+def probe_of_chain(layers):
+    model = nn.Sequential(*(nn.Conv1d(1, 1, 3, padding=1) for _ in range(layers)))
+    analysis = fxstream.analyze(model, (400,), channels=1)
+    return probe(analysis.locality, analysis.regions[0].nodes)
+
+
+def faulty_window(change):
+    window = receptive_field.AxisMap.window.__func__
+
+    def wrong(cls, kernel, stride, padding, dilation=1):
+        return change(cls, window(cls, kernel, stride, padding, dilation), kernel, stride, padding, dilation)
+
+    return classmethod(wrong)
+
+
+WINDOW_FAULTS = {
+    "halo one short before": lambda cls, m, *w: cls(m.num, m.den, m.first + (w[0] > 1), m.last),
+    "halo one short after": lambda cls, m, *w: cls(m.num, m.den, m.first, m.last - (w[0] > 1)),
+    "offset shifted on": lambda cls, m, *w: cls(m.num, m.den, m.first + 1, m.last + 1),
+    "offset shifted back": lambda cls, m, *w: cls(m.num, m.den, m.first - 1, m.last - 1),
+    "dilation forgotten": lambda cls, m, k, s, p, d: cls(s, 1, -p, -p + k - 1),
+    "dilation one more": lambda cls, m, k, s, p, d: cls(s, 1, -p, -p + (d + 1) * (k - 1)),
+    "stride forgotten": lambda cls, m, k, s, p, d: cls(1, 1, m.first, m.last),
+}
+
+
+@pytest.mark.parametrize("fault", WINDOW_FAULTS)
+def test_wrong_windows_are_found(fault, monkeypatch):
+    monkeypatch.setattr(receptive_field.AxisMap, "window", faulty_window(WINDOW_FAULTS[fault]))
+    report = report_of(Everything())
+    assert report.mismatches, report
+
+
+@pytest.mark.parametrize("fault", ["halo one short before", "offset shifted on", "dilation forgotten"])
+def test_a_fault_in_one_deep_operator_is_found_there(fault, monkeypatch):
+    def only_dilated(cls, m, k, s, p, d):
+        return WINDOW_FAULTS[fault](cls, m, k, s, p, d) if d == 3 else m
+
+    monkeypatch.setattr(receptive_field.AxisMap, "window", faulty_window(only_dilated))
+    report = report_of(Everything())
+    assert report.mismatches
+    assert any(mismatch.module == "wide" for mismatch in report.mismatches)
+
+
+@pytest.mark.parametrize("infinity", [0.0, -math.inf])
+def test_wrong_fill_of_a_pooling_is_found(monkeypatch, infinity):
+    monkeypatch.setattr("fxstream.rules.windowed.math", types.SimpleNamespace(inf=infinity, prod=math.prod))
+    report = report_of(nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(3, 2, 1)))
+    assert [m.operator for m in report.mismatches] == ["aten::max_pool2d"]
+    assert report.mismatches[0].direction == "values"
+
+
+def test_wrong_divisor_of_a_pooling_is_found(monkeypatch):
+    monkeypatch.setattr(fxstream.rules.Average, "counts", lambda self, out: (1,) * len(out))
+    report = report_of(Everything())
+    assert {m.operator for m in report.mismatches} == {"aten::avg_pool2d"}
+
+
+def test_wrong_crop_of_an_upsampling_is_found(monkeypatch):
+    produce = fxstream.rules.Production.produce
+
+    def late(self, read):
+        found = produce(self, read)
+        return type(found)(found.start + 1, found.stop + 1)
+
+    monkeypatch.setattr(fxstream.rules.Production, "produce", late)
+    assert report_of(Everything()).mismatches
+
+
+library = torch.library.Library("fxstream_probe", "DEF")
+library.define("neighbours(Tensor x) -> Tensor")
+library.impl("neighbours", lambda x: x + F.pad(x, (0, 1))[..., 1:], "CompositeImplicitAutograd")
+
+
+class Neighbours(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return torch.ops.fxstream_probe.neighbours_op(self.conv(x))
+
+
+@torch.library.custom_op("fxstream_probe::neighbours_op", mutates_args=())
+def neighbours_op(x: torch.Tensor) -> torch.Tensor:
+    return x + F.pad(x, (0, 1))[..., 1:]
+
+
+@neighbours_op.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+neighbours_op.register_autograd(lambda ctx, g: g + F.pad(g, (1, 0))[..., :-1])
+
+
+@pytest.fixture
+def wrong_rule():
+    register_rule("fxstream_probe::neighbours_op")(fxstream.rules.pointwise)
+    yield
+    unregister_rule("fxstream_probe::neighbours_op")
+
+
+@pytest.mark.usefixtures("wrong_rule")
+def test_compile_refuses_a_wrong_rule_of_the_user():
+    model, image = Neighbours(), torch.randn(1, 3, 40, 40)
+    module = fxstream.compile(model, tile=20, segments=1)
+    with pytest.raises(ProbeError, match=r"neighbours_op.*axis 1.*claimed .* measured .*correct what it reads"):
+        module(image)
+    unverified = fxstream.compile(model, tile=20, segments=1, verify=False)
+    assert not torch.equal(unverified(image), model(image))
+    assert unverified.probe == ()
+
+
+def test_once_per_capture(monkeypatch):
+    probed = []
+    monkeypatch.setattr("fxstream.compiler.probe", lambda *a: probed.append(a[2]) or probe(*a))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    module = fxstream.compile(model, tile=20, segments=1)
+    for size in (40, 41, 60):
+        module(torch.randn(2, 3, size, size))
+    assert probed == ["region 0"]
+    module(torch.randn(2, 3, 10, 10))
+    assert module.probe == ()
+
+
+def test_what_cannot_be_measured_is_said():
+    class Bound(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.position = nn.Parameter(torch.randn(1, 4, 30, 30))
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x):
+            return (self.conv(x) + self.position).reshape(1, 4, 30, 30)
+
+    analysis = fxstream.analyze(Bound(), 30)
+    report = probe(analysis.locality, analysis.regions[0].nodes, "part")
+    assert report.unprobed
+    assert not report.agrees
+    assert str(report).startswith("part: not probed, ")
+
+
+def test_operators_that_carry_no_nan_blur():
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return torch.where(x > 0, x, torch.zeros_like(x)) * (x > 1)
+
+    report = report_of(Gate(), 60)
+    assert not report.mismatches, report
+    assert report.blurred > 0
+
+
+def test_leaves_the_model_and_the_process_alone():
+    model = frozen("torchvision/resnet18")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    report_of(model, 256)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
