@@ -132,7 +132,7 @@ def analyse_locality(
             values[node.name] = _result(node, answer.dims, meta, values)
         elif node.op == "get_attr":
             values[node.name] = ()
-    stages = _stages(graph, verdicts)
+    stages = _stages(graph, verdicts, metas)
     regions = _regions(graph, verdicts, stages)
     return Locality(graph, metas, values, verdicts, stages, regions)
 
@@ -240,16 +240,17 @@ def _result(node: fx.Node, dims: tuple[int, ...], meta: Meta, values: Values) ->
     return ()
 
 
-def _stages(graph: fx.Graph, verdicts: Mapping[str, Verdict]) -> dict[str, int]:
-    """The stage of every node, by the rules of the NOTE."""
+def _stages(graph: fx.Graph, verdicts: Mapping[str, Verdict], metas: Mapping[str, Meta]) -> dict[str, int]:
+    """The stage of every node, by the rules of the NOTE; integers are known before anything runs."""
     ordered = ordered_nodes(graph)
     predecessor = dict(zip(ordered[1:], ordered, strict=False))
     local = {name for name, verdict in verdicts.items() if verdict.kind is Kind.LOCAL}
     stages: dict[str, int] = {}
     for node in graph.nodes:
-        inputs = [*node.all_input_nodes, *([predecessor[node]] if node in predecessor else [])]
+        inputs = [given for given in node.all_input_nodes if not isinstance(metas.get(given.name), int)]
+        inputs += [predecessor[node]] if node in predecessor else []
         if node.name in local:
-            stages[node.name] = max(stages[n.name] + (n.name not in local) for n in inputs)
+            stages[node.name] = max((stages[n.name] + (n.name not in local) for n in inputs), default=0)
         else:
             stages[node.name] = max((stages[n.name] for n in inputs), default=-1)
     return stages

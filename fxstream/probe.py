@@ -331,12 +331,12 @@ def _applied(chain: ExtentChain, extent: int) -> int:
 
 
 def _margin(part: Excerpt, fields: Fields, axis: int) -> int:
-    """How wide the NaN surroundings must be for no window to straddle them."""
+    """How wide the NaN surroundings must be for no window to straddle them, nor to step over them."""
     widest = 1
     for name in part.segment.nodes:
         for read in part.locality.footprint(name).reads:
             if read.value.name in fields:
-                span = read.maps[axis].last - read.maps[axis].first + 1
+                span = read.maps[axis].last - read.maps[axis].first + 1 + read.maps[axis].num
                 widest = max(widest, math.ceil(span * fields[read.value.name][axis].stride))
     return widest
 

@@ -257,3 +257,23 @@ def test_a_tile_that_needs_nothing_of_a_leaf():
     image = integer_image(2, 2, 17, 5)
     outputs = pytree.tree_leaves(fxstream.compile(model, tile=30, segments=1)(image))
     assert all(torch.equal(a, b) for a, b in zip(outputs, model(image), strict=True))
+
+
+def test_sizes_inside_the_stream_do_not_end_a_region():
+    """A channel shuffle views its input by its own sizes; these are integers, not barriers."""
+
+    class Shuffle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            for conv in (self.a, self.b):
+                x = conv(x)
+                n, c, h, w = x.shape
+                x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+            return x
+
+    analysis = fxstream.analyze(Shuffle(), 40)
+    assert len(analysis.regions) == 1
+    assert_streams(make_integer(Shuffle()), integer_image(2, 3, 31, 27), tile=12, tolerance=0.0)

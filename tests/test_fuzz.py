@@ -145,6 +145,20 @@ CORPUS = [
 ]  # fmt: skip
 
 
+PROBED = [  # cases that the probe once took for a wrong rule
+    ((("join", 0, 0, False), ("pad", 1, (0, 0, 1, -1))), (1, 2), 1, 1),
+    ((("join", 0, 0, False), ("conv", 1, (2, 2, 1, 1), (1, 2), (0, 1), (1, 1))), (1, 2), 1, 1),
+    ((("join", 0, 0, False), ("conv", 1, (2, 2, 1, 2), (1, 1), (0, 1), (1, 2))), (7, 9), 4, 1),
+    ((("conv", 0, (2, 2, 1, 1), (1, 1), (0, 0), (1, 1)), ("transposed", 1, (2, 2, 1, 1), (1, 2), (0, 0), (0, 0), 1, (1, 1))), (5, 6), 2, 1),
+    ((("relu", 0), ("pad", 0, (0, 0, 0, 1)), ("conv", 0, (2, 2, 1, 1), (1, 1), (0, 0), (1, 1)), ("max_pool", 2, (1, 1), (2, 1), (0, 0), (1, 1), False)), (9, 8), 2, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("graph, size, tile, segments", PROBED)
+def test_corpus_of_the_probe(graph, size, tile, segments):
+    run(graph, size, tile, segments)
+
+
 UNTILED = [  # cases that once failed and where nothing can be tiled
     ((("pad", 0, (0, 0, 0, -1)), ("pad", 1, (0, 0, 1, 0))), (1, 3), 1, 1),
     ((("pad", 0, (0, 0, 0, -1)), ("pad", 1, (0, 0, 0, 1))), (1, 3), 1, 1),
