@@ -49,11 +49,11 @@ def rewrite(captured: Captured, locality: Locality, plan: Plan) -> fx.GraphModul
     graph = fx.Graph()
     env: dict[str, fx.Node] = {}
     modules: dict[str, nn.Module] = {}
-    for name in _order(captured.graph, unit):
+    for name in _order(locality, unit):
         if name in segments:
             modules[name] = _streamed(locality, segments[name], labels)
             _call_segment(graph, env, segments[name])
-        elif not isinstance(locality.metas.get(name), int):
+        else:
             _copy(graph, env, originals[name], locality)
     root = {node.target: getattr(captured.module, node.target) for node in graph.nodes if node.op == "get_attr"}
     graph.lint()
@@ -73,20 +73,23 @@ def _labels(captured: Captured) -> dict[str, str]:
     return dict(zip(placeholders, captured.tensors, strict=True))
 
 
-def _order(graph: fx.Graph, unit: Mapping[str, str]) -> Sequence[str]:
-    """Node and segment names in an order in which they can run."""
+def _order(locality: Locality, unit: Mapping[str, str]) -> Sequence[str]:
+    """Node and segment names in an order in which they can run; integers are folded and need no place."""
     place: dict[str, int] = {}
     edges = nx.DiGraph()
-    for i, node in enumerate(graph.nodes):
+    folded = {node.name for node in locality.graph.nodes if isinstance(locality.metas.get(node.name), int)}
+    for i, node in enumerate(locality.graph.nodes):
+        if node.name in folded:
+            continue
         name = unit.get(node.name, node.name)
         place[name] = i
         edges.add_node(name)
         edges.add_edges_from(
             (source, name)
             for given in node.all_input_nodes
-            if (source := unit.get(given.name, given.name)) != name
+            if given.name not in folded and (source := unit.get(given.name, given.name)) != name
         )
-    ordered = [node.name for node in ordered_nodes(graph)]
+    ordered = [node.name for node in ordered_nodes(locality.graph)]
     edges.add_edges_from(itertools.pairwise(ordered))
     return list(nx.lexicographical_topological_sort(edges, key=place.__getitem__))
 

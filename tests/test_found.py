@@ -268,8 +268,8 @@ def test_sizes_inside_the_stream_do_not_end_a_region():
             self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
 
         def forward(self, x):
-            for conv in (self.a, self.b):
-                x = conv(x)
+            for part in (self.a, self.b):
+                x = part(x)
                 n, c, h, w = x.shape
                 x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
             return x
