@@ -45,7 +45,11 @@ def main_image(locality: Locality) -> str | None:
 
 
 def receptive_fields(locality: Locality, nodes: Sequence[str], source: str) -> Fields:
-    """The field of each of `nodes` (in the order of the graph) in pixels of `source`, where it has one."""
+    """The field of each of `nodes` (in the order of the graph) in pixels of `source`, where it has one.
+
+    What `nodes` leave out, other inputs of a region and small tensors, is taken as given; a global operator among
+    them takes the field away from all that depends on it.
+    """
     axes = _axes(locality, nodes)
     known: dict[str, tuple[ReceptiveField, ...]] = {source: (ReceptiveField.of_map(IDENTITY),) * axes}
     originals = {node.name: node for node in locality.graph.nodes}
@@ -53,11 +57,10 @@ def receptive_fields(locality: Locality, nodes: Sequence[str], source: str) -> F
     for name in nodes:
         footprint = locality.verdicts[name].footprint
         inputs = [given.name for given in originals[name].all_input_nodes]
-        if footprint is None or any(given in lost for given in inputs):
+        if any(given in lost for given in inputs) or (footprint is None and _depends_on_image(locality, name)):
             lost.add(name)
-            continue
-        reads = [read for read in footprint.reads if read.value.name in known]
-        if not reads or _depends_elsewhere(locality, inputs, known):
+        reads = [read for read in footprint.reads if read.value.name in known] if footprint else []
+        if name in lost or not reads:
             continue
         try:
             known[name] = _hull_over(known, reads)
@@ -72,15 +75,9 @@ def _axes(locality: Locality, nodes: Sequence[str]) -> int:
     return max((len(footprint.dims) for footprint in footprints if footprint is not None), default=0)
 
 
-def _depends_elsewhere(locality: Locality, inputs: Sequence[str], known: Mapping[str, object]) -> bool:
-    """Whether an input depends on an image and is not local to the source."""
-    values = (v for name in inputs if name not in known for v in _values(locality, name))
-    return any(value.image for value in values)
-
-
-def _values(locality: Locality, name: str) -> tuple[Value, ...]:
+def _depends_on_image(locality: Locality, name: str) -> bool:
     value = locality.values.get(name, ())
-    return value if isinstance(value, tuple) else (value,)
+    return any(v.image for v in (value if isinstance(value, tuple) else (value,)))
 
 
 def _hull_over(

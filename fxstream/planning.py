@@ -21,8 +21,9 @@ from fxstream.errors import PlanError
 from fxstream.grid import Grid
 from fxstream.locality import Locality
 from fxstream.request import Request, image_extents, leaf_extents, output_extents, place_of_module
+from fxstream.rules import Kind
 
-__all__ = ["Plan", "SegmentPlan", "make_plan"]
+__all__ = ["Plan", "SegmentPlan", "make_plan", "total_bytes", "worthwhile"]
 
 WORTHWHILE = 0.5
 """A region is streamed when that frees more than this share of its activations."""
@@ -115,27 +116,34 @@ def make_plan(locality: Locality, request: Request) -> Plan:
     Raises `PlanError` where no tile fits, naming the smallest that does and the node that needs it, and where
     a module path in the request matches nothing.
     """
-    nodes = _streamable(locality, request.cut)
-    activations = [n.name for n in locality.graph.nodes if n.op == "call_function"]
-    total = locality.activation_bytes([n for n in activations if locality.verdicts[n].kind.value != "small"])
-    chosen: list[tuple[str, ...]] = []
-    for region in locality.regions:
-        kept = tuple(name for name in region.nodes if name in nodes)
-        asked = request.segments is not None or request.cut is not None
-        if kept and (asked or _is_worthwhile(locality, kept, total)):
-            chosen += RegionPlanner(locality, kept, request).segments()
+    asked = request.segments is not None or request.cut is not None
+    parts = _regions_before(locality, request.cut) if asked else worthwhile(locality)
+    chosen = [run for part in parts for run in RegionPlanner(locality, part, request).segments()]
     planned = tuple(
         _segment_plan(locality, make_segment(locality, f"segment_{i}", run), request)
         for i, run in enumerate(chosen)
     )
     streamed = locality.activation_bytes([name for run in chosen for name in run])
-    return Plan(planned, streamed, total)
+    return Plan(planned, streamed, total_bytes(locality))
 
 
-def _streamable(locality: Locality, cut: str | None) -> set[str]:
-    """The nodes up to the last one of the module where the user ends the stream."""
+def total_bytes(locality: Locality) -> int:
+    """Bytes of all results that depend on an image."""
+    return locality.activation_bytes([v.node for v in locality.verdicts.values() if v.kind is not Kind.SMALL])
+
+
+def worthwhile(locality: Locality) -> list[tuple[str, ...]]:
+    """The regions that are streamed without being asked for, by their nodes."""
+    total = total_bytes(locality)
+    return [region.nodes for region in locality.regions if _is_worthwhile(locality, region.nodes, total)]
+
+
+def _regions_before(locality: Locality, cut: str | None) -> list[tuple[str, ...]]:
+    """The regions, up to the last node of the module where the user ends the stream."""
     names = [node.name for node in locality.graph.nodes]
-    return set(names if cut is None else names[: place_of_module(locality, cut) + 1])
+    allowed = set(names if cut is None else names[: place_of_module(locality, cut) + 1])
+    parts = (tuple(name for name in region.nodes if name in allowed) for region in locality.regions)
+    return [part for part in parts if part]
 
 
 def _is_worthwhile(locality: Locality, nodes: tuple[str, ...], total: int) -> bool:

@@ -235,16 +235,17 @@ def _shape_of(locality: Locality, name: str) -> tuple[int, ...]:
 
 def _strip(part: Excerpt, axis: int, weights: Mapping[str, torch.Tensor], whole_windows: bool) -> _Strip:
     """The smallest strip along `axis` that shows every claim, and the tiles on it."""
+    nodes = part.segment.nodes
     real = {leaf: _leaf_extents(part.locality, leaf, dims) for leaf, dims in part.segment.leaves}
     main = max(real, key=lambda leaf: math.prod(real[leaf]))
     axes = len(real[main])
     if any(0 in dims for _, dims in part.segment.leaves):
         raise _UnprobedError("its images have no batch dim in front")
-    claims = {leaf: receptive_fields(part.locality, part.segment.nodes, leaf) for leaf in real}
-    known = [fields[axis] for node, fields in claims[main].items() if node in part.segment.nodes]
+    claims = {leaf: receptive_fields(part.locality, nodes, leaf) for leaf in real}
+    known = [fields[axis] for node, fields in claims[main].items() if node in nodes]
     if not known:
         raise _UnprobedError("no node has a receptive field in its largest input")
-    chains = {leaf: extent_chains(part.locality, part.segment.nodes, leaf) for leaf in real}
+    chains = {leaf: extent_chains(part.locality, nodes, leaf) for leaf in real}
     deepest = max(known, key=lambda f: (f.stride, f.size))
     margin = _margin(part, claims[main], axis)
     stride = max(math.ceil(f.stride) for f in known)
@@ -258,7 +259,8 @@ def _strip(part: Excerpt, axis: int, weights: Mapping[str, torch.Tensor], whole_
         for width in WIDTHS:
             wanted = [least if k == axis else width for k in range(axes)]
             extents = _extents_at(real, [w + (e - w) % period for w, e in zip(wanted, real[main], strict=True)])
-            if not _all_nodes_read(part, claims, chains, extents, whole_windows):
+            expected = _extents_of_nodes(chains, extents)
+            if not _all_nodes_read(part.locality, nodes, claims, expected, whole_windows):
                 continue
             shapes = {leaf: part.leaf_shape(leaf, 2, extents[leaf]) for leaf in real}
             try:
@@ -266,11 +268,13 @@ def _strip(part: Excerpt, axis: int, weights: Mapping[str, torch.Tensor], whole_
                     at_strip = part.at(shapes)
             except FxstreamError:
                 continue
-            nodes = part.segment.nodes
             if any(_shape_of(at_strip, name)[0] % 2 for name in nodes):
                 raise _UnprobedError("it mixes the images of a batch")
-            if all(at_strip.verdicts[name].kind is Kind.LOCAL for name in nodes):
-                fields = {leaf: receptive_fields(at_strip, nodes, leaf) for leaf in real}
+            if any(at_strip.verdicts[name].kind is not Kind.LOCAL for name in nodes):
+                continue
+            fields = {leaf: receptive_fields(at_strip, nodes, leaf) for leaf in real}
+            found = extents | {name: _leaf_extents(at_strip, name, _dims(at_strip, name)) for name in nodes}
+            if _all_nodes_read(at_strip, nodes, fields, found, whole_windows):
                 return _Strip(part, axis, at_strip, extents, fields, tiles, main, weights)
     raise _UnprobedError("its operators refuse images of the size of a strip")
 
@@ -292,27 +296,35 @@ def _extents_at(real: Mapping[str, tuple[int, ...]], extents: Sequence[int]) -> 
     }
 
 
+def _extents_of_nodes(chains: Chains, extents: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """What the formulas of the rules expect of every node at these extents of the leaves."""
+    found = dict(extents)
+    for leaf, of_node in chains.items():
+        for name, per_axis in of_node.items():
+            found[name] = tuple(_applied(chain, e) for chain, e in zip(per_axis, extents[leaf], strict=True))
+    return found
+
+
 def _all_nodes_read(
-    part: Excerpt,
+    locality: Locality,
+    nodes: Sequence[str],
     claims: Mapping[str, Fields],
-    chains: Chains,
     extents: Mapping[str, tuple[int, ...]],
     whole_windows: bool,
 ) -> bool:
-    """Whether every node has pixels at these extents of the leaves, and reads pixels that are not padding.
+    """Whether every node has pixels at these extents of nodes and leaves, and reads pixels that are not padding.
 
     A max pooling must find a whole window: torch's gradient of one without a real pixel writes out of bounds.
     """
-    own = dict(extents)
-    for leaf, of_node in chains.items():
-        for name, per_axis in of_node.items():
-            own[name] = tuple(_applied(chain, e) for chain, e in zip(per_axis, extents[leaf], strict=True))
-            fields = claims[leaf].get(name, ())
-            if min(own[name]) < 1 or not all(map(_reads_real, fields, own[name], extents[leaf])):
+    if any(min(extents[name], default=1) < 1 for name in nodes if name in extents):
+        return False
+    for leaf, fields in claims.items():
+        for name in nodes:
+            if name in fields and not all(map(_reads_real, fields[name], extents[name], extents[leaf])):
                 return False
     return all(
-        own[read.value.name][k] > axis_map.last - axis_map.first
-        for window in map(part.locality.footprint, part.segment.nodes)
+        extents[read.value.name][k] > axis_map.last - axis_map.first
+        for window in map(locality.footprint, nodes)
         if whole_windows or window.fill == -math.inf
         for read in window.reads
         for k, axis_map in enumerate(read.maps)

@@ -130,6 +130,6 @@ def transposed_convolution(n: int, call: Call) -> Answer:
         fill=0.0,
         production=tuple(production),
         extents=tuple(extents),
-        tight=not any(gaps),
+        tight=not any(gaps) and all(1 in pair for pair in zip(stride, dilation, strict=True)),
         macs=math.prod(image.shape) * math.prod(call["weight"].shape[1:]),
     )
