@@ -37,7 +37,7 @@ class FieldForm:
     >>> FieldForm.of(ReceptiveField.of_map(AxisMap.window(3, 2, 1)))
     2*o - 1 .. 2*o + 1
     >>> FieldForm.of(ReceptiveField.of_map(AxisMap(1, 2, 0, 1)))
-    floor(o/2) .. floor(o/2 + 1/2)
+    floor(o/2) .. floor((o + 1)/2)
     """
 
     low: sympy.Expr
@@ -66,7 +66,7 @@ def _end_form(field: ReceptiveField, ends: Sequence[int]) -> sympy.Expr:
     most = min(period * end - advance * r + period - 1 for r, end in enumerate(ends))
     if least <= most:
         constant = min(max(0, least), most)
-        return sympy.floor(sympy.Rational(advance, period) * PIXEL + sympy.Rational(constant, period))
+        return _floored(advance * PIXEL + constant, period)
     phase = sympy.Mod(PIXEL, period)
     cases = [(sympy.Integer(end), sympy.Eq(phase, r)) for r, end in enumerate(ends[:-1])]
     return advance * sympy.floor(PIXEL / period) + sympy.Piecewise(*cases, (sympy.Integer(ends[-1]), True))
@@ -77,12 +77,20 @@ def extent_form(chain: ExtentChain) -> sympy.Expr:
 
     >>> from fxstream.receptive_field import AxisExtent
     >>> extent_form((AxisExtent.window(3, 2, 1),))
-    floor(n/2 + 1/2)
+    floor((n + 1)/2)
     """
     extent: sympy.Expr = IMAGE
     for step in chain:
-        extent = sympy.floor((step.num * extent + step.offset) / sympy.Integer(step.den))
+        extent = _floored(step.num * extent + step.offset, step.den)
     return extent
+
+
+def _floored(numerator: sympy.Expr, denominator: int) -> sympy.Expr:
+    """``floor(numerator / denominator)``, kept as one fraction, as a person writes it."""
+    if denominator == 1:
+        return numerator
+    fraction = sympy.Mul(numerator, sympy.Rational(1, denominator), evaluate=False)
+    return sympy.floor(fraction, evaluate=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +139,10 @@ def tile_forms(
     macs = _sum_over_boxes(needed, macs_per_pixel)
     plain = sum(_per_output_pixel(needed[name], cost) for name, cost in macs_per_pixel.items() if name in needed)
     box = {s: tuple(_rational(a) * TILE_OUT + _rational(b) for a, b in _extents(needed[s])) for s in sources}
-    owned = tuple(sympy.floor((TILE - f.size) / _rational(f.stride)) + 1 for f in fields)
+    owned = tuple(
+        _floored(f.stride.denominator * (TILE - f.size), f.stride.numerator) + 1 if f.stride else sympy.oo
+        for f in fields
+    )
     area = TILE_OUT ** len(fields)
     return TileForms(
         box=box,

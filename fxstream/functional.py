@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["UNSTREAMED", "make_functional", "ordered_nodes", "remove_dead_nodes"]
+__all__ = ["UNSTREAMED", "WAS_IN_PLACE", "make_functional", "ordered_nodes", "remove_dead_nodes"]
 
 UNSTREAMED = "fxstream_unstreamed"
 """Key in ``node.meta``: why the node must stay outside a stream."""
+WAS_IN_PLACE = "fxstream_was_in_place"
+"""Key in ``node.meta``: the model's own operator changed its input, so that its result was no new memory."""
 
 RETURNS_ITS_INPUT = {
     "aten::dropout",
@@ -194,7 +196,7 @@ def _replace(
     """
     with graph.inserting_before(node):
         new = graph.create_node("call_function", twin, _all_positional(node), _keyword_only(node))
-        new.meta = dict(node.meta)
+        new.meta = dict(node.meta) | {WAS_IN_PLACE: True}
         result = new
         if len(_types(node)) > 1:
             result = graph.create_node("call_function", torch.ops.aten.type_as.default, (new, changed))

@@ -66,7 +66,7 @@ class SegmentPlan:
         grid = " x ".join(str(len(tiles)) for tiles in self.axes)
         nodes, leaf = self.segment.nodes, self.segment.leaves[0][0]
         others = len(self.segment.leaves) - 1
-        reads = f"{leaf} {' x '.join(map(str, self.largest_read(leaf)))}"
+        reads = f"{'x'.join(map(str, self.largest_read(leaf)))} of `{leaf}`"
         reads += f" and {others} more" if others else ""
         return (
             f"{self.segment.name}: {nodes[0]} .. {nodes[-1]} ({len(nodes)} nodes), {grid} tiles, "

@@ -64,7 +64,7 @@ def test_phases_of_an_upsampling():
     up = ReceptiveField.of_map(AxisMap(1, 2, 0, 0))
     smooth = ReceptiveField.of_map(AxisMap.window(3, 1, 1)).then(up)
     assert (smooth.period, smooth.advance, smooth.lows, smooth.highs) == (2, 1, (-1, 0), (0, 1))
-    assert str(FieldForm.of(smooth)) == "floor(o/2 - 1/2) .. floor(o/2 + 1/2)"
+    assert str(FieldForm.of(smooth)) == "floor((o - 1)/2) .. floor((o + 1)/2)"
     assert ReceptiveField.of_map(AxisMap(2, 1, 0, 0)).then(up) == ReceptiveField.of_map(AxisMap(1, 1, 0, 0))
     assert smooth.sizes == (2, 2)
 
@@ -225,7 +225,7 @@ def test_forms_of_a_tile():
     forms = tile_forms(demands(locality, region.nodes, output), fields[output], [source], per_pixel, per_pixel)
     assert fields[output][0].size == 5
     assert [str(form) for form in forms.box[source]] == ["2*t + 3", "2*t + 3"]
-    assert str(forms.owned[0]) == "floor(T/2 - 5/2) + 1"
+    assert str(forms.owned[0]) == "floor((T - 5)/2) + 1"
     assert forms.owned[0].subs(TILE, 21) == 9
     assert str(forms.overlap[0]) == "3/T"
     t = 9

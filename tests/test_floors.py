@@ -20,11 +20,14 @@ FLOORS = (
     ("planning", "tile_program"),
     ("runtime",),
     ("rewrite", "analysis", "probe"),
-    ("compiler",),
-    ("bench",),
+    ("compiler", "summary"),
+    ("check", "bench", "budget", "target"),
+    ("report", "json_form"),
+    ("page", "plot"),
+    ("__main__",),
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
-HOMES = {"sympy": {"closed_form"}, "rich": {"report"}}
+HOMES = {"sympy": {"closed_form"}, "rich": {"report", "__main__"}}
 
 
 def imports(source: str) -> set[str]:

@@ -1,0 +1,326 @@
+"""The command line: report, plan, check, bench, rules.
+
+Results go to standard output, progress and errors to standard error. Exit codes: 0 all is well, 1 a comparison or
+the probe found a difference, 2 a mistake in what was asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from fxstream.analysis import Analysis, analyze, example_image
+from fxstream.bench import measure
+from fxstream.budget import parse_bytes, plan_within
+from fxstream.check import check
+from fxstream.compiler import compile
+from fxstream.errors import FxstreamError, InputError
+from fxstream.freeze import freeze_batch_norm
+from fxstream.json_form import SCHEMA, as_json, check_json, plan_json
+from fxstream.page import html_page
+from fxstream.planning import Plan, make_plan, worthwhile
+from fxstream.plot import save_plot
+from fxstream.probe import ProbeReport, probe
+from fxstream.report import bytes_text, progress, show, show_check, show_plan, show_rules
+from fxstream.request import Request
+from fxstream.rules import rules
+from fxstream.summary import Summary, summarise
+from fxstream.target import load
+
+__all__ = ["main"]
+
+EXAMPLES = """examples:
+  fxstream report torchvision/resnet50 --size 8192 --freeze-batch-norm --tile 2048
+  fxstream report model.py:build --size 4096x6144 --channels 4 --html report.html
+  fxstream plan timm/convnext_tiny --size 16384 --memory 8GiB
+  fxstream check torchvision/resnet18 --size 300x260 --tile 128
+  fxstream rules
+
+TARGET is torchvision/NAME, timm/NAME, module:callable or file.py:callable; the callable takes no
+arguments and returns the model."""
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=min(80, int(os.environ.get("COLUMNS", "80"))), max_help_position=26)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fxstream",
+        description="Receptive fields of a network, how it streams, and whether that is exact.",
+        epilog=EXAMPLES,
+        formatter_class=_Formatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, epilog=EXAMPLES, formatter_class=_Formatter)
+        sub.set_defaults(run=run)
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        return sub
+
+    report = command("report", "receptive field, cost, verdict of every layer; regions and cuts", _report)
+    _model_arguments(report)
+    _tile_arguments(report)
+    report.add_argument("--depth", type=int, default=2, help="group layers by this many parts of the path (2)")
+    report.add_argument("--all", action="store_true", help="every operator on a line of its own")
+    report.add_argument("--no-probe", action="store_true", help="do not measure on the real operators")
+    report.add_argument("--html", metavar="FILE", help="write one self-contained page")
+    report.add_argument("--plot", metavar="FILE", help="draw fields, memory and tiles (needs matplotlib)")
+    plan = command("plan", "segments, tiles and predicted memory", _plan)
+    _model_arguments(plan)
+    _tile_arguments(plan)
+    compare = command("check", "streamed against plain, tensor by tensor; exit code 1 if they differ", _check)
+    _model_arguments(compare)
+    _tile_arguments(compare)
+    compare.add_argument("--native", action="store_true", help="in the model's own type instead of float64")
+    bench = command("bench", "time and peak memory of one training step, streamed and plain", _bench)
+    _model_arguments(bench)
+    _tile_arguments(bench)
+    command("rules", "the operators that have a rule", _rules)
+    return parser
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="TARGET", help="what to look at; see below")
+    parser.add_argument("--size", help="image extent, one number or one per axis: 8192, 4096x6144")
+    parser.add_argument("--channels", type=int, default=3, help="image channels (3)")
+    parser.add_argument("--batch", type=int, default=1, help="images per batch (1)")
+    parser.add_argument("--input-shape", metavar="N,C,...", help="the whole shape, instead of the three above")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--train", action="store_true", help="training mode")
+    mode.add_argument("--eval", action="store_true", help="evaluation mode (the default)")
+    parser.add_argument("--freeze-batch-norm", action="store_true", help="use running statistics also in training")
+    parser.add_argument("--json", action="store_true", help="plain data on standard output")
+
+
+def _tile_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tile", help="largest box that a tile reads of the image: 2048, 2048x1024")
+    parser.add_argument("--memory", help="the largest tile predicted to fit: 8GiB, 500MB")
+    parser.add_argument("--segments", type=int, help="segments per region; 1 is a single stream")
+    parser.add_argument("--cut", metavar="MODULE", help="stream nothing behind this module")
+
+
+def _extents(text: str, what: str) -> tuple[int, ...]:
+    """Numbers written as 8192 or 4096x6144."""
+    try:
+        return tuple(int(part) for part in text.replace(",", "x").split("x"))
+    except ValueError:
+        raise InputError(f"{what} {text!r} is not a number, or numbers joined by x: 8192, 4096x6144") from None
+
+
+def _shape(options: argparse.Namespace) -> tuple[tuple[int, ...], int, int]:
+    """Extents, channels and batch of the image."""
+    if options.input_shape:
+        shape = _extents(options.input_shape, "--input-shape")
+        if len(shape) < 3:
+            raise InputError(f"--input-shape {options.input_shape} needs batch, channels and at least one extent")
+        return shape[2:], shape[1], shape[0]
+    if not options.size:
+        raise InputError("give the image's --size: 8192, or 4096x6144")
+    size = _extents(options.size, "--size")
+    return (size * 2 if len(size) == 1 else size), options.channels, options.batch
+
+
+def _model(options: argparse.Namespace, weights: bool) -> nn.Module:
+    model = load(options.target, weights=weights)
+    model.train(options.train)
+    return freeze_batch_norm(model) if options.freeze_batch_norm else model
+
+
+def _tile(options: argparse.Namespace) -> int | tuple[int, ...] | None:
+    if not options.tile:
+        return None
+    numbers = _extents(options.tile, "--tile")
+    if min(numbers) < 1:
+        raise InputError(f"--tile {options.tile} must be positive")
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _planned(options: argparse.Namespace, analysis: Analysis, extents: tuple[int, ...]) -> Plan | None:
+    if options.tile and options.memory:
+        raise InputError("give --tile or --memory, not both")
+    tile = _tile(options)
+    if tile is not None:
+        return make_plan(analysis.locality, Request(tile, options.segments, options.cut))
+    if options.memory:
+        return plan_within(analysis.locality, parse_bytes(options.memory), max(extents))[1]
+    return None
+
+
+def _analysis(options: argparse.Namespace) -> tuple[Analysis, tuple[int, ...]]:
+    extents, channels, batch = _shape(options)
+    model = _model(options, weights=False)
+    return analyze(model, extents, channels=channels, batch=batch), extents
+
+
+def _summary(options: argparse.Namespace, measure_it: bool) -> Summary:
+    """Analyse, plan and probe, with progress on standard error."""
+    with progress(Console(stderr=True)) as bar:
+        task = bar.add_task("capture", total=3)
+        analysis, extents = _analysis(options)
+        bar.update(task, advance=1, description="plan")
+        plan = _planned(options, analysis, extents)
+        bar.update(task, advance=1, description="probe")
+        reports: list[ProbeReport] = []
+        if measure_it:
+            parts = worthwhile(analysis.locality)
+            reports = [probe(analysis.locality, part, f"region {i}") for i, part in enumerate(parts)]
+        bar.update(task, advance=1, description="done")
+    return summarise(analysis, options.target, training=options.train, plan=plan, probe=reports)
+
+
+def _report(options: argparse.Namespace) -> int:
+    paths = [_writable(path) for path in (options.html, options.plot) if path]
+    summary = _summary(options, not options.no_probe)
+    if options.json:
+        print(json.dumps(as_json(summary), indent=1))
+    elif not paths:
+        show(summary, Console(), None if options.all else options.depth)
+    if options.html:
+        _write(Path(options.html), lambda path: path.write_text(html_page(summary), encoding="utf-8"))
+    if options.plot:
+        _write(Path(options.plot), lambda path: save_plot(summary, path))
+    for path in paths:
+        print(f"wrote {path}", file=sys.stderr)
+    return int(any(report.mismatches for report in summary.probe))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    if not options.tile and not options.memory:
+        raise InputError("a plan needs --tile or --memory")
+    summary = _summary(options, measure_it=False)
+    assert summary.plan is not None
+    if options.json:
+        print(json.dumps({"schema": SCHEMA, "network": summary.name, **plan_json(summary.plan)}, indent=1))
+    else:
+        show_plan(summary, Console())
+    return 0
+
+
+def _needed_tile(options: argparse.Namespace) -> int | tuple[int, ...]:
+    if options.memory:
+        raise InputError(f"{options.command} takes a --tile; `fxstream plan --memory` finds one")
+    tile = _tile(options)
+    if tile is None:
+        raise InputError(f"{options.command} needs a --tile")
+    return tile
+
+
+def _check(options: argparse.Namespace) -> int:
+    tile = _needed_tile(options)
+    extents, channels, batch = _shape(options)
+    with progress(Console(stderr=True)) as bar:
+        bar.add_task("one step plain, one streamed", total=None)
+        report = check(
+            _model(options, weights=True),
+            extents,
+            tile=tile,
+            segments=options.segments,
+            cut=options.cut,
+            channels=channels,
+            batch=batch,
+            native=options.native,
+        )
+    if options.json:
+        print(json.dumps(check_json(report), indent=1))
+    else:
+        show_check(report, Console())
+    return 0 if report.ok else 1
+
+
+def _bench(options: argparse.Namespace) -> int:
+    tile = _needed_tile(options)
+    extents, channels, batch = _shape(options)
+    model = _model(options, weights=True)
+    image = torch.randn(example_image(model, extents, channels, batch).shape)
+    streamed = compile(model, tile=tile, segments=options.segments, cut=options.cut)
+
+    def step(module: nn.Module) -> None:
+        model.zero_grad(set_to_none=True)
+        output = module(image)
+        (output if isinstance(output, torch.Tensor) else next(iter(output.values()))).sum().backward()
+
+    with progress(Console(stderr=True)) as bar:
+        bar.add_task("two steps plain, two streamed", total=None)
+        plain, tiled = ([measure(partial(step, module)) for _ in range(2)][-1] for module in (model, streamed))
+    found = {
+        "schema": SCHEMA,
+        "network": options.target,
+        "plain": {"seconds": plain.seconds, "peak_bytes": plain.peak_bytes},
+        "streamed": {"seconds": tiled.seconds, "peak_bytes": tiled.peak_bytes},
+    }
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    print(f"{options.target}, image {'x'.join(map(str, image.shape))}, one training step")
+    print(f"  plain     {plain.seconds:8.2f} s  {bytes_text(plain.peak_bytes):>9}")
+    print(f"  streamed  {tiled.seconds:8.2f} s  {bytes_text(tiled.peak_bytes):>9}")
+    memory = tiled.peak_bytes / max(1, plain.peak_bytes)
+    print(f"  ratio     {tiled.seconds / plain.seconds:8.2f} x  {memory:7.2f} x   (the second of two runs each)")
+    return 0
+
+
+def _rules(options: argparse.Namespace) -> int:
+    show_rules(rules(), Console())
+    return 0
+
+
+def _writable(path: str) -> Path:
+    """The path, if a file can be made there. Raises `InputError` before any work is done."""
+    place = Path(path)
+    if place.is_dir() or not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
+        raise InputError(f"{path} cannot be written: name a file in a directory that exists and is yours to write")
+    return place
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file whole or not at all."""
+    handle, name = tempfile.mkstemp(suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        write(Path(name))
+        os.replace(name, path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    warnings.simplefilter("default" if options.debug else "ignore")
+    try:
+        return int(options.run(options))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if options.debug:
+            raise
+        known = isinstance(error, FxstreamError)
+        text = " ".join(str(error).split())
+        hint = "" if known else f" ({type(error).__name__}; --debug shows where)"
+        print(f"fxstream: {text}{hint}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+"""A report as data: layers, regions, cuts and costs at one image size, ready to be shown in any form.
+
+`summarise` computes, `report`, `page` and `plot` only draw. All sizes are in pixels of the image, bytes are bytes,
+and arithmetic is in multiply-accumulates of one forward pass.
+
+What is predicted of memory, for one training step: the plain network keeps every result that is neither a view nor
+computed in place. The streamed one is at its peak in the backward of some segment, when it holds the
+boundaries up to that segment, the gradients of its inputs and outputs, one of its tiles, and what is not streamed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from fxstream.algebra import demands, extent_chains, main_image, receptive_fields
+from fxstream.analysis import Analysis
+from fxstream.closed_form import FieldForm, TileForms, extent_form, tile_forms
+from fxstream.functional import WAS_IN_PLACE
+from fxstream.locality import Locality, Verdict
+from fxstream.planning import Plan, SegmentPlan, total_bytes, worthwhile
+from fxstream.probe import ProbeReport
+from fxstream.receptive_field import ReceptiveField
+from fxstream.rules import Evaluation, Kind
+from fxstream.sizes import Shape, fold_integers
+
+__all__ = ["Cut", "Layer", "Memory", "RegionSummary", "Summary", "predicted_memory", "summarise"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One operator: where it is in the user's model, what it reads, how large its result is, what it costs.
+
+    `window` is (kernel, stride, dilation), one number per axis each, for operators that have them. `field` is the
+    receptive field in the image per axis, None where it is the whole image; `bytes` is 0 for a view.
+    """
+
+    node: str
+    module: str
+    operator: str
+    window: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None
+    field: tuple[ReceptiveField, ...] | None
+    shape: tuple[int, ...]
+    bytes: int
+    macs: int
+    kind: Kind
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class RegionSummary:
+    """A part that can be streamed in one piece.
+
+    `share` is its part of the activations. `field` is that of its last node in the region's largest input and
+    `forms` what a tile of the whole region costs, both None where branches leave no closed form. `macs` are those
+    of the plain region. `leaf` names that input, `is_image` tells whether it is the model's own image.
+    """
+
+    first: str
+    last: str
+    nodes: int
+    share: float
+    bytes: int
+    macs: int
+    worthwhile: bool
+    leaf: str
+    is_image: bool
+    field: tuple[ReceptiveField, ...] | None
+    forms: TileForms | None
+    extent: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What ends a region: the operators of one kind and reason, the first of them, and what the user can do."""
+
+    verdict: Verdict
+    count: int
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Predicted bytes of one training step, without parameters: see the module's docstring.
+
+    `boundaries` (with the gradients that are alive) and `tile` are those of the segment at the peak.
+    """
+
+    plain: int
+    boundaries: int
+    tile: int
+    rest: int
+
+    @property
+    def streamed(self) -> int:
+        """The peak of the streamed step."""
+        return self.boundaries + self.tile + self.rest
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Everything that a report shows."""
+
+    name: str
+    image: tuple[int, ...]
+    training: bool
+    layers: tuple[Layer, ...]
+    regions: tuple[RegionSummary, ...]
+    cuts: tuple[Cut, ...]
+    bytes: int
+    macs: int
+    streamed_share: float
+    plan: Plan | None
+    memory: Memory | None
+    probe: tuple[ProbeReport, ...]
+    bound: bool
+
+
+def summarise(
+    analysis: Analysis,
+    name: str,
+    *,
+    training: bool = False,
+    plan: Plan | None = None,
+    probe: Sequence[ProbeReport] = (),
+) -> Summary:
+    """The report's data for an analysed network; with a plan also its tiles and predicted memory."""
+    locality = analysis.locality
+    source = main_image(locality)
+    names = list(locality.verdicts)
+    fields = receptive_fields(locality, names, source) if source else {}
+    chains = extent_chains(locality, names, source) if source else {}
+    layers = tuple(
+        _layer(locality, node.name, fields, locality.verdicts[node.name])
+        for node in locality.graph.nodes
+        if node.name in locality.verdicts and isinstance(locality.metas.get(node.name), (Shape, tuple))
+        if locality.verdicts[node.name].kind is not Kind.SMALL
+    )
+    large = {part[0] for part in worthwhile(locality)}
+    total = total_bytes(locality)
+    regions = tuple(
+        _region(locality, region.nodes, region.nodes[0] in large, total, source, chains)
+        for region in locality.regions
+    )
+    value = locality.values[source] if source else ()
+    return Summary(
+        name=name,
+        image=value.shape if not isinstance(value, tuple) else (),
+        training=training,
+        layers=layers,
+        regions=regions,
+        cuts=_cuts(analysis.barriers, total, sum(r.bytes for r in regions if r.worthwhile)),
+        bytes=sum(layer.bytes for layer in layers),
+        macs=sum(layer.macs for layer in layers),
+        streamed_share=sum(r.share for r in regions if r.worthwhile),
+        plan=plan,
+        memory=predicted_memory(locality, plan) if plan is not None else None,
+        probe=tuple(probe),
+        bound=analysis.captured.bound,
+    )
+
+
+def kept_bytes(locality: Locality, node: str) -> int:
+    """Bytes that a node's result adds to memory: none for a view of its input."""
+    footprint, meta = locality.verdicts[node].footprint, locality.metas[node]
+    is_view = footprint is not None and footprint.evaluation is Evaluation.SHUFFLED
+    return meta.bytes if isinstance(meta, Shape) and not is_view else 0
+
+
+def _layer(
+    locality: Locality, node: str, fields: Mapping[str, tuple[ReceptiveField, ...]], verdict: Verdict
+) -> Layer:
+    value = locality.values[node]
+    first = value[0] if isinstance(value, tuple) else value
+    return Layer(
+        node=node,
+        module=verdict.module,
+        operator=verdict.operator.removeprefix("aten::"),
+        window=_window(locality, node),
+        field=fields.get(node),
+        shape=first.shape,
+        bytes=kept_bytes(locality, node),
+        macs=macs_of(locality, node),
+        kind=verdict.kind,
+        reason=verdict.reason,
+        source=verdict.source,
+    )
+
+
+def macs_of(locality: Locality, node: str) -> int:
+    """Multiply-accumulates of a local operator at full size; 0 for all others."""
+    footprint = locality.verdicts[node].footprint
+    return footprint.macs if footprint is not None else 0
+
+
+def _window(locality: Locality, node: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+    """Kernel, stride and dilation as the operator was given them."""
+    original = next(n for n in locality.graph.nodes if n.name == node)
+    if not hasattr(original.target, "_schema"):
+        return None
+    args, kwargs = fold_integers(original, locality.metas)
+    names = [argument.name for argument in original.target._schema.arguments]
+    given = {a.name: a.default_value for a in original.target._schema.arguments}
+    given |= dict(zip(names, args, strict=False)) | kwargs
+    if "weight" in given and "stride" in given:
+        weight = locality.values[given["weight"].name]
+        kernel = () if isinstance(weight, tuple) else weight.shape[2:]
+    elif "kernel_size" in given:
+        kernel = _numbers(given["kernel_size"])
+    else:
+        return None
+    stride = _numbers(given.get("stride") or kernel)
+    return tuple(kernel), stride, _numbers(given.get("dilation") or 1)
+
+
+def _numbers(given: Any) -> tuple[int, ...]:
+    return (given,) if isinstance(given, int) else tuple(given)
+
+
+def _region(
+    locality: Locality,
+    nodes: tuple[str, ...],
+    large: bool,
+    total: int,
+    image: str | None,
+    chains: Mapping[str, Any],
+) -> RegionSummary:
+    held = locality.activation_bytes(nodes)
+    first, last = (locality.verdicts[nodes[i]] for i in (0, -1))
+    inside = set(nodes)
+    leaves = {
+        read.value.name: math.prod(read.extents)
+        for name in nodes
+        for read in locality.footprint(name).reads
+        if read.value.name not in inside
+    }
+    leaf = max(leaves, key=leaves.__getitem__)
+    fields = receptive_fields(locality, nodes, leaf)
+    return RegionSummary(
+        first=first.module or first.node,
+        last=last.module or last.node,
+        nodes=len(nodes),
+        share=held / max(1, total),
+        bytes=held,
+        macs=sum(macs_of(locality, name) for name in nodes),
+        worthwhile=large,
+        leaf=leaf,
+        is_image=leaf == image,
+        field=fields.get(nodes[-1]),
+        forms=region_forms(locality, nodes, leaf, fields),
+        extent=tuple(str(extent_form(chain)) for chain in chains.get(nodes[-1], ())),
+    )
+
+
+def region_forms(
+    locality: Locality, nodes: Sequence[str], leaf: str, fields: Mapping[str, tuple[ReceptiveField, ...]]
+) -> TileForms | None:
+    """What a tile of these nodes costs, in one segment that ends in the last of them."""
+    output = nodes[-1]
+    needed = demands(locality, nodes, output)
+    if output not in fields or leaf not in needed:
+        return None
+    macs, kept = {}, {}
+    for name in nodes:
+        value = locality.values[name]
+        pixels = math.prod((value[0] if isinstance(value, tuple) else value).extents)
+        macs[name] = Fraction(macs_of(locality, name), pixels)
+        kept[name] = Fraction(kept_bytes(locality, name), pixels)
+    return tile_forms(needed, fields[output], [leaf], macs, kept)
+
+
+def _cuts(barriers: Sequence[Verdict], total: int, streamed: int) -> tuple[Cut, ...]:
+    """The barriers grouped by operator and reason, most first."""
+    groups: dict[tuple[str, str, Kind], list[Verdict]] = {}
+    for verdict in barriers:
+        groups.setdefault((verdict.operator, verdict.reason, verdict.kind), []).append(verdict)
+    share = f"{streamed / max(1, total):.0%}"
+    return tuple(Cut(group[0], len(group), _advice(group[0], share)) for group in groups.values())
+
+
+def _advice(verdict: Verdict, share: str) -> str:
+    """What the user can do about a barrier."""
+    if verdict.operator == "aten::batch_norm":
+        freeze = "fxstream.freeze_batch_norm(model) makes BatchNorm local"
+        return f"{freeze}; as it is, {share} of the activations stream"
+    if verdict.kind is Kind.NO_RULE:
+        return "fxstream.register_rule teaches fxstream an operator; until then it runs plainly"
+    if "random" in verdict.reason:
+        return "in eval mode, or with p = 0, it is local"
+    if verdict.kind is Kind.REDUCE:
+        return "it runs plainly on the whole map; streaming goes on behind it where that pays"
+    return "it runs plainly on the whole map"
+
+
+def predicted_memory(locality: Locality, plan: Plan) -> Memory:
+    """The prediction that the module's docstring explains."""
+    in_place = {node.name for node in locality.graph.nodes if WAS_IN_PLACE in node.meta}
+    results = [v.node for v in locality.verdicts.values() if v.kind is not Kind.SMALL and v.node not in in_place]
+    inside = {name for segment in plan.segments for name in segment.segment.nodes}
+    plain = sum(kept_bytes(locality, name) for name in results)
+    rest = sum(kept_bytes(locality, name) for name in results if name not in inside)
+    if plan.is_trivial:
+        return Memory(plain, 0, 0, plain)
+    known, peaks = 0, []
+    made = {name for segment in plan.segments for name in segment.segment.outputs}
+    for segment in plan.segments:
+        outputs = locality.activation_bytes(segment.segment.outputs)
+        inputs = locality.activation_bytes([leaf for leaf, _ in segment.segment.leaves if leaf in made])
+        known += outputs
+        peaks.append((known + outputs + inputs, tile_bytes(locality, segment)))
+    return Memory(plain, *max(peaks, key=sum), rest)
+
+
+def tile_bytes(locality: Locality, plan: SegmentPlan) -> int:
+    """Bytes of all results in the largest tile of a segment."""
+    total = 0.0
+    for name in plan.segment.nodes:
+        value = locality.values[name]
+        extents = (value[0] if isinstance(value, tuple) else value).extents
+        held = [max((len(t.boxes[name]) for t in tiles if name in t.boxes), default=0) for tiles in plan.axes]
+        total += kept_bytes(locality, name) * math.prod(h / e for h, e in zip(held, extents, strict=True))
+    return round(total)
+
+
+def field_form(layer: Layer) -> str:
+    """The receptive field of a layer in the output pixel ``o``, along its first axis."""
+    return str(FieldForm.of(layer.field[0])) if layer.field else "the whole image"
