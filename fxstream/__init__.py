@@ -2,7 +2,8 @@
 
 from fxstream import rules
 from fxstream.analysis import Analysis, analyze
-from fxstream.compiler import StreamedModule, compile
+from fxstream.check import CheckReport, check
+from fxstream.compiler import StreamedModule, compile, plan
 from fxstream.errors import (
     CaptureError,
     FxstreamError,
@@ -20,6 +21,7 @@ from fxstream.rules import register_rule
 __all__ = [
     "Analysis",
     "CaptureError",
+    "CheckReport",
     "FxstreamError",
     "InputError",
     "PlanError",
@@ -30,8 +32,10 @@ __all__ = [
     "StreamedModule",
     "StreamingWarning",
     "analyze",
+    "check",
     "compile",
     "freeze_batch_norm",
+    "plan",
     "register_rule",
     "rules",
 ]

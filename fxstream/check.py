@@ -24,6 +24,8 @@ from fxstream.planning import Plan
 __all__ = ["CheckReport", "Difference", "check", "relative_error", "step"]
 
 TOLERANCE = 1e-10
+CANCELLED = 1e-4
+"""A gradient is measured at least on this share of the largest one: one that cancels is nothing but rounding."""
 FACTOR = 4.0
 
 
@@ -105,10 +107,11 @@ def step(
     return found
 
 
-def relative_error(found: torch.Tensor | None, wanted: torch.Tensor | None) -> float:
+def relative_error(found: torch.Tensor | None, wanted: torch.Tensor | None, least: float = 1e-300) -> float:
     """Norm of the difference over the norm of what is wanted; 0 only where both are the same, NaN included.
 
-    An absent gradient equals a zero one; anything else of another shape or type is infinitely far.
+    The norm counts as `least` at least. An absent gradient equals a zero one; anything else of another shape or
+    type is infinitely far.
 
     >>> relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0]))
     0.1
@@ -121,7 +124,7 @@ def relative_error(found: torch.Tensor | None, wanted: torch.Tensor | None) -> f
     if torch.equal(torch.nan_to_num(found), torch.nan_to_num(wanted)):
         return 0.0 if torch.equal(found.isnan(), wanted.isnan()) else math.inf
     difference = (found.double() - wanted.double()).norm()
-    error = (difference / wanted.double().norm().clamp_min(1e-300)).item()
+    error = (difference / wanted.double().norm().clamp_min(least)).item()
     return math.inf if math.isnan(error) else error
 
 
@@ -161,7 +164,8 @@ def check(
             reference = _seeded_step(exact, exact, image.detach().cpu().double().requires_grad_(), seed)
             differences = _against(found, wanted, reference)
         else:
-            differences = [Difference(n, relative_error(found[n], wanted[n]), TOLERANCE) for n in wanted]
+            least = _least_norms(wanted)
+            differences = [Difference(n, relative_error(found[n], wanted[n], least[n]), TOLERANCE) for n in wanted]
     ordered = sorted(differences, key=lambda d: -d.excess)
     return CheckReport(tuple(ordered), image.dtype, compiled.plan)
 
@@ -173,23 +177,29 @@ def _seeded_step(
     return step(module, model, [image])
 
 
+def _least_norms(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, float]:
+    """The norm on which each tensor is measured at least."""
+    gradients = [t.double().norm().item() for n, t in tensors.items() if n.startswith("grad") and t is not None]
+    floor = CANCELLED * max((norm for norm in gradients if math.isfinite(norm)), default=0.0)
+    return {name: max(1e-300, floor) if name.startswith("grad") else 1e-300 for name in tensors}
+
+
 def _against(
     found: Mapping[str, torch.Tensor | None],
     wanted: Mapping[str, torch.Tensor | None],
     reference: Mapping[str, torch.Tensor | None],
 ) -> list[Difference]:
     """Streamed and plain, both compared with float64; a tensor of integers must be equal."""
-    differences = []
+    differences, least = [], _least_norms(reference)
     for name, exact in reference.items():
-        errors = []
-        for tensor in (found[name], wanted[name]):
-            errors.append(
-                relative_error(
-                    None if tensor is None else tensor.detach().cpu().to(torch.float64),
-                    None if exact is None else exact.to(torch.float64),
-                )
-            )
+        errors = [
+            relative_error(_wide(tensor), _wide(exact), least[name]) for tensor in (found[name], wanted[name])
+        ]
         plain = wanted[name]
         unit = torch.finfo(plain.dtype).eps if plain is not None and plain.is_floating_point() else TOLERANCE
         differences.append(Difference(name, errors[0], FACTOR * max(errors[1], unit)))
     return differences
+
+
+def _wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.detach().cpu().to(torch.float64)

@@ -89,7 +89,7 @@ def _floored(numerator: sympy.Expr, denominator: int) -> sympy.Expr:
     """``floor(numerator / denominator)``, kept as one fraction, as a person writes it."""
     if denominator == 1:
         return numerator
-    fraction = sympy.Mul(numerator, sympy.Rational(1, denominator), evaluate=False)
+    fraction = sympy.Mul(numerator, sympy.Pow(denominator, -1, evaluate=False), evaluate=False)
     return sympy.floor(fraction, evaluate=False)
 
 

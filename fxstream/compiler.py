@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from fxstream.analysis import Analysis, analyse
+from fxstream.analysis import Analysis, analyse, analyze
 from fxstream.capture import Captured, capture, still_holds
 from fxstream.errors import InputError, StreamingWarning
 from fxstream.locality import Verdict
@@ -31,7 +31,7 @@ from fxstream.rewrite import rewrite
 from fxstream.rules import Kind
 from fxstream.sizes import is_image
 
-__all__ = ["StreamedModule", "compile"]
+__all__ = ["StreamedModule", "compile", "plan"]
 
 logger = logging.getLogger("fxstream")
 
@@ -62,6 +62,24 @@ def compile(
         raise InputError(f"compile needs an nn.Module, found {type(model).__name__}")
     request = Request(_checked_tile(tile), _checked_segments(segments), cut)
     return StreamedModule(model, request, verify)
+
+
+def plan(
+    model: nn.Module,
+    size: int | tuple[int, ...],
+    *,
+    tile: int | tuple[int, ...],
+    segments: int | tuple[str, ...] | None = None,
+    cut: str | None = None,
+    channels: int = 3,
+    batch: int = 1,
+) -> Plan:
+    """How `compile` would stream the model for an image [batch, channels, *size]; runs nothing.
+
+    Raises what `analyze` and the first call of a compiled module raise.
+    """
+    request = Request(_checked_tile(tile), _checked_segments(segments), cut)
+    return make_plan(analyze(model, size, channels=channels, batch=batch).locality, request)
 
 
 def _checked_tile(tile: object) -> int | tuple[int, ...]:

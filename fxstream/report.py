@@ -116,7 +116,7 @@ def window_text(layer: Layer) -> str:
 def _layer_table(summary: Summary, depth: int | None, width: int) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
     spare = max(0, width - 80) // 2
-    table.add_column("module", overflow="fold", width=min(9 + spare, 30))
+    table.add_column("module", overflow="fold", width=min(8 + spare, 30))
     table.add_column("operator", overflow="fold", width=min(12 + spare, 24))
     for name in ("field", "stride", "halo", "output", "memory", "MACs"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -1,0 +1,292 @@
+"""The command line as a user meets it: output, exit codes, one-line errors, nothing half-written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fxstream
+from fxstream.__main__ import main
+from fxstream.budget import parse_bytes
+from fxstream.check import check
+from fxstream.json_form import SCHEMA
+
+MODEL = """
+import torch
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.MaxPool2d(2))
+
+def one_channel():
+    return nn.Conv2d(1, 2, 5)
+
+def volume():
+    return nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU(), nn.Conv3d(2, 2, 3))
+
+def needs(width, depth=2):
+    return nn.Conv2d(3, width, depth)
+
+def fails():
+    raise ValueError("no such depth")
+
+def no_model():
+    return 7
+
+number = 3
+"""
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    path = tmp_path / "model.py"
+    path.write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    return "model.py"
+
+
+def run(capsys, *arguments):
+    code = main([str(a) for a in arguments])
+    return code, *capsys.readouterr()
+
+
+def test_report(model, capsys):
+    code, out, err = run(capsys, "report", f"{model}:build", "--size", "200x160", "--tile", 64)
+    assert code == 0
+    assert "image 1x3x200x160, eval mode" in out
+    assert "output pixel o reads 4*o - 1 .. 4*o + 7 of the image: field 9, stride 4, halo 1+4" in out
+    assert "output extent for image extent n: floor((n - 3)/4)" in out
+    assert "probe, region 0: 5 of 5 nodes measured, agree with the algebra" in out
+    assert "predicted memory of a training step: plain" in out
+    table = out.split("\n\n")[1]
+    assert all(len(line) <= 80 for line in table.splitlines())
+    assert err == ""
+
+
+def test_report_of_batch_statistics_says_what_helps(model, capsys):
+    _, out, _ = run(capsys, "report", f"{model}:build", "--size", 64, "--train", "--all")
+    assert "cut: `1` (aten::batch_norm) uses batch statistics" in out
+    assert "fxstream.freeze_batch_norm(model) makes BatchNorm local" in out
+    _, out, _ = run(capsys, "report", f"{model}:build", "--size", 64, "--train", "--freeze-batch-norm")
+    assert "no cut: every operator is local" in out
+
+
+def test_json_is_documented_data(model, capsys):
+    code, out, _ = run(capsys, "report", f"{model}:build", "--size", 200, "--tile", 64, "--json")
+    data = json.loads(out)
+    assert code == 0
+    assert data["schema"] == SCHEMA
+    assert data["image"] == [1, 3, 200, 200]
+    assert [layer["operator"] for layer in data["layers"]] == [
+        "conv2d",
+        "batch_norm",
+        "relu",
+        "conv2d",
+        "max_pool2d",
+    ]
+    first = data["layers"][0]
+    assert (first["kernel"], first["stride"], first["shape"]) == ([3, 3], [2, 2], [1, 4, 100, 100])
+    assert first["macs"] == 4 * 100 * 100 * 27
+    assert first["bytes"] == 4 * 100 * 100 * 4
+    assert first["field"][0]["size"] == 3
+    assert data["regions"][0]["forms"]["owned"] == ["floor((T - 9)/4) + 1"] * 2
+    assert data["plan"]["segments"][0]["tiles"] > 1
+    assert data["memory"]["plain"] > data["memory"]["streamed"]
+    assert data["probe"][0]["agrees"] is True
+    assert set(data) == {
+        "schema", "network", "image", "training", "bound_to_size", "operators", "macs", "activation_bytes",
+        "streamed_share", "layers", "regions", "cuts", "plan", "memory", "probe",
+    }  # fmt: skip
+
+
+def test_page_and_picture(model, capsys, tmp_path):
+    code, out, err = run(
+        capsys, "report", f"{model}:build", "--size", 200, "--tile", 64, "--html", "a.html", "--plot", "a.png"
+    )
+    assert (code, out) == (0, "")
+    assert err == "wrote a.html\nwrote a.png\n"
+    page = Path("a.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "field 9 at stride 4" in page
+    assert "http" not in page
+    assert Path("a.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__") == ["a.html", "a.png", "model.py"]
+
+
+def test_plan(model, capsys):
+    code, out, _ = run(capsys, "plan", f"{model}:build", "--size", 400, "--tile", 100)
+    assert code == 0
+    assert "MACs" in out
+    code, out, _ = run(capsys, "plan", f"{model}:build", "--size", 400, "--memory", "1.5MiB", "--json")
+    assert code == 0
+    assert json.loads(out)["segments"][0]["tiles"] > 1
+
+
+def test_check(model, capsys):
+    code, out, _ = run(capsys, "check", f"{model}:build", "--size", "61x50", "--tile", 24, "--batch", 2)
+    assert code == 0
+    assert "all agree" in out
+    assert "grad of input 0" in out
+    code, out, _ = run(capsys, "check", f"{model}:build", "--size", 60, "--tile", 24, "--native", "--json")
+    assert code == 0
+    assert json.loads(out)["dtype"] == "float32"
+
+
+def test_check_finds_a_difference(model, capsys, monkeypatch):
+    from fxstream import runtime
+
+    backward = runtime._Sums
+    assert backward is not None
+    monkeypatch.setattr("fxstream.check.TOLERANCE", -1.0)
+    code, out, _ = run(capsys, "check", f"{model}:build", "--size", 60, "--tile", 24)
+    assert code == 1
+    assert "DIFFER" in out
+
+
+def test_other_shapes(model, capsys):
+    code, out, _ = run(capsys, "report", f"{model}:one_channel", "--size", 40, "--channels", 1)
+    assert code == 0
+    assert "1 regions are too small to be worth a tile loop" in out
+    code, out, _ = run(capsys, "report", f"{model}:volume", "--input-shape", "1,1,20,24,28", "--tile", "12x12x12")
+    assert code == 0
+    assert "image 1x1x20x24x28" in out
+
+
+def test_bench_and_rules(model, capsys):
+    code, out, _ = run(capsys, "bench", f"{model}:build", "--size", 100, "--tile", 40)
+    assert code == 0
+    assert "ratio" in out
+    code, out, _ = run(capsys, "rules")
+    assert code == 0
+    assert "conv2d" in out
+
+
+BAD = {
+    "unknown network": (
+        ["report", "torchvision/resnet51", "--size", "64"],
+        "torchvision/resnet51 cannot be built",
+    ),
+    "no such form": (["report", "resnet50", "--size", "64"], "names no network: give torchvision/NAME"),
+    "no such file": (["report", "absent.py:build", "--size", "64"], "there is no file absent.py"),
+    "no such module": (["report", "absent_module:build", "--size", "64"], "importing absent_module fails"),
+    "no such name": (["report", "model.py:bild", "--size", "64"], "model.py has no 'bild'; it defines build"),
+    "error inside the file": (
+        ["report", "broken.py:build", "--size", "64"],
+        "ZeroDivisionError: division by zero",
+    ),
+    "needs arguments": (["report", "model.py:needs", "--size", "64"], "needs arguments (width)"),
+    "fails": (["report", "model.py:fails", "--size", "64"], "fails with ValueError: no such depth"),
+    "no model": (["report", "model.py:no_model", "--size", "64"], "returns a int, not an nn.Module"),
+    "not callable": (["report", "model.py:number", "--size", "64"], "name a function that returns the model"),
+    "no size": (["report", "model.py:build"], "give the image's --size"),
+    "size in words": (["report", "model.py:build", "--size", "large"], "--size 'large' is not a number"),
+    "size of zero": (["report", "model.py:build", "--size", "0"], "must be positive"),
+    "too small a size": (["report", "model.py:build", "--size", "2"], "cannot run on inputs of these shapes"),
+    "too many axes": (["report", "model.py:build", "--size", "9x9x9"], "cannot run on inputs of these shapes"),
+    "too short a shape": (["report", "model.py:build", "--input-shape", "3,64"], "needs batch, channels and"),
+    "tile too small": (
+        ["plan", "model.py:build", "--size", "99", "--tile", "2", "--segments", "1"],
+        "The smallest tile that works here is",
+    ),
+    "tile in words": (["plan", "model.py:build", "--size", "99", "--tile", "big"], "--tile 'big' is not a number"),
+    "tile of wrong axes": (["plan", "model.py:build", "--size", "99", "--tile", "9x9x9"], "has 3 axes"),
+    "memory in words": (
+        ["plan", "model.py:build", "--size", "99", "--memory", "lots"],
+        "'lots' is no amount of memory: write 8GiB",
+    ),
+    "too little memory": (
+        ["plan", "model.py:build", "--size", "99", "--memory", "1kB"],
+        "no tile is predicted to fit",
+    ),
+    "tile and memory": (
+        ["plan", "model.py:build", "--size", "99", "--memory", "1GB", "--tile", "9"],
+        "give --tile or --memory, not both",
+    ),
+    "neither": (["plan", "model.py:build", "--size", "99"], "a plan needs --tile or --memory"),
+    "check without tile": (["check", "model.py:build", "--size", "99"], "check needs a --tile"),
+    "no such cut": (
+        ["plan", "model.py:build", "--size", "99", "--tile", "30", "--cut", "layer9"],
+        "no module `layer9`",
+    ),
+    "no such directory": (
+        ["report", "model.py:build", "--size", "64", "--html", "no/a.html"],
+        "cannot be written",
+    ),
+    "a directory": (["report", "model.py:build", "--size", "64", "--html", "."], "cannot be written"),
+    "no such picture": (["report", "model.py:build", "--size", "64", "--plot", "a.docx"], "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_line(case, model, capsys, tmp_path):
+    arguments, message = BAD[case]
+    Path("broken.py").write_text("x = 1 / 0\n")
+    before = sorted(tmp_path.iterdir())
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("fxstream: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert [p for p in sorted(tmp_path.iterdir()) if p.name != "__pycache__"] == before
+
+
+def test_debug_shows_the_traceback(model):
+    with pytest.raises(fxstream.InputError):
+        main(["report", "model.py:bild", "--size", "64", "--debug"])
+
+
+def test_usage_mistakes_exit_with_2(capsys):
+    for arguments in ([], ["report"], ["reprt", "x"], ["report", "x", "--size", "9", "--train", "--eval"]):
+        with pytest.raises(SystemExit) as exit_of:
+            main(arguments)
+        assert exit_of.value.code == 2
+    with pytest.raises(SystemExit) as exit_of:
+        main(["--help"])
+    assert exit_of.value.code == 0
+    assert "examples:" in capsys.readouterr().out
+
+
+def test_in_a_pipe_without_colour(model):
+    command = [sys.executable, "-m", "fxstream", "report", f"{model}:build", "--size", "64", "--no-probe"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "\x1b" not in done.stdout
+    assert done.stderr == ""
+    head = subprocess.run(f"{' '.join(command)} | head -1", shell=True, capture_output=True, text=True, check=True)
+    assert head.stdout.startswith("model.py:build")
+    assert head.stderr == ""
+
+
+def test_memory_texts():
+    assert [parse_bytes(t) for t in ("8GiB", "1kB", "512", "2.5 MB", "1e3")] == [2**33, 1000, 512, 2_500_000, 1000]
+    for text in ("", "GiB", "-1GB", "0", "8 gallons"):
+        with pytest.raises(fxstream.InputError, match="no amount of memory"):
+            parse_bytes(text)
+
+
+def test_check_leaves_the_model_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    report = check(model, 40, tile=16, segments=1)
+    assert report.ok
+    assert len(report.differences) == 1 + 6 + 1 + 3
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_gradient_that_cancels_is_no_difference():
+    """A bias in front of batch statistics has a gradient of nothing but rounding."""
+    report = check(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)).train(), 40, tile=16)
+    assert report.ok, report
+
+
+def test_check_needs_weights():
+    with torch.device("meta"), pytest.raises(fxstream.InputError, match="meta device"):
+        check(nn.Conv2d(3, 4, 3), 40, tile=16)
