@@ -192,7 +192,9 @@ def _report(options: argparse.Namespace) -> int:
     elif not paths:
         show(summary, Console(), None if options.all else options.depth)
     if options.html:
-        _write(Path(options.html), lambda path: path.write_text(html_page(summary), encoding="utf-8"))
+        _write(
+            Path(options.html), lambda path: path.write_text(html_page(summary, options.depth), encoding="utf-8")
+        )
     if options.plot:
         _write(Path(options.plot), lambda path: save_plot(summary, path))
     for path in paths:

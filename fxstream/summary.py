@@ -16,16 +16,22 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import torch
+from torch import fx
+
 from fxstream.algebra import demands, extent_chains, main_image, receptive_fields
 from fxstream.analysis import Analysis
 from fxstream.closed_form import FieldForm, TileForms, extent_form, tile_forms
-from fxstream.functional import WAS_IN_PLACE
-from fxstream.locality import Locality, Verdict
+from fxstream.functional import UNSTREAMED, WAS_IN_PLACE
+from fxstream.locality import Locality, Verdict, analyse_locality
 from fxstream.planning import Plan, SegmentPlan, total_bytes, worthwhile
 from fxstream.probe import ProbeReport
 from fxstream.receptive_field import ReceptiveField
 from fxstream.rules import Evaluation, Kind
-from fxstream.sizes import Shape, fold_integers
+from fxstream.sizes import Shape, fold_integers, stream_dims
+
+BATCH_NORM_TRAINING = 5
+"""The place of `training` among the arguments of ``aten::batch_norm``."""
 
 __all__ = ["Cut", "Layer", "Memory", "RegionSummary", "Summary", "predicted_memory", "summarise"]
 
@@ -153,7 +159,7 @@ def summarise(
         training=training,
         layers=layers,
         regions=regions,
-        cuts=_cuts(analysis.barriers, total, sum(r.bytes for r in regions if r.worthwhile)),
+        cuts=_cuts(analysis, sum(r.share for r in regions if r.worthwhile)),
         bytes=sum(layer.bytes for layer in layers),
         macs=sum(layer.macs for layer in layers),
         streamed_share=sum(r.share for r in regions if r.worthwhile),
@@ -273,20 +279,19 @@ def region_forms(
     return tile_forms(needed, fields[output], [leaf], macs, kept)
 
 
-def _cuts(barriers: Sequence[Verdict], total: int, streamed: int) -> tuple[Cut, ...]:
-    """The barriers grouped by operator and reason, most first."""
+def _cuts(analysis: Analysis, share: float) -> tuple[Cut, ...]:
+    """The barriers grouped by operator and reason, in the order of the graph."""
     groups: dict[tuple[str, str, Kind], list[Verdict]] = {}
-    for verdict in barriers:
+    for verdict in analysis.barriers:
         groups.setdefault((verdict.operator, verdict.reason, verdict.kind), []).append(verdict)
-    share = f"{streamed / max(1, total):.0%}"
-    return tuple(Cut(group[0], len(group), _advice(group[0], share)) for group in groups.values())
+    return tuple(Cut(group[0], len(group), _advice(analysis, group[0], share)) for group in groups.values())
 
 
-def _advice(verdict: Verdict, share: str) -> str:
+def _advice(analysis: Analysis, verdict: Verdict, share: float) -> str:
     """What the user can do about a barrier."""
     if verdict.operator == "aten::batch_norm":
-        freeze = "fxstream.freeze_batch_norm(model) makes BatchNorm local"
-        return f"{freeze}; as it is, {share} of the activations stream"
+        frozen = f"{_share_with_frozen_batch_norm(analysis):.0%} instead of {share:.0%}"
+        return f"fxstream.freeze_batch_norm(model) streams {frozen} of the activations"
     if verdict.kind is Kind.NO_RULE:
         return "fxstream.register_rule teaches fxstream an operator; until then it runs plainly"
     if "random" in verdict.reason:
@@ -294,6 +299,23 @@ def _advice(verdict: Verdict, share: str) -> str:
     if verdict.kind is Kind.REDUCE:
         return "it runs plainly on the whole map; streaming goes on behind it where that pays"
     return "it runs plainly on the whole map"
+
+
+def _share_with_frozen_batch_norm(analysis: Analysis) -> float:
+    """The share of the activations that would be streamed if every BatchNorm used its running statistics."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in analysis.captured.graph.nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+        env[node].name = node.name
+        if node.target is torch.ops.aten.batch_norm.default:
+            env[node].update_arg(BATCH_NORM_TRAINING, False)
+            for statistics in env[node].all_input_nodes[1:]:
+                statistics.meta.pop(UNSTREAMED, None)  # they are no longer updated
+    locality = analysis.locality
+    inputs = {name: stream_dims(locality.metas.get(name)) for name in analysis.captured.inputs}
+    frozen = analyse_locality(graph, locality.metas, inputs)
+    return sum(frozen.activation_bytes(part) for part in worthwhile(frozen)) / max(1, total_bytes(frozen))
 
 
 def predicted_memory(locality: Locality, plan: Plan) -> Memory:

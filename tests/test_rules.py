@@ -13,6 +13,7 @@ from torch import nn
 
 import fxstream
 from fxstream.box import Interval
+from fxstream.receptive_field import BROADCAST, AxisExtent
 from fxstream.rules import Kind, register_rule, rules, unregister_rule
 
 A = torch.ops.aten
@@ -173,6 +174,18 @@ def test_read_set_equals_the_map(name, shape, function):
             claimed_by = {o for o, reads in enumerate(claimed) if reads.start <= pixel < reads.stop}
             assert changed <= claimed_by, f"{name}: pixel {pixel} of axis {axis} reaches {changed - claimed_by}"
         ends_are_read(model, image, result, dims, axis, claimed, name)
+
+
+@pytest.mark.parametrize("name, shape, function", CALLS, ids=[f"{i}-{c[0]}" for i, c in enumerate(CALLS)])
+def test_extents_follow_the_formula(name, shape, function):
+    """At this size; whether the formula holds at others is what the windows' own test is for."""
+    locality = fxstream.analyze(Call(function), shape[2:], channels=shape[1], batch=shape[0]).locality
+    for verdict in locality.verdicts.values():
+        if verdict.kind is Kind.LOCAL:
+            value, footprint = locality.values[verdict.node], verdict.footprint
+            wide = next(read for read in footprint.reads if BROADCAST not in read.maps)
+            found = [e.of(i) for e, i in zip(footprint.extents or [AxisExtent.changed(0)] * 3, wide.extents)]
+            assert tuple(found) == (value[0] if isinstance(value, tuple) else value).extents, name
 
 
 def claimed_reads(local, analysis, axis, o) -> Interval:
