@@ -24,8 +24,8 @@ from fxstream.algebra import main_image, receptive_fields
 from fxstream.planning import total_bytes, worthwhile
 from fxstream.probe import probe
 
-SIZES = (512, None)
-"""Image sizes to try; None is the network's own."""
+ATTEMPTS = ((512, False), (None, False), (None, True))
+"""Image size (None is the network's own), and whether with real weights, for code that looks at their values."""
 
 
 def every_network() -> list[str]:
@@ -73,9 +73,11 @@ def row_of(target: str) -> dict[str, object]:
         model = fxstream.freeze_batch_norm(build(target).eval())
     except Exception as error:
         return row | {"failure": f"cannot be built: {error}"[:200]}
-    for size in SIZES:
+    for size, real in ATTEMPTS:
         try:
             size = size or own_size(model)
+            if real:
+                model = fxstream.freeze_batch_norm(zoo.build(target).eval())
             channels = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3,))[0]
             analysis = fxstream.analyze(model, size, channels=channels)
             break
@@ -149,10 +151,12 @@ def show(rows: list[dict[str, object]], console: Console) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("networks", nargs="*", help="torchvision/NAME or timm/NAME; all if none is named")
-    parser.add_argument("--json", type=Path, default=Path("networks.json"), help="where the rows go")
+    parser.add_argument(
+        "--json", type=Path, default=Path("networks.json"), help="where the rows go, and are continued"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows = json.loads(options.json.read_text()) if options.json.exists() and not options.networks else []
+    rows = json.loads(options.json.read_text()) if options.json.exists() else []
     known = {row["network"] for row in rows}
     console = Console()
     for target in track(options.networks or every_network(), "networks", console=Console(stderr=True)):

@@ -26,7 +26,7 @@ from fxstream.bench import measure
 from fxstream.budget import parse_bytes, plan_within
 from fxstream.check import check
 from fxstream.compiler import compile
-from fxstream.errors import FxstreamError, InputError
+from fxstream.errors import CaptureError, FxstreamError, InputError
 from fxstream.freeze import freeze_batch_norm
 from fxstream.json_form import SCHEMA, as_json, check_json, plan_json
 from fxstream.page import html_page
@@ -164,8 +164,14 @@ def _planned(options: argparse.Namespace, analysis: Analysis, extents: tuple[int
 
 def _analysis(options: argparse.Namespace) -> tuple[Analysis, tuple[int, ...]]:
     extents, channels, batch = _shape(options)
-    model = _model(options, weights=False)
-    return analyze(model, extents, channels=channels, batch=batch), extents
+    try:
+        model = _model(options, weights=False)
+        return analyze(model, extents, channels=channels, batch=batch), extents
+    except (NotImplementedError, CaptureError):
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            raise
+        model = _model(options, weights=True)  # code that looks at the values of its weights
+        return analyze(model, extents, channels=channels, batch=batch), extents
 
 
 def _summary(options: argparse.Namespace, measure_it: bool) -> Summary:

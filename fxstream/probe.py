@@ -567,6 +567,9 @@ def _compare_backward(
     reached = [entry.nonzero().flatten().tolist() for entry in poisoned]
     measured = (reached[0][-1] + 1 if reached[0] else 0, reached[1][0] if reached[1] else extent)
     claimed = (claims[0].stop, claims[1].start if len(claims[1]) else extent)
+    if (measured[0] == 0 and claimed[0] == 1) or measured[1] == extent == claimed[1] + 1:
+        # A half that reads nothing but padding: a tile then holds the nearest real pixel (`Interval.nearest`).
+        claimed = (min(claimed[0], measured[0]), max(claimed[1], measured[1]))
     if measured == claimed or name not in strip.part.segment.nodes:
         return
     more = measured[0] > claimed[0] or measured[1] < claimed[1]
