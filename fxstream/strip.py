@@ -1,0 +1,223 @@
+"""Thin strips: a part of the graph at the smallest size that shows every claim along one stream axis.
+
+A strip is as long as the largest receptive field, a few strides and NaN surroundings need, and as wide as the
+part's operators accept. Its length follows from the claims, so a claim that is too small leaves no valid interior, which
+is a mismatch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fxstream.algebra import ExtentChain, Fields, extent_chains, receptive_fields
+from fxstream.box import Interval
+from fxstream.errors import FxstreamError
+from fxstream.excerpt import Excerpt
+from fxstream.findings import UnprobedError
+from fxstream.locality import Locality
+from fxstream.receptive_field import ReceptiveField
+from fxstream.rules import Kind
+
+__all__ = [
+    "Strip",
+    "dims_of",
+    "extents_at",
+    "extents_of",
+    "make_strip",
+    "refusals_unlogged",
+    "shape_of",
+    "synthetic_weight",
+]
+
+Chains = Mapping[str, Mapping[str, tuple[ExtentChain, ...]]]
+"""Per leaf and node, the extent formulas along each axis."""
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Extents across the strip, the first that the part accepts."""
+PERIODS = (1, 64)
+"""The strip's extents agree with the real ones modulo one of these, for networks that need certain sizes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """An excerpt at the size of a strip along one axis, with the claims that are to be measured.
+
+    `tiles` are the intervals of the main leaf that hold numbers, one per batch entry; outside them it is NaN.
+    Fields are per leaf. `locality` is the one at the strip's size.
+    """
+
+    part: Excerpt
+    axis: int
+    locality: Locality
+    leaf_extents: Mapping[str, tuple[int, ...]]
+    fields: Mapping[str, Fields]
+    tiles: tuple[Interval, Interval]
+    main: str
+    weights: Mapping[str, torch.Tensor]
+
+    def extent(self, name: str) -> int:
+        """Pixels of a node or leaf along the axis."""
+        shape = shape_of(self.locality, name)
+        return shape[dims_of(self.locality, name)[self.axis]]
+
+    def tile_of(self, leaf: str, tile: Interval) -> Interval:
+        """The interval of another leaf that shows the same part of the image as `tile` of the main leaf."""
+        own, main = self.leaf_extents[leaf][self.axis], self.leaf_extents[self.main][self.axis]
+        return Interval(tile.start * own // main, tile.stop * own // main)
+
+
+def dims_of(locality: Locality, name: str) -> tuple[int, ...]:
+    """The stream dims of a node's (first) result."""
+    value = locality.values[name]
+    return (value[0] if isinstance(value, tuple) else value).dims
+
+
+def shape_of(locality: Locality, name: str) -> tuple[int, ...]:
+    """The shape of a node's (first) result."""
+    value = locality.values[name]
+    return (value[0] if isinstance(value, tuple) else value).shape
+
+
+def make_strip(part: Excerpt, axis: int, weights: Mapping[str, torch.Tensor], whole_windows: bool) -> Strip:
+    """The smallest strip along `axis` that shows every claim, and the tiles on it."""
+    nodes = part.segment.nodes
+    real = {leaf: extents_of(part.locality, leaf, dims) for leaf, dims in part.segment.leaves}
+    main = max(real, key=lambda leaf: math.prod(real[leaf]))
+    axes = len(real[main])
+    if any(0 in dims for _, dims in part.segment.leaves):
+        raise UnprobedError("its images have no batch dim in front")
+    claims = {leaf: receptive_fields(part.locality, nodes, leaf) for leaf in real}
+    known = [fields[axis] for node, fields in claims[main].items() if node in nodes]
+    if not known:
+        raise UnprobedError("no node has a receptive field in its largest input")
+    chains = {leaf: extent_chains(part.locality, nodes, leaf) for leaf in real}
+    deepest = max(known, key=lambda f: (f.stride, f.size))
+    margin = _margin(part, claims[main], axis)
+    stride = max(math.ceil(f.stride) for f in known)
+    start = margin + (deepest.lows[0] - margin) % stride
+    inside = max(f.size for f in known) + 3 * stride + 2
+    stop = start + inside
+    stop += (deepest.highs[-1] + 1 - stop) % stride
+    tiles = Interval(start, stop), Interval(start + 1, stop - 1)
+    least = stop + margin
+    for period in PERIODS:
+        for width in WIDTHS:
+            wanted = [least if k == axis else width for k in range(axes)]
+            extents = extents_at(real, [w + (e - w) % period for w, e in zip(wanted, real[main], strict=True)])
+            expected = _extents_of_nodes(chains, extents)
+            if not _all_nodes_read(part.locality, nodes, claims, expected, whole_windows):
+                continue
+            shapes = {leaf: part.leaf_shape(leaf, 2, extents[leaf]) for leaf in real}
+            try:
+                with refusals_unlogged():
+                    at_strip = part.at(shapes)
+            except FxstreamError:
+                continue
+            if any(shape_of(at_strip, name)[0] % 2 for name in nodes):
+                raise UnprobedError("it mixes the images of a batch")
+            if any(at_strip.verdicts[name].kind is not Kind.LOCAL for name in nodes):
+                continue
+            fields = {leaf: receptive_fields(at_strip, nodes, leaf) for leaf in real}
+            found = extents | {name: extents_of(at_strip, name, dims_of(at_strip, name)) for name in nodes}
+            if _all_nodes_read(at_strip, nodes, fields, found, whole_windows):
+                return Strip(part, axis, at_strip, extents, fields, tiles, main, weights)
+    raise UnprobedError("its operators refuse images of the size of a strip")
+
+
+def extents_of(locality: Locality, leaf: str, dims: tuple[int, ...]) -> tuple[int, ...]:
+    """The extents of a node or leaf along the dims that are its stream axes."""
+    shape = shape_of(locality, leaf)
+    return tuple(shape[d] for d in dims)
+
+
+def extents_at(real: Mapping[str, tuple[int, ...]], extents: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Extents of all leaves where the largest has `extents`, rounded up; a broadcast axis stays one."""
+    full = [max(sizes) for sizes in zip(*real.values(), strict=True)]
+    return {
+        leaf: tuple(
+            1 if own == 1 < most else -(-extent * own // most)
+            for own, most, extent in zip(sizes, full, extents, strict=True)
+        )
+        for leaf, sizes in real.items()
+    }
+
+
+def _extents_of_nodes(chains: Chains, extents: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """What the formulas of the rules expect of every node at these extents of the leaves."""
+    found = dict(extents)
+    for leaf, of_node in chains.items():
+        for name, per_axis in of_node.items():
+            found[name] = tuple(_applied(chain, e) for chain, e in zip(per_axis, extents[leaf], strict=True))
+    return found
+
+
+def _all_nodes_read(
+    locality: Locality,
+    nodes: Sequence[str],
+    claims: Mapping[str, Fields],
+    extents: Mapping[str, tuple[int, ...]],
+    whole_windows: bool,
+) -> bool:
+    """Whether every node has pixels at these extents of nodes and leaves, and reads pixels that are not padding.
+
+    A max pooling must find a whole window: torch's gradient of one without a real pixel writes out of bounds.
+    """
+    if any(min(extents[name], default=1) < 1 for name in nodes if name in extents):
+        return False
+    for leaf, fields in claims.items():
+        for name in nodes:
+            if name in fields and not all(map(_reads_real, fields[name], extents[name], extents[leaf])):
+                return False
+    return all(
+        extents[read.value.name][k] > axis_map.last - axis_map.first
+        for window in map(locality.footprint, nodes)
+        if whole_windows or window.fill == -math.inf
+        for read in window.reads
+        for k, axis_map in enumerate(read.maps)
+    )
+
+
+def _reads_real(field: ReceptiveField, extent: int, extent_in: int) -> bool:
+    """Whether some pixel has a receptive field that is not all padding."""
+    return any(len(field.read(Interval(o, o + 1)).clip(extent_in)) for o in range(extent))
+
+
+def _applied(chain: ExtentChain, extent: int) -> int:
+    for step in chain:
+        extent = step.of(extent)
+    return extent
+
+
+def _margin(part: Excerpt, fields: Fields, axis: int) -> int:
+    """How wide the NaN surroundings must be for no window to straddle them, nor to step over them."""
+    widest = 1
+    for name in part.segment.nodes:
+        for read in part.locality.footprint(name).reads:
+            if read.value.name in fields:
+                span = read.maps[axis].last - read.maps[axis].first + 1 + read.maps[axis].num
+                widest = max(widest, math.ceil(span * fields[read.value.name][axis].stride))
+    return widest
+
+
+@contextlib.contextmanager
+def refusals_unlogged() -> Iterator[None]:
+    """Torch's own log of operators that refuse fake tensors, off: a refused size is an answer here."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def synthetic_weight(part: Excerpt, name: str) -> torch.Tensor:
+    """A synthetic weight: every element is 1/n of its kernel, so that averages stay averages."""
+    shape, dtype = shape_of(part.locality, name), part.type_of(name)
+    fan = math.prod(shape[1:]) if len(shape) > 1 else 1
+    return torch.full(shape, 1.0 / fan if dtype.is_floating_point else 0, dtype=dtype)

@@ -1,0 +1,145 @@
+"""Every distinct operator in tiles against itself on the whole: rule 4 of the NOTE in `probe`."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxstream.box import EMPTY, Box, Interval
+from fxstream.demand import AxisWalk, Segment, make_segment
+from fxstream.errors import FxstreamError
+from fxstream.excerpt import Excerpt, excerpt
+from fxstream.findings import Findings
+from fxstream.locality import Locality
+from fxstream.rules import Kind
+from fxstream.sizes import Shape, fold_integers
+from fxstream.strip import dims_of, extents_at, extents_of, refusals_unlogged, shape_of
+from fxstream.tile_program import tile_program
+
+__all__ = ["compare_values"]
+
+TOLERANCE = 1e-9
+"""Relative difference between a tile's values and the plain operator's, in float64."""
+
+
+def compare_values(locality: Locality, segment: Segment, found: Findings) -> None:
+    """Rule 4: every distinct operator in three tiles, at both borders and between, against itself on the whole."""
+    known: set[object] = set()
+    originals = {node.name: node for node in locality.graph.nodes}
+    for name in segment.nodes:
+        node = originals[name]
+        signature = _signature(node, locality)
+        if node.target is not operator.getitem and signature not in known:
+            known.add(signature)
+            items = tuple(user.name for user in node.users if user.name in segment.nodes)
+            several = isinstance(locality.metas[name], tuple)
+            _compare_tiles(locality, (name, *items) if several else (name,), found)
+
+
+def _signature(node: fx.Node, locality: Locality) -> object:
+    """What the evaluation on a box can depend on: the operator, its numbers, and the shapes of its kernels."""
+    args, kwargs = fold_integers(node, locality.metas)
+    numbers = [
+        repr(leaf)
+        for leaf in pytree.tree_leaves((args, kwargs), is_leaf=lambda x: x is None)
+        if not isinstance(leaf, fx.Node)
+    ]
+    ranks = [
+        (len(shape_of(locality, n.name)), dims_of(locality, n.name), shape_of(locality, n.name)[2:])
+        if not dims_of(locality, n.name)
+        else (len(shape_of(locality, n.name)), dims_of(locality, n.name), ())
+        for n in node.all_input_nodes
+        if isinstance(locality.metas.get(n.name), (Shape, tuple))
+    ]
+    return node.target, tuple(numbers), tuple(ranks)
+
+
+def _compare_tiles(locality: Locality, names: tuple[str, ...], found: Findings) -> None:
+    """One operator (with the items of its result) on the whole and in tiles, in float64."""
+    name = names[0]
+    part = excerpt(locality, make_segment(locality, name, names), torch.float64)
+    at_size = _at_small_size(part)
+    if at_size is None or any(at_size.verdicts[n].kind is not Kind.LOCAL for n in names):
+        return
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(name: str) -> torch.Tensor:
+        return _integers(shape_of(at_size, name), part.type_of(name), generator)
+
+    inputs = [drawn(leaf) for leaf, _ in part.segment.leaves]
+    smalls = [drawn(small).abs() + 1 for small in part.segment.smalls]
+    with torch.no_grad():
+        plain = part.module(*inputs, *smalls)
+    axes = range(len(dims_of(at_size, part.segment.outputs[0])))
+    walks = [AxisWalk(at_size, part.segment, axis) for axis in axes]
+    for place in range(3):
+        owned = [[_third(at_size, output, axis, place) for output in part.segment.outputs] for axis in axes]
+        tiles = [walk.tile(tuple(own)) for walk, own in zip(walks, owned, strict=True)]
+        program = tile_program(at_size, part.segment, tiles)
+        cuts = []
+        for (leaf, dims), image in zip(part.segment.leaves, inputs, strict=True):
+            box = Box(tuple(tile.boxes.get(leaf, EMPTY) for tile in tiles))
+            cuts.append(image[box.index(dims, image.ndim)])
+        try:
+            with torch.no_grad():
+                results = program(*cuts, *smalls)
+        except RuntimeError as error:
+            found.add(name, 0, "values", "a tile of it", "can be evaluated", str(error).splitlines()[0])
+            return
+        for k, output in enumerate(part.segment.outputs):
+            dims = dims_of(at_size, output)
+            box = Box(tuple(owned[axis][k] for axis in axes))
+            if results[k] is None:
+                continue
+            wanted = plain[k][box.index(dims, plain[k].ndim)]
+            if not _same_values(results[k], wanted):
+                found.add(name, 0, "values", f"the tile {box}", _preview(results[k]), _preview(wanted))
+                return
+
+
+def _at_small_size(part: Excerpt) -> Locality | None:
+    """The verdicts at a small size at which the operator yields a few pixels; None if it refuses all."""
+    for extent in (9, 12, 16, 33, 64, 128):
+        real = {leaf: extents_of(part.locality, leaf, dims) for leaf, dims in part.segment.leaves}
+        extents = extents_at(real, [extent] * len(next(iter(real.values()))))
+        shapes = {leaf: part.leaf_shape(leaf, 2, sizes) for leaf, sizes in extents.items()}
+        try:
+            with refusals_unlogged():
+                at_size = part.at(shapes)
+        except FxstreamError:
+            continue
+        outputs = [extents_of(at_size, o, dims_of(at_size, o)) for o in part.segment.outputs]
+        if all(min(sizes, default=0) > 2 for sizes in outputs):
+            return at_size
+    return None
+
+
+def _integers(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Small random integers; in the first half of dim 0 all negative, so that a fill value shows."""
+    drawn = torch.randint(-4, 5, shape, generator=generator)
+    half = max(1, shape[0] // 2) if shape else 0
+    if shape:
+        drawn[:half] = -drawn[:half].abs() - 1
+    return drawn.to(dtype)
+
+
+def _third(locality: Locality, output: str, axis: int, place: int) -> Interval:
+    """The first pixel, all between, or the last pixel of an output along an axis."""
+    extent = extents_of(locality, output, dims_of(locality, output))[axis]
+    return (Interval(0, 1), Interval(1, extent - 1), Interval(extent - 1, extent))[place]
+
+
+def _same_values(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return False
+    if not found.is_floating_point():
+        return torch.equal(found, wanted)
+    return torch.allclose(found, wanted, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
+
+
+def _preview(tensor: torch.Tensor) -> str:
+    numbers = [f"{x:g}" for x in tensor.flatten()[:4].tolist()]
+    return f"{list(tensor.shape)} [{', '.join(numbers)}{', ...' if tensor.numel() > 4 else ''}]"
