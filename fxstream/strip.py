@@ -1,8 +1,8 @@
 """Thin strips: a part of the graph at the smallest size that shows every claim along one stream axis.
 
 A strip is as long as the largest receptive field, a few strides and NaN surroundings need, and as wide as the
-part's operators accept. Its length follows from the claims, so a claim that is too small leaves no valid interior, which
-is a mismatch.
+part's operators accept. Its length follows from the claims, so a claim that is too small leaves no valid interior,
+which is a mismatch.
 """
 
 from __future__ import annotations
