@@ -7,6 +7,7 @@ the probe found a difference, 2 a mistake in what was asked for.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -20,12 +21,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from fxstream.analysis import Analysis, analyze, example_image
 from fxstream.bench import measure
 from fxstream.budget import parse_bytes, plan_within
 from fxstream.check import check
-from fxstream.compiler import compile
+from fxstream.compiler import checked_request, compile
 from fxstream.errors import CaptureError, FxstreamError, InputError
 from fxstream.freeze import freeze_batch_norm
 from fxstream.json_form import SCHEMA, as_json, check_json, plan_json
@@ -34,7 +36,6 @@ from fxstream.planning import Plan, make_plan, worthwhile
 from fxstream.plot import save_plot
 from fxstream.probe import ProbeReport, probe
 from fxstream.report import bytes_text, progress, show, show_check, show_plan, show_rules
-from fxstream.request import Request
 from fxstream.rules import rules
 from fxstream.summary import Summary, summarise
 from fxstream.target import load
@@ -156,9 +157,11 @@ def _planned(options: argparse.Namespace, analysis: Analysis, extents: tuple[int
         raise InputError("give --tile or --memory, not both")
     tile = _tile(options)
     if tile is not None:
-        return make_plan(analysis.locality, Request(tile, options.segments, options.cut))
+        return make_plan(analysis.locality, checked_request(tile, options.segments, options.cut))
     if options.memory:
-        return plan_within(analysis.locality, parse_bytes(options.memory), max(extents))[1]
+        return plan_within(
+            analysis.locality, parse_bytes(options.memory), max(extents), options.segments, options.cut
+        )[1]
     return None
 
 
@@ -176,7 +179,7 @@ def _analysis(options: argparse.Namespace) -> tuple[Analysis, tuple[int, ...]]:
 
 def _summary(options: argparse.Namespace, measure_it: bool) -> Summary:
     """Analyse, plan and probe, with progress on standard error."""
-    with progress(Console(stderr=True)) as bar:
+    with progress(Console(stderr=True)) as bar, contextlib.redirect_stdout(sys.stderr):
         task = bar.add_task("capture", total=3)
         analysis, extents = _analysis(options)
         bar.update(task, advance=1, description="plan")
@@ -191,6 +194,8 @@ def _summary(options: argparse.Namespace, measure_it: bool) -> Summary:
 
 
 def _report(options: argparse.Namespace) -> int:
+    if options.depth < 1:
+        raise InputError(f"--depth {options.depth} must be positive")
     paths = [_writable(path) for path in (options.html, options.plot) if path]
     summary = _summary(options, not options.no_probe)
     if options.json:
@@ -232,7 +237,7 @@ def _needed_tile(options: argparse.Namespace) -> int | tuple[int, ...]:
 def _check(options: argparse.Namespace) -> int:
     tile = _needed_tile(options)
     extents, channels, batch = _shape(options)
-    with progress(Console(stderr=True)) as bar:
+    with progress(Console(stderr=True)) as bar, contextlib.redirect_stdout(sys.stderr):
         bar.add_task("one step plain, one streamed", total=None)
         report = check(
             _model(options, weights=True),
@@ -254,16 +259,17 @@ def _check(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     tile = _needed_tile(options)
     extents, channels, batch = _shape(options)
-    model = _model(options, weights=True)
+    with contextlib.redirect_stdout(sys.stderr):
+        model = _model(options, weights=True)
     image = torch.randn(example_image(model, extents, channels, batch).shape)
     streamed = compile(model, tile=tile, segments=options.segments, cut=options.cut)
 
     def step(module: nn.Module) -> None:
         model.zero_grad(set_to_none=True)
-        output = module(image)
-        (output if isinstance(output, torch.Tensor) else next(iter(output.values()))).sum().backward()
+        outputs = [t for t in pytree.tree_leaves(module(image)) if isinstance(t, torch.Tensor) and t.requires_grad]
+        torch.stack([output.sum() for output in outputs]).sum().backward()  # type: ignore[no-untyped-call]
 
-    with progress(Console(stderr=True)) as bar:
+    with progress(Console(stderr=True)) as bar, contextlib.redirect_stdout(sys.stderr):
         bar.add_task("two steps plain, two streamed", total=None)
         plain, tiled = ([measure(partial(step, module)) for _ in range(2)][-1] for module in (model, streamed))
     found = {
@@ -298,15 +304,17 @@ def _writable(path: str) -> Path:
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file whole or not at all."""
-    handle, name = tempfile.mkstemp(suffix=path.suffix, dir=path.parent)
-    os.close(handle)
+    name = None
     try:
+        handle, name = tempfile.mkstemp(suffix=path.suffix, dir=path.parent)
+        os.close(handle)
         write(Path(name))
         os.replace(name, path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be written: {error}") from error
     finally:
-        Path(name).unlink(missing_ok=True)
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,6 +20,8 @@ from fxstream.sizes import shapes_at, stream_dims
 __all__ = ["Analysis", "analyse", "analyze", "example_image"]
 
 MOST_SHOWN = 8
+LARGEST = 2**31
+"""No extent of an image is larger."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -85,6 +87,8 @@ def example_image(model: nn.Module, size: int | tuple[int, ...], channels: int, 
     positive ints.
     """
     extents = (size, size) if isinstance(size, int) else tuple(size)
+    if any(isinstance(n, int) and n >= LARGEST for n in (*extents, channels, batch)):
+        raise InputError(f"size, channels and batch must be below {LARGEST}, found {size!r}, {channels}, {batch}")
     if not extents or any(
         isinstance(e, bool) or not isinstance(e, int) or e < 1 for e in (*extents, channels, batch)
     ):

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 
+from fxstream.compiler import checked_request
 from fxstream.errors import InputError, PlanError
 from fxstream.locality import Locality
 from fxstream.planning import Plan, make_plan
-from fxstream.request import Request
 from fxstream.summary import predicted_memory
 
 __all__ = ["parse_bytes", "plan_within"]
@@ -37,7 +37,9 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * units[match[2].lower()])
 
 
-def plan_within(locality: Locality, budget: int, extent: int) -> tuple[int, Plan]:
+def plan_within(
+    locality: Locality, budget: int, extent: int, segments: int | None = None, cut: str | None = None
+) -> tuple[int, Plan]:
     """The largest of a series of tiles, from the image's `extent` down, that is predicted to fit, and its plan.
 
     Raises `PlanError`, naming the smallest budget that works, where none fits.
@@ -45,7 +47,7 @@ def plan_within(locality: Locality, budget: int, extent: int) -> tuple[int, Plan
     tile, least = float(extent), None
     while tile >= 1:
         try:
-            plan = make_plan(locality, Request(round(tile)))
+            plan = make_plan(locality, checked_request(round(tile), segments, cut))
         except PlanError:
             break
         peak = predicted_memory(locality, plan).streamed

@@ -61,13 +61,14 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether everything is within what is allowed and something was cut into tiles."""
+        """Whether everything is within what is allowed."""
         return all(difference.ok for difference in self.differences)
 
     def __str__(self) -> str:
         wrong = sum(not difference.ok for difference in self.differences)
         tiles = sum(segment.tile_count for segment in self.plan.segments)
         verdict = f"{wrong} DIFFER" if wrong else "all agree"
+        verdict += "; nothing was cut into tiles, try a smaller tile" if self.plan.is_trivial else ""
         lines = [
             f"{len(self.differences)} tensors, {str(self.dtype).removeprefix('torch.')}, {tiles} tiles in"
             f" {len(self.plan.segments)} segments: {verdict}"

@@ -31,7 +31,7 @@ from fxstream.rewrite import rewrite
 from fxstream.rules import Kind
 from fxstream.sizes import is_image
 
-__all__ = ["StreamedModule", "compile", "plan"]
+__all__ = ["StreamedModule", "checked_request", "compile", "plan"]
 
 logger = logging.getLogger("fxstream")
 
@@ -60,7 +60,7 @@ def compile(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"compile needs an nn.Module, found {type(model).__name__}")
-    request = Request(_checked_tile(tile), _checked_segments(segments), cut)
+    request = checked_request(tile, segments, cut)
     return StreamedModule(model, request, verify)
 
 
@@ -78,8 +78,13 @@ def plan(
 
     Raises what `analyze` and the first call of a compiled module raise.
     """
-    request = Request(_checked_tile(tile), _checked_segments(segments), cut)
+    request = checked_request(tile, segments, cut)
     return make_plan(analyze(model, size, channels=channels, batch=batch).locality, request)
+
+
+def checked_request(tile: object, segments: object, cut: str | None) -> Request:
+    """The user's request. Raises `InputError` for a tile or segments that make no sense."""
+    return Request(_checked_tile(tile), _checked_segments(segments), cut)
 
 
 def _checked_tile(tile: object) -> int | tuple[int, ...]:
@@ -242,6 +247,8 @@ class StreamedModule(nn.Module):
             for report in reports:
                 logger.info("%s", report)
                 report.raise_on_mismatch()
+                if report.unprobed:
+                    self._tell_once(report.part, f"{report}; it is streamed by its rules alone")
             self._probed[key] = reports
         return self._probed[key]
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fxstream.demand import Segment
 from fxstream.locality import Locality, analyse_locality
+from fxstream.rules import Value
 from fxstream.sizes import Shape, shapes_at
 
 __all__ = ["Excerpt", "excerpt"]
@@ -45,11 +46,20 @@ class Excerpt:
             shape[dim] = extent
         return tuple(shape)
 
+    def small_shape(self, name: str, batch: int) -> tuple[int, ...]:
+        """The shape of a small tensor; one that follows from an image (a gate) has its batch size."""
+        value = self.locality.values[name]
+        assert isinstance(value, Value)
+        batches = {self.locality.metas[leaf].shape[0] for leaf, _ in self.segment.leaves}  # type: ignore[union-attr]
+        follows = value.image and value.shape and {value.shape[0]} == batches
+        return (batch, *value.shape[1:]) if follows else value.shape
+
     def type_of(self, name: str) -> torch.dtype:
-        """The type in which an input is given: the one floating type, or its own if it is not floating."""
+        """The type in which an input is given: the one floating type also for images of integers; else its own."""
         meta = self.locality.metas[name]
         assert isinstance(meta, Shape)
-        return self.dtype if meta.dtype.is_floating_point else meta.dtype
+        is_leaf = name in dict(self.segment.leaves)
+        return self.dtype if meta.dtype.is_floating_point or (is_leaf and meta.dtype != torch.bool) else meta.dtype
 
     def at(self, leaves: Mapping[str, tuple[int, ...]]) -> Locality:
         """The verdicts of the same rules at other shapes of the leaves.
@@ -58,10 +68,11 @@ class Excerpt:
         """
         with FakeTensorMode():
             given = [torch.empty(leaves[name], dtype=self.type_of(name)) for name, _ in self.segment.leaves]
-            for name in self.segment.smalls:
-                meta = self.locality.metas[name]
-                assert isinstance(meta, Shape)
-                given.append(torch.empty(meta.shape, dtype=self.type_of(name)))
+            batch = next(iter(leaves.values()))[0]
+            given += [
+                torch.empty(self.small_shape(name, batch), dtype=self.type_of(name))
+                for name in self.segment.smalls
+            ]
         metas = shapes_at(self.module, given)
         return analyse_locality(self.module.graph, metas, dict(self.segment.leaves))
 

@@ -42,11 +42,17 @@ class UnprobedError(FxstreamError):
 
 @dataclass
 class Findings:
-    """Collects what the measurements find about the nodes of a part; `blurred` were checked one-sidedly."""
+    """Collects what the measurements find about the nodes of a part; blurred ones were checked one-sidedly."""
 
     locality: Locality
     mismatches: list[Mismatch] = field(default_factory=list)
-    blurred: set[str] = field(default_factory=set)
+    blurred_forward: set[str] = field(default_factory=set)
+    blurred_backward: set[str] = field(default_factory=set)
+
+    @property
+    def blurred(self) -> set[str]:
+        """The nodes that neither direction could check for equality."""
+        return self.blurred_forward & self.blurred_backward
 
     def add(self, node: str, axis: int, direction: str, what: str, claimed: object, measured: object) -> None:
         """Note a disagreement."""

@@ -15,15 +15,18 @@ from torch.utils import _pytree as pytree
 from fxstream.box import EMPTY, Interval
 from fxstream.demand import AxisWalk
 from fxstream.excerpt import Excerpt
-from fxstream.findings import Findings, UnprobedError
+from fxstream.findings import Findings
 from fxstream.receptive_field import ReceptiveField
+from fxstream.rules import Evaluation
 from fxstream.sizes import Meta, Shape, fold_integers
 from fxstream.strip import Strip, dims_of, shape_of
 
 __all__ = ["poison_backward", "poison_forward"]
 
 RAMPS = ((0.5, 1.0), (-1.0, -0.5), (2.0, 4.0), (-4.0, -2.0))
-"""Ranges of the ramps that operators are differentiated on; the later ones only where no gradient passed."""
+"""Ranges of the ramps that windows are differentiated on; the later ones only where no gradient passed."""
+LEVELS = tuple((level, level) for level in (0.5, -0.5, 0.05, -0.05, 1.5, -1.5, 4.0, -4.0, 10.0, -10.0))
+"""The same for pointwise operators: at one level a gate is open or closed everywhere."""
 
 
 class _Runner(fx.Interpreter):
@@ -48,9 +51,10 @@ def poison_forward(strip: Strip, found: Findings) -> None:
     inputs = []
     for leaf, dims in strip.part.segment.leaves:
         shape = strip.part.leaf_shape(leaf, 2, strip.leaf_extents[leaf])
+        if strip.part.type_of(leaf) == torch.bool:
+            inputs.append(torch.ones(shape, dtype=torch.bool))
+            continue
         image = torch.full(shape, math.nan, dtype=strip.part.type_of(leaf))
-        if not image.is_floating_point():
-            raise UnprobedError(f"its input `{leaf}` is not floating")
         for entry, tile in enumerate(strip.tiles):
             own = strip.tile_of(leaf, tile)
             image[entry].narrow(dims[strip.axis] - 1, own.start, len(own)).fill_(1.0)
@@ -63,9 +67,9 @@ def _compare_forward(strip: Strip, node: fx.Node, value: Any, found: Findings) -
     fields = {leaf: fields[name] for leaf, fields in strip.fields.items() if name in fields}
     if not isinstance(value, torch.Tensor):
         return
-    known = [name for name in (given.name for given in node.all_input_nodes) if name in found.blurred]
+    known = [name for name in (given.name for given in node.all_input_nodes) if name in found.blurred_forward]
     if known or not value.is_floating_point() or not fields or not strip.locality.footprint(name).tight:
-        found.blurred.add(name)
+        found.blurred_forward.add(name)
     if not value.is_floating_point() or not fields:
         return
     dim = dims_of(strip.locality, name)[strip.axis]
@@ -73,18 +77,18 @@ def _compare_forward(strip: Strip, node: fx.Node, value: Any, found: Findings) -
     for entry, tile in enumerate(strip.tiles):
         claimed = _claimed_valid(strip, fields, tile, value.shape[dim])
         if not len(claimed):  # inputs of several sizes may leave no pixel that none of them poisons
-            found.blurred.add(name)
+            found.blurred_forward.add(name)
             continue
         measured = _valid_around(poisoned[entry], (claimed.start + claimed.stop - 1) // 2)
         if measured == claimed:
             continue
         smaller = measured.start > claimed.start or measured.stop < claimed.stop
-        if not smaller and (name in found.blurred or not _carries_nan(strip, node)):
-            found.blurred.add(name)
+        if not smaller and (name in found.blurred_forward or not _carries_nan(strip, node)):
+            found.blurred_forward.add(name)
             return
         lost = [(v.start, value.shape[dim] - v.stop) if len(v) else "all" for v in (claimed, measured)]
         found.add(name, strip.axis, "forward", f"pixels invalid at the border of a tile {tile}", *lost)
-        found.blurred.add(name)
+        found.blurred_forward.add(name)
         return
 
 
@@ -190,10 +194,12 @@ def poison_backward(strip: Strip, found: Findings) -> None:
             if given.name in sent:
                 known = gradients.get(given.name)
                 gradients[given.name] = _summed(known, sent[given.name])
-            loose = node.name in blurred or not strip.locality.footprint(node.name).tight
+            # Tiles hold the same box of every result of an operator: more than each of them needs.
+            several = isinstance(metas[node.name], tuple)
+            loose = several or node.name in blurred or not strip.locality.footprint(node.name).tight
             if loose or given.name not in sent or _is_closed(gradient, sent[given.name]):
                 blurred.add(given.name)
-    found.blurred |= blurred & set(segment.nodes)
+    found.blurred_backward |= blurred & set(segment.nodes)
 
 
 def _shape(metas: Mapping[str, Meta], name: str) -> tuple[int, ...]:
@@ -262,7 +268,8 @@ def _pulled_back(strip: Strip, node: fx.Node, gradient: Any, metas: Mapping[str,
         meta = metas[several.name]
         return {several.name: [gradient if k == index else None for k in range(len(_several(meta)))]}
     sent: dict[str, Any] = {}
-    for low, high in RAMPS:
+    pointwise = strip.locality.footprint(node.name).evaluation is Evaluation.POINTWISE
+    for low, high in LEVELS if pointwise else RAMPS:
         ramps = {n.name: _ramp(strip, n.name, metas, low, high) for n in spatial}
         wanted = {name: ramp for name, ramp in ramps.items() if ramp.requires_grad}
         results = _call(strip, node, ramps)
@@ -276,7 +283,10 @@ def _pulled_back(strip: Strip, node: fx.Node, gradient: Any, metas: Mapping[str,
         if not pairs or not wanted:
             return sent
         outputs, given = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outputs, list(wanted.values()), given, allow_unused=True)
+        try:
+            found = torch.autograd.grad(outputs, list(wanted.values()), given, allow_unused=True)
+        except RuntimeError:  # an operator of the user without a gradient
+            return sent
         for name, gradient_in in zip(wanted, found, strict=True):
             if gradient_in is not None:
                 sent[name] = _summed(sent.get(name), gradient_in)

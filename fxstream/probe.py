@@ -109,6 +109,9 @@ def _probe(locality: Locality, nodes: Sequence[str], part: str) -> ProbeReport:
                 break
     except (UnprobedError, RuleError) as reason:
         found, unprobed = Findings(locality), str(reason)
+    except Exception as error:  # an operator that cannot be run on a strip must not keep the model from running
+        first = str(error).splitlines()[0] if str(error) else ""
+        found, unprobed = Findings(locality), f"it fails on a strip with {type(error).__name__}: {first}"
     blurred = len(found.blurred)
     ordered = sorted(found.mismatches, key=lambda m: (DIRECTIONS.index(m.direction), nodes.index(m.node)))
     seconds = time.perf_counter() - started

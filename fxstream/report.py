@@ -72,7 +72,8 @@ def per_axis(texts: Sequence[str]) -> str:
     >>> per_axis(["3", "3"]), per_axis(["3", "5"])
     ('3', '3x5')
     """
-    return texts[0] if len(set(texts)) == 1 else "x".join(texts)
+    separator = "x" if all(text.isdigit() for text in texts) else ", "
+    return texts[0] if len(set(texts)) == 1 else separator.join(texts)
 
 
 def field_text(fields: Sequence[ReceptiveField] | None) -> tuple[str, str, str]:

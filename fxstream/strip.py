@@ -39,8 +39,12 @@ Chains = Mapping[str, Mapping[str, tuple[ExtentChain, ...]]]
 """Per leaf and node, the extent formulas along each axis."""
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Extents across the strip, the first that the part accepts."""
-PERIODS = (1, 64)
+PERIODS = (1, 4, 8, 16, 32, 64)
 """The strip's extents agree with the real ones modulo one of these, for networks that need certain sizes."""
+MOST_PIXELS = 2**17
+"""Up to this size the real extents are tried where no strip is accepted."""
+MOST_REFUSALS = 3
+"""After so many refused sizes the next period is tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,28 +109,48 @@ def make_strip(part: Excerpt, axis: int, weights: Mapping[str, torch.Tensor], wh
     stop += (deepest.highs[-1] + 1 - stop) % stride
     tiles = Interval(start, stop), Interval(start + 1, stop - 1)
     least = stop + margin
-    for period in PERIODS:
-        for width in WIDTHS:
-            wanted = [least if k == axis else width for k in range(axes)]
-            extents = extents_at(real, [w + (e - w) % period for w, e in zip(wanted, real[main], strict=True)])
+    wanted = [[least if k == axis else width for k in range(axes)] for width in WIDTHS]
+    groups = [
+        [
+            extents_at(real, [w + (e - w) % period for w, e in zip(extents, real[main], strict=True)])
+            for extents in wanted
+        ]
+        for period in PERIODS
+    ]
+    if real[main][axis] >= least and math.prod(real[main]) <= MOST_PIXELS:
+        groups.append([dict(real)])
+    for group in groups:
+        refused = 0
+        for extents in group:
             expected = _extents_of_nodes(chains, extents)
             if not _all_nodes_read(part.locality, nodes, claims, expected, whole_windows):
                 continue
-            shapes = {leaf: part.leaf_shape(leaf, 2, extents[leaf]) for leaf in real}
-            try:
-                with refusals_unlogged():
-                    at_strip = part.at(shapes)
-            except FxstreamError:
+            at_strip = _at_extents(part, extents)
+            if at_strip is None:
+                refused += 1
+                if refused == MOST_REFUSALS:
+                    break
                 continue
             if any(shape_of(at_strip, name)[0] % 2 for name in nodes):
                 raise UnprobedError("it mixes the images of a batch")
             if any(at_strip.verdicts[name].kind is not Kind.LOCAL for name in nodes):
                 continue
-            fields = {leaf: receptive_fields(at_strip, nodes, leaf) for leaf in real}
+            poisoned = [leaf for leaf in real if part.type_of(leaf) == part.dtype]  # a mask carries no NaN
+            fields = {leaf: receptive_fields(at_strip, nodes, leaf) for leaf in poisoned}
             found = extents | {name: extents_of(at_strip, name, dims_of(at_strip, name)) for name in nodes}
             if _all_nodes_read(at_strip, nodes, fields, found, whole_windows):
                 return Strip(part, axis, at_strip, extents, fields, tiles, main, weights)
     raise UnprobedError("its operators refuse images of the size of a strip")
+
+
+def _at_extents(part: Excerpt, extents: Mapping[str, tuple[int, ...]]) -> Locality | None:
+    """The verdicts at these extents of the leaves with two batch entries; None where an operator refuses them."""
+    shapes = {leaf: part.leaf_shape(leaf, 2, sizes) for leaf, sizes in extents.items()}
+    try:
+        with refusals_unlogged():
+            return part.at(shapes)
+    except FxstreamError:
+        return None
 
 
 def extents_of(locality: Locality, leaf: str, dims: tuple[int, ...]) -> tuple[int, ...]:
@@ -218,6 +242,6 @@ def refusals_unlogged() -> Iterator[None]:
 
 def synthetic_weight(part: Excerpt, name: str) -> torch.Tensor:
     """A synthetic weight: every element is 1/n of its kernel, so that averages stay averages."""
-    shape, dtype = shape_of(part.locality, name), part.type_of(name)
+    shape, dtype = part.small_shape(name, 2), part.type_of(name)
     fan = math.prod(shape[1:]) if len(shape) > 1 else 1
     return torch.full(shape, 1.0 / fan if dtype.is_floating_point else 0, dtype=dtype)

@@ -30,6 +30,12 @@ from fxstream.receptive_field import ReceptiveField
 from fxstream.rules import Evaluation, Kind
 from fxstream.sizes import Shape, fold_integers, stream_dims
 
+MATRIX_PRODUCTS = {
+    f"aten::{name}": place
+    for name, place in (("linear", 0), ("mm", 0), ("matmul", 0), ("bmm", 0), ("addmm", 1), ("baddbmm", 1))
+}
+"""Products and which of their tensors ends in the dim that is summed over."""
+CONVOLUTIONS = {f"aten::conv{n}d" for n in (1, 2, 3)}
 BATCH_NORM_TRAINING = 5
 """The place of `training` among the arguments of ``aten::batch_norm``."""
 
@@ -144,7 +150,7 @@ def summarise(
         _layer(locality, node.name, fields, locality.verdicts[node.name])
         for node in locality.graph.nodes
         if node.name in locality.verdicts and isinstance(locality.metas.get(node.name), (Shape, tuple))
-        if locality.verdicts[node.name].kind is not Kind.SMALL
+        if _depends_on_image(locality, node.name)
     )
     large = {part[0] for part in worthwhile(locality)}
     total = total_bytes(locality)
@@ -168,6 +174,11 @@ def summarise(
         probe=tuple(probe),
         bound=analysis.captured.bound,
     )
+
+
+def _depends_on_image(locality: Locality, node: str) -> bool:
+    value = locality.values[node]
+    return any(v.image for v in (value if isinstance(value, tuple) else (value,)))
 
 
 def kept_bytes(locality: Locality, node: str) -> int:
@@ -198,9 +209,20 @@ def _layer(
 
 
 def macs_of(locality: Locality, node: str) -> int:
-    """Multiply-accumulates of a local operator at full size; 0 for all others."""
-    footprint = locality.verdicts[node].footprint
-    return footprint.macs if footprint is not None else 0
+    """Multiply-accumulates of an operator at full size: local ones by their rule, others if they are products."""
+    footprint, meta = locality.verdicts[node].footprint, locality.metas[node]
+    if footprint is not None or not isinstance(meta, Shape):
+        return footprint.macs if footprint is not None else 0
+    operator = locality.verdicts[node].operator
+    original = next(n for n in locality.graph.nodes if n.name == node)
+    shapes = [m.shape for n in original.all_input_nodes if isinstance(m := locality.metas.get(n.name), Shape)]
+    if operator in MATRIX_PRODUCTS and len(shapes) > 1:
+        return math.prod(meta.shape) * shapes[MATRIX_PRODUCTS[operator]][-1]
+    if operator in CONVOLUTIONS and len(shapes) > 1:
+        return math.prod(meta.shape) * math.prod(shapes[1][1:])
+    if operator == "aten::scaled_dot_product_attention" and len(shapes) > 2:
+        return (math.prod(shapes[0]) + math.prod(meta.shape)) * shapes[1][-2]
+    return 0
 
 
 def _window(locality: Locality, node: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:

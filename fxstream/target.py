@@ -76,7 +76,7 @@ def _module(place: str) -> ModuleType:
         sys.path.insert(0, str(Path(place).resolve().parent))
         spec.loader.exec_module(module)
         return module
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             f"importing {place} fails with {type(error).__name__}: {error}{_line_of(error)}"
         ) from error
@@ -106,7 +106,7 @@ def _called(target: str, found: Any) -> nn.Module:
         )
     try:
         model = found()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{target} fails with {type(error).__name__}: {error}{_line_of(error)}") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"{target} returns a {type(model).__name__}, not an nn.Module")

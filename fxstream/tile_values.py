@@ -21,6 +21,11 @@ from fxstream.tile_program import tile_program
 
 __all__ = ["compare_values"]
 
+SIZES = (9, 12, 16, 33, 64, 128)
+"""Extents at which torch's own operators are compared, whose rules have their own tests: the first that works."""
+LARGE_SIZES = (160, 128, 64, 33, 16, 12, 9)
+"""The same for operators of others, whose rules may be wrong about pixels far away."""
+OWN = "aten::"
 TOLERANCE = 1e-9
 """Relative difference between a tile's values and the plain operator's, in float64."""
 
@@ -102,7 +107,8 @@ def _compare_tiles(locality: Locality, names: tuple[str, ...], found: Findings) 
 
 def _at_small_size(part: Excerpt) -> Locality | None:
     """The verdicts at a small size at which the operator yields a few pixels; None if it refuses all."""
-    for extent in (9, 12, 16, 33, 64, 128):
+    foreign = not part.locality.verdicts[part.segment.nodes[0]].operator.startswith(OWN)
+    for extent in LARGE_SIZES if foreign else SIZES:
         real = {leaf: extents_of(part.locality, leaf, dims) for leaf, dims in part.segment.leaves}
         extents = extents_at(real, [extent] * len(next(iter(real.values()))))
         shapes = {leaf: part.leaf_shape(leaf, 2, sizes) for leaf, sizes in extents.items()}

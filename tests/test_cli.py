@@ -34,6 +34,9 @@ def needs(width, depth=2):
 def fails():
     raise ValueError("no such depth")
 
+def leaves():
+    raise SystemExit(3)
+
 def no_model():
     return 7
 
@@ -195,6 +198,13 @@ BAD = {
         ["plan", "model.py:build", "--size", "99", "--memory", "lots"],
         "'lots' is no amount of memory: write 8GiB",
     ),
+    "segments of zero": (
+        ["plan", "model.py:build", "--size", "99", "--tile", "30", "--segments", "0"],
+        "segments must be a positive int",
+    ),
+    "depth of zero": (["report", "model.py:build", "--size", "64", "--depth", "0"], "--depth 0 must be positive"),
+    "huge size": (["report", "model.py:build", "--size", "9" * 20], "must be below"),
+    "leaves the process": (["report", "model.py:leaves", "--size", "64"], "fails with SystemExit"),
     "too little memory": (
         ["plan", "model.py:build", "--size", "99", "--memory", "1kB"],
         "no tile is predicted to fit",
@@ -286,3 +296,28 @@ def test_a_gradient_that_cancels_is_no_difference():
 def test_check_needs_weights():
     with torch.device("meta"), pytest.raises(fxstream.InputError, match="meta device"):
         check(nn.Conv2d(3, 4, 3), 40, tile=16)
+
+
+def test_what_the_user_prints_stays_out_of_the_data(model, capsys, tmp_path):
+    (tmp_path / "loud.py").write_text("print('hello')\n" + MODEL)
+    code, out, err = run(capsys, "report", "loud.py:build", "--size", 64, "--json", "--no-probe")
+    assert code == 0
+    assert json.loads(out)["schema"] == SCHEMA
+    assert "hello" in err
+
+
+def test_products_of_the_head_are_counted():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from fxstream.summary import summarise
+
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1000))
+    with FlopCounterMode(display=False) as counter:
+        network(torch.randn(1, 3, 30, 30))
+    assert 2 * summarise(fxstream.analyze(network, 30), "network").macs == counter.get_total_flops()
+
+
+def test_a_check_of_nothing_says_so(model, capsys):
+    code, out, _ = run(capsys, "check", f"{model}:build", "--size", 60, "--tile", 400)
+    assert code == 0
+    assert "nothing was cut into tiles" in " ".join(out.split())

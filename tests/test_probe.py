@@ -266,3 +266,93 @@ def test_leaves_the_model_and_the_process_alone():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.is_grad_enabled()
+
+
+@torch.library.custom_op("fxstream_probe::far", mutates_args=())
+def far(x: torch.Tensor) -> torch.Tensor:
+    return x + F.pad(x, (18, 0))[..., :-18]
+
+
+@far.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_a_wrong_rule_that_forgets_a_far_pixel():
+    register_rule("fxstream_probe::far")(fxstream.rules.pointwise)
+    try:
+
+        class Far(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+            def forward(self, x):
+                return self.b(torch.ops.fxstream_probe.far(self.a(x)))
+
+        assert any(m.operator == "fxstream_probe::far" for m in report_of(Far(), 100).mismatches)
+    finally:
+        unregister_rule("fxstream_probe::far")
+
+
+GATES = {
+    "clamp below a level": lambda y: y.clamp(max=0.7),
+    "clamp": lambda y: y.clamp(0, 0.6),
+    "hardtanh": lambda y: F.hardtanh(y, -0.6, 0.6),
+    "softshrink": lambda y: F.softshrink(y, 0.8),
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "comparison": lambda y: y * (y > 0.1),
+    "detach": lambda y: y + y.detach(),
+}
+
+
+class Between(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.b, self.function = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), function
+
+    def forward(self, x, *others):
+        return self.b(self.function(self.a(x), *others))
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_gates_that_close_are_no_wrong_claims(gate):
+    report = report_of(Between(GATES[gate]), 96)
+    assert report.agrees, report
+    assert report.blurred <= 1
+
+
+def agrees_when_streamed(model, *inputs):
+    module = fxstream.compile(model, tile=48, segments=1)
+    torch.testing.assert_close(module(*inputs), model(*inputs))
+    assert module.probe
+    assert all(report.agrees for report in module.probe), module.probe
+
+
+def test_images_of_integers_masks_and_gates_of_a_batch():
+    class Scaled(Between):
+        def forward(self, x):
+            return super().forward(x.float() / 255)
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.gate = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.b(F.relu(y) * self.gate(y.mean((2, 3), keepdim=True)).sigmoid())
+
+    agrees_when_streamed(Scaled(F.relu), torch.randint(0, 255, (1, 3, 96, 128), dtype=torch.uint8))
+    agrees_when_streamed(Gated(), torch.randn(3, 3, 96, 128))
+    agrees_when_streamed(Between(torch.mul), torch.randn(1, 3, 96, 128), torch.rand(1, 1, 94, 126) > 0.5)
+
+
+def test_a_stream_that_is_not_probed_is_told(monkeypatch):
+    monkeypatch.setattr("fxstream.probe.make_strip", lambda *a: 1 / 0)
+    module = fxstream.compile(Between(F.relu), tile=48, segments=1)
+    with pytest.warns(
+        fxstream.StreamingWarning, match=r"not probed, it fails .*ZeroDivisionError.* by its rules alone"
+    ):
+        module(torch.randn(1, 3, 96, 128))
