@@ -7,6 +7,7 @@ table and a summary at the end. All networks take about an hour on two cores; na
 """
 
 import argparse
+import csv
 import json
 import time
 import warnings
@@ -148,15 +149,52 @@ def show(rows: list[dict[str, object]], console: Console) -> None:
         console.print(f"  {count} first end at {reason or 'nothing'}")
 
 
+COLUMNS = [
+    "network",
+    "size",
+    "bound_to_size",
+    "streamed_share",
+    "parts",
+    "receptive_field",
+    "stride",
+    "halo",
+    "nodes",
+    "measured",
+    "mismatches",
+    "not_probed",
+    "first_cut",
+    "failure",
+]
+
+
+def write_csv(rows: list[dict[str, object]], path: Path) -> None:
+    """The table as text, a line per network; the receptive field is the one along the first axis."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
+        writer.writeheader()
+        for row in rows:
+            cells = {"network": row["network"], "failure": row.get("failure", "")}
+            if "failure" not in row:
+                cells |= {"size": row["size"], "bound_to_size": row["bound"], "parts": row["parts"]}
+                cells |= {"streamed_share": round(row["streamed"], 4), "first_cut": row["cut"]}
+                cells |= {"nodes": row["nodes"], "measured": row["measured"]}
+                cells |= {"mismatches": len(row["mismatches"]), "not_probed": "; ".join(row["unprobed"])}
+            if row.get("field"):
+                size, stride, before, after = row["field"][0]
+                cells |= {"receptive_field": size, "stride": stride, "halo": f"{before}+{after}"}
+            writer.writerow(cells)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("networks", nargs="*", help="torchvision/NAME or timm/NAME; all if none is named")
     parser.add_argument(
         "--json", type=Path, default=Path("networks.json"), help="where the rows go, and are continued"
     )
+    parser.add_argument("--csv", type=Path, help="where the table goes as text")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows = json.loads(options.json.read_text()) if options.json.exists() else []
+    rows = json.loads(options.json.read_text()) if options.json.exists() else []  # a run that was cut off goes on
     known = {row["network"] for row in rows}
     console = Console()
     for target in track(options.networks or every_network(), "networks", console=Console(stderr=True)):
@@ -164,6 +202,8 @@ def main() -> None:
             rows.append(row_of(target))
             options.json.write_text(json.dumps(rows, indent=1))
     show(rows, console)
+    if options.csv:
+        write_csv(rows, options.csv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from fxstream.check import CheckReport
 from fxstream.closed_form import FieldForm
-from fxstream.planning import Plan
 from fxstream.receptive_field import ReceptiveField
 from fxstream.rules import Kind, OpRule
 from fxstream.summary import Layer, Summary
@@ -207,18 +206,13 @@ def tile_lines(summary: Summary) -> list[str]:
     if summary.plan is None or summary.memory is None:
         return ["give --tile or --memory for tiles and predicted memory"]
     memory = summary.memory
-    lines = plan_lines(summary.plan)
+    lines = str(summary.plan).splitlines()
     lines.append(
         f"predicted memory of a training step: plain {bytes_text(memory.plain)}, streamed"
         f" {bytes_text(memory.streamed)} (boundaries {bytes_text(memory.boundaries)}, tile"
         f" {bytes_text(memory.tile)}, not streamed {bytes_text(memory.rest)})"
     )
     return lines
-
-
-def plan_lines(plan: Plan) -> list[str]:
-    """A plan in lines: its sum, and each segment."""
-    return str(plan).splitlines()
 
 
 def probe_lines(summary: Summary) -> list[str]:

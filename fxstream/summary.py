@@ -21,7 +21,7 @@ from torch import fx
 
 from fxstream.algebra import demands, extent_chains, main_image, receptive_fields
 from fxstream.analysis import Analysis
-from fxstream.closed_form import FieldForm, TileForms, extent_form, tile_forms
+from fxstream.closed_form import TileForms, extent_form, tile_forms
 from fxstream.functional import UNSTREAMED, WAS_IN_PLACE
 from fxstream.locality import Locality, Verdict, analyse_locality
 from fxstream.planning import Plan, SegmentPlan, total_bytes, worthwhile
@@ -368,8 +368,3 @@ def tile_bytes(locality: Locality, plan: SegmentPlan) -> int:
         held = [max((len(t.boxes[name]) for t in tiles if name in t.boxes), default=0) for tiles in plan.axes]
         total += kept_bytes(locality, name) * math.prod(h / e for h, e in zip(held, extents, strict=True))
     return round(total)
-
-
-def field_form(layer: Layer) -> str:
-    """The receptive field of a layer in the output pixel ``o``, along its first axis."""
-    return str(FieldForm.of(layer.field[0])) if layer.field else "the whole image"
