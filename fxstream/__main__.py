@@ -43,14 +43,14 @@ from fxstream.target import load
 __all__ = ["main"]
 
 EXAMPLES = """examples:
-  fxstream report torchvision/resnet50 --size 8192 --freeze-batch-norm --tile 2048
-  fxstream report model.py:build --size 4096x6144 --channels 4 --html report.html
+  fxstream report torchvision/resnet50 --size 8192 --tile 2048
+  fxstream report model.py:build --size 4096x6144 --html report.html
   fxstream plan timm/convnext_tiny --size 16384 --memory 8GiB
   fxstream check torchvision/resnet18 --size 300x260 --tile 128
   fxstream rules
 
-TARGET is torchvision/NAME, timm/NAME, module:callable or file.py:callable; the callable takes no
-arguments and returns the model."""
+TARGET is torchvision/NAME, timm/NAME, module:callable or file.py:callable;
+the callable takes no arguments and returns the model."""
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
