@@ -22,7 +22,7 @@ from rich.table import Table
 import fxstream
 from fxstream import zoo
 from fxstream.algebra import main_image, receptive_fields
-from fxstream.planning import total_bytes, worthwhile
+from fxstream.planning import streamable_share, worthwhile
 from fxstream.probe import probe
 
 ATTEMPTS = ((512, False), (None, False), (None, True))
@@ -89,8 +89,12 @@ def row_of(target: str) -> dict[str, object]:
     row.pop("failure", None)
     locality = analysis.locality
     parts = worthwhile(locality)
-    share = sum(locality.activation_bytes(part) for part in parts) / max(1, total_bytes(locality))
-    row |= {"size": size, "bound": analysis.captured.bound, "streamed": share, "parts": len(parts)}
+    row |= {
+        "size": size,
+        "bound": analysis.captured.bound,
+        "streamed": streamable_share(locality),
+        "parts": len(parts),
+    }
     row["cut"] = f"{analysis.cut.operator}: {analysis.cut.reason}" if analysis.cut else ""
     source = main_image(locality)
     if analysis.regions and source:

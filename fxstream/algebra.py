@@ -14,6 +14,7 @@ Coordinates: fields and demands are in pixels of the source or node that they sp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from fxstream.errors import RuleError
@@ -37,10 +38,7 @@ def main_image(locality: Locality) -> str | None:
     for node in locality.graph.nodes:
         value = locality.values.get(node.name)
         if node.op == "placeholder" and isinstance(value, Value) and value.dims:
-            pixels = 1
-            for extent in value.extents:
-                pixels *= extent
-            images[node.name] = pixels
+            images[node.name] = math.prod(value.extents)
     return max(images, key=images.__getitem__) if images else None
 
 
@@ -52,12 +50,11 @@ def receptive_fields(locality: Locality, nodes: Sequence[str], source: str) -> F
     """
     axes = _axes(locality, nodes)
     known: dict[str, tuple[ReceptiveField, ...]] = {source: (ReceptiveField.of_map(IDENTITY),) * axes}
-    originals = {node.name: node for node in locality.graph.nodes}
     lost: set[str] = set()
     for name in nodes:
         footprint = locality.verdicts[name].footprint
-        inputs = [given.name for given in originals[name].all_input_nodes]
-        if any(given in lost for given in inputs) or (footprint is None and _depends_on_image(locality, name)):
+        inputs = [given.name for given in locality.nodes[name].all_input_nodes]
+        if any(given in lost for given in inputs) or (footprint is None and locality.depends_on_image(name)):
             lost.add(name)
         reads = [read for read in footprint.reads if read.value.name in known] if footprint else []
         if name in lost or not reads:
@@ -75,11 +72,6 @@ def _axes(locality: Locality, nodes: Sequence[str]) -> int:
     return max((len(footprint.dims) for footprint in footprints if footprint is not None), default=0)
 
 
-def _depends_on_image(locality: Locality, name: str) -> bool:
-    value = locality.values.get(name, ())
-    return any(v.image for v in (value if isinstance(value, tuple) else (value,)))
-
-
 def _hull_over(
     known: Mapping[str, tuple[ReceptiveField, ...]], reads: Sequence[Read]
 ) -> tuple[ReceptiveField, ...]:
@@ -94,7 +86,7 @@ def demands(locality: Locality, nodes: Sequence[str], output: str) -> Demands:
     """What one pixel of `output`, one of `nodes`, needs of every node before it and of the leaves."""
     axes = len(locality.footprint(output).dims)
     known: dict[str, tuple[ReceptiveField, ...]] = {output: (ReceptiveField.of_map(IDENTITY),) * axes}
-    inside, lost = set(nodes), set()
+    lost: set[str] = set()
     for name in reversed(nodes):
         if name not in known or name in lost:
             continue
@@ -106,7 +98,6 @@ def demands(locality: Locality, nodes: Sequence[str], output: str) -> Demands:
             except RuleError:
                 lost.add(producer)
                 known.pop(producer, None)
-                inside.discard(producer)
     return known
 
 

@@ -15,9 +15,9 @@ from torch import nn
 from fxstream.capture import Captured, capture
 from fxstream.errors import InputError
 from fxstream.locality import Locality, Region, Verdict, analyse_locality
-from fxstream.sizes import shapes_at, stream_dims
+from fxstream.sizes import Meta, shapes_at, stream_dims
 
-__all__ = ["Analysis", "analyse", "analyze", "example_image"]
+__all__ = ["Analysis", "analyse", "analyze", "example_image", "image_dims"]
 
 MOST_SHOWN = 8
 LARGEST = 2**31
@@ -76,8 +76,12 @@ class Analysis:
 def analyse(captured: Captured, model: nn.Module, tensors: list[torch.Tensor]) -> Analysis:
     """The analysis of a captured model for these inputs (only their shapes are looked at)."""
     metas = shapes_at(captured.module, [*captured.model_tensors(model), *tensors])
-    inputs = {name: stream_dims(metas.get(name)) for name in captured.inputs}
-    return Analysis(captured, analyse_locality(captured.graph, metas, inputs))
+    return Analysis(captured, analyse_locality(captured.graph, metas, image_dims(captured, metas)))
+
+
+def image_dims(captured: Captured, metas: Mapping[str, Meta]) -> dict[str, tuple[int, ...]]:
+    """The stream dims of every input of the model."""
+    return {name: stream_dims(metas.get(name)) for name in captured.inputs}
 
 
 def example_image(model: nn.Module, size: int | tuple[int, ...], channels: int, batch: int) -> torch.Tensor:

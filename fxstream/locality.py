@@ -72,6 +72,7 @@ class Locality:
     """The verdicts of all operator nodes at one image size, the values and the regions."""
 
     graph: fx.Graph
+    nodes: Mapping[str, fx.Node]
     metas: Mapping[str, Meta]
     values: Values
     verdicts: Mapping[str, Verdict]
@@ -91,6 +92,14 @@ class Locality:
         footprint = self.verdicts[node].footprint
         assert footprint is not None, node
         return footprint
+
+    def value(self, node: str) -> Value:
+        """The value of a node; the first of an operator that returns several."""
+        return _values_of(node, self.values)[0]
+
+    def depends_on_image(self, node: str) -> bool:
+        """Whether any of a node's values depends on an image, stream axes or not."""
+        return any(value.image for value in _values_of(node, self.values))
 
     def activation_bytes(self, nodes: Sequence[str]) -> int:
         """Bytes of the results of `nodes` at full size."""
@@ -134,7 +143,8 @@ def analyse_locality(
             values[node.name] = ()
     stages = _stages(graph, verdicts, metas)
     regions = _regions(graph, verdicts, stages)
-    return Locality(graph, metas, values, verdicts, stages, regions)
+    nodes = {node.name: node for node in graph.nodes}
+    return Locality(graph, nodes, metas, values, verdicts, stages, regions)
 
 
 def _input_value(name: str, meta: Meta, inputs: Mapping[str, tuple[int, ...]]) -> Value | tuple[Value, ...]:

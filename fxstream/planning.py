@@ -23,7 +23,7 @@ from fxstream.locality import Locality
 from fxstream.request import Request, image_extents, leaf_extents, output_extents, place_of_module
 from fxstream.rules import Kind
 
-__all__ = ["Plan", "SegmentPlan", "make_plan", "total_bytes", "worthwhile"]
+__all__ = ["Plan", "SegmentPlan", "make_plan", "streamable_share", "total_bytes", "worthwhile"]
 
 WORTHWHILE = 0.5
 """A region is streamed when that frees more than this share of its activations."""
@@ -136,6 +136,11 @@ def worthwhile(locality: Locality) -> list[tuple[str, ...]]:
     """The regions that are streamed without being asked for, by their nodes."""
     total = total_bytes(locality)
     return [region.nodes for region in locality.regions if _is_worthwhile(locality, region.nodes, total)]
+
+
+def streamable_share(locality: Locality) -> float:
+    """The share of the activations that is streamed without being asked for."""
+    return sum(map(locality.activation_bytes, worthwhile(locality))) / max(1, total_bytes(locality))
 
 
 def _regions_before(locality: Locality, cut: str | None) -> list[tuple[str, ...]]:

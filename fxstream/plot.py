@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxstream.errors import InputError
-from fxstream.planning import SegmentPlan
 from fxstream.report import bytes_text
-from fxstream.summary import Layer, Summary
+from fxstream.summary import Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,27 +66,12 @@ def _mark_cut(axes: Axes, summary: Summary, count: int) -> None:
         )
 
 
-def _held_in_tile(layer: Layer, segments: dict[str, SegmentPlan]) -> float:
-    """Bytes of a layer's result in the largest tile of its segment."""
-    part = segments.get(layer.node)
-    if part is None:
-        return layer.bytes
-    share = 1.0
-    extents = [sum(len(tile.outputs[0]) for tile in tiles) for tiles in part.axes]
-    for tiles, extent in zip(part.axes, extents, strict=True):
-        held = max((len(tile.boxes[layer.node]) for tile in tiles if layer.node in tile.boxes), default=0)
-        whole = max((tile.boxes[layer.node].stop for tile in tiles if layer.node in tile.boxes), default=extent)
-        share *= held / max(1, whole)
-    return layer.bytes * share
-
-
 def _draw_memory(axes: Axes, summary: Summary) -> None:
     """Bytes of every layer's result, plain and in the largest tile."""
     places = range(len(summary.layers))
     axes.bar(places, [layer.bytes / 2**20 for layer in summary.layers], width=1.0, color=PLAIN, label="plain")
     if summary.plan is not None:
-        segments = {node: part for part in summary.plan.segments for node in part.segment.nodes}
-        held = [_held_in_tile(layer, segments) / 2**20 for layer in summary.layers]
+        held = [layer.tile_bytes / 2**20 for layer in summary.layers]
         axes.bar(places, held, width=1.0, color=TILED, label="largest tile")
     axes.set(xlabel="operator, in the order of the graph", ylabel="MiB")
     title = "activations per layer"

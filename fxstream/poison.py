@@ -19,7 +19,7 @@ from fxstream.findings import Findings
 from fxstream.receptive_field import ReceptiveField
 from fxstream.rules import Evaluation
 from fxstream.sizes import Meta, Shape, fold_integers
-from fxstream.strip import Strip, dims_of, shape_of
+from fxstream.strip import Strip
 
 __all__ = ["poison_backward", "poison_forward"]
 
@@ -30,7 +30,7 @@ LEVELS = tuple((level, level) for level in (0.5, -0.5, 0.05, -0.05, 1.5, -1.5, 4
 
 
 class _Runner(fx.Interpreter):
-    """Runs an excerpt node by node and hands every local node's value to `seen`."""
+    """Runs an excerpt and compares the value of every local node with its claim as soon as it is there."""
 
     def __init__(self, strip: Strip, found: Findings) -> None:
         super().__init__(strip.part.module)
@@ -47,7 +47,7 @@ class _Runner(fx.Interpreter):
 
 @torch.no_grad()
 def poison_forward(strip: Strip, found: Findings) -> None:
-    """Rule 2: the valid interval of every node, for every phase."""
+    """Rule 2: the valid interval of every node, for both tiles."""
     inputs = []
     for leaf, dims in strip.part.segment.leaves:
         shape = strip.part.leaf_shape(leaf, 2, strip.leaf_extents[leaf])
@@ -72,7 +72,7 @@ def _compare_forward(strip: Strip, node: fx.Node, value: Any, found: Findings) -
         found.blurred_forward.add(name)
     if not value.is_floating_point() or not fields:
         return
-    dim = dims_of(strip.locality, name)[strip.axis]
+    dim = strip.locality.value(name).dims[strip.axis]
     poisoned = _poisoned(value, dim)
     for entry, tile in enumerate(strip.tiles):
         claimed = _claimed_valid(strip, fields, tile, value.shape[dim])
@@ -131,9 +131,9 @@ def _valid_around(poisoned: torch.Tensor, middle: int) -> Interval:
 def _carries_nan(strip: Strip, node: fx.Node) -> bool:
     """Whether the operator, given nothing but NaN, returns nothing but NaN."""
     poison = {
-        given.name: torch.full(shape_of(strip.locality, given.name), math.nan)
+        given.name: torch.full(strip.locality.value(given.name).shape, math.nan)
         for given in node.all_input_nodes
-        if isinstance(strip.locality.metas[given.name], Shape) and dims_of(strip.locality, given.name)
+        if isinstance(strip.locality.metas[given.name], Shape) and strip.locality.value(given.name).dims
     }
     try:
         with torch.no_grad():
@@ -170,7 +170,7 @@ def poison_backward(strip: Strip, found: Findings) -> None:
     gradients: dict[str, Any] = {}
     for output, extent in extents.items():
         gradient = torch.ones(_shape(metas, output), dtype=part.dtype)
-        dim = dims_of(strip.locality, output)[strip.axis]
+        dim = strip.locality.value(output).dims[strip.axis]
         first, second = gradient.chunk(2)
         first.narrow(dim, 0, extent // 2).fill_(math.nan)
         second.narrow(dim, extent // 2, extent - extent // 2).fill_(math.nan)
@@ -222,7 +222,7 @@ def _compare_backward(
     blurred: set[str],
     found: Findings,
 ) -> None:
-    dim = dims_of(strip.locality, name)[strip.axis]
+    dim = strip.locality.value(name).dims[strip.axis]
     poisoned = _poisoned(gradient, dim)
     extent = gradient.shape[dim]
     reached = [entry.nonzero().flatten().tolist() for entry in poisoned]
@@ -306,7 +306,7 @@ def _several(meta: Meta) -> tuple[Any, ...]:
 
 
 def _is_spatial(strip: Strip, name: str) -> bool:
-    return bool(strip.locality.values.get(name)) and bool(dims_of(strip.locality, name))
+    return bool(strip.locality.values.get(name)) and bool(strip.locality.value(name).dims)
 
 
 def _ramp(strip: Strip, name: str, metas: Mapping[str, Meta], low: float, high: float) -> torch.Tensor:
@@ -314,7 +314,7 @@ def _ramp(strip: Strip, name: str, metas: Mapping[str, Meta], low: float, high: 
     shape, dtype = _shape(metas, name), _dtype(metas, name)
     if not dtype.is_floating_point:
         return torch.ones(shape, dtype=dtype)
-    dim = dims_of(strip.locality, name)[strip.axis]
+    dim = strip.locality.value(name).dims[strip.axis]
     line = torch.linspace(low, high, shape[dim], dtype=dtype)
     lines = torch.stack([line, line.flip(0)])
     lines = lines.view([2 if d == 0 else -1 if d == dim else 1 for d in range(len(shape))])

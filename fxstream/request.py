@@ -76,8 +76,7 @@ def leaf_extents(locality: Locality, leaf: str, dims: tuple[int, ...]) -> tuple[
 
 def output_extents(locality: Locality, output: str) -> tuple[int, ...]:
     """The extents of a local node's result along its stream axes."""
-    value = locality.values[output]
-    return (value[0] if isinstance(value, tuple) else value).extents
+    return locality.value(output).extents
 
 
 def place_of_module(locality: Locality, path: str) -> int:

@@ -45,7 +45,6 @@ def rewrite(captured: Captured, locality: Locality, plan: Plan) -> fx.GraphModul
     segments = {plan.segment.name: plan for plan in plan.segments}
     unit = {node: name for name, plan in segments.items() for node in plan.segment.nodes}
     labels = _labels(captured)
-    originals = {node.name: node for node in captured.graph.nodes}
     graph = fx.Graph()
     env: dict[str, fx.Node] = {}
     modules: dict[str, nn.Module] = {}
@@ -54,7 +53,7 @@ def rewrite(captured: Captured, locality: Locality, plan: Plan) -> fx.GraphModul
             modules[name] = _streamed(locality, segments[name], labels)
             _call_segment(graph, env, segments[name])
         else:
-            _copy(graph, env, originals[name], locality)
+            _copy(graph, env, locality.nodes[name], locality)
     root = {node.target: getattr(captured.module, node.target) for node in graph.nodes if node.op == "get_attr"}
     graph.lint()
     return fx.GraphModule({**root, **modules}, graph, "Streamed")

@@ -107,9 +107,9 @@ def _sources(locality: Locality, segment: Segment) -> tuple[frozenset[int], ...]
     known = {name: frozenset([place]) for place, name in reversed(list(enumerate(inputs)))}
     for place, name in enumerate(inputs):
         known[name] |= {place}
-    nodes = {node.name: node for node in locality.graph.nodes}
     for name in segment.nodes:
-        known[name] = frozenset().union(*(known.get(given.name, ()) for given in nodes[name].all_input_nodes))
+        given = (known.get(given.name, ()) for given in locality.nodes[name].all_input_nodes)
+        known[name] = frozenset().union(*given)
         meta = locality.metas[name]
         has_gradient = not isinstance(meta, Shape) or meta.dtype.is_floating_point or meta.dtype.is_complex
         if locality.verdicts[name].operator in CONSTANT or not has_gradient:

@@ -22,17 +22,15 @@ from fxstream.excerpt import Excerpt
 from fxstream.findings import UnprobedError
 from fxstream.locality import Locality
 from fxstream.receptive_field import ReceptiveField
+from fxstream.request import leaf_extents
 from fxstream.rules import Kind
 
 __all__ = [
     "Strip",
-    "dims_of",
     "extents_at",
-    "extents_of",
     "make_strip",
-    "refusals_unlogged",
-    "shape_of",
     "synthetic_weight",
+    "verdicts_at",
 ]
 
 Chains = Mapping[str, Mapping[str, tuple[ExtentChain, ...]]]
@@ -66,8 +64,7 @@ class Strip:
 
     def extent(self, name: str) -> int:
         """Pixels of a node or leaf along the axis."""
-        shape = shape_of(self.locality, name)
-        return shape[dims_of(self.locality, name)[self.axis]]
+        return self.locality.value(name).extents[self.axis]
 
     def tile_of(self, leaf: str, tile: Interval) -> Interval:
         """The interval of another leaf that shows the same part of the image as `tile` of the main leaf."""
@@ -75,22 +72,10 @@ class Strip:
         return Interval(tile.start * own // main, tile.stop * own // main)
 
 
-def dims_of(locality: Locality, name: str) -> tuple[int, ...]:
-    """The stream dims of a node's (first) result."""
-    value = locality.values[name]
-    return (value[0] if isinstance(value, tuple) else value).dims
-
-
-def shape_of(locality: Locality, name: str) -> tuple[int, ...]:
-    """The shape of a node's (first) result."""
-    value = locality.values[name]
-    return (value[0] if isinstance(value, tuple) else value).shape
-
-
 def make_strip(part: Excerpt, axis: int, weights: Mapping[str, torch.Tensor], whole_windows: bool) -> Strip:
     """The smallest strip along `axis` that shows every claim, and the tiles on it."""
     nodes = part.segment.nodes
-    real = {leaf: extents_of(part.locality, leaf, dims) for leaf, dims in part.segment.leaves}
+    real = {leaf: leaf_extents(part.locality, leaf, dims) for leaf, dims in part.segment.leaves}
     main = max(real, key=lambda leaf: math.prod(real[leaf]))
     axes = len(real[main])
     if any(0 in dims for _, dims in part.segment.leaves):
@@ -125,38 +110,32 @@ def make_strip(part: Excerpt, axis: int, weights: Mapping[str, torch.Tensor], wh
             expected = _extents_of_nodes(chains, extents)
             if not _all_nodes_read(part.locality, nodes, claims, expected, whole_windows):
                 continue
-            at_strip = _at_extents(part, extents)
+            at_strip = verdicts_at(part, extents)
             if at_strip is None:
                 refused += 1
                 if refused == MOST_REFUSALS:
                     break
                 continue
-            if any(shape_of(at_strip, name)[0] % 2 for name in nodes):
+            if any(at_strip.value(name).shape[0] % 2 for name in nodes):
                 raise UnprobedError("it mixes the images of a batch")
             if any(at_strip.verdicts[name].kind is not Kind.LOCAL for name in nodes):
                 continue
             poisoned = [leaf for leaf in real if part.type_of(leaf) == part.dtype]  # a mask carries no NaN
             fields = {leaf: receptive_fields(at_strip, nodes, leaf) for leaf in poisoned}
-            found = extents | {name: extents_of(at_strip, name, dims_of(at_strip, name)) for name in nodes}
+            found = extents | {name: at_strip.value(name).extents for name in nodes}
             if _all_nodes_read(at_strip, nodes, fields, found, whole_windows):
                 return Strip(part, axis, at_strip, extents, fields, tiles, main, weights)
     raise UnprobedError("its operators refuse images of the size of a strip")
 
 
-def _at_extents(part: Excerpt, extents: Mapping[str, tuple[int, ...]]) -> Locality | None:
+def verdicts_at(part: Excerpt, extents: Mapping[str, tuple[int, ...]]) -> Locality | None:
     """The verdicts at these extents of the leaves with two batch entries; None where an operator refuses them."""
     shapes = {leaf: part.leaf_shape(leaf, 2, sizes) for leaf, sizes in extents.items()}
     try:
-        with refusals_unlogged():
+        with _refusals_unlogged():
             return part.at(shapes)
     except FxstreamError:
         return None
-
-
-def extents_of(locality: Locality, leaf: str, dims: tuple[int, ...]) -> tuple[int, ...]:
-    """The extents of a node or leaf along the dims that are its stream axes."""
-    shape = shape_of(locality, leaf)
-    return tuple(shape[d] for d in dims)
 
 
 def extents_at(real: Mapping[str, tuple[int, ...]], extents: Sequence[int]) -> dict[str, tuple[int, ...]]:
@@ -229,7 +208,7 @@ def _margin(part: Excerpt, fields: Fields, axis: int) -> int:
 
 
 @contextlib.contextmanager
-def refusals_unlogged() -> Iterator[None]:
+def _refusals_unlogged() -> Iterator[None]:
     """Torch's own log of operators that refuse fake tensors, off: a refused size is an answer here."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level

@@ -20,15 +20,15 @@ import torch
 from torch import fx
 
 from fxstream.algebra import demands, extent_chains, main_image, receptive_fields
-from fxstream.analysis import Analysis
+from fxstream.analysis import Analysis, image_dims
 from fxstream.closed_form import TileForms, extent_form, tile_forms
 from fxstream.functional import UNSTREAMED, WAS_IN_PLACE
 from fxstream.locality import Locality, Verdict, analyse_locality
-from fxstream.planning import Plan, SegmentPlan, total_bytes, worthwhile
+from fxstream.planning import Plan, SegmentPlan, streamable_share, total_bytes, worthwhile
 from fxstream.probe import ProbeReport
 from fxstream.receptive_field import ReceptiveField
 from fxstream.rules import Evaluation, Kind
-from fxstream.sizes import Shape, fold_integers, stream_dims
+from fxstream.sizes import Shape, fold_integers
 
 MATRIX_PRODUCTS = {
     f"aten::{name}": place
@@ -47,7 +47,8 @@ class Layer:
     """One operator: where it is in the user's model, what it reads, how large its result is, what it costs.
 
     `window` is (kernel, stride, dilation), one number per axis each, for operators that have them. `field` is the
-    receptive field in the image per axis, None where it is the whole image; `bytes` is 0 for a view.
+    receptive field in the image per axis, None where it is the whole image; `bytes` is 0 for a view, and
+    `tile_bytes` what the largest tile of a plan holds of it (all, where it is not streamed).
     """
 
     node: str
@@ -57,6 +58,7 @@ class Layer:
     field: tuple[ReceptiveField, ...] | None
     shape: tuple[int, ...]
     bytes: int
+    tile_bytes: int
     macs: int
     kind: Kind
     reason: str
@@ -146,11 +148,12 @@ def summarise(
     names = list(locality.verdicts)
     fields = receptive_fields(locality, names, source) if source else {}
     chains = extent_chains(locality, names, source) if source else {}
+    segments = {name: part for part in (plan.segments if plan else ()) for name in part.segment.nodes}
     layers = tuple(
-        _layer(locality, node.name, fields, locality.verdicts[node.name])
+        _layer(locality, node.name, fields, segments.get(node.name))
         for node in locality.graph.nodes
         if node.name in locality.verdicts and isinstance(locality.metas.get(node.name), (Shape, tuple))
-        if _depends_on_image(locality, node.name)
+        if locality.depends_on_image(node.name)
     )
     large = {part[0] for part in worthwhile(locality)}
     total = total_bytes(locality)
@@ -176,11 +179,6 @@ def summarise(
     )
 
 
-def _depends_on_image(locality: Locality, node: str) -> bool:
-    value = locality.values[node]
-    return any(v.image for v in (value if isinstance(value, tuple) else (value,)))
-
-
 def kept_bytes(locality: Locality, node: str) -> int:
     """Bytes that a node's result adds to memory: none for a view of its input."""
     footprint, meta = locality.verdicts[node].footprint, locality.metas[node]
@@ -189,18 +187,18 @@ def kept_bytes(locality: Locality, node: str) -> int:
 
 
 def _layer(
-    locality: Locality, node: str, fields: Mapping[str, tuple[ReceptiveField, ...]], verdict: Verdict
+    locality: Locality, node: str, fields: Mapping[str, tuple[ReceptiveField, ...]], segment: SegmentPlan | None
 ) -> Layer:
-    value = locality.values[node]
-    first = value[0] if isinstance(value, tuple) else value
+    verdict = locality.verdicts[node]
     return Layer(
         node=node,
         module=verdict.module,
         operator=verdict.operator.removeprefix("aten::"),
         window=_window(locality, node),
         field=fields.get(node),
-        shape=first.shape,
+        shape=locality.value(node).shape,
         bytes=kept_bytes(locality, node),
+        tile_bytes=kept_bytes(locality, node) if segment is None else round(tile_bytes(locality, segment, node)),
         macs=macs_of(locality, node),
         kind=verdict.kind,
         reason=verdict.reason,
@@ -214,7 +212,7 @@ def macs_of(locality: Locality, node: str) -> int:
     if footprint is not None or not isinstance(meta, Shape):
         return footprint.macs if footprint is not None else 0
     operator = locality.verdicts[node].operator
-    original = next(n for n in locality.graph.nodes if n.name == node)
+    original = locality.nodes[node]
     shapes = [m.shape for n in original.all_input_nodes if isinstance(m := locality.metas.get(n.name), Shape)]
     if operator in MATRIX_PRODUCTS and len(shapes) > 1:
         return math.prod(meta.shape) * shapes[MATRIX_PRODUCTS[operator]][-1]
@@ -227,7 +225,7 @@ def macs_of(locality: Locality, node: str) -> int:
 
 def _window(locality: Locality, node: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
     """Kernel, stride and dilation as the operator was given them."""
-    original = next(n for n in locality.graph.nodes if n.name == node)
+    original = locality.nodes[node]
     if not hasattr(original.target, "_schema"):
         return None
     args, kwargs = fold_integers(original, locality.metas)
@@ -294,8 +292,7 @@ def region_forms(
         return None
     macs, kept = {}, {}
     for name in nodes:
-        value = locality.values[name]
-        pixels = math.prod((value[0] if isinstance(value, tuple) else value).extents)
+        pixels = math.prod(locality.value(name).extents)
         macs[name] = Fraction(macs_of(locality, name), pixels)
         kept[name] = Fraction(kept_bytes(locality, name), pixels)
     return tile_forms(needed, fields[output], [leaf], macs, kept)
@@ -334,10 +331,8 @@ def _share_with_frozen_batch_norm(analysis: Analysis) -> float:
             env[node].update_arg(BATCH_NORM_TRAINING, False)
             for statistics in env[node].all_input_nodes[1:]:
                 statistics.meta.pop(UNSTREAMED, None)  # they are no longer updated
-    locality = analysis.locality
-    inputs = {name: stream_dims(locality.metas.get(name)) for name in analysis.captured.inputs}
-    frozen = analyse_locality(graph, locality.metas, inputs)
-    return sum(frozen.activation_bytes(part) for part in worthwhile(frozen)) / max(1, total_bytes(frozen))
+    metas = analysis.locality.metas
+    return streamable_share(analyse_locality(graph, metas, image_dims(analysis.captured, metas)))
 
 
 def predicted_memory(locality: Locality, plan: Plan) -> Memory:
@@ -355,16 +350,13 @@ def predicted_memory(locality: Locality, plan: Plan) -> Memory:
         outputs = locality.activation_bytes(segment.segment.outputs)
         inputs = locality.activation_bytes([leaf for leaf, _ in segment.segment.leaves if leaf in made])
         known += outputs
-        peaks.append((known + outputs + inputs, tile_bytes(locality, segment)))
+        tile = round(sum(tile_bytes(locality, segment, name) for name in segment.segment.nodes))
+        peaks.append((known + outputs + inputs, tile))
     return Memory(plain, *max(peaks, key=sum), rest)
 
 
-def tile_bytes(locality: Locality, plan: SegmentPlan) -> int:
-    """Bytes of all results in the largest tile of a segment."""
-    total = 0.0
-    for name in plan.segment.nodes:
-        value = locality.values[name]
-        extents = (value[0] if isinstance(value, tuple) else value).extents
-        held = [max((len(t.boxes[name]) for t in tiles if name in t.boxes), default=0) for tiles in plan.axes]
-        total += kept_bytes(locality, name) * math.prod(h / e for h, e in zip(held, extents, strict=True))
-    return round(total)
+def tile_bytes(locality: Locality, plan: SegmentPlan, node: str) -> float:
+    """Bytes of a node's result in the largest tile of its segment."""
+    extents = locality.value(node).extents
+    held = [max((len(t.boxes[node]) for t in tiles if node in t.boxes), default=0) for tiles in plan.axes]
+    return kept_bytes(locality, node) * math.prod(h / e for h, e in zip(held, extents, strict=True))

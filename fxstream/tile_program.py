@@ -47,7 +47,7 @@ class _Builder:
         self.graph = fx.Graph()
         self.env: dict[str, fx.Node] = {}
         self._locality = locality
-        self._original = {node.name: node for node in locality.graph.nodes}
+        self._original = locality.nodes
         self._served: dict[tuple[object, ...], fx.Node] = {}
         self._leaves = {name: self.graph.placeholder(f"{name}_tile") for name, _ in segment.leaves}
         self._smalls = {name: self.graph.placeholder(name) for name in segment.smalls}

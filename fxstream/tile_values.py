@@ -10,13 +10,13 @@ from torch.utils import _pytree as pytree
 
 from fxstream.box import EMPTY, Box, Interval
 from fxstream.demand import AxisWalk, Segment, make_segment
-from fxstream.errors import FxstreamError
 from fxstream.excerpt import Excerpt, excerpt
 from fxstream.findings import Findings
 from fxstream.locality import Locality
+from fxstream.request import leaf_extents
 from fxstream.rules import Kind
 from fxstream.sizes import Shape, fold_integers
-from fxstream.strip import dims_of, extents_at, extents_of, refusals_unlogged, shape_of
+from fxstream.strip import extents_at, verdicts_at
 from fxstream.tile_program import tile_program
 
 __all__ = ["compare_values"]
@@ -33,9 +33,8 @@ TOLERANCE = 1e-9
 def compare_values(locality: Locality, segment: Segment, found: Findings) -> None:
     """Rule 4: every distinct operator in three tiles, at both borders and between, against itself on the whole."""
     known: set[object] = set()
-    originals = {node.name: node for node in locality.graph.nodes}
     for name in segment.nodes:
-        node = originals[name]
+        node = locality.nodes[name]
         signature = _signature(node, locality)
         if node.target is not operator.getitem and signature not in known:
             known.add(signature)
@@ -53,9 +52,9 @@ def _signature(node: fx.Node, locality: Locality) -> object:
         if not isinstance(leaf, fx.Node)
     ]
     ranks = [
-        (len(shape_of(locality, n.name)), dims_of(locality, n.name), shape_of(locality, n.name)[2:])
-        if not dims_of(locality, n.name)
-        else (len(shape_of(locality, n.name)), dims_of(locality, n.name), ())
+        (len(locality.value(n.name).shape), locality.value(n.name).dims, locality.value(n.name).shape[2:])
+        if not locality.value(n.name).dims
+        else (len(locality.value(n.name).shape), locality.value(n.name).dims, ())
         for n in node.all_input_nodes
         if isinstance(locality.metas.get(n.name), (Shape, tuple))
     ]
@@ -72,13 +71,13 @@ def _compare_tiles(locality: Locality, names: tuple[str, ...], found: Findings) 
     generator = torch.Generator().manual_seed(0)
 
     def drawn(name: str) -> torch.Tensor:
-        return _integers(shape_of(at_size, name), part.type_of(name), generator)
+        return _integers(at_size.value(name).shape, part.type_of(name), generator)
 
     inputs = [drawn(leaf) for leaf, _ in part.segment.leaves]
     smalls = [drawn(small).abs() + 1 for small in part.segment.smalls]
     with torch.no_grad():
         plain = part.module(*inputs, *smalls)
-    axes = range(len(dims_of(at_size, part.segment.outputs[0])))
+    axes = range(len(at_size.value(part.segment.outputs[0]).dims))
     walks = [AxisWalk(at_size, part.segment, axis) for axis in axes]
     for place in range(3):
         owned = [[_third(at_size, output, axis, place) for output in part.segment.outputs] for axis in axes]
@@ -95,7 +94,7 @@ def _compare_tiles(locality: Locality, names: tuple[str, ...], found: Findings) 
             found.add(name, 0, "values", "a tile of it", "can be evaluated", str(error).splitlines()[0])
             return
         for k, output in enumerate(part.segment.outputs):
-            dims = dims_of(at_size, output)
+            dims = at_size.value(output).dims
             box = Box(tuple(owned[axis][k] for axis in axes))
             if results[k] is None:
                 continue
@@ -108,17 +107,13 @@ def _compare_tiles(locality: Locality, names: tuple[str, ...], found: Findings) 
 def _at_small_size(part: Excerpt) -> Locality | None:
     """The verdicts at a small size at which the operator yields a few pixels; None if it refuses all."""
     foreign = not part.locality.verdicts[part.segment.nodes[0]].operator.startswith(OWN)
+    real = {leaf: leaf_extents(part.locality, leaf, dims) for leaf, dims in part.segment.leaves}
+    axes = len(next(iter(real.values())))
     for extent in LARGE_SIZES if foreign else SIZES:
-        real = {leaf: extents_of(part.locality, leaf, dims) for leaf, dims in part.segment.leaves}
-        extents = extents_at(real, [extent] * len(next(iter(real.values()))))
-        shapes = {leaf: part.leaf_shape(leaf, 2, sizes) for leaf, sizes in extents.items()}
-        try:
-            with refusals_unlogged():
-                at_size = part.at(shapes)
-        except FxstreamError:
+        at_size = verdicts_at(part, extents_at(real, [extent] * axes))
+        if at_size is None:
             continue
-        outputs = [extents_of(at_size, o, dims_of(at_size, o)) for o in part.segment.outputs]
-        if all(min(sizes, default=0) > 2 for sizes in outputs):
+        if all(min(at_size.value(output).extents, default=0) > 2 for output in part.segment.outputs):
             return at_size
     return None
 
@@ -134,7 +129,7 @@ def _integers(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Gener
 
 def _third(locality: Locality, output: str, axis: int, place: int) -> Interval:
     """The first pixel, all between, or the last pixel of an output along an axis."""
-    extent = extents_of(locality, output, dims_of(locality, output))[axis]
+    extent = locality.value(output).extents[axis]
     return (Interval(0, 1), Interval(1, extent - 1), Interval(extent - 1, extent))[place]
 
 
