@@ -161,16 +161,16 @@ def poison_backward(strip: Strip, found: Findings) -> None:
     Entry 0 is NaN in the gradient of the first half and rises along the axis, entry 1 is NaN in that of the second
     half and falls.
     """
-    part, metas = strip.part, strip.locality.metas
+    part, metas, axis = strip.part, strip.locality.metas, strip.axis
     segment = part.segment
     extents = {output: strip.extent(output) for output in segment.outputs}
     halves = [Interval(0, e // 2) for e in extents.values()], [Interval(e // 2, e) for e in extents.values()]
-    walk = AxisWalk(strip.locality, segment, strip.axis)
+    walk = AxisWalk(strip.locality, segment, axis)
     claims = [walk.boxes(half) for half in halves]
     gradients: dict[str, Any] = {}
     for output, extent in extents.items():
         gradient = torch.ones(_shape(metas, output), dtype=part.dtype)
-        dim = strip.locality.value(output).dims[strip.axis]
+        dim = strip.locality.value(output).dims[axis]
         first, second = gradient.chunk(2)
         first.narrow(dim, 0, extent // 2).fill_(math.nan)
         second.narrow(dim, extent // 2, extent - extent // 2).fill_(math.nan)
@@ -186,7 +186,9 @@ def poison_backward(strip: Strip, found: Findings) -> None:
             blurred.add(node.name)
         elif isinstance(meta, Shape):
             claimed = [claim.get(node.name, EMPTY) for claim in claims]
-            _compare_backward(strip, node.name, gradient, claimed, blurred, found)
+            poisoned = _poisoned(gradient, strip.locality.value(node.name).dims[axis])
+            _compare_backward(strip, node.name, poisoned, claimed, blurred, found)
+            gradient = _whole_box(gradient, poisoned, strip.locality.value(node.name).dims[axis])
         if node.name in leaves:
             continue
         sent = _pulled_back(strip, node, gradient, metas) if gradient is not None else {}
@@ -217,14 +219,12 @@ def _dtype(metas: Mapping[str, Meta], name: str) -> torch.dtype:
 def _compare_backward(
     strip: Strip,
     name: str,
-    gradient: torch.Tensor,
+    poisoned: torch.Tensor,
     claims: Sequence[Interval],
     blurred: set[str],
     found: Findings,
 ) -> None:
-    dim = strip.locality.value(name).dims[strip.axis]
-    poisoned = _poisoned(gradient, dim)
-    extent = gradient.shape[dim]
+    extent = poisoned.shape[1]
     reached = [entry.nonzero().flatten().tolist() for entry in poisoned]
     measured = (reached[0][-1] + 1 if reached[0] else 0, reached[1][0] if reached[1] else extent)
     claimed = (claims[0].stop, claims[1].start if len(claims[1]) else extent)
@@ -240,6 +240,13 @@ def _compare_backward(
         halves = f"pixels that the first half of the outputs reads up to, and the second half from, of {extent}"
         found.add(name, strip.axis, "backward", halves, claimed, measured)
     blurred.add(name)
+
+
+def _whole_box(gradient: torch.Tensor, poisoned: torch.Tensor, dim: int) -> torch.Tensor:
+    """The gradient with NaN in every channel of a pixel that has one in any: a tile holds whole boxes of pixels."""
+    entries = gradient.unflatten(0, (2, -1))
+    shape = [extent if d in (0, dim + 1) else 1 for d, extent in enumerate(entries.shape)]
+    return entries.masked_fill(poisoned.view(shape), math.nan).flatten(0, 1)
 
 
 def _is_item(part: Excerpt, name: str) -> bool:

@@ -153,6 +153,7 @@ PROBED = [  # cases that the probe once took for a wrong rule
     ((("relu", 0), ("pad", 0, (0, 0, 0, 1)), ("conv", 0, (2, 2, 1, 1), (1, 1), (0, 0), (1, 1)), ("max_pool", 2, (1, 1), (2, 1), (0, 0), (1, 1), False)), (9, 8), 2, 1),
     ((("transposed", 0, (2, 2, 1, 2), (1, 3), (0, 0), (0, 0), 1, (1, 2)), ("max_pool", 1, (1, 1), (1, 2), (0, 0), (1, 1), False)), (9, 8), 2, 1),
     ((("join", 0, 0, False), ("relu", 0), ("relu", 0), ("conv", 0, (2, 2, 1, 1), (1, 1), (0, 1), (1, 1)), ("shuffle", 0), ("join", 0, 4, False)), (1, 3), 1, 1),
+    ((("join", 0, 0, False), ("join", 0, 0, False), ("shuffle", 1), ("join", 0, 3, False)), (1, 3), 1, 1),
 ]  # fmt: skip
 
 
