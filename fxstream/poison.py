@@ -243,7 +243,7 @@ def _compare_backward(
 
 
 def _whole_box(gradient: torch.Tensor, poisoned: torch.Tensor, dim: int) -> torch.Tensor:
-    """The gradient with NaN in every channel of a pixel that has one in any: a tile holds whole boxes of pixels."""
+    """The gradient with NaN in every channel of a pixel that has it in one: tiles hold whole boxes."""
     entries = gradient.unflatten(0, (2, -1))
     shape = [extent if d in (0, dim + 1) else 1 for d, extent in enumerate(entries.shape)]
     return entries.masked_fill(poisoned.view(shape), math.nan).flatten(0, 1)
