@@ -246,7 +246,8 @@ def _whole_box(gradient: torch.Tensor, poisoned: torch.Tensor, dim: int) -> torc
     """The gradient with NaN in every channel of a pixel that has it in one: tiles hold whole boxes."""
     entries = gradient.unflatten(0, (2, -1))
     shape = [extent if d in (0, dim + 1) else 1 for d, extent in enumerate(entries.shape)]
-    return entries.masked_fill(poisoned.view(shape), math.nan).flatten(0, 1)
+    whole: torch.Tensor = entries.masked_fill(poisoned.view(shape), math.nan).flatten(0, 1)
+    return whole
 
 
 def _is_item(part: Excerpt, name: str) -> bool:
