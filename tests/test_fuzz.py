@@ -154,6 +154,7 @@ PROBED = [  # cases that the probe once took for a wrong rule
     ((("transposed", 0, (2, 2, 1, 2), (1, 3), (0, 0), (0, 0), 1, (1, 2)), ("max_pool", 1, (1, 1), (1, 2), (0, 0), (1, 1), False)), (9, 8), 2, 1),
     ((("join", 0, 0, False), ("relu", 0), ("relu", 0), ("conv", 0, (2, 2, 1, 1), (1, 1), (0, 1), (1, 1)), ("shuffle", 0), ("join", 0, 4, False)), (1, 3), 1, 1),
     ((("join", 0, 0, False), ("join", 0, 0, False), ("shuffle", 1), ("join", 0, 3, False)), (1, 3), 1, 1),
+    ((("conv", 0, (2, 2, 1, 1), (2, 1), (3, 0), (1, 1)), ("join", 0, 0, False), ("conv", 0, (2, 2, 1, 1), (1, 1), (0, 0), (1, 1)), ("pad", 1, (0, 0, 2, 0)), ("join", 0, 0, False), ("avg_pool", 0, (1, 1), (1, 1), (0, 0), False, True), ("max_pool", 4, (2, 1), (3, 1), (0, 0), (2, 1), False)), (16, 1), 1, 1),
 ]  # fmt: skip
 
 
