@@ -14,31 +14,31 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from fxstream.analysis import Analysis, analyze, example_image
-from fxstream.bench import measure
-from fxstream.budget import parse_bytes, plan_within
+from fxstream.analysis import Analysis, analyze
 from fxstream.check import check
-from fxstream.compiler import checked_request, compile
+from fxstream.comparison import Row, Setting, Way, compare
+from fxstream.compiler import checked_request
+from fxstream.device import free_bytes
 from fxstream.errors import CaptureError, FxstreamError, InputError
 from fxstream.freeze import freeze_batch_norm
-from fxstream.json_form import SCHEMA, as_json, check_json, plan_json
+from fxstream.json_form import SCHEMA, as_json, bench_json, check_json, plan_json
 from fxstream.page import html_page
 from fxstream.planning import Plan, make_plan, worthwhile
-from fxstream.plot import save_plot
+from fxstream.plot import save_pareto, save_plot
 from fxstream.probe import ProbeReport, probe
-from fxstream.report import bytes_text, progress, show, show_check, show_plan, show_rules
+from fxstream.report import progress, show, show_bench, show_check, show_plan, show_rules
+from fxstream.request import Request
 from fxstream.rules import rules
 from fxstream.summary import Summary, summarise
 from fxstream.target import load
+from fxstream.units import bytes_text, parse_bytes
 
 __all__ = ["main"]
 
@@ -89,9 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     _model_arguments(compare)
     _tile_arguments(compare)
     compare.add_argument("--native", action="store_true", help="in the model's own type instead of float64")
-    bench = command("bench", "time and peak memory of one training step, streamed and plain", _bench)
+    bench = command("bench", "time and peak memory of a training step: plain, checkpoint, streamed", _bench)
     _model_arguments(bench)
-    _tile_arguments(bench)
+    _tile_arguments(bench, f"budgets, in bytes or as a share of the plain network's peak ({BUDGETS})")
+    bench.add_argument("--rounds", type=int, default=3, help="processes per way; medians are given (3)")
+    bench.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (cpu)")
+    bench.add_argument("--plot", metavar="FILE", help="draw time over memory (needs matplotlib)")
     command("rules", "the operators that have a rule", _rules)
     return parser
 
@@ -109,10 +112,17 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="plain data on standard output")
 
 
-def _tile_arguments(parser: argparse.ArgumentParser) -> None:
+BUDGETS = "60%,40%,25%,15%"
+"""The budgets of a benchmark that names none."""
+
+
+def _tile_arguments(
+    parser: argparse.ArgumentParser, memory: str = "the fastest plan predicted to fit: 8GiB, 500MB"
+) -> None:
     parser.add_argument("--tile", help="largest box that a tile reads of the image: 2048, 2048x1024")
-    parser.add_argument("--memory", help="the largest tile predicted to fit: 8GiB, 500MB")
+    parser.add_argument("--memory", help=memory.replace("%", "%%"))
     parser.add_argument("--segments", type=int, help="segments per region; 1 is a single stream")
+    parser.add_argument("--no-grad", action="store_true", help="plan a call without gradients")
     parser.add_argument("--cut", metavar="MODULE", help="stream nothing behind this module")
 
 
@@ -152,38 +162,39 @@ def _tile(options: argparse.Namespace) -> int | tuple[int, ...] | None:
     return numbers if len(numbers) > 1 else numbers[0]
 
 
-def _planned(options: argparse.Namespace, analysis: Analysis, extents: tuple[int, ...]) -> Plan | None:
+def _request(options: argparse.Namespace) -> Request | None:
     if options.tile and options.memory:
         raise InputError("give --tile or --memory, not both")
-    tile = _tile(options)
-    if tile is not None:
-        return make_plan(analysis.locality, checked_request(tile, options.segments, options.cut))
-    if options.memory:
-        return plan_within(
-            analysis.locality, parse_bytes(options.memory), max(extents), options.segments, options.cut
-        )[1]
-    return None
+    if not options.tile and not options.memory:
+        return None
+    memory = parse_bytes(options.memory) if options.memory else None
+    return checked_request(_tile(options), options.segments, options.cut, memory)
 
 
-def _analysis(options: argparse.Namespace) -> tuple[Analysis, tuple[int, ...]]:
+def _planned(options: argparse.Namespace, analysis: Analysis) -> Plan | None:
+    request = _request(options)
+    return None if request is None else make_plan(analysis.locality, request, training=not options.no_grad)
+
+
+def _analysis(options: argparse.Namespace) -> Analysis:
     extents, channels, batch = _shape(options)
     try:
         model = _model(options, weights=False)
-        return analyze(model, extents, channels=channels, batch=batch), extents
+        return analyze(model, extents, channels=channels, batch=batch)
     except (NotImplementedError, CaptureError):
         if not any(parameter.is_meta for parameter in model.parameters()):
             raise
         model = _model(options, weights=True)  # code that looks at the values of its weights
-        return analyze(model, extents, channels=channels, batch=batch), extents
+        return analyze(model, extents, channels=channels, batch=batch)
 
 
 def _summary(options: argparse.Namespace, measure_it: bool) -> Summary:
     """Analyse, plan and probe, with progress on standard error."""
     with progress(Console(stderr=True)) as bar, contextlib.redirect_stdout(sys.stderr):
         task = bar.add_task("capture", total=3)
-        analysis, extents = _analysis(options)
+        analysis = _analysis(options)
         bar.update(task, advance=1, description="plan")
-        plan = _planned(options, analysis, extents)
+        plan = _planned(options, analysis)
         bar.update(task, advance=1, description="probe")
         reports: list[ProbeReport] = []
         if measure_it:
@@ -214,8 +225,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    if not options.tile and not options.memory:
-        raise InputError("a plan needs --tile or --memory")
+    _needed_request(options)
     summary = _summary(options, measure_it=False)
     assert summary.plan is not None
     if options.json:
@@ -225,26 +235,25 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _needed_tile(options: argparse.Namespace) -> int | tuple[int, ...]:
-    if options.memory:
-        raise InputError(f"{options.command} takes a --tile; `fxstream plan --memory` finds one")
-    tile = _tile(options)
-    if tile is None:
-        raise InputError(f"{options.command} needs a --tile")
-    return tile
+def _needed_request(options: argparse.Namespace) -> Request:
+    request = _request(options)
+    if request is None:
+        raise InputError(f"{options.command} needs --tile or --memory")
+    return request
 
 
 def _check(options: argparse.Namespace) -> int:
-    tile = _needed_tile(options)
+    request = _needed_request(options)
     extents, channels, batch = _shape(options)
     with progress(Console(stderr=True)) as bar, contextlib.redirect_stdout(sys.stderr):
         bar.add_task("one step plain, one streamed", total=None)
         report = check(
             _model(options, weights=True),
             extents,
-            tile=tile,
-            segments=options.segments,
-            cut=options.cut,
+            tile=request.tile,
+            memory=request.memory,
+            segments=request.segments,
+            cut=request.cut,
             channels=channels,
             batch=batch,
             native=options.native,
@@ -257,36 +266,61 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    tile = _needed_tile(options)
+    if options.rounds < 1:
+        raise InputError(f"--rounds {options.rounds} must be positive")
+    place = _writable(options.plot) if options.plot else None
     extents, channels, batch = _shape(options)
-    with contextlib.redirect_stdout(sys.stderr):
-        model = _model(options, weights=True)
-    image = torch.randn(example_image(model, extents, channels, batch).shape)
-    streamed = compile(model, tile=tile, segments=options.segments, cut=options.cut)
-
-    def step(module: nn.Module) -> None:
-        model.zero_grad(set_to_none=True)
-        outputs = [t for t in pytree.tree_leaves(module(image)) if isinstance(t, torch.Tensor) and t.requires_grad]
-        torch.stack([output.sum() for output in outputs]).sum().backward()  # type: ignore[no-untyped-call]
-
+    setting = Setting(
+        target=options.target,
+        shape=(batch, channels, *extents),
+        train=options.train,
+        freeze_batch_norm=options.freeze_batch_norm,
+        device=options.device,
+        segments=options.segments,
+        cut=options.cut,
+    )
     with progress(Console(stderr=True)) as bar, contextlib.redirect_stdout(sys.stderr):
-        bar.add_task("two steps plain, two streamed", total=None)
-        plain, tiled = ([measure(partial(step, module)) for _ in range(2)][-1] for module in (model, streamed))
-    found = {
-        "schema": SCHEMA,
-        "network": options.target,
-        "plain": {"seconds": plain.seconds, "peak_bytes": plain.peak_bytes},
-        "streamed": {"seconds": tiled.seconds, "peak_bytes": tiled.peak_bytes},
-    }
+        task = bar.add_task("plan", total=None)
+        analysis = _analysis(options)
+        device = torch.device(options.device)
+        plain = make_plan(analysis.locality, Request(None, memory=2**62), device=device).prediction.plain_bytes
+        ways = _ways(options, plain)
+        too_large = plain > free_bytes(device)
+        rows = compare(
+            setting,
+            [way for way in ways if way.kind == "fxstream" or not too_large],
+            options.rounds,
+            lambda text: bar.update(task, description=text),
+        )
+    if too_large:
+        reason = f"does not fit: needs {bytes_text(plain)}"
+        rows = [*(Row(way, failure=reason) for way in ways if way.kind != "fxstream"), *rows]
     if options.json:
-        print(json.dumps(found, indent=1))
-        return 0
-    print(f"{options.target}, image {'x'.join(map(str, image.shape))}, one training step")
-    print(f"  plain     {plain.seconds:8.2f} s  {bytes_text(plain.peak_bytes):>9}")
-    print(f"  streamed  {tiled.seconds:8.2f} s  {bytes_text(tiled.peak_bytes):>9}")
-    memory = tiled.peak_bytes / max(1, plain.peak_bytes)
-    print(f"  ratio     {tiled.seconds / plain.seconds:8.2f} x  {memory:7.2f} x   (the second of two runs each)")
+        print(json.dumps(bench_json(setting, rows), indent=1))
+    else:
+        show_bench(setting, rows, Console())
+    if place is not None:
+        _write(place, lambda path: save_pareto(setting, rows, path))
+        print(f"wrote {place}", file=sys.stderr)
     return 0
+
+
+def _ways(options: argparse.Namespace, plain: int) -> list[Way]:
+    """The plain network, checkpoints, and fxstream at every tile or budget asked for."""
+    ways = [Way("plain", label="plain"), Way("checkpoint", label="checkpoint")]
+    if options.tile:
+        return [*ways, Way("fxstream", tile=_tile(options), label=f"tile {options.tile}")]
+    for text in (options.memory or BUDGETS).split(","):
+        share = text.strip().removesuffix("%")
+        if share != text.strip():
+            try:
+                memory = int(float(share) / 100 * plain)
+            except ValueError:
+                raise InputError(f"--memory {text!r} is no share: write 25%") from None
+        else:
+            memory = parse_bytes(text)
+        ways.append(Way("fxstream", memory=memory, label=f"memory {text.strip()}"))
+    return ways
 
 
 def _rules(options: argparse.Namespace) -> int:

@@ -31,9 +31,10 @@ from fxstream.request import (
     place_of_module,
     tile_bounds,
 )
+from fxstream.segment_plan import arithmetic
 from fxstream.sizes import Shape
 
-__all__ = ["RegionPlanner", "arithmetic"]
+__all__ = ["Places", "RegionPlanner"]
 
 MOST_CANDIDATES = 24
 """Boundaries considered per region; their pairs are what planning time goes into."""
@@ -41,51 +42,33 @@ SEGMENT_COST = 0.01
 """What one more segment must save, as a share of the plain network's arithmetic or activations."""
 
 
-def arithmetic(locality: Locality, nodes: Sequence[str]) -> dict[str, int]:
-    """Arithmetic of each node at full size: multiply-accumulates, and one per element written."""
-    costs = {}
-    for name in nodes:
-        meta = locality.metas[name]
-        elements = math.prod(meta.shape) if isinstance(meta, Shape) else 0
-        costs[name] = locality.footprint(name).macs + elements
-    return costs
+class Places:
+    """The places of a region where it may be cut: place `i` is behind its node `i`."""
 
-
-class RegionPlanner:
-    """The dynamic program over the places where a region may be cut into segments."""
-
-    def __init__(self, locality: Locality, nodes: tuple[str, ...], request: Request) -> None:
-        self._locality = locality
-        self._nodes = nodes
-        self._request = request
+    def __init__(self, locality: Locality, nodes: tuple[str, ...]) -> None:
+        self._locality, self._nodes = locality, nodes
         self._place = {name: i for i, name in enumerate(nodes)}
-        self._arithmetic = arithmetic(locality, nodes)
-        self._bytes = max(1, locality.activation_bytes(nodes))
-        self._reads = [[(r.value.name, r.dims) for r in locality.footprint(n).reads] for n in nodes]
-        self._total = max(1, sum(self._arithmetic.values()))
-        self._boundary_bytes: dict[int, int] = {}
+        self._reads = [[read.value.name for read in locality.footprint(name).reads] for name in nodes]
 
-    def segments(self) -> list[tuple[str, ...]]:
-        """The runs of nodes, in order, that become segments."""
-        if isinstance(self._request.segments, tuple):
-            ends = [self._last_place(path) for path in self._request.segments]
-            return self._runs(sorted(place for place in ends if place is not None))
-        return self._runs(self._chosen())
+    def behind(self, paths: Sequence[str]) -> list[int]:
+        """The places behind these modules of the user, in order. Raises `PlanError` for one that does not run."""
+        ends = set()
+        for path in paths:
+            place_of_module(self._locality, path)
+            inside = [i for i, n in enumerate(self._nodes) if belongs(self._locality.verdicts[n].module, path)]
+            ends |= {inside[-1]} if inside else set()
+        return sorted(ends)
 
-    def _runs(self, ends: Sequence[int]) -> list[tuple[str, ...]]:
+    def runs(self, ends: Sequence[int]) -> list[tuple[str, ...]]:
+        """The nodes between these places."""
         cuts = [0, *(end + 1 for end in ends if end + 1 < len(self._nodes)), len(self._nodes)]
         return [self._nodes[a:b] for a, b in itertools.pairwise(cuts) if a < b]
 
-    def _last_place(self, path: str) -> int | None:
-        place_of_module(self._locality, path)
-        inside = [i for i, n in enumerate(self._nodes) if belongs(self._locality.verdicts[n].module, path)]
-        return inside[-1] if inside else None
-
-    def _live(self) -> list[list[str]]:
-        """For the place after each node, the values of the region computed so far that are still needed."""
+    def live(self) -> list[list[str]]:
+        """For the place behind each node, the values of the region computed so far that are still needed."""
         last_use = list(range(len(self._nodes)))
         for i, reads in enumerate(self._reads):
-            for name, _ in reads:
+            for name in reads:
                 if name in self._place:
                     last_use[self._place[name]] = i
         live: list[list[int]] = [[]]
@@ -93,13 +76,13 @@ class RegionPlanner:
             live.append([k for k in (*live[-1], i) if last_use[k] > i])
         return [[self._nodes[k] for k in places] for places in live[1:]]
 
-    def _candidates(self, most: int) -> dict[int, int]:
+    def candidates(self, most: int) -> dict[int, int]:
         """The places worth a boundary and the bytes that it would keep, at most so many of them.
 
         These are the places before a window where no fewer bytes are live just before or after; of each of `most`
         equal stretches of the region the one with the fewest bytes.
         """
-        live = self._live()[:-1]
+        live = self.live()[:-1]
         sizes = [self._locality.activation_bytes(names) for names in live]
         places = {}
         for i, (names, size) in enumerate(zip(live, sizes, strict=True)):
@@ -120,6 +103,28 @@ class RegionPlanner:
         reads = self._locality.footprint(self._nodes[place]).reads
         return any(axis_map != IDENTITY for read in reads for axis_map in read.maps)
 
+
+class RegionPlanner:
+    """The dynamic program over the places where a region may be cut into segments."""
+
+    def __init__(self, locality: Locality, nodes: tuple[str, ...], request: Request) -> None:
+        self._locality = locality
+        self._nodes = nodes
+        self._request = request
+        self._places = Places(locality, nodes)
+        self._place = {name: i for i, name in enumerate(nodes)}
+        self._arithmetic = arithmetic(locality, nodes)
+        self._bytes = max(1, locality.activation_bytes(nodes))
+        self._reads = [[(r.value.name, r.dims) for r in locality.footprint(n).reads] for n in nodes]
+        self._total = max(1, sum(self._arithmetic.values()))
+        self._boundary_bytes: dict[int, int] = {}
+
+    def segments(self) -> list[tuple[str, ...]]:
+        """The runs of nodes, in order, that become segments."""
+        if isinstance(self._request.segments, tuple):
+            return self._places.runs(self._places.behind(self._request.segments))
+        return self._places.runs(self._chosen())
+
     def _chosen(self) -> list[int]:
         """The ends of all segments but the last, by the objective in the module's docstring.
 
@@ -129,7 +134,7 @@ class RegionPlanner:
         count = self._request.segments
         assert not isinstance(count, tuple)
         for most in (MOST_CANDIDATES, 2 * MOST_CANDIDATES, len(self._nodes)):
-            self._boundary_bytes = self._candidates(most)
+            self._boundary_bytes = self._places.candidates(most)
             pairs = self._pairs()
             cheapest = _path(pairs, count, lambda cost: cost.total, operator.add)
             if cheapest is not None or len(self._boundary_bytes) < most // 2:

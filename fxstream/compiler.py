@@ -29,7 +29,9 @@ from fxstream.probe import ProbeReport, probe
 from fxstream.request import Request
 from fxstream.rewrite import rewrite
 from fxstream.rules import Kind
+from fxstream.saved import Saved, saved_by
 from fxstream.sizes import is_image
+from fxstream.units import parse_bytes
 
 __all__ = ["StreamedModule", "checked_request", "compile", "plan"]
 
@@ -42,25 +44,32 @@ SMALL_SHARE = 0.5
 def compile(
     model: nn.Module,
     *,
-    tile: int | tuple[int, ...],
+    tile: int | tuple[int, ...] | None = None,
+    memory: float | str | None = None,
     segments: int | tuple[str, ...] | None = None,
     cut: str | None = None,
     verify: bool = True,
 ) -> StreamedModule:
     """The model as a drop-in module that streams its large part tile by tile, with the same results.
 
-    `tile` is the largest box of the model's input, overlap included, that a tile of the first segment reads:
-    pixels, one number for all axes or one per axis. `segments` is the number of segments of each streamed
-    region, or the names of the modules that each end one; by default the planner chooses. `cut` names the
-    module after which nothing is streamed. With `verify` the probe measures once per capture, on the real
-    operators, what the rules claim. The model itself is not changed and its parameters are shared.
+    `memory` is what a call may allocate at its peak, with its backward where gradients are recorded: bytes,
+    ``"8GiB"``, or a share of the device below one. It counts activations, boundaries and gradients; not the image,
+    the parameters and what an optimiser holds. The plan is the fastest that is predicted to fit. By default it is
+    what the device has free at the first call of a size.
 
-    Raises `InputError` for a tile that is not a positive integer or tuple of them; at the first call
-    `CaptureError`, `PlanError` or `ProbeError`.
+    `tile` instead is the largest box of the model's input, overlap included, that a tile of the first segment
+    reads: pixels, one number for all axes or one per axis. `segments` is the number of segments of each streamed
+    region (at most, within a memory), or the names of the modules that each end one; by default the planner
+    chooses. `cut` names the module after which nothing is streamed. With `verify` the probe measures once per
+    capture, on the real operators, what the rules claim. The model itself is not changed and its parameters are
+    shared.
+
+    Raises `InputError` for a tile that is not a positive integer or tuple of them, for a memory that is no
+    positive amount and for both at once; at the first call `CaptureError`, `PlanError` or `ProbeError`.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"compile needs an nn.Module, found {type(model).__name__}")
-    request = checked_request(tile, segments, cut)
+    request = checked_request(tile, segments, cut, memory)
     return StreamedModule(model, request, verify)
 
 
@@ -68,26 +77,45 @@ def plan(
     model: nn.Module,
     size: int | tuple[int, ...],
     *,
-    tile: int | tuple[int, ...],
+    tile: int | tuple[int, ...] | None = None,
+    memory: float | str | None = None,
     segments: int | tuple[str, ...] | None = None,
     cut: str | None = None,
     channels: int = 3,
     batch: int = 1,
+    training: bool = True,
 ) -> Plan:
     """How `compile` would stream the model for an image [batch, channels, *size]; runs nothing.
 
-    Raises what `analyze` and the first call of a compiled module raise.
+    `training` plans for a call with its backward. Raises what `analyze` and the first call of a compiled module
+    raise.
     """
-    request = checked_request(tile, segments, cut)
-    return make_plan(analyze(model, size, channels=channels, batch=batch).locality, request)
+    request = checked_request(tile, segments, cut, memory)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    locality = analyze(model, size, channels=channels, batch=batch).locality
+    return make_plan(locality, request, training=training, device=device)
 
 
-def checked_request(tile: object, segments: object, cut: str | None) -> Request:
-    """The user's request. Raises `InputError` for a tile or segments that make no sense."""
-    return Request(_checked_tile(tile), _checked_segments(segments), cut)
+def checked_request(tile: object, segments: object, cut: str | None, memory: object = None) -> Request:
+    """The user's request. Raises `InputError` for a tile, a memory or segments that make no sense."""
+    if tile is not None and memory is not None:
+        raise InputError("give a tile or a memory, not both: within a memory the planner chooses the tiles")
+    return Request(_checked_tile(tile), _checked_segments(segments), cut, _checked_memory(memory))
 
 
-def _checked_tile(tile: object) -> int | tuple[int, ...]:
+def _checked_memory(memory: object) -> float | None:
+    if isinstance(memory, str):
+        return parse_bytes(memory)
+    if memory is None or (
+        isinstance(memory, (int, float)) and not isinstance(memory, bool) and 0 < memory < 2**63
+    ):
+        return memory
+    raise InputError(f"memory must be bytes, text such as '8GiB', or a share below one; found {memory!r}")
+
+
+def _checked_tile(tile: object) -> int | tuple[int, ...] | None:
+    if tile is None:
+        return None
     numbers = tile if isinstance(tile, (tuple, list)) else (tile,)
     if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
         raise InputError(f"tile must be a positive int, or one per image axis, in pixels; found {tile!r}")
@@ -127,6 +155,7 @@ class StreamedModule(nn.Module):
     request: Request
     verify: bool
     _captures: dict[Any, Captured]
+    _saved: dict[fx.Graph, dict[str, Saved]]
     _probed: dict[Any, tuple[ProbeReport, ...]]
     _prepared: dict[Any, Prepared]
     _last: Prepared | None
@@ -140,7 +169,7 @@ class StreamedModule(nn.Module):
         self.__dict__ |= {parts: model.__dict__[parts] for parts in shared} | {"model": model}
         self.request, self.verify = request, verify
         self.training = model.training
-        self._captures, self._probed, self._prepared, self._last = {}, {}, {}, None
+        self._captures, self._saved, self._probed, self._prepared, self._last = {}, {}, {}, {}, None
         self._told, self._volatile = set(), set()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -194,13 +223,14 @@ class StreamedModule(nn.Module):
 
     def _at_size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[torch.Tensor]) -> Prepared:
         mode = mode_key(self.model, args, kwargs, self._volatile)
-        size = tuple(tuple(tensor.shape) for tensor in tensors)
+        training = self.request.tile is not None or _records(self.model, tensors)
+        size = (*(tuple(tensor.shape) for tensor in tensors), training)
         if (mode, size) not in self._prepared:
             captured = self._captured(mode, args, kwargs, tensors)
             mode = mode_key(self.model, args, kwargs, self._volatile)
             if len(self._prepared) >= MOST_SIZES:
                 del self._prepared[next(iter(self._prepared))]
-            self._prepared[mode, size] = self._prepare(captured, tensors)
+            self._prepared[mode, size] = self._prepare(captured, tensors, training)
         return self._prepared[mode, size]
 
     def _captured(
@@ -225,9 +255,17 @@ class StreamedModule(nn.Module):
                 )
         return known
 
-    def _prepare(self, captured: Captured, tensors: list[torch.Tensor]) -> Prepared:
+    def _prepare(self, captured: Captured, tensors: list[torch.Tensor], training: bool) -> Prepared:
         analysis = analyse(captured, self.model, tensors)
-        plan = make_plan(analysis.locality, self.request)
+        if captured.graph not in self._saved:
+            self._saved[captured.graph] = saved_by(analysis.locality)
+        plan = make_plan(
+            analysis.locality,
+            self.request,
+            training=training,
+            device=tensors[0].device,
+            saved=self._saved[captured.graph],
+        )
         logger.info("%s", plan)
         self._tell_what_stops_the_stream(analysis, plan)
         if plan.is_trivial:
@@ -272,7 +310,12 @@ class StreamedModule(nn.Module):
             warnings.warn(message, StreamingWarning, stacklevel=2)
 
     def extra_repr(self) -> str:
-        return f"tile={self.request.tile}"
+        return f"memory={self.request.memory}" if self.request.tile is None else f"tile={self.request.tile}"
+
+
+def _records(model: nn.Module, tensors: list[torch.Tensor]) -> bool:
+    """Whether this call will be followed by a backward, as far as one can know."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (*model.parameters(), *tensors))
 
 
 def _checked_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:

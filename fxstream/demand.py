@@ -143,6 +143,10 @@ class AxisWalk:
         self._items = tuple((i, place[n.reads[0].producer]) for i, n in enumerate(self._nodes) if n.is_item)
         self._outputs = tuple(place[name] for name in segment.outputs)
 
+    def is_like(self, other: AxisWalk) -> bool:
+        """Whether both walks find the same lengths for the same outputs, as along two axes of a square image."""
+        return self._steps == other._steps and self._outputs == other._outputs
+
     def boxes(self, outputs: Sequence[Interval]) -> dict[str, Interval]:
         """The interval that each node and leaf must hold, for the interval owned of each output."""
         starts, stops = self._walk(outputs)

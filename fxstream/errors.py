@@ -34,11 +34,15 @@ class RuleError(FxstreamError, RuntimeError):
 
 
 class PlanError(FxstreamError, ValueError):
-    """No plan satisfies the request; the message names the smallest that would, `least_tile` in pixels."""
+    """No plan satisfies the request; the message names the smallest that would.
 
-    def __init__(self, message: str, least_tile: int | None = None) -> None:
+    `least_tile` is that in pixels, `least_bytes` that in bytes of memory; None for the one that was not asked for.
+    """
+
+    def __init__(self, message: str, least_tile: int | None = None, least_bytes: int | None = None) -> None:
         super().__init__(message)
         self.least_tile = least_tile
+        self.least_bytes = least_bytes
 
 
 class ProbeError(FxstreamError, RuntimeError):

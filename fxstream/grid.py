@@ -42,6 +42,19 @@ class Grid:
             for t in longest
         ]
 
+    def even(self, count: int) -> int:
+        """How many tiles a grid of `count` really has."""
+        return len(self.outputs(count))
+
+    def is_like(self, other: Grid) -> bool:
+        """Whether both axes have the same tiles."""
+        return self._extents == other._extents and self._walk.is_like(other._walk)
+
+    def inner(self, count: int) -> dict[str, int]:
+        """How many pixels the middle tile of a grid of `count` holds of each node and leaf."""
+        outputs = self.outputs(count)
+        return self._walk.lengths(outputs[len(outputs) // 2], {})[0]
+
     def excess(self, outputs: tuple[Interval, ...]) -> tuple[int, str] | None:
         """By how much of its bound, and of which leaf, the tile that owns `outputs` reads too much."""
         lengths, _ = self._walk.lengths(outputs, {})

@@ -7,20 +7,24 @@ are in pixels of the image, bytes in bytes, MACs of one forward pass; closed for
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from fxstream.check import CheckReport
 from fxstream.closed_form import FieldForm
+from fxstream.comparison import Row, Setting
 from fxstream.planning import Plan
 from fxstream.probe import ProbeReport
 from fxstream.receptive_field import ReceptiveField
 from fxstream.summary import Layer, Summary
 
-__all__ = ["SCHEMA", "as_json", "check_json", "plan_json", "probe_json"]
+__all__ = ["SCHEMA", "as_json", "bench_json", "check_json", "plan_json", "probe_json"]
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
@@ -74,16 +78,6 @@ def as_json(summary: Summary) -> dict[str, Any]:
             for cut in summary.cuts
         ],
         "plan": _or_none(summary.plan, plan_json),
-        "memory": _or_none(
-            summary.memory,
-            lambda memory: {
-                "plain": memory.plain,
-                "streamed": memory.streamed,
-                "boundaries": memory.boundaries,
-                "tile": memory.tile,
-                "not_streamed": memory.rest,
-            },
-        ),
         "probe": [probe_json(report) for report in summary.probe],
     }
 
@@ -133,15 +127,31 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     return {
         "streamed_share": plan.streamed_share,
         "overhead": plan.overhead,
+        "predicted": {
+            "training": plan.prediction.training,
+            "time_ratio": plan.prediction.time_ratio,
+            "plain_bytes": plan.prediction.plain_bytes,
+            "bytes": plan.prediction.bytes,
+            "at": plan.prediction.binding or None,
+            "boundaries": round(plan.prediction.peak.boundaries),
+            "gradients": round(plan.prediction.peak.gradients),
+            "kept": round(plan.prediction.peak.kept),
+            "unit": round(plan.prediction.peak.unit),
+            "weights": round(plan.prediction.peak.weights),
+        },
         "segments": [
             {
                 "name": part.segment.name,
                 "first": part.segment.nodes[0],
                 "last": part.segment.nodes[-1],
+                "first_module": part.first,
+                "last_module": part.last,
                 "operators": len(part.segment.nodes),
                 "grid": [len(tiles) for tiles in part.axes],
                 "tiles": math.prod(len(tiles) for tiles in part.axes),
-                "largest_read": list(part.largest_read(part.segment.leaves[0][0])),
+                "largest_read": list(part.largest(part.segment.leaves[0][0])),
+                "kept": part.kept,
+                "overlap": part.overlap,
                 "overhead": part.overhead,
             }
             for part in plan.segments
@@ -160,6 +170,29 @@ def probe_json(report: ProbeReport) -> dict[str, Any]:
         "mismatches": [str(mismatch) for mismatch in report.mismatches],
         "unprobed": report.unprobed,
         "seconds": report.seconds,
+    }
+
+
+def bench_json(setting: Setting, rows: Sequence[Row]) -> dict[str, Any]:
+    """The rows of a benchmark as plain data."""
+    return {
+        "schema": SCHEMA,
+        **dataclasses.asdict(setting),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "rows": [
+            {
+                "way": row.way.label,
+                "seconds": row.seconds,
+                "peak_bytes": row.peak_bytes,
+                "resident_bytes": row.resident_bytes,
+                "predicted_bytes": row.predicted_bytes,
+                "predicted_time": row.predicted_time,
+                "overhead": row.macs,
+                "failure": row.failure or None,
+            }
+            for row in rows
+        ],
     }
 
 

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from html import escape
 
 from fxstream.report import (
-    bytes_text,
     cut_lines,
     field_text,
     grouped,
-    macs_text,
     probe_lines,
     region_lines,
     tile_lines,
@@ -18,6 +16,7 @@ from fxstream.report import (
 )
 from fxstream.rules import Kind
 from fxstream.summary import Layer, Summary
+from fxstream.units import bytes_text, macs_text
 
 __all__ = ["html_page"]
 

@@ -5,31 +5,31 @@ Needs matplotlib, the extra ``fxstream[plot]``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fxstream.comparison import Row, Setting
 from fxstream.errors import InputError
-from fxstream.report import bytes_text
 from fxstream.summary import Summary
+from fxstream.units import bytes_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["save_plot"]
+__all__ = ["save_pareto", "save_plot"]
 
 PLAIN, TILED, READ, OWNED = "#7a8ba3", "#d9622b", "#f0b48f", "#d9622b"
+CHECKPOINT = "#3b7a57"
 MOST_TILES = 24
 """Tiles per axis up to which the grid is drawn tile by tile."""
 
 
 def save_plot(summary: Summary, path: Path) -> None:
     """Draw the summary into an image file; the form follows its suffix. Raises `InputError` without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install 'fxstream[plot]'") from None
     panels = 3 if summary.plan is not None and summary.plan.segments else 2
-    figure = Figure(figsize=(5.2 * panels, 4.6), layout="constrained")
+    figure = _figure(5.2 * panels, 4.6)
     axes = figure.subplots(1, panels)
     image = "x".join(map(str, summary.image))
     figure.suptitle(f"{summary.name}, image {image}", fontsize=11)
@@ -38,6 +38,14 @@ def save_plot(summary: Summary, path: Path) -> None:
     if panels == 3:
         _draw_tiles(axes[2], summary)
     figure.savefig(path, dpi=150)
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install 'fxstream[plot]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _draw_field(axes: Axes, summary: Summary) -> None:
@@ -66,6 +74,31 @@ def _mark_cut(axes: Axes, summary: Summary, count: int) -> None:
         )
 
 
+def save_pareto(setting: Setting, rows: Sequence[Row], path: Path) -> None:
+    """Time over peak memory of every way that ran. Raises `InputError` without matplotlib."""
+    figure = _figure(6.4, 4.4)
+    axes = figure.subplots()
+    ran = [row for row in rows if not row.failure]
+    plain = next((row for row in ran if row.way.kind == "plain"), None)
+    seconds, unit = (plain.seconds, plain.peak_bytes) if plain else (1.0, 2**30)
+    for kind, color, marker in (("plain", PLAIN, "s"), ("checkpoint", CHECKPOINT, "^"), ("fxstream", TILED, "o")):
+        own = sorted((r.peak_bytes / unit, r.seconds / seconds, r.way.label) for r in ran if r.way.kind == kind)
+        if own:
+            line = "-" if kind == "fxstream" else ""
+            places = [x for x, *_ in own], [y for _, y, _ in own]
+            axes.plot(*places, marker + line, color=color, label=kind)
+        for x, y, label in own:
+            if kind == "fxstream":
+                axes.annotate(label, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    named = " over the plain network's" if plain else ""
+    axes.set(xlabel=f"peak memory{named or ', GiB'}", ylabel=f"time of a step{named or ', s'}")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=9)
+    axes.set_title(f"{setting.target}, {'x'.join(map(str, setting.shape))}", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
 def _draw_memory(axes: Axes, summary: Summary) -> None:
     """Bytes of every layer's result, plain and in the largest tile."""
     places = range(len(summary.layers))
@@ -75,9 +108,9 @@ def _draw_memory(axes: Axes, summary: Summary) -> None:
         axes.bar(places, held, width=1.0, color=TILED, label="largest tile")
     axes.set(xlabel="operator, in the order of the graph", ylabel="MiB")
     title = "activations per layer"
-    if summary.memory is not None:
-        memory = summary.memory
-        title += f": {bytes_text(memory.plain)} plain, peak {bytes_text(memory.streamed)} streamed"
+    if summary.plan is not None:
+        predicted = summary.plan.prediction
+        title += f": peak {bytes_text(predicted.plain_bytes)} plain, {bytes_text(predicted.bytes)} streamed"
     axes.set_title(title, fontsize=10)
     axes.legend(frameon=False, fontsize=9)
 

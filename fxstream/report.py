@@ -5,64 +5,34 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from fxstream.check import CheckReport
 from fxstream.closed_form import FieldForm
+from fxstream.comparison import Row, Setting
 from fxstream.receptive_field import ReceptiveField
 from fxstream.rules import Kind, OpRule
 from fxstream.summary import Layer, Summary
+from fxstream.units import bytes_text, macs_text
 
 __all__ = [
-    "bytes_text",
     "cut_lines",
     "field_text",
     "grouped",
-    "macs_text",
     "probe_lines",
     "progress",
     "region_lines",
     "show",
+    "show_bench",
     "show_check",
     "show_plan",
     "show_rules",
     "tile_lines",
     "window_text",
 ]
-
-
-def bytes_text(count: float) -> str:
-    """Bytes with a binary unit and three digits.
-
-    >>> bytes_text(3.3 * 2**30), bytes_text(1023)
-    ('3.30 GiB', '1023 B')
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return (
-                f"{count:.0f} B"
-                if unit == "B"
-                else f"{count:.{2 if count < 10 else 1 if count < 100 else 0}f} {unit}"
-            )
-        count /= 1024
-    raise AssertionError
-
-
-def macs_text(count: float) -> str:
-    """Multiply-accumulates with a decimal unit.
-
-    >>> macs_text(4.1e9)
-    '4.10 G'
-    """
-    for unit in ("", "k", "M", "G", "T"):
-        if count < 1000 or unit == "T":
-            return (
-                f"{count:.0f}" if not unit else f"{count:.{2 if count < 10 else 1 if count < 100 else 0}f} {unit}"
-            )
-        count /= 1000
-    raise AssertionError
 
 
 def per_axis(texts: Sequence[str]) -> str:
@@ -203,16 +173,9 @@ def cut_lines(summary: Summary) -> list[str]:
 
 def tile_lines(summary: Summary) -> list[str]:
     """Segments, tiles and predicted memory."""
-    if summary.plan is None or summary.memory is None:
+    if summary.plan is None:
         return ["give --tile or --memory for tiles and predicted memory"]
-    memory = summary.memory
-    lines = str(summary.plan).splitlines()
-    lines.append(
-        f"predicted memory of a training step: plain {bytes_text(memory.plain)}, streamed"
-        f" {bytes_text(memory.streamed)} (boundaries {bytes_text(memory.boundaries)}, tile"
-        f" {bytes_text(memory.tile)}, not streamed {bytes_text(memory.rest)})"
-    )
-    return lines
+    return str(summary.plan).splitlines()
 
 
 def probe_lines(summary: Summary) -> list[str]:
@@ -245,6 +208,35 @@ def show_check(report: CheckReport, console: Console, rows: int = 12) -> None:
     console.print(table)
     if len(report.differences) > rows:
         console.print(f"and {len(report.differences) - rows} with smaller errors", highlight=False)
+
+
+def show_bench(setting: Setting, rows: Sequence[Row], console: Console) -> None:
+    """One line per way: seconds and bytes, over those of the plain network, and what was predicted."""
+    plain = next((row for row in rows if row.way.kind == "plain" and not row.failure), None)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", no_wrap=True)
+    for name in ("seconds", "time", "peak", "memory", "predicted", "MACs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        if row.failure:
+            table.add_row(row.way.label, row.failure)
+            continue
+        table.add_row(
+            row.way.label,
+            f"{row.seconds:.2f}",
+            f"{row.seconds / plain.seconds:.2f}x" if plain else "",
+            bytes_text(row.peak_bytes),
+            f"{row.peak_bytes / plain.peak_bytes:.2f}x" if plain else "",
+            bytes_text(row.predicted_bytes) if row.predicted_bytes is not None else "",
+            f"{row.macs:.2f}x" if row.macs is not None else "",
+        )
+    shape = "x".join(map(str, setting.shape))
+    console.print(f"{setting.target}, image {shape}, one training step on {setting.device}", highlight=False)
+    console.print(table)
+    console.print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of processes by turns",
+        highlight=False,
+    )
 
 
 def show_rules(rows: Sequence[OpRule], console: Console) -> None:

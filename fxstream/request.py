@@ -27,19 +27,22 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the user asked for: the tile per axis (or one for all), the segments, the end of the stream.
+    """What the user asked for: a tile per axis (or one for all) or a memory, segments, where streaming ends.
 
-    `segments` is how many segments each region gets, or the module paths that each end one, or None for the
+    Without a tile, tiles are as large as the plan wants them within `memory`: bytes, a share of the device below
+    one, or None for what the device has free. `segments` is how many
+    segments each region gets (at most, within a memory), or the module paths that each end one, or None for the
     planner's choice.
     """
 
-    tile: int | tuple[int, ...]
+    tile: int | tuple[int, ...] | None
     segments: int | tuple[str, ...] | None = None
     cut: str | None = None
+    memory: float | None = None
 
-    def tile_along(self, axis: int, axes: int) -> int:
-        """The bound along one axis, in pixels of the model's input."""
-        if isinstance(self.tile, int):
+    def tile_along(self, axis: int, axes: int) -> int | None:
+        """The bound along one axis, in pixels of the model's input; None for no bound."""
+        if self.tile is None or isinstance(self.tile, int):
             return self.tile
         if len(self.tile) != axes:
             raise PlanError(f"tile={self.tile} has {len(self.tile)} axes, but the image has {axes}: give {axes}")
@@ -47,11 +50,12 @@ class Request:
 
 
 def tile_bounds(locality: Locality, request: Request, extents: Sequence[int]) -> tuple[int, ...]:
-    """The tile scaled to the resolution of a value with these extents, rounded up."""
+    """The tile scaled to the resolution of a value with these extents, rounded up; the extents without a tile."""
     image = image_extents(locality, len(extents))
+    tiles = [request.tile_along(axis, len(extents)) for axis in range(len(extents))]
     return tuple(
-        -(-request.tile_along(axis, len(extents)) * extent // full)
-        for axis, (extent, full) in enumerate(zip(extents, image, strict=True))
+        extent if tile is None else -(-tile * extent // full)
+        for tile, extent, full in zip(tiles, extents, image, strict=True)
     )
 
 

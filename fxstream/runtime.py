@@ -11,7 +11,8 @@ NOTE [the stream as one differentiable function]
 4. Forward and recompute must agree: autocast is saved and restored, and its cache of cast weights is off, for
    a cast made without recording must not serve a recorded use later. Nothing in a tile draws random numbers.
 5. Gradients are computed only for what asks for them; an output without gradient costs nothing.
-6. Double backward and functional transforms are refused: the recorded tile is gone when they would need it.
+6. The graphs of the tiles that the plan keeps are recorded in forward and pulled back first, which frees them.
+7. Double backward and functional transforms are refused: the recorded tile is gone when they would need it.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class TileCall:
     program: int
     leaves: tuple[Subscript, ...]
     outputs: tuple[Subscript | None, ...]
+    is_kept: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,8 @@ def build_stream(locality: Locality, plan: SegmentPlan, labels: tuple[str, ...])
     per_axis = [_class_numbers(tiles) for tiles in plan.axes]
     ranks = [_shape(locality, leaf) for leaf, _ in segment.leaves]
     shapes = tuple(_shape(locality, output) for output in segment.outputs)
-    for tile in plan.tiles():
+    recomputed = plan.tile_count - plan.kept
+    for i, tile in enumerate(plan.tiles()):
         key = tuple(numbers[id(along)] for numbers, along in zip(per_axis, tile, strict=True))
         if key not in classes:
             classes[key] = len(programs)
@@ -93,7 +96,7 @@ def build_stream(locality: Locality, plan: SegmentPlan, labels: tuple[str, ...])
         owned = tuple(
             _owned(locality, tile, k, output, len(shapes[k])) for k, output in enumerate(segment.outputs)
         )
-        calls.append(TileCall(classes[key], leaves, owned))
+        calls.append(TileCall(classes[key], leaves, owned, i >= recomputed))
     return Stream(plan, tuple(programs), tuple(calls), shapes, labels, _sources(locality, segment))
 
 
@@ -147,25 +150,58 @@ def stream_map(stream: Stream, tensors: Sequence[torch.Tensor]) -> tuple[torch.T
         )
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _StreamMap.apply(stream, *tensors)  # type: ignore[no-untyped-call, no-any-return]
-    return _forward(stream, tensors)
+    return _forward(stream, tensors)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """A tile that ran with recording: what it read of the leaves, the small tensors, its results."""
+
+    tiles: list[torch.Tensor]
+    smalls: list[torch.Tensor]
+    results: tuple[torch.Tensor, ...]
+
+
+def _recorded(
+    stream: Stream,
+    call: TileCall,
+    leaves: Sequence[torch.Tensor],
+    smalls: Sequence[torch.Tensor],
+    wanted: Sequence[bool],
+) -> _Recorded:
+    """Run one tile with recording, for gradients of the inputs that are wanted."""
+    with torch.enable_grad():
+        tiles = [
+            tile.requires_grad_(wants)
+            for tile, wants in zip(stream.tile_inputs(call, leaves), wanted, strict=False)
+        ]
+        own = [small.detach().requires_grad_(w) for small, w in zip(smalls, wanted[len(tiles) :], strict=True)]
+        return _Recorded(tiles, own, stream.programs[call.program](*tiles, *own))
 
 
 @torch.no_grad()
-def _forward(stream: Stream, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Rule 1: all tiles, without recording."""
+def _forward(
+    stream: Stream, tensors: Sequence[torch.Tensor], wanted: Sequence[bool] | None = None
+) -> tuple[tuple[torch.Tensor, ...], dict[int, _Recorded]]:
+    """Rule 1: all tiles, without recording but for those that are kept (rule 6), where gradients are wanted."""
     leaves = [tensor.detach() for tensor in tensors[: stream.leaf_count]]
     smalls = [tensor.detach() for tensor in tensors[stream.leaf_count :]]
     outputs: list[torch.Tensor | None] = [None] * len(stream.shapes)
+    kept: dict[int, _Recorded] = {}
     with _Ambient.now(tensors[0].device).restored():
-        for call in stream.calls:
-            tiles = stream.programs[call.program](*stream.tile_inputs(call, leaves), *smalls)
+        for i, call in enumerate(stream.calls):
+            if call.is_kept and wanted is not None:
+                kept[i] = _recorded(stream, call, leaves, smalls, wanted)
+                tiles = kept[i].results
+            else:
+                tiles = stream.programs[call.program](*stream.tile_inputs(call, leaves), *smalls)
             for k, (tile, owned) in enumerate(zip(tiles, call.outputs, strict=True)):
                 if owned is not None:
                     whole = outputs[k]
                     if whole is None:
                         whole = outputs[k] = _allocate(tile, stream.shapes[k])
                     whole[owned] = tile
-    return tuple(output for output in outputs if output is not None)
+    return tuple(output for output in outputs if output is not None), kept
 
 
 def _allocate(tile: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -205,7 +241,7 @@ class _StreamMap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, stream: Stream, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        outputs = _forward(stream, tensors)
+        outputs, ctx.kept = _forward(stream, tensors, ctx.needs_input_grad[1:])
         ctx.save_for_backward(*tensors)
         ctx.stream = stream
         ctx.ambient = _Ambient.now(tensors[0].device)
@@ -232,8 +268,8 @@ class _StreamMap(torch.autograd.Function):
         tensors = ctx.saved_tensors
         sums = _Sums(stream, tensors, ctx.needs_input_grad[1:])
         with ctx.ambient.restored():
-            for call in stream.calls:
-                _pull_back(stream, call, sums, grads, ctx.dtypes)
+            for i in reversed(range(len(stream.calls))):  # kept tiles are the last ones
+                _pull_back(stream, stream.calls[i], sums, grads, ctx.dtypes, ctx.kept.pop(i, None))
         return (None, *sums.gradients())
 
 
@@ -253,13 +289,9 @@ class _Sums:
 
     def __init__(self, stream: Stream, tensors: Sequence[torch.Tensor], wanted: Sequence[bool]) -> None:
         count = stream.leaf_count
-        self._tensors, self._wanted = tensors, wanted
+        self._tensors, self.wanted = tensors, wanted
         self.leaves = [tensor.detach() for tensor in tensors[:count]]
-        self.wanted_leaves = wanted[:count]
-        self.smalls = [
-            tensor.detach().requires_grad_(wants)
-            for tensor, wants in zip(tensors[count:], wanted[count:], strict=True)
-        ]
+        self.smalls = [tensor.detach() for tensor in tensors[count:]]
         self._sums: list[torch.Tensor | None] = [None] * len(tensors)
 
     def add_leaf(self, leaf: int, box: Subscript, gradient: torch.Tensor) -> None:
@@ -281,7 +313,7 @@ class _Sums:
 
     def gradients(self) -> Iterator[torch.Tensor | None]:
         """The sums in the type of their tensor; None where nothing was asked for or nothing flowed."""
-        for tensor, wants, total in zip(self._tensors, self._wanted, self._sums, strict=True):
+        for tensor, wants, total in zip(self._tensors, self.wanted, self._sums, strict=True):
             yield total.to(tensor.dtype) if wants and total is not None else None
 
 
@@ -291,8 +323,9 @@ def _pull_back(
     sums: _Sums,
     grads: Sequence[torch.Tensor | None],
     dtypes: Sequence[torch.dtype],
+    recorded: _Recorded | None,
 ) -> None:
-    """Rule 2 for one tile."""
+    """Rule 2 for one tile, which is run again unless its graph was kept."""
     flowing = [
         (k, grad[owned])
         for k, (grad, owned) in enumerate(zip(grads, call.outputs, strict=True))
@@ -300,12 +333,9 @@ def _pull_back(
     ]
     if not flowing:
         return
-    with torch.enable_grad():
-        tiles = [
-            tile.requires_grad_(wants)
-            for tile, wants in zip(stream.tile_inputs(call, sums.leaves), sums.wanted_leaves, strict=True)
-        ]
-        results = stream.programs[call.program](*tiles, *sums.smalls)
+    if recorded is None:
+        recorded = _recorded(stream, call, sums.leaves, sums.smalls, sums.wanted)
+    tiles, smalls, results = recorded.tiles, recorded.smalls, recorded.results
     pulled = [(results[k], grad) for k, grad in flowing if results[k].requires_grad]
     for k, grad in flowing:
         if results[k].dtype != dtypes[k] or results[k].shape != grad.shape:
@@ -313,7 +343,7 @@ def _pull_back(
                 f"a recomputed tile of `{stream.plan.segment.outputs[k]}` is {results[k].dtype}"
                 f" {list(results[k].shape)}, but forward had {dtypes[k]} {list(grad.shape)}"
             )
-    inputs = [tensor for tensor in (*tiles, *sums.smalls) if tensor.requires_grad]
+    inputs = [tensor for tensor in (*tiles, *smalls) if tensor.requires_grad]
     if not pulled or not inputs:
         return
     outputs, slices = zip(*pulled, strict=True)
@@ -321,6 +351,6 @@ def _pull_back(
     for leaf, tile in enumerate(tiles):
         if tile.requires_grad and (gradient := next(found)) is not None:
             sums.add_leaf(leaf, call.leaves[leaf], gradient)
-    for k, small in enumerate(sums.smalls):
+    for k, small in enumerate(smalls):
         if small.requires_grad and (gradient := next(found)) is not None:
             sums.add_small(k, gradient)

@@ -2,10 +2,6 @@
 
 `summarise` computes, `report`, `page` and `plot` only draw. All sizes are in pixels of the image, bytes are bytes,
 and arithmetic is in multiply-accumulates of one forward pass.
-
-What is predicted of memory, for one training step: the plain network keeps every result that is neither a view nor
-computed in place. The streamed one is at its peak in the backward of some segment, when it holds the
-boundaries up to that segment, the gradients of its inputs and outputs, one of its tiles, and what is not streamed.
 """
 
 from __future__ import annotations
@@ -22,7 +18,8 @@ from torch import fx
 from fxstream.algebra import demands, extent_chains, main_image, receptive_fields
 from fxstream.analysis import Analysis, image_dims
 from fxstream.closed_form import TileForms, extent_form, tile_forms
-from fxstream.functional import UNSTREAMED, WAS_IN_PLACE
+from fxstream.cost import macs_of
+from fxstream.functional import UNSTREAMED
 from fxstream.locality import Locality, Verdict, analyse_locality
 from fxstream.planning import Plan, SegmentPlan, streamable_share, total_bytes, worthwhile
 from fxstream.probe import ProbeReport
@@ -30,16 +27,10 @@ from fxstream.receptive_field import ReceptiveField
 from fxstream.rules import Evaluation, Kind
 from fxstream.sizes import Shape, fold_integers
 
-MATRIX_PRODUCTS = {
-    f"aten::{name}": place
-    for name, place in (("linear", 0), ("mm", 0), ("matmul", 0), ("bmm", 0), ("addmm", 1), ("baddbmm", 1))
-}
-"""Products and which of their tensors ends in the dim that is summed over."""
-CONVOLUTIONS = {f"aten::conv{n}d" for n in (1, 2, 3)}
 BATCH_NORM_TRAINING = 5
 """The place of `training` among the arguments of ``aten::batch_norm``."""
 
-__all__ = ["Cut", "Layer", "Memory", "RegionSummary", "Summary", "predicted_memory", "summarise"]
+__all__ = ["Cut", "Layer", "RegionSummary", "Summary", "summarise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,24 +89,6 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """Predicted bytes of one training step, without parameters: see the module's docstring.
-
-    `boundaries` (with the gradients that are alive) and `tile` are those of the segment at the peak.
-    """
-
-    plain: int
-    boundaries: int
-    tile: int
-    rest: int
-
-    @property
-    def streamed(self) -> int:
-        """The peak of the streamed step."""
-        return self.boundaries + self.tile + self.rest
-
-
-@dataclass(frozen=True, slots=True)
 class Summary:
     """Everything that a report shows."""
 
@@ -129,7 +102,6 @@ class Summary:
     macs: int
     streamed_share: float
     plan: Plan | None
-    memory: Memory | None
     probe: tuple[ProbeReport, ...]
     bound: bool
 
@@ -173,7 +145,6 @@ def summarise(
         macs=sum(layer.macs for layer in layers),
         streamed_share=sum(r.share for r in regions if r.worthwhile),
         plan=plan,
-        memory=predicted_memory(locality, plan) if plan is not None else None,
         probe=tuple(probe),
         bound=analysis.captured.bound,
     )
@@ -204,23 +175,6 @@ def _layer(
         reason=verdict.reason,
         source=verdict.source,
     )
-
-
-def macs_of(locality: Locality, node: str) -> int:
-    """Multiply-accumulates of an operator at full size: local ones by their rule, others if they are products."""
-    footprint, meta = locality.verdicts[node].footprint, locality.metas[node]
-    if footprint is not None or not isinstance(meta, Shape):
-        return footprint.macs if footprint is not None else 0
-    operator = locality.verdicts[node].operator
-    original = locality.nodes[node]
-    shapes = [m.shape for n in original.all_input_nodes if isinstance(m := locality.metas.get(n.name), Shape)]
-    if operator in MATRIX_PRODUCTS and len(shapes) > 1:
-        return math.prod(meta.shape) * shapes[MATRIX_PRODUCTS[operator]][-1]
-    if operator in CONVOLUTIONS and len(shapes) > 1:
-        return math.prod(meta.shape) * math.prod(shapes[1][1:])
-    if operator == "aten::scaled_dot_product_attention" and len(shapes) > 2:
-        return (math.prod(shapes[0]) + math.prod(meta.shape)) * shapes[1][-2]
-    return 0
 
 
 def _window(locality: Locality, node: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
@@ -335,28 +289,8 @@ def _share_with_frozen_batch_norm(analysis: Analysis) -> float:
     return streamable_share(analyse_locality(graph, metas, image_dims(analysis.captured, metas)))
 
 
-def predicted_memory(locality: Locality, plan: Plan) -> Memory:
-    """The prediction that the module's docstring explains."""
-    in_place = {node.name for node in locality.graph.nodes if WAS_IN_PLACE in node.meta}
-    results = [v.node for v in locality.verdicts.values() if v.kind is not Kind.SMALL and v.node not in in_place]
-    inside = {name for segment in plan.segments for name in segment.segment.nodes}
-    plain = sum(kept_bytes(locality, name) for name in results)
-    rest = sum(kept_bytes(locality, name) for name in results if name not in inside)
-    if plan.is_trivial:
-        return Memory(plain, 0, 0, plain)
-    known, peaks = 0, []
-    made = {name for segment in plan.segments for name in segment.segment.outputs}
-    for segment in plan.segments:
-        outputs = locality.activation_bytes(segment.segment.outputs)
-        inputs = locality.activation_bytes([leaf for leaf, _ in segment.segment.leaves if leaf in made])
-        known += outputs
-        tile = round(sum(tile_bytes(locality, segment, name) for name in segment.segment.nodes))
-        peaks.append((known + outputs + inputs, tile))
-    return Memory(plain, *max(peaks, key=sum), rest)
-
-
 def tile_bytes(locality: Locality, plan: SegmentPlan, node: str) -> float:
     """Bytes of a node's result in the largest tile of its segment."""
     extents = locality.value(node).extents
-    held = [max((len(t.boxes[node]) for t in tiles if node in t.boxes), default=0) for tiles in plan.axes]
-    return kept_bytes(locality, node) * math.prod(h / e for h, e in zip(held, extents, strict=True))
+    shares = (held / extent for held, extent in zip(plan.largest(node), extents, strict=True))
+    return kept_bytes(locality, node) * math.prod(shares)

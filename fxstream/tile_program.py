@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,8 +57,9 @@ class _Builder:
         """The call of one node on its crops and pads, cropped to the box that the tile holds."""
         footprint = self._locality.footprint(name)
         before = len(self.graph.nodes)
+        own = _own_padding(footprint, steps)
         served = [
-            self._serve(footprint, read, [step.reads[i] for step in steps])
+            self._serve(footprint, read, [_unpadded(step.reads[i], p) for step, p in zip(steps, own, strict=True)])
             for i, read in enumerate(footprint.reads)
         ]
         if footprint.target is None:
@@ -65,8 +67,9 @@ class _Builder:
         elif footprint.average is not None and any(_is_ragged(footprint, steps)):
             result = self._average(footprint, served[0], steps)
         else:
-            result = self._call(name, footprint, served, steps)
-        self.env[name] = self.cut(result, footprint.dims, [step.result for step in steps])
+            result = self._call(name, footprint, served, steps, **_padding_argument(footprint, own))
+        cuts = [p.result if p else step.result for step, p in zip(steps, own, strict=True)]
+        self.env[name] = self.cut(result, footprint.dims, cuts)
         for node in itertools.islice(reversed(self.graph.nodes), len(self.graph.nodes) - before):
             node.meta = {k: v for k, v in self._original[name].meta.items() if k in TRACED}
 
@@ -161,6 +164,54 @@ class _Builder:
         axes = sorted(zip(footprint.dims, footprint.average, (s.counts for s in steps), strict=True))
         windows = tuple((average.kernel, average.stride, counts) for _, average, counts in axes)
         return self.graph.call_function(average_windows, (served, windows))
+
+
+@dataclass(frozen=True, slots=True)
+class _OwnPadding:
+    """The operator's own padding along one axis, and the cut of what it then yields."""
+
+    width: int
+    result: Cut
+
+
+MOST_EXTRA = 1 / 8
+"""An operator may compute this share of a tile's result in vain to save a padded copy of its input."""
+
+
+def _own_padding(footprint: Footprint, steps: Sequence[AxisStep]) -> list[_OwnPadding | None]:
+    """Along which axes a window operator pads by itself, instead of reading a padded copy.
+
+    It pads both sides, so that on a side where the image goes on it yields pixels too many, which are cut away.
+    """
+    if footprint.average is not None or "padding" not in footprint.overrides:
+        return [None] * len(steps)
+    (read,) = footprint.reads
+    found: list[_OwnPadding | None] = []
+    for axis_map, step in zip(read.maps, steps, strict=True):
+        width, stride, (served,) = -axis_map.first, axis_map.num, step.reads
+        before, after = width - served.before, width - served.after
+        pads = served.before > 0 or served.after > 0
+        if not pads or before < 0 or after < 0 or before % stride or not served.cut.length:
+            found.append(None)
+            continue
+        held = (served.cut.length + 2 * width - (axis_map.last - axis_map.first) - 1) // stride + 1
+        result = Cut(before // stride + step.result.start, step.result.length, held)
+        found.append(_OwnPadding(width, result) if held - result.length <= MOST_EXTRA * held else None)
+    return found
+
+
+def _unpadded(step: ReadStep, own: _OwnPadding | None) -> ReadStep:
+    return ReadStep(step.cut, 0, 0) if own else step
+
+
+def _padding_argument(footprint: Footprint, own: Sequence[_OwnPadding | None]) -> dict[str, list[int]]:
+    """The padding of the call, in the order of the operator's dims; nothing where it has none of its own."""
+    if not any(own):
+        return {}
+    widths = zip(footprint.dims, own, strict=True)
+    return {
+        "padding": [padding.width if padding else 0 for _, padding in sorted(widths, key=lambda pair: pair[0])]
+    }
 
 
 TRACED = ("nn_module_stack", "stack_trace")

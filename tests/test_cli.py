@@ -11,9 +11,9 @@ from torch import nn
 
 import fxstream
 from fxstream.__main__ import main
-from fxstream.budget import parse_bytes
 from fxstream.check import check
 from fxstream.json_form import SCHEMA
+from fxstream.units import parse_bytes
 
 MODEL = """
 import torch
@@ -65,7 +65,7 @@ def test_report(model, capsys):
     assert "output pixel o reads 4*o - 1 .. 4*o + 7 of the image: field 9, stride 4, halo 1+4" in out
     assert "output extent for image extent n: floor((n - 3)/4)" in out
     assert "probe, region 0: 5 of 5 nodes measured, agree with the algebra" in out
-    assert "predicted memory of a training step: plain" in out
+    assert "predicted for a training step: " in out
     table = out.split("\n\n")[1]
     assert all(len(line) <= 80 for line in table.splitlines())
     assert err == ""
@@ -99,11 +99,11 @@ def test_json_is_documented_data(model, capsys):
     assert first["field"][0]["size"] == 3
     assert data["regions"][0]["forms"]["owned"] == ["floor((T - 9)/4) + 1"] * 2
     assert data["plan"]["segments"][0]["tiles"] > 1
-    assert data["memory"]["plain"] > data["memory"]["streamed"]
+    assert data["plan"]["predicted"]["plain_bytes"] > data["plan"]["predicted"]["bytes"] > 0
     assert data["probe"][0]["agrees"] is True
     assert set(data) == {
         "schema", "network", "image", "training", "bound_to_size", "operators", "macs", "activation_bytes",
-        "streamed_share", "layers", "regions", "cuts", "plan", "memory", "probe",
+        "streamed_share", "layers", "regions", "cuts", "plan", "probe",
     }  # fmt: skip
 
 
@@ -127,7 +127,9 @@ def test_plan(model, capsys):
     assert "MACs" in out
     code, out, _ = run(capsys, "plan", f"{model}:build", "--size", 400, "--memory", "1.5MiB", "--json")
     assert code == 0
-    assert json.loads(out)["segments"][0]["tiles"] > 1
+    found = json.loads(out)
+    assert found["segments"][0]["tiles"] > 1
+    assert found["predicted"]["bytes"] <= 1.5 * 2**20 < found["predicted"]["plain_bytes"]
 
 
 def test_check(model, capsys):
@@ -157,9 +159,26 @@ def test_other_shapes(model, capsys):
 
 
 def test_bench_and_rules(model, capsys):
-    code, out, _ = run(capsys, "bench", f"{model}:build", "--size", 100, "--tile", 40)
+    code, out, _ = run(
+        capsys,
+        "bench",
+        f"{model}:build",
+        "--size",
+        100,
+        "--memory",
+        "40%",
+        "--rounds",
+        1,
+        "--json",
+        "--plot",
+        "p.png",
+    )
     assert code == 0
-    assert "ratio" in out
+    found = {row["way"]: row for row in json.loads(out)["rows"]}
+    assert list(found) == ["plain", "checkpoint", "memory 40%"]
+    assert all(row["failure"] is None and row["seconds"] > 0 for row in found.values())
+    assert found["memory 40%"]["peak_bytes"] < found["plain"]["peak_bytes"]
+    assert Path("p.png").read_bytes()[:4] == b"\x89PNG"
     code, out, _ = run(capsys, "rules")
     assert code == 0
     assert "conv2d" in out
@@ -207,14 +226,14 @@ BAD = {
     "leaves the process": (["report", "model.py:leaves", "--size", "64"], "fails with SystemExit"),
     "too little memory": (
         ["plan", "model.py:build", "--size", "99", "--memory", "1kB"],
-        "no tile is predicted to fit",
+        "no plan fits into 1000 B: the least that works is about",
     ),
     "tile and memory": (
         ["plan", "model.py:build", "--size", "99", "--memory", "1GB", "--tile", "9"],
         "give --tile or --memory, not both",
     ),
-    "neither": (["plan", "model.py:build", "--size", "99"], "a plan needs --tile or --memory"),
-    "check without tile": (["check", "model.py:build", "--size", "99"], "check needs a --tile"),
+    "neither": (["plan", "model.py:build", "--size", "99"], "plan needs --tile or --memory"),
+    "check without tile": (["check", "model.py:build", "--size", "99"], "check needs --tile or --memory"),
     "no such cut": (
         ["plan", "model.py:build", "--size", "99", "--tile", "30", "--cut", "layer9"],
         "no module `layer9`",

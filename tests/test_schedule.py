@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from compare import assert_streams, integer_image, make_integer
+from compare import assert_same, assert_streams, integer_image, make_integer, step
 from torch import nn
 
 import fxstream
@@ -67,6 +67,15 @@ def test_a_tile_program_prints_its_crops_and_pads():
     code = streams(module)[0].programs[0].code
     assert "constant_pad_nd" in code
     assert "conv2d" in code
+
+
+def test_a_convolution_pads_by_itself_where_that_computes_little_in_vain():
+    model = make_integer(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.MaxPool2d(3, 2, padding=1)))
+    image = integer_image(1, 2, 96, 90)
+    for tile, copies in ((50, False), (7, True)):
+        module = fxstream.compile(model, tile=tile, segments=1)
+        assert_same(step(module, model, [image]), step(model, model, [image]), 0.0)
+        assert copies == any("constant_pad_nd" in program.code for program in streams(module)[0].programs)
 
 
 def test_the_rewritten_graph_has_one_call_per_segment():
@@ -155,7 +164,7 @@ def test_skipped_tile_is_caught(monkeypatch, when):
     else:
         complete, forward, apply = {}, runtime._forward, runtime._StreamMap.apply
         monkeypatch.setattr("fxstream.rewrite.build_stream", lambda *a: complete.setdefault("stream", build(*a)))
-        monkeypatch.setattr(runtime, "_forward", lambda s, t: forward(complete["stream"], t))
+        monkeypatch.setattr(runtime, "_forward", lambda s, t, w=None: forward(complete["stream"], t, w))
         monkeypatch.setattr(runtime._StreamMap, "apply", lambda s, *t: apply(without_last_tile(s), *t))
     assert caught()
 
@@ -163,9 +172,7 @@ def test_skipped_tile_is_caught(monkeypatch, when):
 def test_stale_plan_is_caught(monkeypatch):
     known = {}
     real = planning.make_plan
-    monkeypatch.setattr(
-        "fxstream.compiler.make_plan", lambda loc, request: known.setdefault("plan", real(loc, request))
-    )
+    monkeypatch.setattr("fxstream.compiler.make_plan", lambda *a, **k: known.setdefault("plan", real(*a, **k)))
     model = network()
     module = fxstream.compile(model, tile=15, segments=1)
     assert torch.equal(module(image := integer_image(1, 2, 31, 26)), model(image))
@@ -180,7 +187,7 @@ def test_wrong_fill_is_caught(monkeypatch):
         model[0].weight.fill_(1.0)
         model[0].bias.fill_(-9.0)
     with pytest.raises(AssertionError):
-        assert_streams(model, integer_image(1, 1, 20, 20), tile=9, segments=1, tolerance=0.0, verify=False)
+        assert_streams(model, integer_image(1, 1, 21, 21), tile=9, segments=1, tolerance=0.0, verify=False)
 
 
 def test_box_that_starts_late_is_caught(monkeypatch):

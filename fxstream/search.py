@@ -1,0 +1,337 @@
+"""The fastest exact plan within a memory budget.
+
+NOTE [the search]
+1. The graph is a sequence of streamed regions with ordinary operators between them. A region may be cut at the
+   places of `boundaries`; each stretch between two places is either streamed, in one of many grids, or left in the
+   ordinary graph, where nothing is computed twice and everything is kept.
+2. What a stretch adds to what is held until its backward (its outputs; all that autograd keeps, where it is not
+   streamed) burdens later stretches only: they are gone when earlier ones run backward. So deep stretches, whose
+   maps are small, are kept almost for free. A state of the search is what is held so far and the seconds so far;
+   states that hold more and take longer than another are dropped. Each step must fit: held + gradients + one tile
+   <= budget.
+3. The time of a stretch is forward, recomputation and backward of its tiles, by the cost model (`cost`).
+4. Without recording nothing is held, and a stretch needs its inputs, its outputs and one tile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fxstream.boundaries import Places
+from fxstream.cost import Costs, Machine, bytes_of
+from fxstream.demand import make_segment
+from fxstream.errors import PlanError
+from fxstream.grid import Grid
+from fxstream.locality import Locality
+from fxstream.prediction import shares_along
+from fxstream.request import Request
+from fxstream.saved import Saved
+from fxstream.units import bytes_text
+
+__all__ = ["Search", "Stretch"]
+
+MOST_PLACES = 16
+"""Places considered per region; their pairs are what planning time goes into."""
+MOST_STATES = 40
+"""States kept per place of the search."""
+STEP = 1.3
+"""Ratio of one number of tiles along an axis that is tried to the next."""
+LARGEST_OVERHEAD = 6.0
+"""Grids that cost more than this many times the seconds of the plain stretch are not tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """One streamed stretch of a region: its nodes and its number of tiles along each axis."""
+
+    nodes: tuple[str, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """One way to run a stretch: what it needs at once, what it adds to what is held, its seconds."""
+
+    stretch: Stretch | None
+    needs: float
+    holds: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """A way to run everything up to a place; `peak` is the largest need so far and `binding` the node there."""
+
+    held: float = 0.0
+    seconds: float = 0.0
+    peak: float = 0.0
+    binding: str = ""
+    streamed: tuple[Stretch, ...] = ()
+
+
+class Search:
+    """The search of one network at one image size, for any budget.
+
+    `parts` are the runs of nodes that may be streamed, in the order of the graph.
+    """
+
+    def __init__(
+        self,
+        locality: Locality,
+        saved: Mapping[str, Saved],
+        machine: Machine,
+        parts: Sequence[tuple[str, ...]],
+        request: Request,
+        training: bool,
+    ) -> None:
+        self._locality, self._training = locality, training
+        self._most = request.segments if isinstance(request.segments, int) else None
+        regions = [_Region(locality, saved, machine, part, request, training) for part in parts]
+        inside = {name for part in parts for name in part}
+        place = {name: i for i, name in enumerate(saved)}
+        starts = [place[part[0]] for part in parts]
+        ordinary: list[list[str]] = [[] for _ in range(len(parts) + 1)]
+        for name in saved:
+            if name not in inside:
+                ordinary[sum(start < place[name] for start in starts)].append(name)
+        self._sequence: list[_Region | _Ordinary] = []
+        for k, nodes in enumerate(ordinary):
+            if nodes:
+                self._sequence.append(_Ordinary(Costs(locality, machine, saved, nodes), training))
+            if k < len(regions):
+                self._sequence.append(regions[k])
+
+    def within(self, budget: float) -> tuple[Stretch, ...]:
+        """The streamed stretches of the fastest plan that needs no more than `budget` bytes.
+
+        Raises `PlanError` where nothing fits, naming the least that a plan needs and the node that needs it.
+        """
+        found = self._run(budget)
+        if found is not None:
+            return found.streamed
+        least = self._run(None)
+        assert least is not None
+        verdict = self._locality.verdicts[least.binding]
+        source = f" ({verdict.source})" if verdict.source else ""
+        raise PlanError(
+            f"no plan fits into {bytes_text(budget)}: the least that works is about {bytes_text(least.peak)},"
+            f" which `{verdict.module or verdict.node}`{source} needs; give that much, or a smaller image",
+            least_bytes=math.ceil(least.peak),
+        )
+
+    def _run(self, budget: float | None) -> _State | None:
+        """The fastest way within the budget, without one the way that needs the least; None if there is none."""
+        weights = [part.weights for part in self._sequence]
+        states = [_State()]
+        for k, part in enumerate(self._sequence):
+            behind = sum(weights[k + 1 :])
+            if isinstance(part, _Ordinary):
+                states = _best(
+                    [s for state in states for s in _extended(state, [part.option], behind, budget, part.binding)],
+                    budget,
+                )
+            else:
+                states = self._through(part, states, behind, budget)
+        return min(states, key=lambda s: s.peak if budget is None else s.seconds) if states else None
+
+    def _through(self, region: _Region, states: list[_State], behind: float, budget: float | None) -> list[_State]:
+        """The states behind a region, from those before it."""
+        before = {state.streamed for state in states}
+        shortest = min(map(len, before), default=0)
+        at: dict[int, list[_State]] = {-1: states}
+        for end in region.ends:
+            found: list[_State] = []
+            for start in (-1, *(e for e in region.ends if e < end)):
+                options, binding = region.options(start, end), region.binding(start, end)
+                for state in at[start]:
+                    found += _extended(state, options, behind + region.weights_behind(end), budget, binding)
+            if self._most is not None:
+                found = [state for state in found if len(state.streamed) - shortest <= self._most]
+            at[end] = _best(found, budget)
+        return at[region.ends[-1]]
+
+
+def _extended(
+    state: _State, options: Sequence[_Option], weights: float, budget: float | None, binding: str
+) -> Iterator[_State]:
+    """The state after one more stretch: unstreamed, and streamed in the fastest grid that fits, where these fit.
+
+    Options come fastest first. Without a budget each is taken in the grid that needs the least.
+    """
+    streamed = [option for option in options if option.stretch is not None]
+    ordinary = [option for option in options if option.stretch is None]
+    for choices in (ordinary, streamed):
+        if budget is None:
+            fitting = min(choices, key=lambda option: option.needs, default=None)
+        else:
+            fitting = next((o for o in choices if state.held + o.needs + weights <= budget), None)
+        if fitting is not None:
+            needs = state.held + fitting.needs + weights
+            more = (fitting.stretch,) if fitting.stretch is not None else ()
+            yield _State(
+                state.held + fitting.holds,
+                state.seconds + fitting.seconds,
+                max(state.peak, needs),
+                binding if needs > state.peak else state.binding,
+                (*state.streamed, *more),
+            )
+
+
+def _best(states: list[_State], budget: float | None) -> list[_State]:
+    """The states that no other beats in both what is held and in seconds (without a budget: in the peak)."""
+    best: list[_State] = []
+    least = math.inf
+    for state in sorted(states, key=lambda s: (s.held, s.peak if budget is None else s.seconds)):
+        other = state.peak if budget is None else state.seconds
+        if other < least:
+            least = other
+            best.append(state)
+    if len(best) <= MOST_STATES:
+        return best
+    return [best[i * (len(best) - 1) // (MOST_STATES - 1)] for i in range(MOST_STATES)]
+
+
+class _Ordinary:
+    """Operators outside of all regions."""
+
+    def __init__(self, costs: Costs, training: bool) -> None:
+        part, ones = costs.part(), torch.ones(len(costs.nodes), dtype=torch.float64)
+        profile = part.profile(ones) if training else part.profile_unrecorded(ones)
+        forward, backward = map(float, part.seconds(ones))
+        holds = float(profile[part.turn]) if training else 0.0
+        self.option = _Option(None, float(profile.max()), holds, forward + backward * training)
+        self.weights = float(costs.weight_gradients.sum()) * training
+        self.binding = max(costs.nodes, key=lambda name: costs.sizes[costs.place[name]])
+
+
+@dataclass(frozen=True, slots=True)
+class _Grids:
+    """The grids of the stretches that end at one place: tiles along each axis, in all, and what one holds."""
+
+    counts: list[tuple[int, ...]]
+    tiles: torch.Tensor
+    shares: torch.Tensor
+
+
+class _Region:
+    """A region with the costs of all of its stretches."""
+
+    def __init__(
+        self,
+        locality: Locality,
+        saved: Mapping[str, Saved],
+        machine: Machine,
+        nodes: tuple[str, ...],
+        request: Request,
+        training: bool,
+    ) -> None:
+        self._locality, self._nodes, self._training = locality, nodes, training
+        self._request = Request(None)
+        self._costs = Costs(locality, machine, saved, nodes)
+        self._bandwidth = machine.bandwidth
+        places = Places(locality, nodes)
+        if isinstance(request.segments, tuple):
+            chosen = places.behind(request.segments)
+        else:
+            chosen = [] if request.segments == 1 else list(places.candidates(MOST_PLACES))
+        self.ends = sorted({*chosen, len(nodes) - 1})
+        live = places.live()
+        live[-1] = list(make_segment(locality, "", nodes).outputs)
+        self._live = {end: live[end] for end in self.ends} | {-1: []}
+        self._of = {name: i for i, name in enumerate(nodes)}
+        gradients = self._costs.weight_gradients * training
+        self.weights = float(gradients.sum())
+        self._weights_up_to = torch.cat([torch.zeros(1, dtype=torch.float64), gradients.cumsum(0)])
+        self._grids: dict[int, _Grids] = {}
+        self._options: dict[tuple[int, int], list[_Option]] = {}
+
+    def weights_behind(self, end: int) -> float:
+        """Bytes of the gradients of the weights behind a place."""
+        return self.weights - float(self._weights_up_to[end + 1])
+
+    def binding(self, start: int, end: int) -> str:
+        """The node of a stretch with the largest result."""
+        stretch = range(start + 1, end + 1)
+        return self._nodes[max(stretch, key=lambda i: self._costs.sizes[i])]
+
+    def options(self, start: int, end: int) -> list[_Option]:
+        """All ways to run the nodes behind place `start` up to place `end`, fastest first."""
+        if (start, end) not in self._options:
+            self._options[start, end] = sorted(self._ways(start, end), key=lambda option: option.seconds)
+        return self._options[start, end]
+
+    def _ways(self, start: int, end: int) -> Iterator[_Option]:
+        part, grids = self._costs.part(start + 1, end + 1), self._grids_at(end)
+        ones = torch.ones(len(self._nodes), dtype=torch.float64)
+        made = sum(self._bytes(name) for name in self._live[end] if self._of[name] > start)
+        inputs = sum(self._bytes(name) for name in self._live[start])
+        forward, backward = part.seconds(ones)
+        plain = float(forward + backward * self._training)
+        if self._training:
+            profile = part.profile(ones)
+            gradients = inputs + sum(self._bytes(name) for name in self._live[end])
+            yield _Option(None, float(profile.max()) + gradients, float(profile[part.turn]), plain)
+        else:
+            yield _Option(None, float(part.profile_unrecorded(ones).max()) + inputs, 0.0, plain)
+        tile_forward, tile_backward = part.seconds(grids.shares)
+        copies = (made + self._training * (made + inputs)) / self._bandwidth
+        if self._training:
+            boxes = sum(
+                (grids.shares[:, self._of[n]] * self._bytes(n) for n in self._live[start]), torch.zeros(())
+            )
+            own = float(self._weights_up_to[end + 1] - self._weights_up_to[start + 1])
+            needs = part.profile(grids.shares).amax(-1) + boxes + gradients + own
+            seconds = grids.tiles * (2 * tile_forward + tile_backward) + copies
+        else:
+            needs = part.profile_unrecorded(grids.shares).amax(-1) + inputs + made
+            seconds = grids.tiles * tile_forward + copies
+        for counts, need, spent in zip(grids.counts, needs.tolist(), seconds.tolist(), strict=True):
+            if spent <= LARGEST_OVERHEAD * plain:
+                stretch = Stretch(self._nodes[start + 1 : end + 1], counts)
+                yield _Option(stretch, need, made if self._training else 0.0, spent)
+
+    def _bytes(self, name: str) -> int:
+        return bytes_of(self._locality, name)
+
+    def _grids_at(self, end: int) -> _Grids:
+        """Grids of all sizes for the stretches that end at a place, and the shares of an inner tile."""
+        if end not in self._grids:
+            run = make_segment(self._locality, "", self._nodes[: end + 1])
+            axes = range(len(self._locality.footprint(run.outputs[0]).dims))
+            grids = [Grid(self._locality, run, self._request, axis) for axis in axes]
+            finest = max(grid.finest for grid in grids)
+            known: dict[tuple[int, int], torch.Tensor] = {}
+            like = [next(j for j in axes if grids[j].is_like(grids[i])) for i in axes]
+
+            def held(axis: int, count: int) -> torch.Tensor:
+                key = like[axis], count
+                if key not in known:
+                    lengths = grids[axis].inner(count)
+                    known[key] = shares_along(self._locality, self._nodes, axis, lengths)
+                return known[key]
+
+            found: dict[tuple[int, ...], torch.Tensor] = {}
+            for wanted in _numbers(finest, len(axes)):
+                counts = tuple(
+                    grid.even(-(-w * grid.finest // finest)) for w, grid in zip(wanted, grids, strict=True)
+                )
+                if counts not in found:
+                    along = [held(axis, count) for axis, count in zip(axes, counts, strict=True)]
+                    found[counts] = torch.stack(along).prod(0)
+            tiles = torch.tensor([math.prod(counts) for counts in found], dtype=torch.float64)
+            self._grids[end] = _Grids(list(found), tiles, torch.stack(list(found.values())))
+        return self._grids[end]
+
+
+def _numbers(finest: int, axes: int) -> Iterator[tuple[int, ...]]:
+    """Numbers of tiles along each axis to consider: equal along all, and one fewer step along the last."""
+    count, before = 1, None
+    while count <= finest:
+        if before is not None and axes > 1:
+            yield (*[count] * (axes - 1), before)
+        yield (count,) * axes
+        count, before = max(count + 1, int(count * STEP)), count

@@ -1,0 +1,132 @@
+"""The tiles of one segment: the grid along each axis, and what they cost together."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fxstream.box import EMPTY, Box
+from fxstream.demand import AxisTile, Segment
+from fxstream.errors import PlanError
+from fxstream.grid import Grid
+from fxstream.locality import Locality
+from fxstream.request import Request, image_extents, leaf_extents, output_extents
+from fxstream.sizes import Shape
+
+__all__ = ["SegmentPlan", "arithmetic", "plan_segment"]
+
+
+def arithmetic(locality: Locality, nodes: Sequence[str]) -> dict[str, int]:
+    """Arithmetic of each node at full size: multiply-accumulates, and one per element written."""
+    costs = {}
+    for name in nodes:
+        meta = locality.metas[name]
+        elements = math.prod(meta.shape) if isinstance(meta, Shape) else 0
+        costs[name] = locality.footprint(name).macs + elements
+    return costs
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class SegmentPlan:
+    """A segment and its tiles: along each axis, and every combination of them.
+
+    The graphs of the last `kept` tiles are kept from forward to backward, the others are recomputed. `first` and
+    `last` are the module paths where it begins and ends.
+    """
+
+    segment: Segment
+    axes: tuple[tuple[AxisTile, ...], ...]
+    arithmetic: int
+    streamed_arithmetic: float
+    overlap: float
+    first: str
+    last: str
+    kept: int = 0
+
+    @property
+    def overhead(self) -> float:
+        """Arithmetic of all tiles over that of the plain segment, in one forward pass."""
+        return self.streamed_arithmetic / max(1, self.arithmetic)
+
+    @property
+    def tile_count(self) -> int:
+        """Number of tiles."""
+        return math.prod(len(tiles) for tiles in self.axes)
+
+    def tiles(self) -> Iterator[tuple[AxisTile, ...]]:
+        """The tiles in the order in which they run."""
+        return itertools.product(*self.axes)
+
+    def leaf_box(self, leaf: str, tile: Sequence[AxisTile]) -> Box:
+        """What a tile reads of a leaf, in pixels of the leaf; empty where it owns nothing that needs the leaf."""
+        return Box(tuple(along.boxes.get(leaf, EMPTY) for along in tile))
+
+    def largest(self, node: str) -> tuple[int, ...]:
+        """The longest interval that a tile holds of a node or leaf, along each axis."""
+        return tuple(max(len(tile.boxes.get(node, EMPTY)) for tile in tiles) for tiles in self.axes)
+
+    def __str__(self) -> str:
+        grid = " x ".join(str(len(tiles)) for tiles in self.axes)
+        leaf, others = self.segment.leaves[0][0], len(self.segment.leaves) - 1
+        reads = f"{'x'.join(map(str, self.largest(leaf)))} of `{leaf}`"
+        reads += f" and {others} more" if others else ""
+        kept = f", {self.kept} of them kept" if self.kept else ""
+        return (
+            f"{self.segment.name}: {self.first} .. {self.last} ({len(self.segment.nodes)} nodes),"
+            f" {grid} tiles{kept}, largest read {reads}, overlap {self.overlap:.0%}, {self.overhead:.2f}x MACs"
+        )
+
+    __repr__ = __str__
+
+
+def plan_segment(
+    locality: Locality, segment: Segment, request: Request, counts: Sequence[int] | None = None
+) -> SegmentPlan:
+    """The tiles of one segment: so many along each axis, or the fewest whose reads the request allows.
+
+    Raises `PlanError` where no tile fits, naming the smallest that does and the node that needs it.
+    """
+    axes = len(locality.footprint(segment.outputs[0]).dims)
+    grids = [Grid(locality, segment, request, axis) for axis in range(axes)]
+    tiles = []
+    for grid, count in zip(grids, [grid.count() for grid in grids] if counts is None else counts, strict=True):
+        if count is None:
+            raise _too_small(locality, segment, request, grid)
+        tiles.append(grid.tiles(count))
+    costs = arithmetic(locality, segment.nodes)
+    streamed = sum(plain * _repeated(tiles, name, output_extents(locality, name)) for name, plain in costs.items())
+    overlap = max(
+        1 - 1 / max(1.0, _repeated(tiles, leaf, leaf_extents(locality, leaf, dims)))
+        for leaf, dims in segment.leaves
+    )
+    ends = [locality.verdicts[segment.nodes[i]] for i in (0, -1)]
+    first, last = (verdict.module or verdict.node for verdict in ends)
+    return SegmentPlan(segment, tuple(tiles), sum(costs.values()), streamed, overlap, first, last)
+
+
+def _repeated(axes: Sequence[Sequence[AxisTile]], name: str, extents: Sequence[int]) -> float:
+    """How often the pixels of a node or leaf are held, on average over its pixels."""
+    return math.prod(
+        sum(len(tile.boxes.get(name, ())) for tile in tiles) / extent
+        for tiles, extent in zip(axes, extents, strict=True)
+    )
+
+
+def _too_small(locality: Locality, segment: Segment, request: Request, grid: Grid) -> PlanError:
+    """The five parts of the error on a tile that one output pixel does not fit in."""
+    pixels, leaf, bound = grid.least()
+    verdict = locality.verdicts[segment.outputs[-1]]
+    dims = dict(segment.leaves)[leaf]
+    extent = leaf_extents(locality, leaf, dims)[grid.axis]
+    full = image_extents(locality, len(dims))[grid.axis]
+    least = (pixels - 1) * full // extent + 1
+    where = f" ({verdict.source})" if verdict.source else ""
+    message = (
+        f"tile={request.tile} is too small along axis {grid.axis}: one output pixel of"
+        f" `{verdict.module or verdict.node}`{where} reads {pixels} pixels of `{leaf}`, and this tile holds"
+        f" {bound}. The smallest tile that works here is {least}; more segments, or a cut before"
+        f" `{verdict.module or verdict.node}`, need less."
+    )
+    return PlanError(message, least)

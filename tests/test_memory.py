@@ -1,0 +1,258 @@
+"""Plans within a memory: they fit, they are exact, they say what they cost; and the cost model itself."""
+
+import itertools
+
+import pytest
+import torch
+from compare import assert_same, integer_image, make_integer, step
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import fxstream
+from fxstream.bench import measure
+from fxstream.comparison import checkpointed
+from fxstream.cost import Costs, Machine, macs_of
+from fxstream.planning import make_plan
+from fxstream.prediction import plain_costs
+from fxstream.request import Request
+from fxstream.saved import saved_by
+from fxstream.units import parse_bytes
+from fxstream.zoo import build
+
+CPU = Machine.of(torch.device("cpu"))
+
+
+class UNet(nn.Module):
+    """Two levels down and up again, so that several tensors cross a boundary."""
+
+    def __init__(self, channels=4):
+        super().__init__()
+        self.down = nn.ModuleList(nn.Conv2d(c, channels, 3, padding=1) for c in (2, channels, channels))
+        self.up = nn.ModuleList(nn.Conv2d(2 * channels, channels, 3, padding=1) for _ in range(2))
+        self.last = nn.Conv2d(channels, 2, 1)
+
+    def forward(self, x):
+        skips = []
+        for conv in self.down:
+            x = F.relu(conv(x))
+            skips.append(x)
+            x = F.max_pool2d(x, 2)
+        x = F.interpolate(x, scale_factor=2.0)
+        for conv, skip in zip(self.up, skips[-1:0:-1], strict=True):
+            x = F.interpolate(F.relu(conv(torch.cat([x, skip], 1))), scale_factor=2.0)
+        return self.last(x)
+
+
+def plain_network():
+    layers = [nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(8, 4, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def backward_step(module, model, image):
+    model.zero_grad()
+    module(image).sum().backward()
+
+
+@pytest.mark.parametrize("network", [plain_network, UNet])
+@pytest.mark.parametrize("share", [0.9, 0.7, 0.5, 0.4, 0.3])
+def test_within_a_memory_it_is_exact_and_fits(network, share):
+    torch.manual_seed(0)
+    model, image = make_integer(network()), integer_image(2, 2, 96, 128)
+    wanted = step(model, model, [image])
+    peak = measure(lambda: backward_step(model, model, image)).peak_bytes
+    module = fxstream.compile(model, memory=int(share * peak))
+    assert_same(step(module, model, [image]), wanted, 0.0)
+    assert not module.plan.is_trivial
+    predicted, found = module.plan.prediction, measure(lambda: backward_step(module, model, image)).peak_bytes
+    assert predicted.bytes <= share * peak
+    assert 0.85 < predicted.bytes / found < 1.15
+
+
+def test_everything_fits_and_nothing_is_streamed():
+    model = plain_network()
+    module = fxstream.compile(model, memory="1GiB")
+    module(torch.randn(1, 2, 64, 64))
+    assert module.plan.is_trivial
+    assert module.plan.prediction.time_ratio == 1.0
+
+
+def test_more_memory_is_never_slower():
+    locality = fxstream.analyze(UNet(), 256, channels=2).locality
+    plain, _ = plain_costs(locality, saved_by(locality), CPU, True)
+    times = [
+        make_plan(locality, Request(None, memory=int(share * plain))).prediction.time_ratio
+        for share in (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+    ]
+    assert all(b <= a + 0.02 for a, b in itertools.pairwise(times))
+    assert times[-1] == 1.0
+
+
+def test_graphs_of_tiles_are_kept_where_there_is_room_and_computed_once(monkeypatch):
+    model = make_integer(nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()))
+    image = integer_image(1, 2, 80, 80)
+    locality = fxstream.analyze(model, 80, channels=2).locality
+    least = make_plan(locality, Request(None, segments=1, memory=2**40)).prediction.plain_bytes
+    for share in (0.85, 0.9, 0.95):
+        module = fxstream.compile(model, memory=int(share * least), segments=1, verify=False)
+        wanted = step(model, model, [image])
+        assert_same(step(module, model, [image]), wanted, 0.0)
+        assert_same(step(module, model, [image]), wanted, 0.0)
+
+
+def kept_everywhere(module):
+    """The same plan with the graphs of all but the first tile of each segment kept."""
+    import dataclasses
+
+    from fxstream.rewrite import rewrite
+
+    last = module._last
+    segments = tuple(dataclasses.replace(s, kept=s.tile_count - 1) for s in last.plan.segments)
+    plan = dataclasses.replace(last.plan, segments=segments)
+    streamed = rewrite(last.analysis.captured, last.analysis.locality, plan)
+    for key, prepared in module._prepared.items():
+        if prepared is last:
+            module._prepared[key] = dataclasses.replace(last, plan=plan, streamed=streamed)
+
+
+@pytest.mark.parametrize("network", [plain_network, UNet])
+def test_kept_graphs_give_the_same_gradients_twice_and_without_recomputation(network):
+    model, image = make_integer(network()), integer_image(2, 2, 40, 48)
+    module = fxstream.compile(model, tile=26, segments=2)
+    wanted = step(model, model, [image])
+    module(image)
+    kept_everywhere(module)
+    assert_same(step(module, model, [image]), wanted, 0.0)
+    model.zero_grad()
+    y = module(image)
+    calls = []
+    for stream in [m.stream for m in module._last.streamed.modules() if hasattr(m, "stream")]:
+        for program in stream.programs:
+            forward = program.forward
+            program.forward = lambda *a, f=forward: (calls.append(1), f(*a))[1]
+    y.sum().backward(retain_graph=True)
+    assert len(calls) == len(module._last.plan.segments)  # one tile of each is recomputed
+    once = [p.grad.clone() for p in model.parameters()]
+    y.sum().backward()  # the kept graphs are gone: all tiles are recomputed
+    assert all(torch.equal(p.grad, 2 * g) for p, g in zip(model.parameters(), once, strict=True))
+
+
+def test_too_little_memory_names_the_least_and_the_least_works():
+    model = plain_network()
+    with pytest.raises(
+        fxstream.PlanError, match=r"no plan fits into 1\.00 KiB: the least that works is about .*`"
+    ):
+        fxstream.plan(model, 256, memory="1KiB", channels=2)
+    try:
+        fxstream.plan(model, 256, memory="1KiB", channels=2)
+    except fxstream.PlanError as error:
+        least = error.least_bytes
+    plan = fxstream.plan(model, 256, memory=int(1.05 * least), channels=2)
+    assert plan.prediction.bytes <= 1.05 * least
+
+
+def test_a_call_without_gradients_needs_less():
+    model, image = make_integer(plain_network()), integer_image(1, 2, 128, 128)
+    module = fxstream.compile(model, memory="400KiB")
+    with torch.no_grad():
+        assert torch.equal(module(image), model(image))
+        found = measure(lambda: module(image)).peak_bytes
+    assert not module.plan.prediction.training
+    assert 0.8 < module.plan.prediction.bytes / found < 1.2
+    with pytest.raises(fxstream.PlanError):
+        fxstream.compile(model, memory="60KiB")(image)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"memory": "lots"}, "no amount of memory"),
+        ({"memory": 0}, "memory must be bytes"),
+        ({"memory": True}, "memory must be bytes"),
+        ({"memory": -1.0}, "memory must be bytes"),
+        ({"memory": float("nan")}, "memory must be bytes"),
+        ({"memory": "1GiB", "tile": 64}, "not both"),
+    ],
+)
+def test_bad_requests(arguments, message):
+    with pytest.raises(fxstream.InputError, match=message):
+        fxstream.compile(nn.Conv2d(1, 1, 3), **arguments)
+
+
+def test_no_request_takes_what_is_free():
+    module = fxstream.compile(plain_network())
+    module(torch.randn(1, 2, 32, 32))
+    assert module.plan.is_trivial
+    half = fxstream.compile(plain_network(), memory=0.5)
+    half(torch.randn(1, 2, 32, 32))
+    assert half.plan.is_trivial
+
+
+NETWORKS = ["torchvision/resnet18", "torchvision/densenet121", "torchvision/mobilenet_v2", "torchvision/vgg11"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_predicted_peak_of_the_plain_network(name):
+    model, image = fxstream.freeze_batch_norm(build(name)), torch.randn(1, 3, 160, 160)
+    locality = fxstream.analyze(model, 160).locality
+    backward_step(model, model, image)
+    found = measure(lambda: backward_step(model, model, image)).peak_bytes
+    predicted, _ = plain_costs(locality, saved_by(locality), CPU, True)
+    assert predicted == pytest.approx(found, rel=0.03)
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "timm/convnext_atto"])
+def test_predicted_macs_are_those_that_torch_counts(name):
+    model = build(name).eval()
+    locality = fxstream.analyze(model, 96).locality
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(1, 3, 96, 96))
+    assert 2 * sum(macs_of(locality, name) for name in locality.verdicts) == counter.get_total_flops()
+
+
+def test_macs_of_tiles_are_those_that_torch_counts():
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 5, stride=2))
+    image = torch.randn(1, 2, 90, 70)
+    module = fxstream.compile(model, tile=40, segments=1, verify=False)
+    with torch.no_grad():
+        module(image)
+        with FlopCounterMode(display=False) as counter:
+            module(image)
+    (segment,) = module.plan.segments
+    locality = module._last.analysis.locality
+    tiles = sum(
+        macs_of(locality, name)
+        * torch.tensor([
+            sum(len(t.boxes[name]) for t in along) / extent
+            for along, extent in zip(segment.axes, locality.value(name).extents, strict=True)
+        ]).double().prod().item()
+        for name in segment.segment.nodes
+    )  # fmt: skip
+    assert 2 * tiles == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_lifetimes_on_a_chain_by_hand():
+    """Two convolutions and a relu between: kept are the first's input (outside), the relu's result."""
+    model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.ReLU(), nn.Conv2d(1, 1, 1, bias=False))
+    locality = fxstream.analyze(model, 10, channels=1).locality
+    saved = saved_by(locality)
+    part = Costs(locality, CPU, saved, tuple(saved)).part()
+    levels = (part.profile(torch.ones(3, dtype=torch.float64)) / 400).tolist()
+    # forward: conv; conv and relu; relu and conv. backward: relu, conv, new gradient, and so on; weights are 4 bytes
+    assert levels[:3] == [1.0, 2.0, 2.0]
+    assert levels[3] == pytest.approx(3 + 4 / 400)  # relu, result, gradient of relu
+    assert levels[5] < levels[3]
+
+
+def test_units():
+    assert parse_bytes("1.5KiB") == 1536
+
+
+def test_checkpointed_is_the_same_network():
+    model = build("torchvision/resnet18").eval()
+    image = torch.randn(1, 3, 64, 64)
+    wanted = step(model, model, [image])
+    peak = measure(lambda: backward_step(model, model, image)).peak_bytes
+    other = checkpointed(model)
+    assert_same(step(other, other, [image]), wanted, 1e-5)
+    assert measure(lambda: backward_step(other, other, image)).peak_bytes < 0.95 * peak
