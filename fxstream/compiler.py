@@ -224,7 +224,8 @@ class StreamedModule(nn.Module):
     def _at_size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[torch.Tensor]) -> Prepared:
         mode = mode_key(self.model, args, kwargs, self._volatile)
         training = self.request.tile is not None or _records(self.model, tensors)
-        size = (*(tuple(tensor.shape) for tensor in tensors), training)
+        wanted = training and self.request.tile is None
+        size = (*((tuple(tensor.shape), wanted and tensor.requires_grad) for tensor in tensors), training)
         if (mode, size) not in self._prepared:
             captured = self._captured(mode, args, kwargs, tensors)
             mode = mode_key(self.model, args, kwargs, self._volatile)
@@ -265,6 +266,7 @@ class StreamedModule(nn.Module):
             training=training,
             device=tensors[0].device,
             saved=self._saved[captured.graph],
+            wanted=frozenset(n for n, t in zip(captured.inputs, tensors, strict=True) if t.requires_grad),
         )
         logger.info("%s", plan)
         self._tell_what_stops_the_stream(analysis, plan)

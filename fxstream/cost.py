@@ -98,6 +98,12 @@ class Costs:
         self.weights = _vector(sum(self._weights(name).values()) for name in self.nodes)
         self.moved = _vector(self._moved(name) for name in self.nodes) * self.calls
         self.results, self.gradients, self.temporaries = self._lifetimes()
+        self.outer: dict[str, int] = {}
+        """The values that the run reads from outside, and the place of the last operator that reads each."""
+        for i, name in enumerate(self.nodes):
+            for given in locality.nodes[name].all_input_nodes:
+                if given.name not in self.place and locality.depends_on_image(given.name):
+                    self.outer[given.name] = i
         first: dict[str, str] = {}
         for name in self.nodes:
             for weight in self._weights(name):
@@ -162,6 +168,8 @@ class Costs:
             for j in inputs[i]
             if j >= 0 and floats[j] and users[j][-1] != i and not self._saved[name].passes_on
         ]
+        self.kept = frozenset(name for i, name in enumerate(self.nodes) if keeper[roots[i]] < count)
+        """The nodes whose results autograd keeps for some operator of the run."""
         return (
             torch.tensor(results, dtype=torch.int64).view(-1, 4),
             torch.tensor(gradients, dtype=torch.int64).view(-1, 4),
@@ -244,14 +252,24 @@ class Part:
             ]
         )
 
-    def profile(self, shares: torch.Tensor) -> torch.Tensor:
+    def profile(self, shares: torch.Tensor, outer: Mapping[str, float] | None = None) -> torch.Tensor:
         """Bytes at each moment of one forward and backward of a tile with these shares, recorded.
 
-        `shares` may have further dims in front, one tile each; so has the result.
+        `shares` may have further dims in front, one tile each; so has the result. `outer` are bytes of gradients
+        of values from outside, which are there from the backward of their last reader on.
         """
         amounts = self._bytes * shares[..., self._owner]
         amounts[..., self._scaled :] = self._bytes[self._scaled :]
-        return self._levels(self._begin, self._until, amounts)
+        levels = self._levels(self._begin, self._until, amounts)
+        for name, size in (outer or {}).items():
+            levels[..., 2 * self.turn - 1 - (self.costs.outer[name] - self.start) :] += size
+        return levels
+
+    def held(self, shares: torch.Tensor) -> torch.Tensor:
+        """Bytes that are there between that forward and its backward."""
+        amounts = self._bytes * shares[..., self._owner]
+        across = (self._begin < self.turn) & (self._until >= self.turn)
+        return amounts[..., across].sum(-1)
 
     def profile_unrecorded(self, shares: torch.Tensor) -> torch.Tensor:
         """The same for one forward that nothing is kept of."""

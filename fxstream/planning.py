@@ -10,7 +10,7 @@ with multi-megapixel images", sections III-A and III-C.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +21,11 @@ from fxstream.demand import make_segment
 from fxstream.device import budget_of
 from fxstream.errors import PlanError
 from fxstream.locality import Locality
-from fxstream.prediction import Prediction, keep_graphs, predict
+from fxstream.prediction import Basis, Prediction, keep_graphs, predict
 from fxstream.request import Request, place_of_module
 from fxstream.rules import Kind
 from fxstream.saved import Saved, saved_by
-from fxstream.search import Search
+from fxstream.search import Search, Stretch
 from fxstream.segment_plan import SegmentPlan, plan_segment
 from fxstream.units import bytes_text
 
@@ -81,24 +81,24 @@ def make_plan(
     training: bool = True,
     device: torch.device = CPU,
     saved: Mapping[str, Saved] | None = None,
+    wanted: frozenset[str] = frozenset(),
 ) -> Plan:
     """The segments and tiles for one image size, for a call with its backward if `training`.
 
-    Raises `PlanError` where no tile fits, naming the smallest that does and the node that needs it, where no
+    `saved` is what autograd keeps of each operator (`saved_by`), `wanted` are the images whose gradient is asked
+    for. Raises `PlanError` where no tile fits, naming the smallest that does and the node that needs it, where no
     plan fits into the memory, naming the least that one needs, and where a module path in the request matches
     nothing.
     """
-    saved, machine = saved_by(locality) if saved is None else saved, Machine.of(device)
+    known = saved_by(locality) if saved is None else saved
+    basis = Basis(locality, known, Machine.of(device), training, wanted)
     if request.tile is None:
-        budget = budget_of(request.memory, device)
-        segments, prediction = _within_memory(locality, request, budget, saved, machine, training)
+        segments, prediction = _within_memory(basis, request, budget_of(request.memory, device))
         is_trivial = not segments
     else:
         segments = _with_tiles(locality, request)
-        prediction = predict(locality, saved, machine, segments, training)
         is_trivial = all(segment.tile_count == 1 for segment in segments)
-        if is_trivial:
-            prediction = predict(locality, saved, machine, (), training)
+        prediction = predict(basis, () if is_trivial else segments)
     nodes = [name for segment in segments for name in segment.segment.nodes]
     return Plan(segments, locality.activation_bytes(nodes), total_bytes(locality), is_trivial, prediction)
 
@@ -114,38 +114,53 @@ def _with_tiles(locality: Locality, request: Request) -> tuple[SegmentPlan, ...]
     )
 
 
-def _within_memory(
-    locality: Locality,
-    request: Request,
-    memory: int,
-    saved: Mapping[str, Saved],
-    machine: Machine,
-    training: bool,
-) -> tuple[tuple[SegmentPlan, ...], Prediction]:
+def _within_memory(basis: Basis, request: Request, memory: int) -> tuple[tuple[SegmentPlan, ...], Prediction]:
     """The fastest segments within the memory, by the search and then by the exact tiles, and their prediction.
 
     The search estimates a little; where its plan needs too much it is asked for less, a few times.
     """
-    plain = predict(locality, saved, machine, (), training)
+    plain, locality = predict(basis, ()), basis.locality
     if plain.bytes <= memory and request.segments is None:
         return (), plain
-    search = Search(locality, saved, machine, _parts(locality, request), request, training)
+    search = Search(basis, _parts(locality, request), request)
     budget = float(memory)
     for _ in range(MOST_ATTEMPTS):
-        segments = tuple(
-            plan_segment(locality, make_segment(locality, f"segment_{i}", s.nodes), request, s.counts)
-            for i, s in enumerate(search.within(budget))
-        )
-        prediction = predict(locality, saved, machine, segments, training)
-        if prediction.bytes <= memory:
+        found = search.fastest(budget)
+        if found is None:
             break
+        segments = _segments(locality, request, found)
+        prediction = predict(basis, segments)
+        if prediction.bytes <= memory:
+            return _with_kept_graphs(basis, segments, memory)
         budget *= min(0.98, memory / prediction.bytes)
-    else:
-        raise PlanError(f"no plan was found that fits into {bytes_text(memory)}; give more")
-    if training:
-        segments = keep_graphs(locality, saved, machine, segments, memory)
-        prediction = predict(locality, saved, machine, segments, training)
-    return segments, prediction
+    found, binding = search.smallest()
+    segments = _segments(locality, request, found)
+    prediction = predict(basis, segments)
+    if prediction.bytes <= memory:
+        return _with_kept_graphs(basis, segments, memory)
+    verdict = locality.verdicts[binding]
+    source = f" ({verdict.source})" if verdict.source else ""
+    raise PlanError(
+        f"no plan fits into {bytes_text(memory)}: the least that works is {bytes_text(prediction.bytes)}, which"
+        f" `{verdict.module or verdict.node}`{source} needs; give that much, or a smaller image or batch",
+        least_bytes=prediction.bytes,
+    )
+
+
+def _segments(locality: Locality, request: Request, found: Sequence[Stretch]) -> tuple[SegmentPlan, ...]:
+    return tuple(
+        plan_segment(locality, make_segment(locality, f"segment_{i}", s.nodes), request, s.counts)
+        for i, s in enumerate(found)
+    )
+
+
+def _with_kept_graphs(
+    basis: Basis, segments: tuple[SegmentPlan, ...], memory: int
+) -> tuple[tuple[SegmentPlan, ...], Prediction]:
+    """The segments with what is left of the memory spent on kept graphs, and their prediction."""
+    if basis.training:
+        segments = keep_graphs(basis, segments, memory)
+    return segments, predict(basis, segments)
 
 
 def _parts(locality: Locality, request: Request) -> list[tuple[str, ...]]:

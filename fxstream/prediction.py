@@ -4,7 +4,8 @@ NOTE [where the peak is]
 The plan runs as a sequence of units: segments, and the ordinary operators before, between and behind them. Each
 unit has a moment in forward and, with recording, one in backward. At every moment there are
 
-- boundaries: results of one unit that a later one reads, in backward until the first of these is done;
+- boundaries: results of one unit that a later one reads, in backward until the first of these is done, and the
+  results of the network;
 - gradients of boundaries: from the backward of their last reader to that of the unit that made them;
 - kept: what autograd keeps of the ordinary operators, and the graphs of kept tiles, of units up to this one;
 - the unit itself: one of its tiles, or its ordinary operators;
@@ -27,7 +28,7 @@ from fxstream.saved import Saved
 from fxstream.segment_plan import SegmentPlan
 from fxstream.units import bytes_text
 
-__all__ = ["Moment", "Prediction", "Units", "keep_graphs", "plain_costs", "predict", "shares_along"]
+__all__ = ["Basis", "Moment", "Prediction", "keep_graphs", "plain_costs", "predict", "shares_along"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +90,29 @@ class Prediction:
         ]
 
 
-def plain_costs(
-    locality: Locality, saved: Mapping[str, Saved], machine: Machine, training: bool
-) -> tuple[int, float]:
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What every prediction at one image size starts from.
+
+    `saved` is what autograd keeps of each operator, `wanted` the images whose gradient is asked for, `training`
+    whether there is a backward at all.
+    """
+
+    locality: Locality
+    saved: Mapping[str, Saved]
+    machine: Machine
+    training: bool = True
+    wanted: frozenset[str] = frozenset()
+
+
+def plain_costs(basis: Basis) -> tuple[int, float]:
     """Peak bytes and seconds of the plain network."""
-    costs = Costs(locality, machine, saved, tuple(saved), in_place=True)
+    costs = Costs(basis.locality, basis.machine, basis.saved, tuple(basis.saved), in_place=True)
     part, ones = costs.part(), torch.ones(len(costs.nodes), dtype=torch.float64)
     forward, backward = map(float, part.seconds(ones))
-    if training:
-        return round(float(part.profile(ones).max())), forward + backward
-    return round(float(part.profile_unrecorded(ones).max())), forward
+    if basis.training:
+        return int(part.profile(ones).max()), forward + backward
+    return int(part.profile_unrecorded(ones).max()), forward
 
 
 def shares_along(locality: Locality, nodes: Sequence[str], axis: int, held: Mapping[str, int]) -> torch.Tensor:
@@ -107,115 +121,162 @@ def shares_along(locality: Locality, nodes: Sequence[str], axis: int, held: Mapp
     return torch.tensor(shares, dtype=torch.float64)
 
 
-class Units:
-    """The sequence of units of a plan: which nodes each has, and which values go from one to another."""
+@dataclass(frozen=True, slots=True)
+class _Crossing:
+    """A value that goes from one unit to others: who makes it (-1 for an input), who reads it last, who holds it.
 
-    def __init__(self, locality: Locality, saved: Mapping[str, Saved], streamed: Sequence[Sequence[str]]) -> None:
+    `gradient` are the bytes of its gradient, and 0 where none is asked for.
+    """
+
+    name: str
+    maker: int
+    last: int
+    holders: tuple[int, ...]
+    bytes: int
+    gradient: int
+    is_result: bool
+
+    def in_forward(self, unit: int) -> bool:
+        """Whether it is there when a later unit runs forward."""
+        return self.maker < unit and (unit <= self.last or any(holder < unit for holder in self.holders))
+
+    def in_backward(self, unit: int) -> bool:
+        """Whether it is there when a later unit runs backward; a result of the network always is."""
+        return self.is_result or (self.maker < unit and any(holder <= unit for holder in self.holders))
+
+    def has_gradient(self, unit: int) -> bool:
+        """Whether its gradient is there when a unit runs backward."""
+        return self.maker <= unit <= self.last
+
+
+class _Units:
+    """The sequence of units of a plan: segments have odd numbers, the ordinary operators around them even ones."""
+
+    def __init__(self, costs: Basis, plans: Sequence[SegmentPlan]) -> None:
+        locality, saved = costs.locality, costs.saved
         place = {name: i for i, name in enumerate(saved)}
-        streamed = sorted(streamed, key=lambda nodes: place[nodes[0]])
-        starts = [place[nodes[0]] for nodes in streamed]
-        of_segment = {name: 2 * k + 1 for k, nodes in enumerate(streamed) for name in nodes}
-        self.of: dict[str, int] = {}
-        """The unit of each node: segments have odd numbers, ordinary operators even ones."""
+        self.plans = sorted(plans, key=lambda plan: place[plan.segment.nodes[0]])
+        starts = [place[plan.segment.nodes[0]] for plan in self.plans]
+        of_segment = {name: 2 * k + 1 for k, plan in enumerate(self.plans) for name in plan.segment.nodes}
+        of: dict[str, int] = {}
         for name, i in place.items():
-            before = [self.of[n.name] for n in locality.nodes[name].all_input_nodes if n.name in self.of]
+            before = [of[n.name] for n in locality.nodes[name].all_input_nodes if n.name in of]
             behind = 2 * sum(start < i for start in starts)
-            self.of[name] = of_segment.get(name, max([behind, *(u + u % 2 for u in before)]))
-        self.count = 2 * len(streamed) + 1
-        self.nodes: list[list[str]] = [[] for _ in range(self.count)]
-        for name, unit in self.of.items():
-            self.nodes[unit].append(name)
-        self.crossing: list[tuple[str, int, int, int]] = []
-        """Values that another unit reads: their node, the unit that makes them, the first reader, the last."""
-        for name, unit in self.of.items():
-            readers = [self.of[u.name] for u in locality.nodes[name].users if self.of.get(u.name, unit) != unit]
+            of[name] = of_segment.get(name, max([behind, *(u + u % 2 for u in before)]))
+        count = 2 * len(self.plans) + 1
+        nodes: list[list[str]] = [[] for _ in range(count)]
+        for name, unit in of.items():
+            nodes[unit].append(name)
+        self.costs = [Costs(locality, costs.machine, saved, names) for names in nodes]
+        self.crossing: list[_Crossing] = []
+        for name, maker in [*((name, -1) for name in costs.wanted), *of.items()]:
+            users = [u for u in locality.nodes[name].users if of.get(u.name, maker) != maker]
             ends = any(user.op == "output" for user in locality.nodes[name].users)
-            if readers or ends:
-                last = self.count if ends else max(readers)
-                self.crossing.append((name, unit, min([*readers, last]), last))
+            if not users and not ends:
+                continue
+            last = count if ends else max(of[user.name] for user in users)
+            holders = {of[u.name] for u in users if of[u.name] % 2 or _keeps(costs, u.name, name)}
+            if maker >= 0 and name in self.costs[maker].kept:
+                holders.add(maker)
+            size = bytes_of(locality, name) * (maker < 0 or saved[name].views is None)
+            own = size if maker >= 0 else 0
+            gradient = size if maker >= 0 or name in costs.wanted else 0
+            self.crossing.append(_Crossing(name, maker, last, tuple(holders), own, gradient, ends))
+
+    def plan_of(self, unit: int) -> SegmentPlan | None:
+        """The segment that a unit is; None for ordinary operators."""
+        return self.plans[unit // 2] if unit % 2 else None
 
 
-def predict(
-    locality: Locality,
-    saved: Mapping[str, Saved],
-    machine: Machine,
-    plans: Sequence[SegmentPlan],
-    training: bool,
-) -> Prediction:
+def _keeps(costs: Basis, reader: str, name: str) -> bool:
+    given = [n.name for n in costs.locality.nodes[reader].all_input_nodes]
+    return given.index(name) in costs.saved[reader].inputs
+
+
+def predict(basis: Basis, plans: Sequence[SegmentPlan]) -> Prediction:
     """Peak and seconds of these segments with everything else run plainly."""
-    plain_bytes, plain_seconds = plain_costs(locality, saved, machine, training)
+    plain_bytes, plain_seconds = plain_costs(basis)
     if not plans:
-        return Prediction(training, Moment(0, 0, 0, plain_bytes, 0), "", plain_seconds, plain_bytes, plain_seconds)
-    moments = list(predicted_moments(locality, saved, machine, plans, training))
-    peak = max(moments, key=lambda moment: moment[1].bytes)
+        peak = Moment(0, 0, 0, plain_bytes, 0)
+        return Prediction(basis.training, peak, "", plain_seconds, plain_bytes, plain_seconds)
+    moments = list(predicted_moments(basis, plans))
+    name, peak, _ = max(moments, key=lambda moment: moment[1].bytes)
     seconds = sum(spent for *_, spent in moments)
-    return Prediction(training, peak[1], peak[0], seconds, plain_bytes, plain_seconds)
+    return Prediction(basis.training, peak, name, seconds, plain_bytes, plain_seconds)
 
 
-def predicted_moments(
-    locality: Locality,
-    saved: Mapping[str, Saved],
-    machine: Machine,
-    plans: Sequence[SegmentPlan],
-    training: bool,
-) -> Iterator[tuple[str, Moment, float]]:
+def predicted_moments(basis: Basis, plans: Sequence[SegmentPlan]) -> Iterator[tuple[str, Moment, float]]:
     """The name of the unit, the bytes and the seconds of every moment, forward and then backward."""
-    units = Units(locality, saved, [plan.segment.nodes for plan in plans])
-    plan_of = {units.of[plan.segment.nodes[0]]: plan for plan in plans}
-    costs = [Costs(locality, machine, saved, nodes) for nodes in units.nodes]
-    sizes = {name: bytes_of(locality, name) * (saved[name].views is None) for name, *_ in units.crossing}
-    kept, later = 0.0, []
-    for k, cost in enumerate(costs):
-        if not cost.nodes:
-            later.append((kept, 0.0))
-            continue
-        plan, part = plan_of.get(k), cost.part()
-        shares = _shares(locality, plan, cost)
-        made = sum(sizes[name] for name, unit, *_ in units.crossing if unit == k)
-        alive = sum(sizes[name] for name, unit, _, last in units.crossing if unit < k <= last)
+    units = _Units(basis, plans)
+    kept, burdens = 0.0, []
+    for k, cost in enumerate(units.costs):
         before = kept
-        if training:
-            alive = sum(sizes[name] for name, unit, *_ in units.crossing if unit < k)
-            turn = float(part.profile(shares)[part.turn])
-            kept += (turn - made) if plan is None else plan.kept * turn
-        tiles = plan.tile_count if plan else 1
-        forward, _ = map(float, part.seconds(shares))
-        unit = float(part.profile_unrecorded(shares).max()) - (made if plan is None else 0)
-        name = plan.segment.name if plan else ""
-        yield name, Moment(alive + made, 0.0, max(before, kept), unit, 0.0), tiles * forward
-        later.append((before, kept))
+        if cost.nodes:
+            yield from _forward(basis, units, k, before)
+            kept += _keeps_of(basis, units, k)
+        burdens.append((before, kept))
     weights = 0.0
-    for k in reversed(range(len(costs) if training else 0)):
-        cost, plan = costs[k], plan_of.get(k)
-        if not cost.nodes:
-            continue
-        part, own = cost.part(), float(cost.weight_gradients.sum())
-        shares = _shares(locality, plan, cost)
-        profile = part.profile(shares)
-        crossing = units.crossing
-        boundaries = sum(sizes[name] for name, unit, first, _ in crossing if unit < k and first <= k)
-        gradients = sum(sizes[name] for name, unit, _, last in crossing if unit <= k <= last and unit + last > 0)
-        forward, backward = map(float, part.seconds(shares))
-        before, after = later[k]
-        if plan is None:
-            made = sum(sizes[name] for name, unit, *_ in crossing if unit == k)
-            yield "", Moment(boundaries, gradients, before, float(profile.max()), weights), backward
-        else:
-            boxes = sum(_box_bytes(locality, plan, leaf) for leaf, _ in plan.segment.leaves if leaf in saved)
-            name = plan.segment.name
-            recomputed = plan.tile_count - plan.kept
-            spent = recomputed * (forward + backward) + plan.kept * backward
-            if recomputed:
-                yield (
-                    name,
-                    Moment(boundaries, gradients, before, float(profile.max()) + boxes, weights + own),
-                    spent,
-                )
-            if plan.kept:
-                turn = float(profile[part.turn])
-                one = float(profile[part.turn :].max()) - turn + boxes
-                yield name, Moment(boundaries, gradients, after, one, weights + own), 0.0 if recomputed else spent
-        weights += own
+    for k in reversed(range(len(units.costs) if basis.training else 0)):
+        cost = units.costs[k]
+        if cost.nodes:
+            yield from _backward(basis, units, k, burdens[k], weights)
+            weights += float(cost.weight_gradients.sum())
+
+
+def _keeps_of(basis: Basis, units: _Units, k: int) -> float:
+    """What a unit keeps until its backward, apart from what other units read."""
+    if not basis.training:
+        return 0.0
+    cost, plan = units.costs[k], units.plan_of(k)
+    part = cost.part()
+    held = float(part.held(_shares(basis.locality, plan, cost)))
+    if plan is not None:
+        return plan.kept * held
+    return held - sum(value.bytes for value in units.crossing if value.maker == k)
+
+
+def _forward(basis: Basis, units: _Units, k: int, before: float) -> Iterator[tuple[str, Moment, float]]:
+    cost, plan = units.costs[k], units.plan_of(k)
+    part, shares = cost.part(), _shares(basis.locality, plan, cost)
+    there = sum(value.bytes for value in units.crossing if value.in_forward(k))
+    seconds = float(part.seconds(shares)[0])
+    unrecorded = float(part.profile_unrecorded(shares).max())
+    if plan is None:
+        recorded = float(part.profile(shares)[: part.turn].max()) if basis.training else unrecorded
+        yield "", Moment(there, 0.0, before, recorded, 0.0), seconds
+    else:
+        made = sum(value.bytes for value in units.crossing if value.maker == k)
+        held = before + _keeps_of(basis, units, k)
+        yield plan.segment.name, Moment(there + made, 0.0, held, unrecorded, 0.0), plan.tile_count * seconds
+
+
+def _backward(
+    basis: Basis, units: _Units, k: int, burden: tuple[float, float], weights: float
+) -> Iterator[tuple[str, Moment, float]]:
+    """`burden` is what is kept before and behind the unit, `weights` the bytes of gradients of later weights."""
+    cost, plan = units.costs[k], units.plan_of(k)
+    part, shares = cost.part(), _shares(basis.locality, plan, cost)
+    there = sum(value.bytes for value in units.crossing if value.in_backward(k))
+    whole = plan is None or plan.tile_count == 1
+    # What this unit is the last to read gets its gradient only here: at once, or as a sum over tiles.
+    gradients = sum(v.gradient for v in units.crossing if v.has_gradient(k) and not (whole and v.last == k))
+    outer = {value.name: float(value.gradient) for value in units.crossing if value.gradient and value.last == k}
+    if plan is not None and not whole:
+        leaves = [leaf for leaf, _ in plan.segment.leaves if leaf in basis.saved or leaf in basis.wanted]
+        outer = {leaf: _box_bytes(basis.locality, plan, leaf) for leaf in leaves}
+    profile, own = part.profile(shares, outer), float(cost.weight_gradients.sum())
+    forward, backward = map(float, part.seconds(shares))
+    before, behind = burden
+    if plan is None:
+        yield "", Moment(there, gradients, before, float(profile.max()), weights), backward
+        return
+    name, recomputed = plan.segment.name, plan.tile_count - plan.kept
+    if recomputed:
+        moment = Moment(there, gradients, before, float(profile.max()), weights + own)
+        yield name, moment, recomputed * (forward + backward)
+    if plan.kept:
+        one = float(profile[part.turn :].max()) - float(part.held(shares))
+        yield name, Moment(there, gradients, behind, one, weights + own), plan.kept * backward
 
 
 def _shares(locality: Locality, plan: SegmentPlan | None, cost: Costs) -> torch.Tensor:
@@ -238,13 +299,7 @@ def _box_bytes(locality: Locality, plan: SegmentPlan, leaf: str) -> float:
     return bytes_of(locality, leaf) * share
 
 
-def keep_graphs(
-    locality: Locality,
-    saved: Mapping[str, Saved],
-    machine: Machine,
-    plans: Sequence[SegmentPlan],
-    budget: int,
-) -> tuple[SegmentPlan, ...]:
+def keep_graphs(basis: Basis, plans: Sequence[SegmentPlan], budget: int) -> tuple[SegmentPlan, ...]:
     """The segments with the graphs of as many tiles kept as the budget allows, the last segments first.
 
     A kept graph burdens its own and later moments only, so that the last segments' are the cheapest to keep.
@@ -255,7 +310,7 @@ def keep_graphs(
         while low < high:
             middle = (low + high + 1) // 2
             tried = [*chosen[:k], replace(chosen[k], kept=middle), *chosen[k + 1 :]]
-            if max(m.bytes for _, m, _ in predicted_moments(locality, saved, machine, tried, True)) <= budget:
+            if max(moment.bytes for _, moment, _ in predicted_moments(basis, tried)) <= budget:
                 low = middle
             else:
                 high = middle - 1

@@ -293,10 +293,14 @@ class _Sums:
         self.leaves = [tensor.detach() for tensor in tensors[:count]]
         self.smalls = [tensor.detach() for tensor in tensors[count:]]
         self._sums: list[torch.Tensor | None] = [None] * len(tensors)
+        self._single = len(stream.calls) == 1
 
     def add_leaf(self, leaf: int, box: Subscript, gradient: torch.Tensor) -> None:
         """Add what one tile gives for the box of a leaf that it read."""
         total = self._sums[leaf]
+        if self._single and gradient.shape == self.leaves[leaf].shape:
+            self._sums[leaf] = gradient
+            return
         if total is None:
             total = self._sums[leaf] = torch.zeros_like(self.leaves[leaf])
         total[box] += gradient

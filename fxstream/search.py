@@ -16,21 +16,17 @@ NOTE [the search]
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fxstream.boundaries import Places
-from fxstream.cost import Costs, Machine, bytes_of
+from fxstream.cost import Costs, bytes_of
 from fxstream.demand import make_segment
-from fxstream.errors import PlanError
 from fxstream.grid import Grid
-from fxstream.locality import Locality
-from fxstream.prediction import shares_along
+from fxstream.prediction import Basis, shares_along
 from fxstream.request import Request
-from fxstream.saved import Saved
-from fxstream.units import bytes_text
 
 __all__ = ["Search", "Stretch"]
 
@@ -79,18 +75,12 @@ class Search:
     `parts` are the runs of nodes that may be streamed, in the order of the graph.
     """
 
-    def __init__(
-        self,
-        locality: Locality,
-        saved: Mapping[str, Saved],
-        machine: Machine,
-        parts: Sequence[tuple[str, ...]],
-        request: Request,
-        training: bool,
-    ) -> None:
-        self._locality, self._training = locality, training
+    def __init__(self, basis: Basis, parts: Sequence[tuple[str, ...]], request: Request) -> None:
+        self._locality, saved = basis.locality, basis.saved
         self._most = request.segments if isinstance(request.segments, int) else None
-        regions = [_Region(locality, saved, machine, part, request, training) for part in parts]
+        regions = [_Region(basis, part, request) for part in parts]
+        results = [n.name for n in self._locality.nodes.values() if any(u.op == "output" for u in n.users)]
+        self._results = float(sum(bytes_of(self._locality, name) for name in results if name in saved))
         inside = {name for part in parts for name in part}
         place = {name: i for i, name in enumerate(saved)}
         starts = [place[part[0]] for part in parts]
@@ -101,32 +91,27 @@ class Search:
         self._sequence: list[_Region | _Ordinary] = []
         for k, nodes in enumerate(ordinary):
             if nodes:
-                self._sequence.append(_Ordinary(Costs(locality, machine, saved, nodes), training))
+                self._sequence.append(
+                    _Ordinary(Costs(self._locality, basis.machine, saved, nodes), basis.training)
+                )
             if k < len(regions):
                 self._sequence.append(regions[k])
 
-    def within(self, budget: float) -> tuple[Stretch, ...]:
-        """The streamed stretches of the fastest plan that needs no more than `budget` bytes.
-
-        Raises `PlanError` where nothing fits, naming the least that a plan needs and the node that needs it.
-        """
+    def fastest(self, budget: float) -> tuple[Stretch, ...] | None:
+        """The streamed stretches of the fastest plan that needs no more than `budget` bytes; None without one."""
         found = self._run(budget)
-        if found is not None:
-            return found.streamed
-        least = self._run(None)
-        assert least is not None
-        verdict = self._locality.verdicts[least.binding]
-        source = f" ({verdict.source})" if verdict.source else ""
-        raise PlanError(
-            f"no plan fits into {bytes_text(budget)}: the least that works is about {bytes_text(least.peak)},"
-            f" which `{verdict.module or verdict.node}`{source} needs; give that much, or a smaller image",
-            least_bytes=math.ceil(least.peak),
-        )
+        return found.streamed if found is not None else None
+
+    def smallest(self) -> tuple[tuple[Stretch, ...], str]:
+        """The streamed stretches of the plan that needs the fewest bytes, and the node that needs them."""
+        found = self._run(None)
+        assert found is not None
+        return found.streamed, found.binding
 
     def _run(self, budget: float | None) -> _State | None:
         """The fastest way within the budget, without one the way that needs the least; None if there is none."""
         weights = [part.weights for part in self._sequence]
-        states = [_State()]
+        states = [_State(held=self._results)]
         for k, part in enumerate(self._sequence):
             behind = sum(weights[k + 1 :])
             if isinstance(part, _Ordinary):
@@ -202,7 +187,7 @@ class _Ordinary:
         part, ones = costs.part(), torch.ones(len(costs.nodes), dtype=torch.float64)
         profile = part.profile(ones) if training else part.profile_unrecorded(ones)
         forward, backward = map(float, part.seconds(ones))
-        holds = float(profile[part.turn]) if training else 0.0
+        holds = float(part.held(ones)) if training else 0.0
         self.option = _Option(None, float(profile.max()), holds, forward + backward * training)
         self.weights = float(costs.weight_gradients.sum()) * training
         self.binding = max(costs.nodes, key=lambda name: costs.sizes[costs.place[name]])
@@ -220,19 +205,12 @@ class _Grids:
 class _Region:
     """A region with the costs of all of its stretches."""
 
-    def __init__(
-        self,
-        locality: Locality,
-        saved: Mapping[str, Saved],
-        machine: Machine,
-        nodes: tuple[str, ...],
-        request: Request,
-        training: bool,
-    ) -> None:
+    def __init__(self, basis: Basis, nodes: tuple[str, ...], request: Request) -> None:
+        locality, training = basis.locality, basis.training
         self._locality, self._nodes, self._training = locality, nodes, training
         self._request = Request(None)
-        self._costs = Costs(locality, machine, saved, nodes)
-        self._bandwidth = machine.bandwidth
+        self._costs = Costs(locality, basis.machine, basis.saved, nodes)
+        self._bandwidth = basis.machine.bandwidth
         places = Places(locality, nodes)
         if isinstance(request.segments, tuple):
             chosen = places.behind(request.segments)
@@ -242,6 +220,8 @@ class _Region:
         live = places.live()
         live[-1] = list(make_segment(locality, "", nodes).outputs)
         self._live = {end: live[end] for end in self.ends} | {-1: []}
+        read = {n.name for name in nodes for n in locality.nodes[name].all_input_nodes}
+        self._images = sum(self._bytes(name) for name in basis.wanted if name in read)
         self._of = {name: i for i, name in enumerate(nodes)}
         gradients = self._costs.weight_gradients * training
         self.weights = float(gradients.sum())
@@ -273,8 +253,8 @@ class _Region:
         plain = float(forward + backward * self._training)
         if self._training:
             profile = part.profile(ones)
-            gradients = inputs + sum(self._bytes(name) for name in self._live[end])
-            yield _Option(None, float(profile.max()) + gradients, float(profile[part.turn]), plain)
+            gradients = self._images + inputs + sum(self._bytes(name) for name in self._live[end])
+            yield _Option(None, float(profile.max()) + gradients, float(part.held(ones)), plain)
         else:
             yield _Option(None, float(part.profile_unrecorded(ones).max()) + inputs, 0.0, plain)
         tile_forward, tile_backward = part.seconds(grids.shares)

@@ -226,7 +226,7 @@ BAD = {
     "leaves the process": (["report", "model.py:leaves", "--size", "64"], "fails with SystemExit"),
     "too little memory": (
         ["plan", "model.py:build", "--size", "99", "--memory", "1kB"],
-        "no plan fits into 1000 B: the least that works is about",
+        "no plan fits into 1000 B: the least that works is",
     ),
     "tile and memory": (
         ["plan", "model.py:build", "--size", "99", "--memory", "1GB", "--tile", "9"],
