@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 from fxstream.demand import AxisStep, AxisTile, Cut, ReadStep, Segment
 from fxstream.errors import StreamError
 from fxstream.locality import Locality
-from fxstream.rules import Footprint, Read, TileSize
+from fxstream.rules import Evaluation, Footprint, Read, TileSize
 from fxstream.sizes import Shape, fold_integers
 
 __all__ = ["tile_program"]
@@ -183,7 +183,8 @@ def _own_padding(footprint: Footprint, steps: Sequence[AxisStep]) -> list[_OwnPa
 
     It pads both sides, so that on a side where the image goes on it yields pixels too many, which are cut away.
     """
-    if footprint.average is not None or "padding" not in footprint.overrides:
+    is_window = footprint.evaluation is Evaluation.WINDOWED and footprint.average is None
+    if not is_window or "padding" not in footprint.overrides:
         return [None] * len(steps)
     (read,) = footprint.reads
     found: list[_OwnPadding | None] = []
