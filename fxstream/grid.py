@@ -25,26 +25,24 @@ class Grid:
         self._segment = segment
         self._walk = AxisWalk(locality, segment, axis)
         self._extents = [output_extents(locality, output)[axis] for output in segment.outputs]
+        self.finest = max(self._extents)
+        """The number of tiles of one output pixel each."""
         self._bounds = {}
         for leaf, dims in segment.leaves:
             self._bounds[leaf] = tile_bounds(locality, request, leaf_extents(locality, leaf, dims))[axis]
 
-    @property
-    def finest(self) -> int:
-        """The number of tiles of one output pixel each."""
-        return max(self._extents)
-
     def outputs(self, count: int) -> list[tuple[Interval, ...]]:
         """The intervals of every output that each tile owns, in tiles as long as `count` of them need."""
-        longest = Interval(0, self.finest).split(-(-self.finest // count))
-        return [
-            tuple(Interval(t.start * e // self.finest, t.stop * e // self.finest) for e in self._extents)
-            for t in longest
-        ]
+        return [self._owned(count, i) for i in range(self.even(count))]
 
     def even(self, count: int) -> int:
-        """How many tiles a grid of `count` really has."""
-        return len(self.outputs(count))
+        """How many tiles a grid of `count` really has, when all but the last are equally long."""
+        return -(-self.finest // -(-self.finest // count))
+
+    def _owned(self, count: int, i: int) -> tuple[Interval, ...]:
+        length = -(-self.finest // count)
+        start, stop = i * length, min((i + 1) * length, self.finest)
+        return tuple(Interval(start * e // self.finest, stop * e // self.finest) for e in self._extents)
 
     def is_like(self, other: Grid) -> bool:
         """Whether both axes have the same tiles."""
@@ -52,8 +50,7 @@ class Grid:
 
     def inner(self, count: int) -> dict[str, int]:
         """How many pixels the middle tile of a grid of `count` holds of each node and leaf."""
-        outputs = self.outputs(count)
-        return self._walk.lengths(outputs[len(outputs) // 2], {})[0]
+        return self._walk.lengths(self._owned(count, self.even(count) // 2), {})[0]
 
     def excess(self, outputs: tuple[Interval, ...]) -> tuple[int, str] | None:
         """By how much of its bound, and of which leaf, the tile that owns `outputs` reads too much."""

@@ -131,13 +131,13 @@ def _within_memory(basis: Basis, request: Request, memory: int) -> tuple[tuple[S
         segments = _segments(locality, request, found)
         prediction = predict(basis, segments)
         if prediction.bytes <= memory:
-            return _with_kept_graphs(basis, segments, memory)
+            return keep_graphs(basis, segments, memory) if basis.training else (segments, prediction)
         budget *= min(0.98, memory / prediction.bytes)
     found, binding = search.smallest()
     segments = _segments(locality, request, found)
     prediction = predict(basis, segments)
     if prediction.bytes <= memory:
-        return _with_kept_graphs(basis, segments, memory)
+        return segments, prediction
     verdict = locality.verdicts[binding]
     source = f" ({verdict.source})" if verdict.source else ""
     raise PlanError(
@@ -152,15 +152,6 @@ def _segments(locality: Locality, request: Request, found: Sequence[Stretch]) ->
         plan_segment(locality, make_segment(locality, f"segment_{i}", s.nodes), request, s.counts)
         for i, s in enumerate(found)
     )
-
-
-def _with_kept_graphs(
-    basis: Basis, segments: tuple[SegmentPlan, ...], memory: int
-) -> tuple[tuple[SegmentPlan, ...], Prediction]:
-    """The segments with what is left of the memory spent on kept graphs, and their prediction."""
-    if basis.training:
-        segments = keep_graphs(basis, segments, memory)
-    return segments, predict(basis, segments)
 
 
 def _parts(locality: Locality, request: Request) -> list[tuple[str, ...]]:

@@ -16,6 +16,8 @@ The peak is that of the moment that needs most. Not counted: the image, the weig
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -149,170 +151,185 @@ class _Crossing:
         return self.maker <= unit <= self.last
 
 
-class _Units:
-    """The sequence of units of a plan: segments have odd numbers, the ordinary operators around them even ones."""
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """What one unit needs, in bytes and seconds of one of its tiles, whatever is kept elsewhere.
 
-    def __init__(self, costs: Basis, plans: Sequence[SegmentPlan]) -> None:
-        locality, saved = costs.locality, costs.saved
-        place = {name: i for i, name in enumerate(saved)}
-        self.plans = sorted(plans, key=lambda plan: place[plan.segment.nodes[0]])
-        starts = [place[plan.segment.nodes[0]] for plan in self.plans]
-        of_segment = {name: 2 * k + 1 for k, plan in enumerate(self.plans) for name in plan.segment.nodes}
-        of: dict[str, int] = {}
-        for name, i in place.items():
-            before = [of[n.name] for n in locality.nodes[name].all_input_nodes if n.name in of]
-            behind = 2 * sum(start < i for start in starts)
-            of[name] = of_segment.get(name, max([behind, *(u + u % 2 for u in before)]))
-        count = 2 * len(self.plans) + 1
-        nodes: list[list[str]] = [[] for _ in range(count)]
+    `tiles` is 0 for ordinary operators. `holds` is what it keeps until its backward (per kept tile), apart from
+    what other units read; `forward`, `backward` and `pulled` are the peaks of a forward, of a forward with its
+    backward, and of the backward of a kept tile beyond what is held.
+    """
+
+    name: str
+    tiles: int
+    made: float
+    holds: float
+    there_forward: float
+    forward: float
+    forward_seconds: float
+    there_backward: float
+    gradients: float
+    backward: float
+    pulled: float
+    backward_seconds: float
+    weights: float
+
+
+class Forecast:
+    """The moments of a plan, for any numbers of kept tiles."""
+
+    def __init__(self, basis: Basis, plans: Sequence[SegmentPlan]) -> None:
+        self._basis, place = basis, {name: i for i, name in enumerate(basis.saved)}
+        self._plans = sorted(plans, key=lambda plan: place[plan.segment.nodes[0]])
+        of = self._unit_of_each_node(place)
+        nodes: list[list[str]] = [[] for _ in range(2 * len(self._plans) + 1)]
         for name, unit in of.items():
             nodes[unit].append(name)
-        self.costs = [Costs(locality, costs.machine, saved, names) for names in nodes]
-        self.crossing: list[_Crossing] = []
-        for name, maker in [*((name, -1) for name in costs.wanted), *of.items()]:
+        costs = [Costs(basis.locality, basis.machine, basis.saved, names) for names in nodes]
+        crossing = list(self._crossing(of, costs))
+        self._units = [self._unit(k, cost, crossing) for k, cost in enumerate(costs) if cost.nodes]
+
+    def moments(self, kept: Mapping[str, int]) -> Iterator[tuple[str, Moment, float]]:
+        """The name of the unit, the bytes and the seconds of every moment, forward and then backward.
+
+        `kept` are the numbers of kept tiles by the name of the segment.
+        """
+        held, before = 0.0, []
+        for unit in self._units:
+            before.append(held)
+            holds = unit.holds * kept[unit.name] if unit.tiles else unit.holds
+            here = held + holds if unit.tiles else held
+            made = unit.made if unit.tiles else 0.0
+            seconds = max(1, unit.tiles) * unit.forward_seconds
+            yield unit.name, Moment(unit.there_forward + made, 0.0, here, unit.forward, 0.0), seconds
+            held += holds
+        weights = 0.0
+        for unit, earlier in reversed([*zip(self._units, before, strict=True)] if self._basis.training else []):
+            tiles = kept.get(unit.name, 0)
+            recomputed = max(1, unit.tiles) - tiles
+            both = weights + unit.weights if unit.tiles else weights
+            moment = Moment(unit.there_backward, unit.gradients, earlier, unit.backward, both)
+            if recomputed:
+                again = unit.forward_seconds if unit.tiles else 0.0
+                yield unit.name, moment, recomputed * (again + unit.backward_seconds)
+            if tiles:
+                own = earlier + unit.holds * tiles
+                yield unit.name, replace(moment, kept=own, unit=unit.pulled), tiles * unit.backward_seconds
+            weights += unit.weights
+
+    def prediction(self, kept: Mapping[str, int]) -> Prediction:
+        """The peak of all moments and the sum of their seconds, beside the plain network's."""
+        plain_bytes, plain_seconds = plain_costs(self._basis)
+        moments = list(self.moments(kept))
+        name, peak, _ = max(moments, key=lambda moment: moment[1].bytes)
+        seconds = sum(spent for *_, spent in moments)
+        return Prediction(self._basis.training, peak, name, seconds, plain_bytes, plain_seconds)
+
+    def peak(self, kept: Mapping[str, int]) -> int:
+        """The bytes at the peak."""
+        return max(moment.bytes for _, moment, _ in self.moments(kept))
+
+    def _unit_of_each_node(self, place: Mapping[str, int]) -> dict[str, int]:
+        """Segments have odd numbers, the ordinary operators around them even ones."""
+        starts = [place[plan.segment.nodes[0]] for plan in self._plans]
+        of_segment = {name: 2 * k + 1 for k, plan in enumerate(self._plans) for name in plan.segment.nodes}
+        of: dict[str, int] = {}
+        for name, i in place.items():
+            before = [of[n.name] for n in self._basis.locality.nodes[name].all_input_nodes if n.name in of]
+            behind = 2 * sum(start < i for start in starts)
+            of[name] = of_segment.get(name, max([behind, *(u + u % 2 for u in before)]))
+        return of
+
+    def _crossing(self, of: Mapping[str, int], costs: Sequence[Costs]) -> Iterator[_Crossing]:
+        locality, saved, wanted = self._basis.locality, self._basis.saved, self._basis.wanted
+        for name, maker in [*((name, -1) for name in wanted), *of.items()]:
             users = [u for u in locality.nodes[name].users if of.get(u.name, maker) != maker]
-            ends = any(user.op == "output" for user in locality.nodes[name].users)
-            if not users and not ends:
+            is_result = any(user.op == "output" for user in locality.nodes[name].users)
+            if not users and not is_result:
                 continue
-            last = count if ends else max(of[user.name] for user in users)
-            holders = {of[u.name] for u in users if of[u.name] % 2 or _keeps(costs, u.name, name)}
-            if maker >= 0 and name in self.costs[maker].kept:
+            last = len(costs) if is_result else max(of[user.name] for user in users)
+            holders = {of[u.name] for u in users if u.name in of and (of[u.name] % 2 or self._keeps(u.name, name))}
+            if maker >= 0 and name in costs[maker].kept:
                 holders.add(maker)
             size = bytes_of(locality, name) * (maker < 0 or saved[name].views is None)
-            own = size if maker >= 0 else 0
-            gradient = size if maker >= 0 or name in costs.wanted else 0
-            self.crossing.append(_Crossing(name, maker, last, tuple(holders), own, gradient, ends))
+            yield _Crossing(name, maker, last, tuple(holders), size if maker >= 0 else 0, size, is_result)
 
-    def plan_of(self, unit: int) -> SegmentPlan | None:
-        """The segment that a unit is; None for ordinary operators."""
-        return self.plans[unit // 2] if unit % 2 else None
+    def _keeps(self, reader: str, name: str) -> bool:
+        given = [n.name for n in self._basis.locality.nodes[reader].all_input_nodes]
+        return given.index(name) in self._basis.saved[reader].inputs
 
-
-def _keeps(costs: Basis, reader: str, name: str) -> bool:
-    given = [n.name for n in costs.locality.nodes[reader].all_input_nodes]
-    return given.index(name) in costs.saved[reader].inputs
+    def _unit(self, k: int, cost: Costs, crossing: Sequence[_Crossing]) -> _Unit:
+        plan = self._plans[k // 2] if k % 2 else None
+        part, shares = cost.part(), _shares(self._basis.locality, plan, cost)
+        made = sum(value.bytes for value in crossing if value.maker == k)
+        whole = plan is None or plan.tile_count == 1
+        # What this unit is the last to read gets its gradient only here: at once, or as a sum over tiles.
+        gradients = sum(v.gradient for v in crossing if v.has_gradient(k) and not (whole and v.last == k))
+        outer = {value.name: float(value.gradient) for value in crossing if value.last == k}
+        if plan is not None and not whole:
+            read = [leaf for leaf, _ in plan.segment.leaves]
+            leaves = [leaf for leaf in read if leaf in self._basis.saved or leaf in self._basis.wanted]
+            outer = {leaf: _box_bytes(self._basis.locality, plan, leaf) for leaf in leaves}
+        recorded, held = part.profile(shares, outer), float(part.held(shares))
+        unrecorded = float(part.profile_unrecorded(shares).max())
+        is_recorded = plan is None and self._basis.training
+        forward, backward = map(float, part.seconds(shares))
+        return _Unit(
+            name=plan.segment.name if plan is not None else "",
+            tiles=plan.tile_count if plan is not None else 0,
+            made=made,
+            holds=(held if plan is not None else held - made) if self._basis.training else 0.0,
+            there_forward=sum(value.bytes for value in crossing if value.in_forward(k)),
+            forward=float(recorded[: part.turn].max()) if is_recorded else unrecorded,
+            forward_seconds=forward,
+            there_backward=sum(value.bytes for value in crossing if value.in_backward(k)),
+            gradients=gradients,
+            backward=float(recorded.max()),
+            pulled=float(recorded[part.turn :].max()) - held,
+            backward_seconds=backward,
+            weights=float(cost.weight_gradients.sum()),
+        )
 
 
 def predict(basis: Basis, plans: Sequence[SegmentPlan]) -> Prediction:
     """Peak and seconds of these segments with everything else run plainly."""
-    plain_bytes, plain_seconds = plain_costs(basis)
-    if not plans:
-        peak = Moment(0, 0, 0, plain_bytes, 0)
-        return Prediction(basis.training, peak, "", plain_seconds, plain_bytes, plain_seconds)
-    moments = list(predicted_moments(basis, plans))
-    name, peak, _ = max(moments, key=lambda moment: moment[1].bytes)
-    seconds = sum(spent for *_, spent in moments)
-    return Prediction(basis.training, peak, name, seconds, plain_bytes, plain_seconds)
-
-
-def predicted_moments(basis: Basis, plans: Sequence[SegmentPlan]) -> Iterator[tuple[str, Moment, float]]:
-    """The name of the unit, the bytes and the seconds of every moment, forward and then backward."""
-    units = _Units(basis, plans)
-    kept, burdens = 0.0, []
-    for k, cost in enumerate(units.costs):
-        before = kept
-        if cost.nodes:
-            yield from _forward(basis, units, k, before)
-            kept += _keeps_of(basis, units, k)
-        burdens.append((before, kept))
-    weights = 0.0
-    for k in reversed(range(len(units.costs) if basis.training else 0)):
-        cost = units.costs[k]
-        if cost.nodes:
-            yield from _backward(basis, units, k, burdens[k], weights)
-            weights += float(cost.weight_gradients.sum())
-
-
-def _keeps_of(basis: Basis, units: _Units, k: int) -> float:
-    """What a unit keeps until its backward, apart from what other units read."""
-    if not basis.training:
-        return 0.0
-    cost, plan = units.costs[k], units.plan_of(k)
-    part = cost.part()
-    held = float(part.held(_shares(basis.locality, plan, cost)))
-    if plan is not None:
-        return plan.kept * held
-    return held - sum(value.bytes for value in units.crossing if value.maker == k)
-
-
-def _forward(basis: Basis, units: _Units, k: int, before: float) -> Iterator[tuple[str, Moment, float]]:
-    cost, plan = units.costs[k], units.plan_of(k)
-    part, shares = cost.part(), _shares(basis.locality, plan, cost)
-    there = sum(value.bytes for value in units.crossing if value.in_forward(k))
-    seconds = float(part.seconds(shares)[0])
-    unrecorded = float(part.profile_unrecorded(shares).max())
-    if plan is None:
-        recorded = float(part.profile(shares)[: part.turn].max()) if basis.training else unrecorded
-        yield "", Moment(there, 0.0, before, recorded, 0.0), seconds
-    else:
-        made = sum(value.bytes for value in units.crossing if value.maker == k)
-        held = before + _keeps_of(basis, units, k)
-        yield plan.segment.name, Moment(there + made, 0.0, held, unrecorded, 0.0), plan.tile_count * seconds
-
-
-def _backward(
-    basis: Basis, units: _Units, k: int, burden: tuple[float, float], weights: float
-) -> Iterator[tuple[str, Moment, float]]:
-    """`burden` is what is kept before and behind the unit, `weights` the bytes of gradients of later weights."""
-    cost, plan = units.costs[k], units.plan_of(k)
-    part, shares = cost.part(), _shares(basis.locality, plan, cost)
-    there = sum(value.bytes for value in units.crossing if value.in_backward(k))
-    whole = plan is None or plan.tile_count == 1
-    # What this unit is the last to read gets its gradient only here: at once, or as a sum over tiles.
-    gradients = sum(v.gradient for v in units.crossing if v.has_gradient(k) and not (whole and v.last == k))
-    outer = {value.name: float(value.gradient) for value in units.crossing if value.gradient and value.last == k}
-    if plan is not None and not whole:
-        leaves = [leaf for leaf, _ in plan.segment.leaves if leaf in basis.saved or leaf in basis.wanted]
-        outer = {leaf: _box_bytes(basis.locality, plan, leaf) for leaf in leaves}
-    profile, own = part.profile(shares, outer), float(cost.weight_gradients.sum())
-    forward, backward = map(float, part.seconds(shares))
-    before, behind = burden
-    if plan is None:
-        yield "", Moment(there, gradients, before, float(profile.max()), weights), backward
-        return
-    name, recomputed = plan.segment.name, plan.tile_count - plan.kept
-    if recomputed:
-        moment = Moment(there, gradients, before, float(profile.max()), weights + own)
-        yield name, moment, recomputed * (forward + backward)
-    if plan.kept:
-        one = float(profile[part.turn :].max()) - float(part.held(shares))
-        yield name, Moment(there, gradients, behind, one, weights + own), plan.kept * backward
+    if plans:
+        return Forecast(basis, plans).prediction({plan.segment.name: plan.kept for plan in plans})
+    plain_bytes, seconds = plain_costs(basis)
+    return Prediction(basis.training, Moment(0, 0, 0, plain_bytes, 0), "", seconds, plain_bytes, seconds)
 
 
 def _shares(locality: Locality, plan: SegmentPlan | None, cost: Costs) -> torch.Tensor:
     """The shares of the largest tile of a segment; all ones for ordinary operators."""
-    if plan is None:
-        return torch.ones(len(cost.nodes), dtype=torch.float64)
     shares = torch.ones(len(cost.nodes), dtype=torch.float64)
-    for axis in range(len(plan.axes)):
-        held = {name: plan.largest(name)[axis] for name in cost.nodes}
-        shares = shares * shares_along(locality, cost.nodes, axis, held)
+    if plan is not None:
+        largest = {name: plan.largest(name) for name in cost.nodes}
+        for axis in range(len(plan.axes)):
+            held = {name: lengths[axis] for name, lengths in largest.items()}
+            shares = shares * shares_along(locality, cost.nodes, axis, held)
     return shares
 
 
 def _box_bytes(locality: Locality, plan: SegmentPlan, leaf: str) -> float:
     """Bytes of the largest box that a tile reads of a leaf."""
-    extents = dict(plan.segment.leaves)[leaf]
-    share = 1.0
-    for dim, length in zip(extents, plan.largest(leaf), strict=True):
-        share *= length / locality.value(leaf).shape[dim]
-    return bytes_of(locality, leaf) * share
+    dims, shape = dict(plan.segment.leaves)[leaf], locality.value(leaf).shape
+    shares = (length / shape[dim] for dim, length in zip(dims, plan.largest(leaf), strict=True))
+    return bytes_of(locality, leaf) * math.prod(shares)
 
 
-def keep_graphs(basis: Basis, plans: Sequence[SegmentPlan], budget: int) -> tuple[SegmentPlan, ...]:
-    """The segments with the graphs of as many tiles kept as the budget allows, the last segments first.
+def keep_graphs(
+    basis: Basis, plans: Sequence[SegmentPlan], budget: int
+) -> tuple[tuple[SegmentPlan, ...], Prediction]:
+    """The segments with the graphs of as many tiles kept as the budget allows, and their prediction.
 
-    A kept graph burdens its own and later moments only, so that the last segments' are the cheapest to keep.
+    The last segments come first: a kept graph burdens its own and later moments only, so that theirs are the
+    cheapest to keep.
     """
-    chosen = list(plans)
-    for k in reversed(range(len(chosen))):
-        low, high = 0, chosen[k].tile_count
-        while low < high:
-            middle = (low + high + 1) // 2
-            tried = [*chosen[:k], replace(chosen[k], kept=middle), *chosen[k + 1 :]]
-            if max(moment.bytes for _, moment, _ in predicted_moments(basis, tried)) <= budget:
-                low = middle
-            else:
-                high = middle - 1
-        chosen[k] = replace(chosen[k], kept=low)
-    return tuple(chosen)
+    forecast = Forecast(basis, plans)
+    kept = dict.fromkeys((plan.segment.name for plan in plans), 0)
+    for plan in reversed(plans):
+        counts = range(plan.tile_count + 1)
+        name = plan.segment.name
+        kept[name] = bisect.bisect_right(counts, budget, key=lambda n: forecast.peak(kept | {name: n})) - 1
+    chosen = tuple(replace(plan, kept=kept[plan.segment.name]) for plan in plans)
+    return chosen, forecast.prediction(kept)

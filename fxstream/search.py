@@ -25,8 +25,8 @@ from fxstream.boundaries import Places
 from fxstream.cost import Costs, bytes_of
 from fxstream.demand import make_segment
 from fxstream.grid import Grid
-from fxstream.prediction import Basis, shares_along
-from fxstream.request import Request
+from fxstream.prediction import Basis
+from fxstream.request import Request, output_extents
 
 __all__ = ["Search", "Stretch"]
 
@@ -211,6 +211,8 @@ class _Region:
         self._request = Request(None)
         self._costs = Costs(locality, basis.machine, basis.saved, nodes)
         self._bandwidth = basis.machine.bandwidth
+        extents = [output_extents(locality, name) for name in nodes]
+        self._extents = torch.tensor(extents, dtype=torch.float64)
         places = Places(locality, nodes)
         if isinstance(request.segments, tuple):
             chosen = places.behind(request.segments)
@@ -287,11 +289,12 @@ class _Region:
             known: dict[tuple[int, int], torch.Tensor] = {}
             like = [next(j for j in axes if grids[j].is_like(grids[i])) for i in axes]
 
-            def held(axis: int, count: int) -> torch.Tensor:
+            def share(axis: int, count: int) -> torch.Tensor:
                 key = like[axis], count
                 if key not in known:
                     lengths = grids[axis].inner(count)
-                    known[key] = shares_along(self._locality, self._nodes, axis, lengths)
+                    held = torch.tensor([lengths.get(n, 0) for n in self._nodes], dtype=torch.float64)
+                    known[key] = held / self._extents[:, axis]
                 return known[key]
 
             found: dict[tuple[int, ...], torch.Tensor] = {}
@@ -300,7 +303,7 @@ class _Region:
                     grid.even(-(-w * grid.finest // finest)) for w, grid in zip(wanted, grids, strict=True)
                 )
                 if counts not in found:
-                    along = [held(axis, count) for axis, count in zip(axes, counts, strict=True)]
+                    along = [share(axis, count) for axis, count in zip(axes, counts, strict=True)]
                     found[counts] = torch.stack(along).prod(0)
             tiles = torch.tensor([math.prod(counts) for counts in found], dtype=torch.float64)
             self._grids[end] = _Grids(list(found), tiles, torch.stack(list(found.values())))
