@@ -273,7 +273,8 @@ class StreamedModule(nn.Module):
         if plan.is_trivial:
             return Prepared(analysis, plan, (), None)
         reports = self._verified(analysis, plan)
-        return Prepared(analysis, plan, reports, rewrite(captured, analysis.locality, plan))
+        streamed = rewrite(captured, analysis.locality, plan, self._saved[captured.graph])
+        return Prepared(analysis, plan, reports, streamed)
 
     def _verified(self, analysis: Analysis, plan: Plan) -> tuple[ProbeReport, ...]:
         """The probe's reports on what the plan streams, once per capture. Raises `ProbeError` on a mismatch."""

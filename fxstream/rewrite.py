@@ -15,10 +15,12 @@ import torch
 from torch import fx, nn
 
 from fxstream.capture import Captured
+from fxstream.economy import reuse_inputs
 from fxstream.functional import ordered_nodes
 from fxstream.locality import Locality
 from fxstream.planning import Plan, SegmentPlan
 from fxstream.runtime import Stream, build_stream, stream_map
+from fxstream.saved import Saved
 from fxstream.sizes import fold_integers
 
 __all__ = ["StreamedSegment", "rewrite"]
@@ -40,8 +42,13 @@ class StreamedSegment(nn.Module):
         return str(self.stream.plan)
 
 
-def rewrite(captured: Captured, locality: Locality, plan: Plan) -> fx.GraphModule:
-    """The graph at one image size with its segments streamed; takes and returns what the captured one does."""
+def rewrite(
+    captured: Captured, locality: Locality, plan: Plan, saved: Mapping[str, Saved] | None = None
+) -> fx.GraphModule:
+    """The graph at one image size with its segments streamed; takes and returns what the captured one does.
+
+    With `saved`, what autograd keeps of each operator, memory is reused where that changes nothing (`economy`).
+    """
     segments = {plan.segment.name: plan for plan in plan.segments}
     unit = {node: name for name, plan in segments.items() for node in plan.segment.nodes}
     labels = _labels(captured)
@@ -50,18 +57,23 @@ def rewrite(captured: Captured, locality: Locality, plan: Plan) -> fx.GraphModul
     modules: dict[str, nn.Module] = {}
     for name in _order(locality, unit):
         if name in segments:
-            modules[name] = _streamed(locality, segments[name], labels)
+            modules[name] = _streamed(locality, segments[name], labels, saved)
             _call_segment(graph, env, segments[name])
         else:
             _copy(graph, env, locality.nodes[name], locality)
+    if saved is not None:
+        copied = {env[name]: name for name in locality.verdicts if name in env and name not in unit}
+        reuse_inputs(graph, copied, locality, saved)
     root = {node.target: getattr(captured.module, node.target) for node in graph.nodes if node.op == "get_attr"}
     graph.lint()
     return fx.GraphModule({**root, **modules}, graph, "Streamed")
 
 
-def _streamed(locality: Locality, plan: SegmentPlan, labels: Mapping[str, str]) -> StreamedSegment:
+def _streamed(
+    locality: Locality, plan: SegmentPlan, labels: Mapping[str, str], saved: Mapping[str, Saved] | None
+) -> StreamedSegment:
     inputs = (*(leaf for leaf, _ in plan.segment.leaves), *plan.segment.smalls)
-    return StreamedSegment(build_stream(locality, plan, tuple(labels.get(name, name) for name in inputs)))
+    return StreamedSegment(build_stream(locality, plan, tuple(labels.get(name, name) for name in inputs), saved))
 
 
 def _labels(captured: Captured) -> dict[str, str]:

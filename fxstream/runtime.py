@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,9 @@ from fxstream.demand import AxisTile, Segment
 from fxstream.errors import StreamError
 from fxstream.locality import Locality
 from fxstream.planning import SegmentPlan
+from fxstream.saved import Saved
 from fxstream.sizes import Shape
-from fxstream.tile_program import tile_program
+from fxstream.tile_program import TileProgram, tile_program
 
 __all__ = ["Stream", "build_stream", "stream_map"]
 
@@ -58,7 +59,7 @@ class Stream:
     """
 
     plan: SegmentPlan
-    programs: tuple[fx.GraphModule, ...]
+    programs: tuple[TileProgram, ...]
     calls: tuple[TileCall, ...]
     shapes: tuple[tuple[int, ...], ...]
     labels: tuple[str, ...]
@@ -74,11 +75,13 @@ class Stream:
         return [leaf[box] for leaf, box in zip(leaves, call.leaves, strict=True)]
 
 
-def build_stream(locality: Locality, plan: SegmentPlan, labels: tuple[str, ...]) -> Stream:
-    """The programs and the schedule of a planned segment."""
+def build_stream(
+    locality: Locality, plan: SegmentPlan, labels: tuple[str, ...], saved: Mapping[str, Saved] | None = None
+) -> Stream:
+    """The programs and the schedule of a planned segment; `saved` as in `tile_program`."""
     segment = plan.segment
     classes: dict[tuple[int, ...], int] = {}
-    programs: list[fx.GraphModule] = []
+    programs: list[TileProgram] = []
     calls: list[TileCall] = []
     per_axis = [_class_numbers(tiles) for tiles in plan.axes]
     ranks = [_shape(locality, leaf) for leaf, _ in segment.leaves]
@@ -88,7 +91,7 @@ def build_stream(locality: Locality, plan: SegmentPlan, labels: tuple[str, ...])
         key = tuple(numbers[id(along)] for numbers, along in zip(per_axis, tile, strict=True))
         if key not in classes:
             classes[key] = len(programs)
-            programs.append(tile_program(locality, segment, tile))
+            programs.append(tile_program(locality, segment, tile, saved))
         leaves = tuple(
             plan.leaf_box(leaf, tile).index(dims, len(shape))
             for (leaf, dims), shape in zip(segment.leaves, ranks, strict=True)
@@ -168,6 +171,7 @@ def _recorded(
     leaves: Sequence[torch.Tensor],
     smalls: Sequence[torch.Tensor],
     wanted: Sequence[bool],
+    program: fx.GraphModule,
 ) -> _Recorded:
     """Run one tile with recording, for gradients of the inputs that are wanted."""
     with torch.enable_grad():
@@ -176,7 +180,7 @@ def _recorded(
             for tile, wants in zip(stream.tile_inputs(call, leaves), wanted, strict=False)
         ]
         own = [small.detach().requires_grad_(w) for small, w in zip(smalls, wanted[len(tiles) :], strict=True)]
-        return _Recorded(tiles, own, stream.programs[call.program](*tiles, *own))
+        return _Recorded(tiles, own, program(*tiles, *own))
 
 
 @torch.no_grad()
@@ -191,10 +195,10 @@ def _forward(
     with _Ambient.now(tensors[0].device).restored():
         for i, call in enumerate(stream.calls):
             if call.is_kept and wanted is not None:
-                kept[i] = _recorded(stream, call, leaves, smalls, wanted)
+                kept[i] = _recorded(stream, call, leaves, smalls, wanted, stream.programs[call.program].forward)
                 tiles = kept[i].results
             else:
-                tiles = stream.programs[call.program](*stream.tile_inputs(call, leaves), *smalls)
+                tiles = stream.programs[call.program].forward(*stream.tile_inputs(call, leaves), *smalls)
             for k, (tile, owned) in enumerate(zip(tiles, call.outputs, strict=True)):
                 if owned is not None:
                     whole = outputs[k]
@@ -338,7 +342,8 @@ def _pull_back(
     if not flowing:
         return
     if recorded is None:
-        recorded = _recorded(stream, call, sums.leaves, sums.smalls, sums.wanted)
+        program = stream.programs[call.program].recomputation
+        recorded = _recorded(stream, call, sums.leaves, sums.smalls, sums.wanted, program)
     tiles, smalls, results = recorded.tiles, recorded.smalls, recorded.results
     pulled = [(results[k], grad) for k, grad in flowing if results[k].requires_grad]
     for k, grad in flowing:

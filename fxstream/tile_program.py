@@ -17,18 +17,36 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxstream.demand import AxisStep, AxisTile, Cut, ReadStep, Segment
+from fxstream.economy import reuse_inputs, without_unneeded
 from fxstream.errors import StreamError
 from fxstream.locality import Locality
 from fxstream.rules import Evaluation, Footprint, Read, TileSize
+from fxstream.saved import Saved
 from fxstream.sizes import Shape, fold_integers
 
-__all__ = ["tile_program"]
+__all__ = ["TileProgram", "tile_program"]
 
 aten = torch.ops.aten
 
 
-def tile_program(locality: Locality, segment: Segment, tiles: Sequence[AxisTile]) -> fx.GraphModule:
-    """The program of the class that `tiles` (one per axis) belongs to."""
+@dataclass(frozen=True, slots=True)
+class TileProgram:
+    """The program of a tile class; `recomputation` is what runs again for its backward, often the same."""
+
+    forward: fx.GraphModule
+    recomputation: fx.GraphModule
+
+
+def tile_program(
+    locality: Locality,
+    segment: Segment,
+    tiles: Sequence[AxisTile],
+    saved: Mapping[str, Saved] | None = None,
+) -> TileProgram:
+    """The program of the class that `tiles` (one per axis) belongs to.
+
+    With `saved`, what autograd keeps of each operator, it reuses memory and computes nothing in vain (`economy`).
+    """
     builder = _Builder(locality, segment)
     for position, name in enumerate(segment.nodes):
         steps = [step for tile in tiles if (step := tile.steps[position]) is not None]
@@ -38,7 +56,12 @@ def tile_program(locality: Locality, segment: Segment, tiles: Sequence[AxisTile]
     builder.graph.output(tuple(results))
     builder.graph.eliminate_dead_code()
     builder.graph.lint()
-    return fx.GraphModule({}, builder.graph, f"{segment.name}_tile")
+    origin = {node: name for node, name in builder.origin.items() if node.users}
+    if saved is not None:
+        reuse_inputs(builder.graph, origin, locality, saved)
+    program = fx.GraphModule({}, builder.graph, f"{segment.name}_tile")
+    recomputed = program if saved is None else without_unneeded(program, origin, locality, saved)
+    return TileProgram(program, recomputed)
 
 
 class _Builder:
@@ -47,6 +70,8 @@ class _Builder:
     def __init__(self, locality: Locality, segment: Segment) -> None:
         self.graph = fx.Graph()
         self.env: dict[str, fx.Node] = {}
+        self.origin: dict[fx.Node, str] = {}
+        """The operator of the model that each call evaluates."""
         self._locality = locality
         self._original = locality.nodes
         self._served: dict[tuple[object, ...], fx.Node] = {}
@@ -68,6 +93,7 @@ class _Builder:
             result = self._average(footprint, served[0], steps)
         else:
             result = self._call(name, footprint, served, steps, **_padding_argument(footprint, own))
+        self.origin[result] = name
         cuts = [p.result if p else step.result for step, p in zip(steps, own, strict=True)]
         self.env[name] = self.cut(result, footprint.dims, cuts)
         for node in itertools.islice(reversed(self.graph.nodes), len(self.graph.nodes) - before):

@@ -82,7 +82,7 @@ def _compare_tiles(locality: Locality, names: tuple[str, ...], found: Findings) 
     for place in range(3):
         owned = [[_third(at_size, output, axis, place) for output in part.segment.outputs] for axis in axes]
         tiles = [walk.tile(tuple(own)) for walk, own in zip(walks, owned, strict=True)]
-        program = tile_program(at_size, part.segment, tiles)
+        program = tile_program(at_size, part.segment, tiles).forward
         cuts = []
         for (leaf, dims), image in zip(part.segment.leaves, inputs, strict=True):
             box = Box(tuple(tile.boxes.get(leaf, EMPTY) for tile in tiles))

@@ -17,7 +17,7 @@ FLOORS = (
     ("locality",),
     ("demand", "request", "algebra", "saved", "device"),
     ("grid", "excerpt", "closed_form", "cost"),
-    ("segment_plan",),
+    ("segment_plan", "economy"),
     ("boundaries", "prediction"),
     ("search",),
     ("planning", "tile_program"),

@@ -42,15 +42,47 @@ def test_each_tile_is_computed_once_forward_and_once_backward(monkeypatch):
     image = integer_image(1, 2, 31, 26)
     module(image)
     (stream,) = streams(module)
-    calls = []
+    calls = {"forward": [], "recomputation": []}
     for i, program in enumerate(stream.programs):
-        forward = program.forward
-        monkeypatch.setattr(program, "forward", lambda *a, i=i, f=forward: (calls.append(i), f(*a))[1])
+        assert program.forward is not program.recomputation  # it ends in a convolution
+        for kind, found in calls.items():
+            module_of_kind = getattr(program, kind)
+            run = module_of_kind.forward
+            monkeypatch.setattr(module_of_kind, "forward", lambda *a, i=i, f=run, c=found: (c.append(i), f(*a))[1])
+    expected = sorted(call.program for call in stream.calls)
     y = module(image)
-    assert sorted(calls) == sorted(call.program for call in stream.calls)
-    calls.clear()
+    assert (sorted(calls["forward"]), calls["recomputation"]) == (expected, [])
     y.sum().backward()
-    assert sorted(calls) == sorted(call.program for call in stream.calls)
+    assert (sorted(calls["forward"]), sorted(calls["recomputation"])) == (expected, expected)
+
+
+def test_a_convolution_at_the_end_is_not_recomputed():
+    model = make_integer(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 2, 3, padding=1)))
+    module, image = fxstream.compile(model, tile=13, segments=1), integer_image(2, 2, 31, 26)
+    assert_same(step(module, model, [image]), step(model, model, [image]), 0.0)
+    (stream,) = streams(module)
+    for program in stream.programs:
+        assert program.forward.code.count("aten.conv2d.default") == 2
+        assert program.recomputation.code.count("aten.conv2d.default") == 1
+        assert program.recomputation.code.count("uncomputed_convolution(") == 1
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):  # casts by rules of its own: the convolution itself is computed
+        y, wanted = module(image.float()), model(image.float())
+        (found,) = torch.autograd.grad(y.float().sum(), model[0].weight)
+        (wanted,) = torch.autograd.grad(wanted.float().sum(), model[0].weight)
+    assert torch.equal(found, wanted)
+
+
+def test_relu_takes_over_the_memory_of_its_input_where_nothing_else_needs_it():
+    model = make_integer(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.Sigmoid()))
+    module = fxstream.compile(model, tile=20, segments=1)
+    module(integer_image(1, 2, 40, 40))
+    assert "relu_.default" in streams(module)[0].programs[0].forward.code
+    for keeps in (nn.SiLU(), nn.Hardtanh(0.0, 6.0), nn.GELU()):  # their backward needs their input
+        model = make_integer(nn.Sequential(nn.Conv2d(2, 3, 3), keeps, nn.Conv2d(3, 2, 3)))
+        module, image = fxstream.compile(model, tile=20, segments=1), integer_image(1, 2, 40, 40)
+        assert_same(step(module, model, [image]), step(model, model, [image]), 1e-12)
+        assert "_.default" not in streams(module)[0].programs[0].forward.code
 
 
 def test_interior_tiles_share_one_program():
@@ -64,7 +96,7 @@ def test_interior_tiles_share_one_program():
 def test_a_tile_program_prints_its_crops_and_pads():
     module = fxstream.compile(network(), tile=13, segments=1)
     module(integer_image(1, 2, 31, 26))
-    code = streams(module)[0].programs[0].code
+    code = streams(module)[0].programs[0].forward.code
     assert "constant_pad_nd" in code
     assert "conv2d" in code
 
@@ -75,7 +107,7 @@ def test_a_convolution_pads_by_itself_where_that_computes_little_in_vain():
     for tile, copies in ((50, False), (7, True)):
         module = fxstream.compile(model, tile=tile, segments=1)
         assert_same(step(module, model, [image]), step(model, model, [image]), 0.0)
-        assert copies == any("constant_pad_nd" in program.code for program in streams(module)[0].programs)
+        assert copies == any("constant_pad_nd" in program.forward.code for program in streams(module)[0].programs)
 
 
 def test_the_rewritten_graph_has_one_call_per_segment():

@@ -1,0 +1,145 @@
+"""Less memory and less work for a tile program, from what autograd keeps of each operator.
+
+NOTE [what is saved]
+1. An operator that has a twin in place, whose backward does not need its input, takes over the memory of that
+   input where nothing else reads it and the operator that made it does not keep it. So it was in the model, before
+   the graph was made functional.
+2. A tile is recomputed for its backward only. A convolution whose result no backward needs (the last of
+   a segment, or one that only additions follow) is then not computed: its place is taken by a function with the
+   same backward and a result of zeros without memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxstream.locality import Locality
+from fxstream.saved import Saved
+from fxstream.sizes import Shape
+
+__all__ = ["reuse_inputs", "without_unneeded"]
+
+aten = torch.ops.aten
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+
+
+def reuse_inputs(
+    graph: fx.Graph, origin: Mapping[fx.Node, str], locality: Locality, saved: Mapping[str, Saved]
+) -> None:
+    """Rule 1, in place; `origin` names the operator of the model that each call of the graph evaluates."""
+    for node, name in origin.items():
+        given = node.args[0] if node.args else None
+        twin = _twin(node.target)
+        if twin is None or not isinstance(given, fx.Node) or node.all_input_nodes != [given]:
+            continue
+        made_by = origin.get(given)
+        if made_by is None or made_by not in saved or name not in saved or len(given.users) != 1:
+            continue
+        fresh = saved[made_by].views is None and not saved[made_by].result
+        if fresh and not saved[name].inputs and _type(locality, name) == _type(locality, made_by):
+            node.target = twin
+
+
+def _twin(target: Any) -> torch._ops.OpOverload | None:
+    """``relu_.default`` for ``relu.default``, or None."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    packet = getattr(aten, f"{target._schema.name.removeprefix('aten::')}_", None)
+    name = target._schema.overload_name or "default"
+    return getattr(packet, name) if packet is not None and name in packet.overloads() else None
+
+
+def _type(locality: Locality, name: str) -> torch.dtype | None:
+    meta = locality.metas[name]
+    return meta.dtype if isinstance(meta, Shape) else None
+
+
+def without_unneeded(
+    program: fx.GraphModule, origin: Mapping[fx.Node, str], locality: Locality, saved: Mapping[str, Saved]
+) -> fx.GraphModule:
+    """Rule 2: the program for a recomputation, the same object where it computes nothing in vain."""
+    inside = set(origin.values())
+    needed: dict[str, bool] = {}
+    for name in reversed(list(dict.fromkeys(origin.values()))):
+        if name not in saved:
+            needed[name] = True
+            continue
+        needed[name] = saved[name].result
+        for user in locality.nodes[name].users:
+            if user.name in inside:
+                needed[name] |= needed[user.name] or _keeps(user, locality.nodes[name], saved)
+    skipped = {node.name for node, name in origin.items() if node.target in CONVOLUTIONS and not needed[name]}
+    if not skipped:
+        return program
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(program.graph, {}))
+    for node in graph.nodes:
+        if node.name in skipped:
+            node.target = uncomputed_convolution
+    return fx.GraphModule({}, graph, program._get_name())
+
+
+def _keeps(user: fx.Node, given: fx.Node, saved: Mapping[str, Saved]) -> bool:
+    return user.name not in saved or user.all_input_nodes.index(given) in saved[user.name].inputs
+
+
+def uncomputed_convolution(
+    image: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """Zeros in place of the result of a convolution, with its gradients. Under autocast the convolution itself."""
+    axes = weight.ndim - 2
+    if torch.is_autocast_enabled(image.device.type):
+        result: torch.Tensor = CONVOLUTIONS[axes - 1](image, weight, bias, stride, padding, dilation, groups)
+        return result
+    numbers = ([given] * axes if isinstance(given, int) else list(given) for given in (stride, padding, dilation))
+    return _Uncomputed.apply(image, weight, bias, *numbers, groups)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Uncomputed(torch.autograd.Function):
+    """A convolution of which only the gradients are computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(image, weight)
+        ctx.arguments = ([weight.shape[0]] if bias is not None else None, stride, padding, dilation, groups)
+        sizes = zip(image.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        extents = [(e + 2 * p - d * (k - 1) - 1) // s + 1 for e, k, s, p, d in sizes]
+        return image.new_zeros(()).expand(image.shape[0], weight.shape[0], *extents)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        image, weight = ctx.saved_tensors
+        bias, stride, padding, dilation, groups = ctx.arguments
+        found = aten.convolution_backward(
+            gradient,
+            image,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0] * len(stride),
+            groups,
+            ctx.needs_input_grad[:3],
+        )
+        return (*found, None, None, None, None)
