@@ -110,13 +110,16 @@ def _claimed_valid(
         own, of = strip.tile_of(leaf, tile), axes[strip.axis]
         if not of.advance:
             continue
-        first = (own.start - of.lows[0]) * of.period // of.advance - 2 * of.period
-        while of.low(first) < own.start:
-            first += 1
-        last = (own.stop - 1 - of.highs[0]) * of.period // of.advance + 2 * of.period
-        while of.high(last) >= own.stop:
-            last -= 1
-        start, stop = max(start, first), min(stop, last + 1)
+        if own.start > 0:  # otherwise nothing before the tile is NaN
+            first = (own.start - of.lows[0]) * of.period // of.advance - 2 * of.period
+            while of.low(first) < own.start:
+                first += 1
+            start = max(start, first)
+        if own.stop < strip.leaf_extents[leaf][strip.axis]:
+            last = (own.stop - 1 - of.highs[0]) * of.period // of.advance + 2 * of.period
+            while of.high(last) >= own.stop:
+                last -= 1
+            stop = min(stop, last + 1)
     return Interval(start, stop) if start < stop else EMPTY
 
 

@@ -8,6 +8,7 @@ printed, linted, and compiled.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from fxstream.errors import StreamError
 from fxstream.locality import Locality
 from fxstream.rules import Evaluation, Footprint, Read, TileSize
 from fxstream.saved import Saved
-from fxstream.sizes import Shape, fold_integers
+from fxstream.sizes import Meta, Shape, fold_integers
 
 __all__ = ["TileProgram", "tile_program"]
 
@@ -82,7 +83,9 @@ class _Builder:
         """The call of one node on its crops and pads, cropped to the box that the tile holds."""
         footprint = self._locality.footprint(name)
         before = len(self.graph.nodes)
-        own = _own_padding(footprint, steps)
+        (read, *_) = footprint.reads
+        grows = _size(self._locality.metas[name]) > math.prod(read.value.shape)
+        own = _own_padding(footprint, steps, 0.0 if grows else MOST_EXTRA)
         served = [
             self._serve(footprint, read, [_unpadded(step.reads[i], p) for step, p in zip(steps, own, strict=True)])
             for i, read in enumerate(footprint.reads)
@@ -201,13 +204,17 @@ class _OwnPadding:
 
 
 MOST_EXTRA = 1 / 8
-"""An operator may compute this share of a tile's result in vain to save a padded copy of its input."""
+"""An operator may compute this share of a tile's result in vain to save a padded copy of its input.
+
+Only where its result is no larger than the input: the backward of the cut is a copy of the gradient of the result.
+"""
 
 
-def _own_padding(footprint: Footprint, steps: Sequence[AxisStep]) -> list[_OwnPadding | None]:
+def _own_padding(footprint: Footprint, steps: Sequence[AxisStep], most_extra: float) -> list[_OwnPadding | None]:
     """Along which axes a window operator pads by itself, instead of reading a padded copy.
 
-    It pads both sides, so that on a side where the image goes on it yields pixels too many, which are cut away.
+    It pads both sides, so that on a side where the image goes on it yields pixels too many, which are cut away: a
+    share of the result up to `most_extra`.
     """
     is_window = footprint.evaluation is Evaluation.WINDOWED and footprint.average is None
     if not is_window or "padding" not in footprint.overrides:
@@ -223,8 +230,12 @@ def _own_padding(footprint: Footprint, steps: Sequence[AxisStep]) -> list[_OwnPa
             continue
         held = (served.cut.length + 2 * width - (axis_map.last - axis_map.first) - 1) // stride + 1
         result = Cut(before // stride + step.result.start, step.result.length, held)
-        found.append(_OwnPadding(width, result) if held - result.length <= MOST_EXTRA * held else None)
+        found.append(_OwnPadding(width, result) if held - result.length <= most_extra * held else None)
     return found
+
+
+def _size(meta: Meta) -> int:
+    return math.prod(meta.shape) if isinstance(meta, Shape) else 0
 
 
 def _unpadded(step: ReadStep, own: _OwnPadding | None) -> ReadStep:
