@@ -3,10 +3,10 @@
 A dynamic program over the places of a region where few bytes are live (one tensor between two residual blocks,
 the features so far inside a dense block). It minimises
 
-    arithmetic of all tiles / arithmetic of the plain region  +  bytes of the boundaries / bytes of the activations
+    seconds of all tiles / seconds of the plain region  +  bytes of the boundaries / bytes of the activations
 
-which trades recomputation of overlaps against kept memory, both relative to the plain network. Boundaries may
-also be given, as a number of segments or as the modules that each end one.
+which trades time against kept memory, both relative to the plain network, seconds by the model in `cost`. Boundaries
+may also be given, as a number of segments or as the modules that each end one.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from fxstream.cost import Costs
 from fxstream.demand import make_segment
 from fxstream.errors import PlanError
 from fxstream.grid import Grid
 from fxstream.locality import Locality
+from fxstream.prediction import Basis
 from fxstream.receptive_field import IDENTITY
 from fxstream.request import (
     Request,
@@ -31,7 +35,6 @@ from fxstream.request import (
     place_of_module,
     tile_bounds,
 )
-from fxstream.segment_plan import arithmetic
 from fxstream.sizes import Shape
 
 __all__ = ["Places", "RegionPlanner"]
@@ -39,7 +42,7 @@ __all__ = ["Places", "RegionPlanner"]
 MOST_CANDIDATES = 24
 """Boundaries considered per region; their pairs are what planning time goes into."""
 SEGMENT_COST = 0.01
-"""What one more segment must save, as a share of the plain network's arithmetic or activations."""
+"""What one more segment must save, as a share of the plain network's seconds or activations."""
 
 
 class Places:
@@ -107,16 +110,19 @@ class Places:
 class RegionPlanner:
     """The dynamic program over the places where a region may be cut into segments."""
 
-    def __init__(self, locality: Locality, nodes: tuple[str, ...], request: Request) -> None:
+    def __init__(self, basis: Basis, nodes: tuple[str, ...], request: Request) -> None:
+        locality = basis.locality
         self._locality = locality
         self._nodes = nodes
         self._request = request
         self._places = Places(locality, nodes)
         self._place = {name: i for i, name in enumerate(nodes)}
-        self._arithmetic = arithmetic(locality, nodes)
+        self._costs = Costs(locality, basis.machine, basis.saved, nodes)
         self._bytes = max(1, locality.activation_bytes(nodes))
         self._reads = [[(r.value.name, r.dims) for r in locality.footprint(n).reads] for n in nodes]
-        self._total = max(1, sum(self._arithmetic.values()))
+        self._seconds = self._both(0, len(nodes), torch.ones(len(nodes), dtype=torch.float64))
+        extents = [output_extents(locality, name) for name in nodes]
+        self._extents = torch.tensor(extents, dtype=torch.float64)
         self._boundary_bytes: dict[int, int] = {}
 
     def segments(self) -> list[tuple[str, ...]]:
@@ -188,15 +194,19 @@ class RegionPlanner:
         return found
 
     def _cost(self, start: int, end: int, chosen: Sequence[_Choice | None], least: float) -> _Cost:
-        macs = 0.0
-        for name in self._nodes[start + 1 : end + 1]:
-            ratio = 1.0
-            for choice, extent in zip(chosen, output_extents(self._locality, name), strict=True):
-                if choice is None:
-                    return _Cost(math.inf, least)
-                ratio *= choice[0] * choice[1].get(name, 0) / extent
-            macs += ratio * self._arithmetic[name]
-        return _Cost(macs / self._total + self._boundary_bytes.get(end, 0) / self._bytes + SEGMENT_COST, least)
+        found = [choice for choice in chosen if choice is not None]
+        if len(found) < len(chosen):
+            return _Cost(math.inf, least)
+        lengths = [[held.get(name, 0) for _, held in found] for name in self._nodes]
+        shares = (torch.tensor(lengths, dtype=torch.float64) / self._extents).prod(-1)
+        seconds = math.prod(count for count, _ in found) * self._both(start + 1, end + 1, shares, again=True)
+        boundary = self._boundary_bytes.get(end, 0) / self._bytes
+        return _Cost(seconds / self._seconds + boundary + SEGMENT_COST, least)
+
+    def _both(self, start: int, stop: int, shares: torch.Tensor, again: bool = False) -> float:
+        """Seconds of a forward and a backward of one tile, of two forwards if the first is done `again`."""
+        forward, backward = map(float, self._costs.part(start, stop).seconds(shares))
+        return forward * (1 + again) + backward
 
 
 _Choice = tuple[int, dict[str, int]]

@@ -96,18 +96,17 @@ def make_plan(
         segments, prediction = _within_memory(basis, request, budget_of(request.memory, device))
         is_trivial = not segments
     else:
-        segments = _with_tiles(locality, request)
+        segments = _with_tiles(basis, request)
         is_trivial = all(segment.tile_count == 1 for segment in segments)
         prediction = predict(basis, () if is_trivial else segments)
     nodes = [name for segment in segments for name in segment.segment.nodes]
     return Plan(segments, locality.activation_bytes(nodes), total_bytes(locality), is_trivial, prediction)
 
 
-def _with_tiles(locality: Locality, request: Request) -> tuple[SegmentPlan, ...]:
+def _with_tiles(basis: Basis, request: Request) -> tuple[SegmentPlan, ...]:
     """The segments of every worthwhile region, in the coarsest grids that the tile allows."""
-    chosen = [
-        run for part in _parts(locality, request) for run in RegionPlanner(locality, part, request).segments()
-    ]
+    locality = basis.locality
+    chosen = [run for part in _parts(locality, request) for run in RegionPlanner(basis, part, request).segments()]
     return tuple(
         plan_segment(locality, make_segment(locality, f"segment_{i}", run), request)
         for i, run in enumerate(chosen)
