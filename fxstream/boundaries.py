@@ -5,8 +5,8 @@ the features so far inside a dense block). It minimises
 
     seconds of all tiles / seconds of the plain region  +  bytes of the boundaries / bytes of the activations
 
-which trades time against kept memory, both relative to the plain network, seconds by the model in `cost`. Boundaries
-may also be given, as a number of segments or as the modules that each end one.
+which trades time against kept memory, both relative to the plain network; seconds are those of the model in `cost`.
+Boundaries may also be given, as a number of segments or as the modules that each end one.
 """
 
 from __future__ import annotations

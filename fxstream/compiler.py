@@ -49,6 +49,7 @@ def compile(
     segments: int | tuple[str, ...] | None = None,
     cut: str | None = None,
     verify: bool = True,
+    compile_tiles: bool = False,
 ) -> StreamedModule:
     """The model as a drop-in module that streams its large part tile by tile, with the same results.
 
@@ -61,8 +62,9 @@ def compile(
     reads: pixels, one number for all axes or one per axis. `segments` is the number of segments of each streamed
     region (at most, within a memory), or the names of the modules that each end one; by default the planner
     chooses. `cut` names the module after which nothing is streamed. With `verify` the probe measures once per
-    capture, on the real operators, what the rules claim. The model itself is not changed and its parameters are
-    shared.
+    capture, on the real operators, what the rules claim. `compile_tiles` passes what a tile computes through
+    `torch.compile`: the first step of a size takes minutes, the others less time. The model itself is not changed
+    and its parameters are shared.
 
     Raises `InputError` for a tile that is not a positive integer or tuple of them, for a memory that is no
     positive amount and for both at once; at the first call `CaptureError`, `PlanError` or `ProbeError`.
@@ -70,7 +72,7 @@ def compile(
     if not isinstance(model, nn.Module):
         raise InputError(f"compile needs an nn.Module, found {type(model).__name__}")
     request = checked_request(tile, segments, cut, memory)
-    return StreamedModule(model, request, verify)
+    return StreamedModule(model, request, verify, compile_tiles)
 
 
 def plan(
@@ -154,6 +156,7 @@ class StreamedModule(nn.Module):
     model: nn.Module
     request: Request
     verify: bool
+    compile_tiles: bool
     _captures: dict[Any, Captured]
     _saved: dict[fx.Graph, dict[str, Saved]]
     _probed: dict[Any, tuple[ProbeReport, ...]]
@@ -162,21 +165,23 @@ class StreamedModule(nn.Module):
     _told: set[str]
     _volatile: set[str]
 
-    def __init__(self, model: nn.Module, request: Request, verify: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, request: Request, verify: bool = True, compile_tiles: bool = False
+    ) -> None:
         super().__init__()
         shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
         # Not registered as a submodule: the model's parts are ours under their own names.
         self.__dict__ |= {parts: model.__dict__[parts] for parts in shared} | {"model": model}
-        self.request, self.verify = request, verify
+        self.request, self.verify, self.compile_tiles = request, verify, compile_tiles
         self.training = model.training
         self._captures, self._saved, self._probed, self._prepared, self._last = {}, {}, {}, {}, None
         self._told, self._volatile = set(), set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StreamedModule, (self.model, self.request, self.verify)
+        return StreamedModule, (self.model, self.request, self.verify, self.compile_tiles)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamedModule:
-        return StreamedModule(copy.deepcopy(self.model, memo), self.request, self.verify)
+        return StreamedModule(copy.deepcopy(self.model, memo), self.request, self.verify, self.compile_tiles)
 
     def train(self, mode: bool = True) -> StreamedModule:
         """Training mode of the model and of this module."""
@@ -273,7 +278,8 @@ class StreamedModule(nn.Module):
         if plan.is_trivial:
             return Prepared(analysis, plan, (), None)
         reports = self._verified(analysis, plan)
-        streamed = rewrite(captured, analysis.locality, plan, self._saved[captured.graph])
+        known = self._saved[captured.graph]
+        streamed = rewrite(captured, analysis.locality, plan, known, self.compile_tiles)
         return Prepared(analysis, plan, reports, streamed)
 
     def _verified(self, analysis: Analysis, plan: Plan) -> tuple[ProbeReport, ...]:

@@ -217,9 +217,10 @@ def show_bench(setting: Setting, rows: Sequence[Row], console: Console) -> None:
     table.add_column("", no_wrap=True)
     for name in ("seconds", "time", "peak", "memory", "predicted", "MACs"):
         table.add_column(name, justify="right", no_wrap=True)
+    failures = []
     for row in rows:
         if row.failure:
-            table.add_row(row.way.label, row.failure)
+            failures.append(f"{row.way.label}: {row.failure}")
             continue
         table.add_row(
             row.way.label,
@@ -233,6 +234,8 @@ def show_bench(setting: Setting, rows: Sequence[Row], console: Console) -> None:
     shape = "x".join(map(str, setting.shape))
     console.print(f"{setting.target}, image {shape}, one training step on {setting.device}", highlight=False)
     console.print(table)
+    for failure in failures:
+        console.print(failure, highlight=False, markup=False)
     console.print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of processes by turns",
         highlight=False,

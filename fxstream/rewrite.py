@@ -43,11 +43,16 @@ class StreamedSegment(nn.Module):
 
 
 def rewrite(
-    captured: Captured, locality: Locality, plan: Plan, saved: Mapping[str, Saved] | None = None
+    captured: Captured,
+    locality: Locality,
+    plan: Plan,
+    saved: Mapping[str, Saved] | None = None,
+    compile_tiles: bool = False,
 ) -> fx.GraphModule:
     """The graph at one image size with its segments streamed; takes and returns what the captured one does.
 
     With `saved`, what autograd keeps of each operator, memory is reused where that changes nothing (`economy`).
+    `compile_tiles` passes tile programs through `torch.compile`.
     """
     segments = {plan.segment.name: plan for plan in plan.segments}
     unit = {node: name for name, plan in segments.items() for node in plan.segment.nodes}
@@ -57,7 +62,7 @@ def rewrite(
     modules: dict[str, nn.Module] = {}
     for name in _order(locality, unit):
         if name in segments:
-            modules[name] = _streamed(locality, segments[name], labels, saved)
+            modules[name] = _streamed(locality, segments[name], labels, saved, compile_tiles)
             _call_segment(graph, env, segments[name])
         else:
             _copy(graph, env, locality.nodes[name], locality)
@@ -70,10 +75,15 @@ def rewrite(
 
 
 def _streamed(
-    locality: Locality, plan: SegmentPlan, labels: Mapping[str, str], saved: Mapping[str, Saved] | None
+    locality: Locality,
+    plan: SegmentPlan,
+    labels: Mapping[str, str],
+    saved: Mapping[str, Saved] | None,
+    compile_tiles: bool,
 ) -> StreamedSegment:
     inputs = (*(leaf for leaf, _ in plan.segment.leaves), *plan.segment.smalls)
-    return StreamedSegment(build_stream(locality, plan, tuple(labels.get(name, name) for name in inputs), saved))
+    named = tuple(labels.get(name, name) for name in inputs)
+    return StreamedSegment(build_stream(locality, plan, named, saved, compile_tiles))
 
 
 def _labels(captured: Captured) -> dict[str, str]:

@@ -19,12 +19,11 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
 from fxstream.box import Box
 from fxstream.demand import AxisTile, Segment
@@ -76,7 +75,11 @@ class Stream:
 
 
 def build_stream(
-    locality: Locality, plan: SegmentPlan, labels: tuple[str, ...], saved: Mapping[str, Saved] | None = None
+    locality: Locality,
+    plan: SegmentPlan,
+    labels: tuple[str, ...],
+    saved: Mapping[str, Saved] | None = None,
+    compile_tiles: bool = False,
 ) -> Stream:
     """The programs and the schedule of a planned segment; `saved` as in `tile_program`."""
     segment = plan.segment
@@ -91,7 +94,8 @@ def build_stream(
         key = tuple(numbers[id(along)] for numbers, along in zip(per_axis, tile, strict=True))
         if key not in classes:
             classes[key] = len(programs)
-            programs.append(tile_program(locality, segment, tile, saved))
+            program = tile_program(locality, segment, tile, saved)
+            programs.append(program.compiled() if compile_tiles else program)
         leaves = tuple(
             plan.leaf_box(leaf, tile).index(dims, len(shape))
             for (leaf, dims), shape in zip(segment.leaves, ranks, strict=True)
@@ -171,7 +175,7 @@ def _recorded(
     leaves: Sequence[torch.Tensor],
     smalls: Sequence[torch.Tensor],
     wanted: Sequence[bool],
-    program: fx.GraphModule,
+    program: Callable[..., tuple[torch.Tensor, ...]],
 ) -> _Recorded:
     """Run one tile with recording, for gradients of the inputs that are wanted."""
     with torch.enable_grad():

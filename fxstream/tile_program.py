@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,19 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True)
 class TileProgram:
-    """The program of a tile class; `recomputation` is what runs again for its backward, often the same."""
+    """The program of a tile class, an `fx.GraphModule`, or that compiled.
 
-    forward: fx.GraphModule
-    recomputation: fx.GraphModule
+    `recomputation` is what runs again for its backward, often the same.
+    """
+
+    forward: Callable[..., tuple[torch.Tensor, ...]]
+    recomputation: Callable[..., tuple[torch.Tensor, ...]]
+
+    def compiled(self) -> TileProgram:
+        """The same program through `torch.compile`, for its fixed shapes; compiled when it first runs."""
+        forward = torch.compile(self.forward, dynamic=False)
+        same = self.recomputation is self.forward
+        return TileProgram(forward, forward if same else torch.compile(self.recomputation, dynamic=False))
 
 
 def tile_program(

@@ -1,6 +1,7 @@
 """Plans within a memory: they fit, they are exact, they say what they cost; and the cost model itself."""
 
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -255,6 +256,16 @@ def test_lifetimes_on_a_chain_by_hand():
     assert levels[:3] == [1.0, 2.0, 2.0]
     assert levels[3] == pytest.approx(3 + 4 / 400)  # relu, result, gradient of relu
     assert levels[5] < levels[3]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_tiles_are_the_same_to_rounding():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1)).double()
+    image = torch.randn(1, 2, 36, 20, dtype=torch.float64)
+    module = fxstream.compile(model, tile=20, segments=1, compile_tiles=True)
+    assert_same(step(module, model, [image]), step(model, model, [image]), 1e-12)
+    (stream,) = (m.stream for m in module._last.streamed.modules() if hasattr(m, "stream"))
+    assert all("Optimized" in type(program.forward).__name__ for program in stream.programs)
 
 
 def test_units():
