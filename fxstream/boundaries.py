@@ -5,8 +5,8 @@ the features so far inside a dense block). It minimises
 
     seconds of all tiles / seconds of the plain region  +  bytes of the boundaries / bytes of the activations
 
-which trades time against kept memory, both relative to the plain network; seconds are those of the model in `cost`.
-Boundaries may also be given, as a number of segments or as the modules that each end one.
+which trades time against kept memory, both relative to the plain network; seconds are those of `cost`. Boundaries
+may also be given, as a number of segments or as the modules that each end one.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ class RegionPlanner:
         self._costs = Costs(locality, basis.machine, basis.saved, nodes)
         self._bytes = max(1, locality.activation_bytes(nodes))
         self._reads = [[(r.value.name, r.dims) for r in locality.footprint(n).reads] for n in nodes]
-        self._seconds = self._both(0, len(nodes), torch.ones(len(nodes), dtype=torch.float64))
+        plain = self._both(0, len(nodes), torch.ones(len(nodes), dtype=torch.float64))
+        self._seconds = plain or 1.0  # nothing but views takes no time
         extents = [output_extents(locality, name) for name in nodes]
         self._extents = torch.tensor(extents, dtype=torch.float64)
         self._boundary_bytes: dict[int, int] = {}

@@ -145,6 +145,13 @@ CORPUS = [
 ]  # fmt: skip
 
 
+VIEWS = ((("stride", 0, 0, 1),), (7, 6), 3, 1)
+
+
+def test_a_graph_of_views_alone():
+    assert run(*VIEWS)
+
+
 PROBED = [  # cases that the probe once took for a wrong rule
     ((("join", 0, 0, False), ("pad", 1, (0, 0, 1, -1))), (1, 2), 1, 1),
     ((("join", 0, 0, False), ("conv", 1, (2, 2, 1, 1), (1, 2), (0, 1), (1, 1))), (1, 2), 1, 1),

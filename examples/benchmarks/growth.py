@@ -1,0 +1,54 @@
+"""Seconds per megapixel and peak memory of a training step over the image size, streamed within one budget.
+
+ResNet-18 with frozen BatchNorm. What a larger image must keep is its boundaries; the rest of the memory stays.
+"""
+
+import argparse
+import time
+import warnings
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import fxstream
+from fxstream.bench import measure
+from fxstream.units import bytes_text
+from fxstream.zoo import build
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--network", default="torchvision/resnet18")
+parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096])
+parser.add_argument("--share", type=float, default=0.15, help="the budget, of the plain network's predicted peak")
+options = parser.parse_args()
+warnings.simplefilter("ignore", fxstream.StreamingWarning)
+torch.manual_seed(0)
+
+model = fxstream.freeze_batch_norm(build(options.network)).train()
+table = Table("image", "seconds per megapixel", "peak", "predicted", "plain, predicted", "MACs")
+for size in options.sizes:
+    image = torch.randn(1, 3, size, size)
+    plain = fxstream.plan(model, size, memory=2**62).prediction.plain_bytes
+    streamed = fxstream.compile(model, memory=int(options.share * plain))
+
+    def step(streamed=streamed, image=image):
+        model.zero_grad()
+        streamed(image).sum().backward()
+
+    peak = measure(step).peak_bytes
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    table.add_row(
+        str(size),
+        f"{sorted(times)[1] / (size / 1000) ** 2:.2f}",
+        bytes_text(peak),
+        bytes_text(streamed.plan.prediction.bytes),
+        bytes_text(plain),
+        f"{streamed.plan.overhead:.2f}x",
+    )
+console = Console()
+console.print(table)
+console.print(f"{options.network}, torch {torch.__version__}, {torch.get_num_threads()} threads, medians of 3")
