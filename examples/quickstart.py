@@ -20,7 +20,7 @@ from fxstream.zoo import build
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--size", type=int, default=1411, help="pixels of the image that are used, per side")
-parser.add_argument("--tile", type=int, default=512, help="pixels of the image that a tile reads, per side")
+parser.add_argument("--memory", default="640MiB", help="what a step may allocate at its peak")
 parser.add_argument("--steps", type=int, default=2)
 parser.add_argument("--double", action="store_true", help="in float64, where the difference is 1e-13")
 parser.add_argument("--network", default="torchvision/resnet50")
@@ -33,7 +33,7 @@ image = photograph.permute(2, 0, 1)[None].to(dtype) / 255
 target = torch.tensor([[0.7]], dtype=dtype)
 
 plain = fxstream.freeze_batch_norm(build(options.network, num_classes=1, zero_init_residual=True)).to(dtype)
-streamed = fxstream.compile(copy.deepcopy(plain), tile=options.tile)  # the one line
+streamed = fxstream.compile(copy.deepcopy(plain), memory=options.memory)  # the one line
 
 
 def train_step(model, optimiser):
@@ -47,8 +47,7 @@ console = Console()
 table = Table("step", "loss plain", "loss streamed", "gradients differ by", "GiB", "seconds")
 with Progress(console=Console(stderr=True), transient=True) as progress:
     bar = progress.add_task("training", total=2 * options.steps + 1)
-    with torch.no_grad():
-        streamed(image)  # captures the network and plans the tiles
+    streamed(image)  # captures the network and plans the tiles
     progress.advance(bar)
     optimisers = {model: torch.optim.SGD(model.parameters(), 1e-4) for model in (plain, streamed)}
     for number in range(options.steps):

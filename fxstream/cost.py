@@ -10,7 +10,7 @@ NOTE [the cost model]
    backward of the first reader that needs it; the gradient of a value from the backward of its last reader to its
    own; gradients of weights from there to the end.
 3. Results that are views of an input, and gradients that are views of another (of a sum, a concatenation), are no
-   new memory. In the plain network neither are results of operators that the model calls in place.
+   new memory. Neither are results of operators that take over their input's memory.
 4. Workspaces inside an operator are not counted. Everything but weights scales with the share of the pixels.
 """
 
@@ -24,7 +24,7 @@ import torch
 
 from fxstream.functional import WAS_IN_PLACE
 from fxstream.locality import Locality
-from fxstream.saved import Saved
+from fxstream.saved import Saved, takes_over
 from fxstream.sizes import Shape
 
 __all__ = ["Costs", "Machine", "Part", "bytes_of", "macs_of"]
@@ -77,7 +77,7 @@ class Machine:
 class Costs:
     """The costs of a run of operators, in the order of the graph; `part` gives those of a stretch of it.
 
-    With `in_place` the operators that the model calls in place make no new memory, as in the plain network.
+    With `plain` operators take over their input's memory where the model calls them in place, else where they may.
     """
 
     def __init__(
@@ -86,12 +86,12 @@ class Costs:
         machine: Machine,
         saved: Mapping[str, Saved],
         nodes: Sequence[str],
-        in_place: bool = False,
+        plain: bool = False,
     ) -> None:
         self.machine = machine
         self.nodes = tuple(nodes)
         self.place = {name: i for i, name in enumerate(self.nodes)}
-        self._locality, self._saved, self._in_place = locality, saved, in_place
+        self._locality, self._saved, self._plain = locality, saved, plain
         self.macs = _vector(macs_of(locality, name) for name in self.nodes)
         self.sizes = [bytes_of(locality, name) for name in self.nodes]
         self.calls = _vector(saved[name].views is None for name in self.nodes)
@@ -188,7 +188,8 @@ class Costs:
                     users[j].append(i)
             saved = self._saved[name]
             # Autograd copies what an operator keeps and then changes in place.
-            in_place = self._in_place and WAS_IN_PLACE in node.meta and 0 not in saved.inputs
+            was = WAS_IN_PLACE in node.meta and 0 not in saved.inputs
+            in_place = was if self._plain else takes_over(self._locality, self._saved, name)
             viewed = 0 if in_place else saved.views
             if viewed is not None and viewed < len(inputs[i]):
                 roots[i] = roots[inputs[i][viewed]]

@@ -11,15 +11,14 @@ NOTE [what is saved]
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxstream.locality import Locality
-from fxstream.saved import Saved
-from fxstream.sizes import Shape
+from fxstream.saved import Saved, in_place_twin, takes_over
 
 __all__ = ["reuse_inputs", "without_unneeded"]
 
@@ -33,46 +32,35 @@ def reuse_inputs(
     """Rule 1, in place; `origin` names the operator of the model that each call of the graph evaluates."""
     for node, name in origin.items():
         given = node.args[0] if node.args else None
-        twin = _twin(node.target)
-        if twin is None or not isinstance(given, fx.Node) or node.all_input_nodes != [given]:
-            continue
-        made_by = origin.get(given)
-        if made_by is None or made_by not in saved or name not in saved or len(given.users) != 1:
-            continue
-        fresh = saved[made_by].views is None and not saved[made_by].result
-        if fresh and not saved[name].inputs and _type(locality, name) == _type(locality, made_by):
-            node.target = twin
-
-
-def _twin(target: Any) -> torch._ops.OpOverload | None:
-    """``relu_.default`` for ``relu.default``, or None."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
-        return None
-    packet = getattr(aten, f"{target._schema.name.removeprefix('aten::')}_", None)
-    name = target._schema.overload_name or "default"
-    return getattr(packet, name) if packet is not None and name in packet.overloads() else None
-
-
-def _type(locality: Locality, name: str) -> torch.dtype | None:
-    meta = locality.metas[name]
-    return meta.dtype if isinstance(meta, Shape) else None
+        if isinstance(given, fx.Node) and origin.get(given) is not None and len(given.users) == 1:
+            twin = in_place_twin(node.target)
+            if twin is not None and name in saved and takes_over(locality, saved, name):
+                node.target = twin
 
 
 def without_unneeded(
-    program: fx.GraphModule, origin: Mapping[fx.Node, str], locality: Locality, saved: Mapping[str, Saved]
+    program: fx.GraphModule,
+    origin: Mapping[fx.Node, str],
+    nodes: Sequence[str],
+    locality: Locality,
+    saved: Mapping[str, Saved],
 ) -> fx.GraphModule:
-    """Rule 2: the program for a recomputation, the same object where it computes nothing in vain."""
-    inside = set(origin.values())
+    """Rule 2: the program for a recomputation, the same object where it computes nothing in vain.
+
+    `nodes` are those of the segment, in order.
+    """
+    inside = set(nodes)
     needed: dict[str, bool] = {}
-    for name in reversed(list(dict.fromkeys(origin.values()))):
-        if name not in saved:
-            needed[name] = True
-            continue
+    for name in reversed(nodes):
         needed[name] = saved[name].result
         for user in locality.nodes[name].users:
             if user.name in inside:
                 needed[name] |= needed[user.name] or _keeps(user, locality.nodes[name], saved)
-    skipped = {node.name for node, name in origin.items() if node.target in CONVOLUTIONS and not needed[name]}
+    skipped = {
+        node.name
+        for node, name in origin.items()
+        if node.target in CONVOLUTIONS and not needed[name] and not any(map(_changes_its_input, node.users))
+    }
     if not skipped:
         return program
     graph = fx.Graph()
@@ -84,7 +72,11 @@ def without_unneeded(
 
 
 def _keeps(user: fx.Node, given: fx.Node, saved: Mapping[str, Saved]) -> bool:
-    return user.name not in saved or user.all_input_nodes.index(given) in saved[user.name].inputs
+    return user.all_input_nodes.index(given) in saved[user.name].inputs
+
+
+def _changes_its_input(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def uncomputed_convolution(

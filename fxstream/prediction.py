@@ -109,7 +109,7 @@ class Basis:
 
 def plain_costs(basis: Basis) -> tuple[int, float]:
     """Peak bytes and seconds of the plain network."""
-    costs = Costs(basis.locality, basis.machine, basis.saved, tuple(basis.saved), in_place=True)
+    costs = Costs(basis.locality, basis.machine, basis.saved, tuple(basis.saved), plain=True)
     part, ones = costs.part(), torch.ones(len(costs.nodes), dtype=torch.float64)
     forward, backward = map(float, part.seconds(ones))
     if basis.training:

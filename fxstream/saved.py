@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from fxstream.locality import Locality
 from fxstream.sizes import Meta, Shape, fold_integers
 
-__all__ = ["Saved", "saved_by"]
+__all__ = ["Saved", "in_place_twin", "saved_by", "takes_over"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +128,25 @@ def _passes_on(results: list[torch.Tensor], tensors: list[torch.Tensor | None]) 
     except Exception:  # no meta kernel for the backward
         return False
     return set(_storages(gradients)) <= set(_storages(given))
+
+
+def in_place_twin(target: Any) -> torch._ops.OpOverload | None:
+    """``relu_.default`` for ``relu.default``, or None."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    packet = getattr(torch.ops.aten, f"{target._schema.name.removeprefix('aten::')}_", None)
+    name = target._schema.overload_name or "default"
+    return getattr(packet, name) if packet is not None and name in packet.overloads() else None
+
+
+def takes_over(locality: Locality, saved: Mapping[str, Saved], name: str) -> bool:
+    """Whether an operator may take over its input's memory: nothing else reads that and no backward needs it."""
+    node = locality.nodes[name]
+    if in_place_twin(node.target) is None or len(node.all_input_nodes) != 1 or saved[name].inputs:
+        return False
+    (given,) = node.all_input_nodes
+    metas = locality.metas[name], locality.metas.get(given.name)
+    types = {meta.dtype for meta in metas if isinstance(meta, Shape)}
+    made = saved.get(given.name)
+    fresh = made is not None and made.views is None and not made.result
+    return fresh and given is node.args[0] and len(given.users) == 1 and len(types) == 1

@@ -70,7 +70,7 @@ def tile_program(
     if saved is not None:
         reuse_inputs(builder.graph, origin, locality, saved)
     program = fx.GraphModule({}, builder.graph, f"{segment.name}_tile")
-    recomputed = program if saved is None else without_unneeded(program, origin, locality, saved)
+    recomputed = program if saved is None else without_unneeded(program, origin, segment.nodes, locality, saved)
     return TileProgram(program, recomputed)
 
 
@@ -105,7 +105,8 @@ class _Builder:
             result = self._average(footprint, served[0], steps)
         else:
             result = self._call(name, footprint, served, steps, **_padding_argument(footprint, own))
-        self.origin[result] = name
+        if footprint.target is not None:
+            self.origin[result] = name
         cuts = [p.result if p else step.result for step, p in zip(steps, own, strict=True)]
         self.env[name] = self.cut(result, footprint.dims, cuts)
         for node in itertools.islice(reversed(self.graph.nodes), len(self.graph.nodes) - before):

@@ -252,8 +252,8 @@ def test_lifetimes_on_a_chain_by_hand():
     saved = saved_by(locality)
     part = Costs(locality, CPU, saved, tuple(saved)).part()
     levels = (part.profile(torch.ones(3, dtype=torch.float64)) / 400).tolist()
-    # forward: conv; conv and relu; relu and conv. backward: relu, conv, new gradient, and so on; weights are 4 bytes
-    assert levels[:3] == [1.0, 2.0, 2.0]
+    # forward: conv; relu in its place; relu and conv. backward: a new gradient, and so on; weights are 4 bytes
+    assert levels[:3] == [1.0, 1.0, 2.0]
     assert levels[3] == pytest.approx(3 + 4 / 400)  # relu, result, gradient of relu
     assert levels[5] < levels[3]
 
