@@ -136,6 +136,29 @@ def run(graph, size, tile, segments) -> bool:
     return False
 
 
+def run_within(graph, size, share) -> bool:
+    """The same within a share of the plain network's memory, where the planner chooses segments and tiles."""
+    torch.manual_seed(0)
+    model, image = RandomGraph(graph), integer_image(2, CHANNELS, *size)
+    try:
+        wanted = step(model, model, [image])
+    except (RuntimeError, ValueError):
+        return False
+    if any(t is not None and (t.numel() == 0 or t.abs().max() > 2**50) for t in wanted.values()):
+        return False
+    whole = fxstream.compile(model, memory=2**40, verify=False)
+    whole(image)
+    module = fxstream.compile(model, memory=max(1, int(share * whole.plan.prediction.bytes)), verify=False)
+    try:
+        found = step(module, model, [image])
+    except fxstream.PlanError as error:
+        module = fxstream.compile(model, memory=error.least_bytes, verify=False)
+        found = step(module, model, [image])
+    divides = any(s[0] == "avg_pool" for s in graph)
+    assert_same(found, wanted, 1e-12 if divides else 0.0)
+    return not module.plan.is_trivial
+
+
 CORPUS = [
     # (graph, size, tile, segments): cases that once failed
     ((("conv", 0, (2, 2, 1, 1), (1, 1), (2, 2), (1, 1)),), (5, 4), 1, 1),
@@ -195,6 +218,31 @@ def test_random_graphs(graph, size, tile, segments):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run(graph, size, tile, segments)
+
+
+@settings(max_examples=60, **SETTINGS)
+@given(graphs, pair(8, 24), st.floats(0.05, 0.95))
+def test_random_graphs_within_a_memory(graph, size, share):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_within(graph, size, share)
+
+
+@pytest.mark.campaign
+def test_campaign_of_random_graphs_within_a_memory():
+    """Hundreds of graphs; prints how many were really streamed."""
+    counts = {"drawn": 0, "streamed": 0}
+
+    @settings(max_examples=800, **SETTINGS | {"derandomize": False})
+    @given(graphs, pair(8, 40), st.floats(0.05, 0.95))
+    def campaign(graph, size, share):
+        counts["drawn"] += 1
+        counts["streamed"] += run_within(graph, size, share)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        campaign()
+    print(counts)
 
 
 @pytest.mark.campaign

@@ -6,7 +6,7 @@ The suite takes one or both ways through each network; the campaign (`-m campaig
 import pytest
 import torch
 import torchvision
-from compare import assert_streams, randomise_statistics
+from compare import assert_same, assert_streams, randomise_statistics, step
 
 import fxstream
 from fxstream import zoo
@@ -88,6 +88,20 @@ def test_several_segments(name):
 def test_one_segment(name):
     tile, cut = ONE_SEGMENT[name]
     assert_streams(build(name), image(1, 37, tile + 131), tile=(37, tile), segments=1, cut=cut, verify=False)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v2", "timm/dpn68"])
+def test_within_a_memory(name):
+    model, picture = build(name), image(1, 161, 150)
+    plain = step(model, model, [picture])
+    module = fxstream.compile(model, memory=0.999, verify=False)
+    module(picture)
+    peak = module.plan.prediction.plain_bytes
+    weights = sum(p.numel() for p in model.parameters()) * 8
+    for share in (0.25, 0.55):
+        streamed = fxstream.compile(model, memory=int(weights + share * (peak - weights)), verify=False)
+        assert_same(step(streamed, model, [picture]), plain, 1e-10)
+        assert not streamed.plan.is_trivial
 
 
 @pytest.mark.campaign
