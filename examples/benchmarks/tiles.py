@@ -24,6 +24,7 @@ from fxstream.zoo import build
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--repeats", type=int, default=3)
 parser.add_argument("--quick", action="store_true", help="one repeat on smaller images")
+parser.add_argument("--networks", nargs="+", default=["Table I", "ResNet-18", "ResNet-50"])
 options = parser.parse_args()
 repeats = 1 if options.quick else options.repeats
 scale = 2 if options.quick else 1
@@ -77,6 +78,8 @@ for name, model, size, segments in (
     ("ResNet-18", resnet("resnet18"), 1024 // scale, None),
     ("ResNet-50", resnet("resnet50"), 1024 // scale, None),
 ):
+    if name not in options.networks:
+        continue
     image = torch.randn(1, 3, size, size)
     locality = fxstream.analyze(model, size).locality
     for grid in (1, 2, 3, 4):
