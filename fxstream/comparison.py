@@ -72,7 +72,7 @@ class Row:
     resident_bytes: int = 0
     predicted_bytes: int | None = None
     predicted_time: float | None = None
-    macs: float | None = None
+    overhead: float | None = None
     failure: str = ""
 
 
@@ -158,7 +158,7 @@ def _measured(setting: Setting, way: Way) -> dict[str, Any]:
     if isinstance(module, StreamedModule):
         plan = module.plan
         found |= {"predicted_bytes": plan.prediction.bytes, "predicted_time": plan.prediction.time_ratio}
-        found |= {"macs": plan.overhead}
+        found |= {"overhead": plan.overhead}
     return found
 
 

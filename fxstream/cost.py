@@ -50,11 +50,11 @@ def macs_of(locality: Locality, node: str) -> int:
     original = locality.nodes[node]
     shapes = [m.shape for n in original.all_input_nodes if isinstance(m := locality.metas.get(n.name), Shape)]
     if operator in MATRIX_PRODUCTS and len(shapes) > 1:
-        return math.prod(meta.shape) * shapes[MATRIX_PRODUCTS[operator]][-1]
+        return meta.elements * shapes[MATRIX_PRODUCTS[operator]][-1]
     if operator in CONVOLUTIONS and len(shapes) > 1:
-        return math.prod(meta.shape) * math.prod(shapes[1][1:])
+        return meta.elements * math.prod(shapes[1][1:])
     if operator == "aten::scaled_dot_product_attention" and len(shapes) > 2:
-        return (math.prod(shapes[0]) + math.prod(meta.shape)) * shapes[1][-2]
+        return (math.prod(shapes[0]) + meta.elements) * shapes[1][-2]
     return 0
 
 
@@ -135,11 +135,12 @@ class Costs:
         Results: owner, last reader, first reader that keeps it. Gradients: owner, last reader, first value that
         has a view of it. Gradients that are new memory until they are added to another: owner, reader.
         """
-        count = len(self.nodes)
+        count, locality = len(self.nodes), self._locality
         inputs, users, roots = self._edges()
+        leaves = [any(user.name not in self.place for user in locality.nodes[name].users) for name in self.nodes]
         last, keeper, first = list(range(count + 1)), [count] * (count + 1), list(range(count))
         for i, name in enumerate(self.nodes):
-            if any(user.name not in self.place for user in self._locality.nodes[name].users):
+            if leaves[i]:
                 last[roots[i]] = count
             saved = self._saved[name]
             for j in (*(inputs[i][k] for k in saved.inputs if k < len(inputs[i])), *[i] * saved.result):
@@ -155,12 +156,13 @@ class Costs:
         results = [(i, last[i], keeper[i], sizes[i]) for i in range(count) if roots[i] == i]
         for i, name in enumerate(self.nodes):
             if extra := self._saved[name].extra:
-                results.append((i, i, i, round(extra * self._elements(name))))
+                elements = sum(shape.elements for shape in _shapes_of(locality, name))
+                results.append((i, i, i, round(extra * elements)))
         floats = [self._has_gradient(name) for name in self.nodes]
         gradients = [
-            (i, count if self._leaves(i) else users[i][-1], first[i], sizes[i])
+            (i, count if leaves[i] else users[i][-1], first[i], sizes[i])
             for i in range(count)
-            if groups[i] == i and floats[i] and (users[i] or self._leaves(i))
+            if groups[i] == i and floats[i] and (users[i] or leaves[i])
         ]
         temporaries = [
             (j, i, sizes[j])
@@ -195,15 +197,6 @@ class Costs:
                 roots[i] = roots[inputs[i][viewed]]
         return inputs, users, roots
 
-    def _elements(self, name: str) -> int:
-        meta = self._locality.metas[name]
-        several = meta if isinstance(meta, tuple) else (meta,)
-        return sum(math.prod(m.shape) for m in several if isinstance(m, Shape))
-
-    def _leaves(self, i: int) -> bool:
-        """Whether a node is read outside of the run."""
-        return any(user.name not in self.place for user in self._locality.nodes[self.nodes[i]].users)
-
     def _has_gradient(self, name: str) -> bool:
         meta = self._locality.metas[name]
         return not isinstance(meta, Shape) or meta.dtype.is_floating_point or meta.dtype.is_complex
@@ -230,7 +223,7 @@ class Part:
             return torch.where(places < stop, of[(places - start).clamp(0, self.turn - 1)], otherwise)
 
         read = moment(results[:, 1], forward, never)
-        self._kept_until = torch.maximum(read, moment(results[:, 2], backward, torch.tensor(0)))
+        kept_until = torch.maximum(read, moment(results[:, 2], backward, torch.tensor(0)))
         self._results, self._read_until = results, read
         self._owner = torch.cat([results[:, 0], gradients[:, 0], temporaries[:, 0], weights])
         self._bytes = torch.cat([results[:, 3], gradients[:, 3], temporaries[:, 2]]).double()
@@ -246,7 +239,7 @@ class Part:
         )
         self._until = torch.cat(
             [
-                self._kept_until,
+                kept_until,
                 moment(gradients[:, 2].clamp(min=start), backward, never),
                 moment(temporaries[:, 1], backward, never),
                 never.expand(len(weights)),
@@ -295,9 +288,12 @@ class Part:
 
 def bytes_of(locality: Locality, name: str) -> int:
     """Bytes of a node's result, of all of them where there are several."""
+    return sum(shape.bytes for shape in _shapes_of(locality, name))
+
+
+def _shapes_of(locality: Locality, name: str) -> list[Shape]:
     meta = locality.metas.get(name)
-    several = meta if isinstance(meta, tuple) else (meta,)
-    return sum(m.bytes for m in several if isinstance(m, Shape))
+    return [m for m in (meta if isinstance(meta, tuple) else (meta,)) if isinstance(m, Shape)]
 
 
 def _vector(values: Iterable[float]) -> torch.Tensor:

@@ -18,12 +18,12 @@ import torch
 from torch import fx
 
 from fxstream.locality import Locality
+from fxstream.rules.windowed import CONVOLUTIONS, per_axis
 from fxstream.saved import Saved, in_place_twin, takes_over
 
 __all__ = ["reuse_inputs", "without_unneeded"]
 
 aten = torch.ops.aten
-CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 
 def reuse_inputs(
@@ -59,7 +59,9 @@ def without_unneeded(
     skipped = {
         node.name
         for node, name in origin.items()
-        if node.target in CONVOLUTIONS and not needed[name] and not any(map(_changes_its_input, node.users))
+        if node.target in CONVOLUTIONS.values()
+        and not needed[name]
+        and not any(map(_changes_its_input, node.users))
     }
     if not skipped:
         return program
@@ -91,9 +93,9 @@ def uncomputed_convolution(
     """Zeros in place of the result of a convolution, with its gradients. Under autocast the convolution itself."""
     axes = weight.ndim - 2
     if torch.is_autocast_enabled(image.device.type):
-        result: torch.Tensor = CONVOLUTIONS[axes - 1](image, weight, bias, stride, padding, dilation, groups)
+        result: torch.Tensor = CONVOLUTIONS[axes](image, weight, bias, stride, padding, dilation, groups)
         return result
-    numbers = ([given] * axes if isinstance(given, int) else list(given) for given in (stride, padding, dilation))
+    numbers = (list(per_axis(given, axes)) for given in (stride, padding, dilation))
     return _Uncomputed.apply(image, weight, bias, *numbers, groups)  # type: ignore[no-untyped-call, no-any-return]
 
 

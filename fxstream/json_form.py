@@ -188,7 +188,7 @@ def bench_json(setting: Setting, rows: Sequence[Row]) -> dict[str, Any]:
                 "resident_bytes": row.resident_bytes,
                 "predicted_bytes": row.predicted_bytes,
                 "predicted_time": row.predicted_time,
-                "overhead": row.macs,
+                "overhead": row.overhead,
                 "failure": row.failure or None,
             }
             for row in rows

@@ -25,7 +25,7 @@ from fxstream.prediction import Basis, Prediction, keep_graphs, predict
 from fxstream.request import Request, place_of_module
 from fxstream.rules import Kind
 from fxstream.saved import Saved, saved_by
-from fxstream.search import Search, Stretch
+from fxstream.search import Search
 from fxstream.segment_plan import SegmentPlan, plan_segment
 from fxstream.units import bytes_text
 
@@ -105,12 +105,9 @@ def make_plan(
 
 def _with_tiles(basis: Basis, request: Request) -> tuple[SegmentPlan, ...]:
     """The segments of every worthwhile region, in the coarsest grids that the tile allows."""
-    locality = basis.locality
-    chosen = [run for part in _parts(locality, request) for run in RegionPlanner(basis, part, request).segments()]
-    return tuple(
-        plan_segment(locality, make_segment(locality, f"segment_{i}", run), request)
-        for i, run in enumerate(chosen)
-    )
+    parts = _parts(basis.locality, request)
+    chosen = [run for part in parts for run in RegionPlanner(basis, part, request).segments()]
+    return _segments(basis.locality, request, [(run, None) for run in chosen])
 
 
 def _within_memory(basis: Basis, request: Request, memory: int) -> tuple[tuple[SegmentPlan, ...], Prediction]:
@@ -146,10 +143,13 @@ def _within_memory(basis: Basis, request: Request, memory: int) -> tuple[tuple[S
     )
 
 
-def _segments(locality: Locality, request: Request, found: Sequence[Stretch]) -> tuple[SegmentPlan, ...]:
+def _segments(
+    locality: Locality, request: Request, runs: Sequence[tuple[tuple[str, ...], tuple[int, ...] | None]]
+) -> tuple[SegmentPlan, ...]:
+    """The plans of these runs of nodes, with the numbers of tiles that each is to have, if that is known."""
     return tuple(
-        plan_segment(locality, make_segment(locality, f"segment_{i}", s.nodes), request, s.counts)
-        for i, s in enumerate(found)
+        plan_segment(locality, make_segment(locality, f"segment_{i}", nodes), request, counts)
+        for i, (nodes, counts) in enumerate(runs)
     )
 
 

@@ -17,6 +17,7 @@ The peak is that of the moment that needs most. Not counted: the image, the weig
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -30,7 +31,7 @@ from fxstream.saved import Saved
 from fxstream.segment_plan import SegmentPlan
 from fxstream.units import bytes_text
 
-__all__ = ["Basis", "Moment", "Prediction", "keep_graphs", "plain_costs", "predict", "shares_along"]
+__all__ = ["Basis", "Moment", "Prediction", "keep_graphs", "predict", "shares_along"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ class Prediction:
         ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Basis:
     """What every prediction at one image size starts from.
 
@@ -106,15 +107,15 @@ class Basis:
     training: bool = True
     wanted: frozenset[str] = frozenset()
 
-
-def plain_costs(basis: Basis) -> tuple[int, float]:
-    """Peak bytes and seconds of the plain network."""
-    costs = Costs(basis.locality, basis.machine, basis.saved, tuple(basis.saved), plain=True)
-    part, ones = costs.part(), torch.ones(len(costs.nodes), dtype=torch.float64)
-    forward, backward = map(float, part.seconds(ones))
-    if basis.training:
-        return int(part.profile(ones).max()), forward + backward
-    return int(part.profile_unrecorded(ones).max()), forward
+    @functools.cached_property
+    def plain(self) -> tuple[int, float]:
+        """Peak bytes and seconds of the plain network."""
+        costs = Costs(self.locality, self.machine, self.saved, tuple(self.saved), plain=True)
+        part, ones = costs.part(), torch.ones(len(costs.nodes), dtype=torch.float64)
+        forward, backward = map(float, part.seconds(ones))
+        if self.training:
+            return int(part.profile(ones).max()), forward + backward
+        return int(part.profile_unrecorded(ones).max()), forward
 
 
 def shares_along(locality: Locality, nodes: Sequence[str], axis: int, held: Mapping[str, int]) -> torch.Tensor:
@@ -219,7 +220,7 @@ class Forecast:
 
     def prediction(self, kept: Mapping[str, int]) -> Prediction:
         """The peak of all moments and the sum of their seconds, beside the plain network's."""
-        plain_bytes, plain_seconds = plain_costs(self._basis)
+        plain_bytes, plain_seconds = self._basis.plain
         moments = list(self.moments(kept))
         name, peak, _ = max(moments, key=lambda moment: moment[1].bytes)
         seconds = sum(spent for *_, spent in moments)
@@ -295,7 +296,7 @@ def predict(basis: Basis, plans: Sequence[SegmentPlan]) -> Prediction:
     """Peak and seconds of these segments with everything else run plainly."""
     if plans:
         return Forecast(basis, plans).prediction({plan.segment.name: plan.kept for plan in plans})
-    plain_bytes, seconds = plain_costs(basis)
+    plain_bytes, seconds = basis.plain
     return Prediction(basis.training, Moment(0, 0, 0, plain_bytes, 0), "", seconds, plain_bytes, seconds)
 
 

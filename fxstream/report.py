@@ -229,7 +229,7 @@ def show_bench(setting: Setting, rows: Sequence[Row], console: Console) -> None:
             bytes_text(row.peak_bytes),
             f"{row.peak_bytes / plain.peak_bytes:.2f}x" if plain else "",
             bytes_text(row.predicted_bytes) if row.predicted_bytes is not None else "",
-            f"{row.macs:.2f}x" if row.macs is not None else "",
+            f"{row.overhead:.2f}x" if row.overhead is not None else "",
         )
     shape = "x".join(map(str, setting.shape))
     console.print(f"{setting.target}, image {shape}, one training step on {setting.device}", highlight=False)

@@ -40,12 +40,8 @@ LARGEST_OVERHEAD = 6.0
 """Grids that cost more than this many times the seconds of the plain stretch are not tried."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """One streamed stretch of a region: its nodes and its number of tiles along each axis."""
-
-    nodes: tuple[str, ...]
-    counts: tuple[int, ...]
+Stretch = tuple[tuple[str, ...], tuple[int, ...]]
+"""A streamed stretch of a region: its nodes and its number of tiles along each axis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +269,7 @@ class _Region:
             seconds = grids.tiles * tile_forward + copies
         for counts, need, spent in zip(grids.counts, needs.tolist(), seconds.tolist(), strict=True):
             if spent <= LARGEST_OVERHEAD * plain:
-                stretch = Stretch(self._nodes[start + 1 : end + 1], counts)
+                stretch = self._nodes[start + 1 : end + 1], counts
                 yield _Option(stretch, need, made if self._training else 0.0, spent)
 
     def _bytes(self, name: str) -> int:

@@ -15,17 +15,7 @@ from fxstream.locality import Locality
 from fxstream.request import Request, image_extents, leaf_extents, output_extents
 from fxstream.sizes import Shape
 
-__all__ = ["SegmentPlan", "arithmetic", "plan_segment"]
-
-
-def arithmetic(locality: Locality, nodes: Sequence[str]) -> dict[str, int]:
-    """Arithmetic of each node at full size: multiply-accumulates, and one per element written."""
-    costs = {}
-    for name in nodes:
-        meta = locality.metas[name]
-        elements = math.prod(meta.shape) if isinstance(meta, Shape) else 0
-        costs[name] = locality.footprint(name).macs + elements
-    return costs
+__all__ = ["SegmentPlan", "plan_segment"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -95,7 +85,7 @@ def plan_segment(
         if count is None:
             raise _too_small(locality, segment, request, grid)
         tiles.append(grid.tiles(count))
-    costs = arithmetic(locality, segment.nodes)
+    costs = {name: _arithmetic(locality, name) for name in segment.nodes}
     streamed = sum(plain * _repeated(tiles, name, output_extents(locality, name)) for name, plain in costs.items())
     overlap = max(
         1 - 1 / max(1.0, _repeated(tiles, leaf, leaf_extents(locality, leaf, dims)))
@@ -104,6 +94,12 @@ def plan_segment(
     ends = [locality.verdicts[segment.nodes[i]] for i in (0, -1)]
     first, last = (verdict.module or verdict.node for verdict in ends)
     return SegmentPlan(segment, tuple(tiles), sum(costs.values()), streamed, overlap, first, last)
+
+
+def _arithmetic(locality: Locality, name: str) -> int:
+    """Arithmetic of a node at full size: multiply-accumulates, and one per element written."""
+    meta = locality.metas[name]
+    return locality.footprint(name).macs + (meta.elements if isinstance(meta, Shape) else 0)
 
 
 def _repeated(axes: Sequence[Sequence[AxisTile]], name: str, extents: Sequence[int]) -> float:

@@ -49,9 +49,14 @@ class Shape:
     dtype: torch.dtype
 
     @property
+    def elements(self) -> int:
+        """Numbers that the tensor holds."""
+        return math.prod(self.shape)
+
+    @property
     def bytes(self) -> int:
         """Bytes that the tensor holds."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.elements * self.dtype.itemsize
 
 
 Meta = Shape | int | tuple["Shape | int", ...] | None

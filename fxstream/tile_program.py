@@ -23,7 +23,7 @@ from fxstream.errors import StreamError
 from fxstream.locality import Locality
 from fxstream.rules import Evaluation, Footprint, Read, TileSize
 from fxstream.saved import Saved
-from fxstream.sizes import Meta, Shape, fold_integers
+from fxstream.sizes import Shape, fold_integers
 
 __all__ = ["TileProgram", "tile_program"]
 
@@ -93,7 +93,8 @@ class _Builder:
         footprint = self._locality.footprint(name)
         before = len(self.graph.nodes)
         (read, *_) = footprint.reads
-        grows = _size(self._locality.metas[name]) > math.prod(read.value.shape)
+        meta = self._locality.metas[name]
+        grows = isinstance(meta, Shape) and meta.elements > math.prod(read.value.shape)
         own = _own_padding(footprint, steps, 0.0 if grows else MOST_EXTRA)
         served = [
             self._serve(footprint, read, [_unpadded(step.reads[i], p) for step, p in zip(steps, own, strict=True)])
@@ -242,10 +243,6 @@ def _own_padding(footprint: Footprint, steps: Sequence[AxisStep], most_extra: fl
         result = Cut(before // stride + step.result.start, step.result.length, held)
         found.append(_OwnPadding(width, result) if held - result.length <= most_extra * held else None)
     return found
-
-
-def _size(meta: Meta) -> int:
-    return math.prod(meta.shape) if isinstance(meta, Shape) else 0
 
 
 def _unpadded(step: ReadStep, own: _OwnPadding | None) -> ReadStep:

@@ -15,7 +15,7 @@ from fxstream.bench import measure
 from fxstream.comparison import checkpointed
 from fxstream.cost import Costs, Machine, macs_of
 from fxstream.planning import make_plan
-from fxstream.prediction import Basis, plain_costs
+from fxstream.prediction import Basis
 from fxstream.request import Request
 from fxstream.saved import saved_by
 from fxstream.units import parse_bytes
@@ -94,7 +94,7 @@ def test_everything_fits_and_nothing_is_streamed():
 
 def test_more_memory_is_never_slower():
     locality = fxstream.analyze(UNet(), 256, channels=2).locality
-    plain, _ = plain_costs(Basis(locality, saved_by(locality), CPU))
+    plain, _ = Basis(locality, saved_by(locality), CPU).plain
     times = [
         make_plan(locality, Request(None, memory=int(share * plain))).prediction.time_ratio
         for share in (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -211,7 +211,7 @@ def test_predicted_peak_of_the_plain_network(name):
     locality = fxstream.analyze(model, 160).locality
     backward_step(model, model, image)
     found = measure(lambda: backward_step(model, model, image)).peak_bytes
-    predicted, _ = plain_costs(Basis(locality, saved_by(locality), CPU))
+    predicted, _ = Basis(locality, saved_by(locality), CPU).plain
     assert predicted == pytest.approx(found, rel=0.03)
 
 

@@ -28,7 +28,7 @@ from fxstream.rules.rule import (
     Value,
 )
 
-__all__ = ["add_rules", "per_axis", "window_dims"]
+__all__ = ["CONVOLUTIONS", "add_rules", "per_axis", "window_dims"]
 
 aten = torch.ops.aten
 CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
