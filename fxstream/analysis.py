@@ -15,9 +15,10 @@ from torch import nn
 from fxstream.capture import Captured, capture
 from fxstream.errors import InputError
 from fxstream.locality import Locality, Region, Verdict, analyse_locality
+from fxstream.lowering import is_lowerable, lower
 from fxstream.sizes import Meta, shapes_at, stream_dims
 
-__all__ = ["Analysis", "analyse", "analyze", "example_image", "image_dims"]
+__all__ = ["Analysis", "analyse", "analyze", "example_image", "image_dims", "lowered"]
 
 MOST_SHOWN = 8
 LARGEST = 2**31
@@ -79,6 +80,12 @@ def analyse(captured: Captured, model: nn.Module, tensors: list[torch.Tensor]) -
     return Analysis(captured, analyse_locality(captured.graph, metas, image_dims(captured, metas)))
 
 
+def lowered(captured: Captured, model: nn.Module, tensors: list[torch.Tensor]) -> Captured:
+    """The captured model with its feature-map-wide operators taken apart, where any can be (`lowering`)."""
+    locality = analyse(captured, model, tensors).locality
+    return lower(captured, locality) if is_lowerable(locality) else captured
+
+
 def image_dims(captured: Captured, metas: Mapping[str, Meta]) -> dict[str, tuple[int, ...]]:
     """The stream dims of every input of the model."""
     return {name: stream_dims(metas.get(name)) for name in captured.inputs}
@@ -122,4 +129,4 @@ def analyze(
     image = example_image(model, size, channels, batch)
     captured = capture(model, (image,), kwargs or {})
     tensors = [t for t in (kwargs or {}).values() if isinstance(t, torch.Tensor)]
-    return analyse(captured, model, [image, *tensors])
+    return analyse(lowered(captured, model, [image, *tensors]), model, [image, *tensors])

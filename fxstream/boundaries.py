@@ -20,10 +20,11 @@ from dataclasses import dataclass
 import torch
 
 from fxstream.cost import Costs
-from fxstream.demand import make_segment
+from fxstream.demand import is_read_outside, make_segment
 from fxstream.errors import PlanError
 from fxstream.grid import Grid
 from fxstream.locality import Locality
+from fxstream.passes import stages_of_outputs
 from fxstream.prediction import Basis
 from fxstream.receptive_field import IDENTITY
 from fxstream.request import (
@@ -41,6 +42,8 @@ __all__ = ["Places", "RegionPlanner"]
 
 MOST_CANDIDATES = 24
 """Boundaries considered per region; their pairs are what planning time goes into."""
+MOST_PASSES = 4
+"""A stretch with more passes costs more than any boundary that it saves."""
 SEGMENT_COST = 0.01
 """What one more segment must save, as a share of the plain network's seconds or activations."""
 
@@ -52,6 +55,14 @@ class Places:
         self._locality, self._nodes = locality, nodes
         self._place = {name: i for i, name in enumerate(nodes)}
         self._reads = [[read.value.name for read in locality.footprint(name).reads] for name in nodes]
+        inside, self._last_use = set(nodes), list(range(len(nodes)))
+        for i, reads in enumerate(self._reads):
+            for name in reads:
+                if name in self._place:
+                    self._last_use[self._place[name]] = i
+        for i, name in enumerate(nodes):
+            if is_read_outside(locality, name, inside):
+                self._last_use[i] = len(nodes)
 
     def behind(self, paths: Sequence[str]) -> list[int]:
         """The places behind these modules of the user, in order. Raises `PlanError` for one that does not run."""
@@ -69,21 +80,21 @@ class Places:
 
     def live(self) -> list[list[str]]:
         """For the place behind each node, the values of the region computed so far that are still needed."""
-        last_use = list(range(len(self._nodes)))
+        behind = [-1] * len(self._nodes)
         for i, reads in enumerate(self._reads):
             for name in reads:
                 if name in self._place:
-                    last_use[self._place[name]] = i
+                    behind[self._place[name]] = i
         live: list[list[int]] = [[]]
         for i in range(len(self._nodes)):
-            live.append([k for k in (*live[-1], i) if last_use[k] > i])
+            live.append([k for k in (*live[-1], i) if behind[k] > i])
         return [[self._nodes[k] for k in places] for places in live[1:]]
 
     def candidates(self, most: int) -> dict[int, int]:
         """The places worth a boundary and the bytes that it would keep, at most so many of them.
 
-        These are the places before a window where no fewer bytes are live just before or after; of each of `most`
-        equal stretches of the region the one with the fewest bytes.
+        These are the places before a window or behind a reduction where no fewer bytes are live just before or
+        after; of each of `most` equal stretches of the region the one with the fewest bytes.
         """
         live = self.live()[:-1]
         sizes = [self._locality.activation_bytes(names) for names in live]
@@ -91,7 +102,8 @@ class Places:
         for i, (names, size) in enumerate(zip(live, sizes, strict=True)):
             single = all(isinstance(self._locality.metas[name], Shape) for name in names)
             after = sizes[i + 1] if i + 1 < len(sizes) else size
-            lowest = size <= sizes[max(i - 1, 0)] and (size < after or (size == after and self._is_window(i + 1)))
+            fits = self._is_window(i + 1) or self._is_reduction(i)
+            lowest = size <= sizes[max(i - 1, 0)] and (size < after or (size == after and fits))
             if names and single and lowest:
                 places[i] = size
         best: dict[int, int] = {}
@@ -100,6 +112,25 @@ class Places:
             if stretch not in best or size < places[best[stretch]]:
                 best[stretch] = i
         return {i: places[i] for i in best.values()}
+
+    @property
+    def reductions(self) -> int:
+        """The number of reductions, behind each of which a boundary saves a pass."""
+        return sum(map(self._is_reduction, range(len(self._nodes))))
+
+    def _is_reduction(self, place: int) -> bool:
+        return self._locality.footprint(self._nodes[place]).reduction is not None
+
+    def stages(self, start: int, end: int) -> list[int]:
+        """The stages of the outputs of the stretch behind one place up to another: each takes a pass."""
+        outputs = [self._nodes[i] for i in range(start + 1, end + 1) if self._last_use[i] > end]
+        return stages_of_outputs(self._locality, outputs)
+
+    def starts(self, end: int, places: Sequence[int]) -> list[int]:
+        """Those of the places before `end` behind which a stretch of few enough passes begins."""
+        before = [start for start in places if start < end]
+        close = [start for start in before if len(self.stages(start, end)) <= MOST_PASSES]
+        return close or before[-1:]
 
     def _is_window(self, place: int) -> bool:
         """Whether the node at `place` reads more than its own pixels."""
@@ -124,7 +155,9 @@ class RegionPlanner:
         self._seconds = plain or 1.0  # nothing but views takes no time
         extents = [output_extents(locality, name) for name in nodes]
         self._extents = torch.tensor(extents, dtype=torch.float64)
+        self._stages = torch.tensor([locality.stages[name] for name in nodes])
         self._boundary_bytes: dict[int, int] = {}
+        self._bounds: _Leaves = {}
 
     def segments(self) -> list[tuple[str, ...]]:
         """The runs of nodes, in order, that become segments."""
@@ -140,7 +173,8 @@ class RegionPlanner:
         """
         count = self._request.segments
         assert not isinstance(count, tuple)
-        for most in (MOST_CANDIDATES, 2 * MOST_CANDIDATES, len(self._nodes)):
+        usual = MOST_CANDIDATES + self._places.reductions
+        for most in (usual, 2 * usual, len(self._nodes)):
             self._boundary_bytes = self._places.candidates(most)
             pairs = self._pairs()
             cheapest = _path(pairs, count, lambda cost: cost.total, operator.add)
@@ -155,13 +189,16 @@ class RegionPlanner:
     def _pairs(self) -> dict[int, dict[int, _Cost]]:
         """The cost of every segment, by its end and then by the end of the segment before it."""
         ends = [*self._boundary_bytes, len(self._nodes) - 1]
-        return {end: self._ending_at(end, [-1, *(e for e in ends if e < end)]) for end in ends}
+        if self._request.segments is not None:
+            return {end: self._ending_at(end, [-1, *(e for e in ends if e < end)]) for end in ends}
+        return {end: self._ending_at(end, self._places.starts(end, [-1, *ends])) for end in ends}
 
     def _ending_at(self, end: int, starts: Sequence[int]) -> dict[int, _Cost]:
         """The cost of the segment from each start to `end`, in the coarsest grid that fits it."""
-        run = make_segment(self._locality, "", self._nodes[: end + 1])
+        first = min(starts) + 1
+        run = make_segment(self._locality, "", self._nodes[first : end + 1])
         leaves = {start: self._leaves(start, end) for start in starts}
-        watched = {start: tuple(found) for start, found in leaves.items()}
+        watched = {start - first: tuple(found) for start, found in leaves.items()}
         chosen: dict[int, list[_Choice | None]] = {start: [] for start in starts}
         least = dict.fromkeys(starts, 1.0)
         for axis in range(len(self._locality.footprint(run.outputs[0]).dims)):
@@ -169,14 +206,14 @@ class RegionPlanner:
             _, reads = grid.longest(grid.finest, watched)
             for start in starts:
                 for leaf, (_, scales) in leaves[start].items():
-                    least[start] = max(least[start], reads[start].get(leaf, 0) * scales[axis])
-            pending = {start for start in starts if _fits(reads[start], leaves[start], axis)}
+                    least[start] = max(least[start], reads[start - first].get(leaf, 0) * scales[axis])
+            pending = {start for start in starts if _fits(reads[start - first], leaves[start], axis)}
             found: dict[int, _Choice] = {}
             for count in _counts(grid.finest):
                 if not pending:
                     break
-                lengths, reads = grid.longest(count, {start: watched[start] for start in pending})
-                fitting = {start for start in pending if _fits(reads[start], leaves[start], axis)}
+                lengths, reads = grid.longest(count, {start - first: watched[start - first] for start in pending})
+                fitting = {start for start in pending if _fits(reads[start - first], leaves[start], axis)}
                 found |= dict.fromkeys(fitting, (len(grid.outputs(count)), lengths))
                 pending -= fitting
             for start in starts:
@@ -188,11 +225,16 @@ class RegionPlanner:
         found: _Leaves = {}
         for name, dims in itertools.chain(*self._reads[start + 1 : end + 1]):
             if self._place.get(name, -1) <= start and name not in found:
-                extents = leaf_extents(self._locality, name, dims)
-                full = image_extents(self._locality, len(dims))
-                scales = tuple(image / extent for image, extent in zip(full, extents, strict=True))
-                found[name] = (tile_bounds(self._locality, self._request, extents), scales)
+                found[name] = self._bound(name, dims)
         return found
+
+    def _bound(self, name: str, dims: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        if name not in self._bounds:
+            extents = leaf_extents(self._locality, name, dims)
+            full = image_extents(self._locality, len(dims))
+            scales = tuple(image / extent for image, extent in zip(full, extents, strict=True))
+            self._bounds[name] = (tile_bounds(self._locality, self._request, extents), scales)
+        return self._bounds[name]
 
     def _cost(self, start: int, end: int, chosen: Sequence[_Choice | None], least: float) -> _Cost:
         found = [choice for choice in chosen if choice is not None]
@@ -200,9 +242,16 @@ class RegionPlanner:
             return _Cost(math.inf, least)
         lengths = [[held.get(name, 0) for _, held in found] for name in self._nodes]
         shares = (torch.tensor(lengths, dtype=torch.float64) / self._extents).prod(-1)
-        seconds = math.prod(count for count, _ in found) * self._both(start + 1, end + 1, shares, again=True)
+        seconds = math.prod(count for count, _ in found) * sum(
+            self._both(start + 1, end + 1, shares * self._up_to(stage), again=True)
+            for stage in self._places.stages(start, end)
+        )
         boundary = self._boundary_bytes.get(end, 0) / self._bytes
         return _Cost(seconds / self._seconds + boundary + SEGMENT_COST, least)
+
+    def _up_to(self, stage: int) -> torch.Tensor:
+        """Ones for the nodes that a pass of this stage may run, zeros for the others."""
+        return (self._stages <= stage).double()
 
     def _both(self, start: int, stop: int, shares: torch.Tensor, again: bool = False) -> float:
         """Seconds of a forward and a backward of one tile, of two forwards if the first is done `again`."""

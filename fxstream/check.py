@@ -21,7 +21,7 @@ from fxstream.compiler import compile
 from fxstream.errors import InputError
 from fxstream.planning import Plan
 
-__all__ = ["CheckReport", "Difference", "check", "relative_error", "step"]
+__all__ = ["CheckReport", "Difference", "check", "least_norms", "relative_error", "step"]
 
 TOLERANCE = 1e-10
 CANCELLED = 1e-4
@@ -166,7 +166,7 @@ def check(
             reference = _seeded_step(exact, exact, image.detach().cpu().double().requires_grad_(), seed)
             differences = _against(found, wanted, reference)
         else:
-            least = _least_norms(wanted)
+            least = least_norms(wanted)
             differences = [Difference(n, relative_error(found[n], wanted[n], least[n]), TOLERANCE) for n in wanted]
     ordered = sorted(differences, key=lambda d: -d.excess)
     return CheckReport(tuple(ordered), image.dtype, compiled.plan)
@@ -179,7 +179,7 @@ def _seeded_step(
     return step(module, model, [image])
 
 
-def _least_norms(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, float]:
+def least_norms(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, float]:
     """The norm on which each tensor is measured at least."""
     gradients = [t.double().norm().item() for n, t in tensors.items() if n.startswith("grad") and t is not None]
     floor = CANCELLED * max((norm for norm in gradients if math.isfinite(norm)), default=0.0)
@@ -192,7 +192,7 @@ def _against(
     reference: Mapping[str, torch.Tensor | None],
 ) -> list[Difference]:
     """Streamed and plain, both compared with float64; a tensor of integers must be equal."""
-    differences, least = [], _least_norms(reference)
+    differences, least = [], least_norms(reference)
     for name, exact in reference.items():
         errors = [
             relative_error(_wide(tensor), _wide(exact), least[name]) for tensor in (found[name], wanted[name])

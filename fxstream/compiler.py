@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from fxstream.analysis import Analysis, analyse, analyze
+from fxstream.analysis import Analysis, analyse, analyze, lowered
 from fxstream.capture import Captured, capture, still_holds
 from fxstream.errors import InputError, StreamingWarning
 from fxstream.locality import Verdict
@@ -37,6 +37,7 @@ __all__ = ["StreamedModule", "checked_request", "compile", "plan"]
 
 logger = logging.getLogger("fxstream")
 
+GLOBAL_OPS = ("auto", "stream", "cut")
 SMALL_SHARE = 0.5
 """Below this share of streamed activations the user is told what stands in the way."""
 
@@ -48,6 +49,7 @@ def compile(
     memory: float | str | None = None,
     segments: int | tuple[str, ...] | None = None,
     cut: str | None = None,
+    global_ops: str = "auto",
     verify: bool = True,
     compile_tiles: bool = False,
 ) -> StreamedModule:
@@ -61,17 +63,19 @@ def compile(
     `tile` instead is the largest box of the model's input, overlap included, that a tile of the first segment
     reads: pixels, one number for all axes or one per axis. `segments` is the number of segments of each streamed
     region (at most, within a memory), or the names of the modules that each end one; by default the planner
-    chooses. `cut` names the module after which nothing is streamed. With `verify` the probe measures once per
-    capture, on the real operators, what the rules claim. `compile_tiles` passes what a tile computes through
-    `torch.compile`: the first step of a size takes minutes, the others less time. The model itself is not changed
-    and its parameters are shared.
+    chooses. `cut` names the module after which nothing is streamed. `global_ops` says what is done about
+    operators that need the whole feature map and are reductions over it (normalisations in training, squeeze and
+    excitation, global pooling): "stream" them with the rest, "cut" the stream there, or "auto": as the planner
+    finds best. With `verify` the probe measures once per capture, on the real operators, what the rules claim.
+    `compile_tiles` passes what a tile computes through `torch.compile`: the first step of a size takes minutes,
+    the others less time. The model itself is not changed and its parameters are shared.
 
     Raises `InputError` for a tile that is not a positive integer or tuple of them, for a memory that is no
     positive amount and for both at once; at the first call `CaptureError`, `PlanError` or `ProbeError`.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"compile needs an nn.Module, found {type(model).__name__}")
-    request = checked_request(tile, segments, cut, memory)
+    request = checked_request(tile, segments, cut, memory, global_ops)
     return StreamedModule(model, request, verify, compile_tiles)
 
 
@@ -83,6 +87,7 @@ def plan(
     memory: float | str | None = None,
     segments: int | tuple[str, ...] | None = None,
     cut: str | None = None,
+    global_ops: str = "auto",
     channels: int = 3,
     batch: int = 1,
     training: bool = True,
@@ -92,17 +97,21 @@ def plan(
     `training` plans for a call with its backward. Raises what `analyze` and the first call of a compiled module
     raise.
     """
-    request = checked_request(tile, segments, cut, memory)
+    request = checked_request(tile, segments, cut, memory, global_ops)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     locality = analyze(model, size, channels=channels, batch=batch).locality
     return make_plan(locality, request, training=training, device=device)
 
 
-def checked_request(tile: object, segments: object, cut: str | None, memory: object = None) -> Request:
+def checked_request(
+    tile: object, segments: object, cut: str | None, memory: object = None, global_ops: str = "auto"
+) -> Request:
     """The user's request. Raises `InputError` for a tile, a memory or segments that make no sense."""
+    if global_ops not in GLOBAL_OPS:
+        raise InputError(f"global_ops must be one of {', '.join(map(repr, GLOBAL_OPS))}; found {global_ops!r}")
     if tile is not None and memory is not None:
         raise InputError("give a tile or a memory, not both: within a memory the planner chooses the tiles")
-    return Request(_checked_tile(tile), _checked_segments(segments), cut, _checked_memory(memory))
+    return Request(_checked_tile(tile), _checked_segments(segments), cut, _checked_memory(memory), global_ops)
 
 
 def _checked_memory(memory: object) -> float | None:
@@ -158,6 +167,7 @@ class StreamedModule(nn.Module):
     verify: bool
     compile_tiles: bool
     _captures: dict[Any, Captured]
+    _lowered: dict[fx.Graph, Captured]
     _saved: dict[fx.Graph, dict[str, Saved]]
     _probed: dict[Any, tuple[ProbeReport, ...]]
     _prepared: dict[Any, Prepared]
@@ -174,7 +184,8 @@ class StreamedModule(nn.Module):
         self.__dict__ |= {parts: model.__dict__[parts] for parts in shared} | {"model": model}
         self.request, self.verify, self.compile_tiles = request, verify, compile_tiles
         self.training = model.training
-        self._captures, self._saved, self._probed, self._prepared, self._last = {}, {}, {}, {}, None
+        self._captures, self._lowered, self._saved, self._probed, self._prepared = {}, {}, {}, {}, {}
+        self._last = None
         self._told, self._volatile = set(), set()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -262,7 +273,8 @@ class StreamedModule(nn.Module):
         return known
 
     def _prepare(self, captured: Captured, tensors: list[torch.Tensor], training: bool) -> Prepared:
-        analysis = analyse(captured, self.model, tensors)
+        analysis = self._analysed(captured, tensors)
+        captured = analysis.captured
         if captured.graph not in self._saved:
             self._saved[captured.graph] = saved_by(analysis.locality)
         plan = make_plan(
@@ -281,6 +293,14 @@ class StreamedModule(nn.Module):
         known = self._saved[captured.graph]
         streamed = rewrite(captured, analysis.locality, plan, known, self.compile_tiles)
         return Prepared(analysis, plan, reports, streamed)
+
+    def _analysed(self, captured: Captured, tensors: list[torch.Tensor]) -> Analysis:
+        """The analysis of the captured graph, its feature-map-wide operators taken apart if these may stream."""
+        if self.request.global_ops == "cut":
+            return analyse(captured, self.model, tensors)
+        if captured.graph not in self._lowered:
+            self._lowered[captured.graph] = lowered(captured, self.model, tensors)
+        return analyse(self._lowered[captured.graph], self.model, tensors)
 
     def _verified(self, analysis: Analysis, plan: Plan) -> tuple[ProbeReport, ...]:
         """The probe's reports on what the plan streams, once per capture. Raises `ProbeError` on a mismatch."""

@@ -280,9 +280,10 @@ class Part:
         """Predicted seconds of one forward and of one backward of a tile with these shares (note 1)."""
         stretch, machine = slice(self.start, self.stop), self.costs.machine
         held = shares[..., stretch]
+        present = (held > 0).double()
         work = held @ (self.costs.macs[stretch] / machine.macs + self.costs.moved[stretch] / machine.bandwidth)
-        work = work + float(self.costs.calls[stretch].sum()) * machine.call
-        read = float(self.costs.weights[stretch].sum()) / machine.bandwidth
+        work = work + present @ self.costs.calls[stretch] * machine.call
+        read = present @ self.costs.weights[stretch] / machine.bandwidth
         return work + read, BACKWARD * work + WEIGHTS_BACKWARD * read
 
 

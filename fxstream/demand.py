@@ -11,7 +11,7 @@ Coordinates: every interval is in pixels of the node that it belongs to.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -20,15 +20,16 @@ from fxstream.locality import Locality
 from fxstream.receptive_field import AxisMap
 from fxstream.rules import Average, Production
 
-__all__ = ["AxisStep", "AxisTile", "AxisWalk", "Cut", "ReadStep", "Segment", "make_segment"]
+__all__ = ["AxisStep", "AxisTile", "AxisWalk", "Cut", "ReadStep", "Segment", "is_read_outside", "make_segment"]
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Local nodes that are evaluated tile by tile.
+    """Local nodes that are evaluated tile by tile, and reductions of their results that end there.
 
     `leaves` are the spatial inputs with their stream dims (cut to a box per tile), `smalls` the inputs passed
-    whole, `outputs` the nodes used outside, all by node name.
+    whole, `outputs` the nodes used outside, all by node name. A tile owns a box of each output, of a reduction
+    a box of the positions that it reduces.
     """
 
     name: str
@@ -38,12 +39,19 @@ class Segment:
     outputs: tuple[str, ...]
 
 
-def make_segment(locality: Locality, name: str, nodes: tuple[str, ...]) -> Segment:
-    """The segment of these nodes, its inputs and outputs found from the graph."""
+def make_segment(
+    locality: Locality, name: str, nodes: tuple[str, ...], outputs: Collection[str] | None = None
+) -> Segment:
+    """The segment of these nodes, its inputs and outputs found from the graph.
+
+    With `outputs` it has these, and of the nodes only those that they need.
+    """
+    if outputs is not None:
+        nodes = _needed(locality, nodes, outputs)
     inside = set(nodes)
     leaves: dict[str, tuple[int, ...]] = {}
     smalls: dict[str, None] = {}
-    outputs: list[str] = []
+    ends: list[str] = []
     for node in locality.graph.nodes:
         if node.name not in inside:
             continue
@@ -53,10 +61,24 @@ def make_segment(locality: Locality, name: str, nodes: tuple[str, ...]) -> Segme
             is_integer = isinstance(locality.metas.get(given.name), int)
             if given.name not in inside and given.name not in reads and not is_integer:
                 smalls[given.name] = None
-        users = [u for u in node.users if not isinstance(locality.metas.get(u.name), int)]
-        if any(user.name not in inside for user in users):
-            outputs.append(node.name)
-    return Segment(name, nodes, tuple(leaves.items()), tuple(smalls), tuple(outputs))
+        if node.name in outputs if outputs is not None else is_read_outside(locality, node.name, inside):
+            ends.append(node.name)
+    return Segment(name, nodes, tuple(leaves.items()), tuple(smalls), tuple(ends))
+
+
+def is_read_outside(locality: Locality, name: str, inside: Collection[str]) -> bool:
+    """Whether anything but the nodes `inside`, and integers, reads a node's result."""
+    users = locality.nodes[name].users
+    return any(u.name not in inside and not isinstance(locality.metas.get(u.name), int) for u in users)
+
+
+def _needed(locality: Locality, nodes: tuple[str, ...], outputs: Collection[str]) -> tuple[str, ...]:
+    """Those of the nodes that the outputs depend on, in order; items bring the results that they are of along."""
+    needed = set(outputs)
+    for name in reversed(nodes):
+        if name in needed:
+            needed |= {read.value.name for read in locality.footprint(name).reads}
+    return tuple(name for name in nodes if name in needed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,10 @@ STARTS_AXES = ("windowed", "resampled")
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a node can be computed box by box, and why (not)."""
+    """Whether a node can be computed box by box, and why (not).
+
+    `footprint` is that of a local node, `reduction` that of a reduction over space that is combined from boxes.
+    """
 
     node: str
     operator: str
@@ -53,6 +56,7 @@ class Verdict:
     module: str
     source: str
     footprint: Footprint | None = None
+    reduction: Footprint | None = None
 
     def __str__(self) -> str:
         where = f" at {self.source}" if self.source else ""
@@ -78,6 +82,7 @@ class Locality:
     verdicts: Mapping[str, Verdict]
     stages: Mapping[str, int]
     regions: tuple[Region, ...]
+    images: tuple[Value, ...]
 
     def counts(self) -> Counter[str]:
         """How many nodes have each verdict."""
@@ -88,8 +93,8 @@ class Locality:
         return tuple(v for v in self.verdicts.values() if v.kind not in (Kind.LOCAL, Kind.SMALL))
 
     def footprint(self, node: str) -> Footprint:
-        """The footprint of a local node."""
-        footprint = self.verdicts[node].footprint
+        """The footprint of a local node, or of a reduction that can be combined from tiles."""
+        footprint = self.verdicts[node].footprint or self.verdicts[node].reduction
         assert footprint is not None, node
         return footprint
 
@@ -138,13 +143,15 @@ def analyse_locality(
             if isinstance(answer, Footprint):
                 answer = _aligned_once(answer, alignments)
             verdicts[node.name] = _verdict(node, answer)
-            values[node.name] = _result(node, answer.dims, meta, values)
+            reduces = isinstance(answer, Footprint) and answer.reduction is not None
+            values[node.name] = _result(node, () if reduces else answer.dims, meta, values)
         elif node.op == "get_attr":
             values[node.name] = ()
     stages = _stages(graph, verdicts, metas)
     regions = _regions(graph, verdicts, stages)
     nodes = {node.name: node for node in graph.nodes}
-    return Locality(graph, nodes, metas, values, verdicts, stages, regions)
+    images = tuple(value for name in inputs if isinstance(value := values[name], Value) and value.dims)
+    return Locality(graph, nodes, metas, values, verdicts, stages, regions, images)
 
 
 def _input_value(name: str, meta: Meta, inputs: Mapping[str, tuple[int, ...]]) -> Value | tuple[Value, ...]:
@@ -183,7 +190,7 @@ def _answer(node: fx.Node, meta: Meta, values: Values, metas: Mapping[str, Meta]
     marked = next((n.meta[UNSTREAMED] for n in (node, *node.all_input_nodes) if UNSTREAMED in n.meta), None)
     if marked is None or isinstance(answer, Refusal):
         return answer
-    return Refusal(Kind.GLOBAL, marked, answer.dims)
+    return Refusal(Kind.GLOBAL, marked, () if answer.reduction is not None else answer.dims)
 
 
 def _call(
@@ -235,6 +242,9 @@ def _verdict(node: fx.Node, answer: Footprint | Refusal) -> Verdict:
     place = (module_path(node), source_line(node))
     name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
     if isinstance(answer, Footprint):
+        if answer.reduction is not None:
+            reason = "reduces over space, tile by tile"
+            return Verdict(node.name, name, Kind.REDUCE, reason, *place, reduction=answer)
         return Verdict(node.name, name, Kind.LOCAL, answer.evaluation.value, *place, answer)
     return Verdict(node.name, name, answer.kind, answer.reason, *place)
 

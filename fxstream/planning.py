@@ -17,16 +17,17 @@ import torch
 
 from fxstream.boundaries import RegionPlanner
 from fxstream.cost import Machine
-from fxstream.demand import make_segment
+from fxstream.demand import is_read_outside
 from fxstream.device import budget_of
 from fxstream.errors import PlanError
 from fxstream.locality import Locality
+from fxstream.passes import passes, streamable_parts
 from fxstream.prediction import Basis, Prediction, keep_graphs, predict
 from fxstream.request import Request, place_of_module
 from fxstream.rules import Kind
 from fxstream.saved import Saved, saved_by
 from fxstream.search import Search
-from fxstream.segment_plan import SegmentPlan, plan_segment
+from fxstream.segment_plan import SegmentPlan, arithmetic, plan_segment
 from fxstream.units import bytes_text
 
 __all__ = ["Plan", "SegmentPlan", "make_plan", "streamable_share", "total_bytes", "worthwhile"]
@@ -50,6 +51,7 @@ class Plan:
     segments: tuple[SegmentPlan, ...]
     streamed_bytes: int
     activation_bytes: int
+    arithmetic: int
     is_trivial: bool
     prediction: Prediction
 
@@ -60,9 +62,8 @@ class Plan:
 
     @property
     def overhead(self) -> float:
-        """Arithmetic of all tiles over that of the plain segments, in one forward pass."""
-        plain = sum(plan.arithmetic for plan in self.segments)
-        return sum(plan.streamed_arithmetic for plan in self.segments) / plain if plain else 1.0
+        """Arithmetic of all tiles of all passes over that of the same operators run plainly, in one forward."""
+        return sum(plan.streamed_arithmetic for plan in self.segments) / max(1, self.arithmetic)
 
     def __str__(self) -> str:
         head = (
@@ -99,8 +100,9 @@ def make_plan(
         segments = _with_tiles(basis, request)
         is_trivial = all(segment.tile_count == 1 for segment in segments)
         prediction = predict(basis, () if is_trivial else segments)
-    nodes = [name for segment in segments for name in segment.segment.nodes]
-    return Plan(segments, locality.activation_bytes(nodes), total_bytes(locality), is_trivial, prediction)
+    nodes = list({name: None for segment in segments for name in segment.segment.nodes})
+    plain = sum(arithmetic(locality, name) for name in nodes)
+    return Plan(segments, locality.activation_bytes(nodes), total_bytes(locality), plain, is_trivial, prediction)
 
 
 def _with_tiles(basis: Basis, request: Request) -> tuple[SegmentPlan, ...]:
@@ -146,17 +148,19 @@ def _within_memory(basis: Basis, request: Request, memory: int) -> tuple[tuple[S
 def _segments(
     locality: Locality, request: Request, runs: Sequence[tuple[tuple[str, ...], tuple[int, ...] | None]]
 ) -> tuple[SegmentPlan, ...]:
-    """The plans of these runs of nodes, with the numbers of tiles that each is to have, if that is known."""
+    """The plans of these stretches, with the numbers of tiles that each is to have, if that is known."""
     return tuple(
-        plan_segment(locality, make_segment(locality, f"segment_{i}", nodes), request, counts)
+        plan_segment(locality, segment, request, counts)
         for i, (nodes, counts) in enumerate(runs)
+        for segment in passes(locality, f"segment_{i}", nodes)
     )
 
 
 def _parts(locality: Locality, request: Request) -> list[tuple[str, ...]]:
     """The nodes that may be streamed: worthwhile regions, or all before the user's cut."""
     asked = request.segments is not None or request.cut is not None
-    return _regions_before(locality, request.cut) if asked else worthwhile(locality)
+    reduces = request.global_ops != "cut"
+    return _parts_before(locality, request.cut, reduces) if asked else worthwhile(locality, reduces)
 
 
 def total_bytes(locality: Locality) -> int:
@@ -164,10 +168,11 @@ def total_bytes(locality: Locality) -> int:
     return locality.activation_bytes([v.node for v in locality.verdicts.values() if v.kind is not Kind.SMALL])
 
 
-def worthwhile(locality: Locality) -> list[tuple[str, ...]]:
-    """The regions that are streamed without being asked for, by their nodes."""
+def worthwhile(locality: Locality, with_reductions: bool = True) -> list[tuple[str, ...]]:
+    """The parts that are streamed without being asked for, by their nodes."""
     total = total_bytes(locality)
-    return [region.nodes for region in locality.regions if _is_worthwhile(locality, region.nodes, total)]
+    parts = streamable_parts(locality, with_reductions)
+    return [part for part in parts if _is_worthwhile(locality, part, total)]
 
 
 def streamable_share(locality: Locality) -> float:
@@ -175,16 +180,19 @@ def streamable_share(locality: Locality) -> float:
     return sum(map(locality.activation_bytes, worthwhile(locality))) / max(1, total_bytes(locality))
 
 
-def _regions_before(locality: Locality, cut: str | None) -> list[tuple[str, ...]]:
-    """The regions, up to the last node of the module where the user ends the stream."""
+def _parts_before(locality: Locality, cut: str | None, with_reductions: bool) -> list[tuple[str, ...]]:
+    """The parts, up to the last node of the module where the user ends the stream."""
     names = [node.name for node in locality.graph.nodes]
     allowed = set(names if cut is None else names[: place_of_module(locality, cut) + 1])
-    parts = (tuple(name for name in region.nodes if name in allowed) for region in locality.regions)
+    parts = (
+        tuple(name for name in part if name in allowed) for part in streamable_parts(locality, with_reductions)
+    )
     return [part for part in parts if part]
 
 
 def _is_worthwhile(locality: Locality, nodes: tuple[str, ...], total: int) -> bool:
     """Whether streaming these nodes frees a good part of their activations."""
     held = locality.activation_bytes(nodes)
-    kept = locality.activation_bytes(make_segment(locality, "", nodes).outputs)
+    inside = set(nodes)
+    kept = locality.activation_bytes([name for name in nodes if is_read_outside(locality, name, inside)])
     return held - kept > WORTHWHILE * held and held > LEAST_SHARE * total

@@ -26,6 +26,7 @@ import torch
 
 from fxstream.cost import Costs, Machine, bytes_of
 from fxstream.locality import Locality
+from fxstream.order import execution_order
 from fxstream.request import output_extents
 from fxstream.saved import Saved
 from fxstream.segment_plan import SegmentPlan
@@ -180,15 +181,14 @@ class Forecast:
     """The moments of a plan, for any numbers of kept tiles."""
 
     def __init__(self, basis: Basis, plans: Sequence[SegmentPlan]) -> None:
-        self._basis, place = basis, {name: i for i, name in enumerate(basis.saved)}
-        self._plans = sorted(plans, key=lambda plan: place[plan.segment.nodes[0]])
-        of = self._unit_of_each_node(place)
-        nodes: list[list[str]] = [[] for _ in range(2 * len(self._plans) + 1)]
-        for name, unit in of.items():
-            nodes[unit].append(name)
-        costs = [Costs(basis.locality, basis.machine, basis.saved, names) for names in nodes]
-        crossing = list(self._crossing(of, costs))
-        self._units = [self._unit(k, cost, crossing) for k, cost in enumerate(costs) if cost.nodes]
+        self._basis = basis
+        units = list(_units(basis, plans))
+        costs = [Costs(basis.locality, basis.machine, basis.saved, nodes) for nodes, _ in units]
+        crossing = list(self._crossing(units, costs))
+        self._units = [
+            self._unit(k, plan, cost, crossing)
+            for k, ((_, plan), cost) in enumerate(zip(units, costs, strict=True))
+        ]
 
     def moments(self, kept: Mapping[str, int]) -> Iterator[tuple[str, Moment, float]]:
         """The name of the unit, the bytes and the seconds of every moment, forward and then backward.
@@ -230,37 +230,36 @@ class Forecast:
         """The bytes at the peak."""
         return max(moment.bytes for _, moment, _ in self.moments(kept))
 
-    def _unit_of_each_node(self, place: Mapping[str, int]) -> dict[str, int]:
-        """Segments have odd numbers, the ordinary operators around them even ones."""
-        starts = [place[plan.segment.nodes[0]] for plan in self._plans]
-        of_segment = {name: 2 * k + 1 for k, plan in enumerate(self._plans) for name in plan.segment.nodes}
-        of: dict[str, int] = {}
-        for name, i in place.items():
-            before = [of[n.name] for n in self._basis.locality.nodes[name].all_input_nodes if n.name in of]
-            behind = 2 * sum(start < i for start in starts)
-            of[name] = of_segment.get(name, max([behind, *(u + u % 2 for u in before)]))
-        return of
-
-    def _crossing(self, of: Mapping[str, int], costs: Sequence[Costs]) -> Iterator[_Crossing]:
-        locality, saved, wanted = self._basis.locality, self._basis.saved, self._basis.wanted
-        for name, maker in [*((name, -1) for name in wanted), *of.items()]:
-            users = [u for u in locality.nodes[name].users if of.get(u.name, maker) != maker]
+    def _crossing(
+        self, units: Sequence[tuple[tuple[str, ...], SegmentPlan | None]], costs: Sequence[Costs]
+    ) -> Iterator[_Crossing]:
+        locality, saved = self._basis.locality, self._basis.saved
+        maker: dict[str, int] = dict.fromkeys(self._basis.wanted, -1)
+        readers: dict[str, set[int]] = {}
+        holders: dict[str, set[int]] = {}
+        for k, (nodes, plan) in enumerate(units):
+            maker |= dict.fromkeys(nodes if plan is None else plan.segment.outputs, k)
+            for name in _reads(locality, nodes) if plan is None else _inputs(plan):
+                readers.setdefault(name, set()).add(k)
+                if plan is not None:
+                    holders.setdefault(name, set()).add(k)
+            for name in nodes if plan is None else ():
+                given = [n.name for n in locality.nodes[name].all_input_nodes]
+                for held in saved[name].inputs:
+                    holders.setdefault(given[held], set()).add(k)
+            for name in costs[k].kept if plan is None else ():
+                holders.setdefault(name, set()).add(k)
+        for name, made in maker.items():
             is_result = any(user.op == "output" for user in locality.nodes[name].users)
-            if not users and not is_result:
+            others = readers.get(name, set()) - {made}
+            if not others and not is_result:
                 continue
-            last = len(costs) if is_result else max(of[user.name] for user in users)
-            holders = {of[u.name] for u in users if u.name in of and (of[u.name] % 2 or self._keeps(u.name, name))}
-            if maker >= 0 and name in costs[maker].kept:
-                holders.add(maker)
-            size = bytes_of(locality, name) * (maker < 0 or saved[name].views is None)
-            yield _Crossing(name, maker, last, tuple(holders), size if maker >= 0 else 0, size, is_result)
+            last = len(units) if is_result else max(others)
+            size = bytes_of(locality, name) * (made < 0 or saved[name].views is None)
+            held_by = tuple(holders.get(name, ()))
+            yield _Crossing(name, made, last, held_by, size if made >= 0 else 0, size, is_result)
 
-    def _keeps(self, reader: str, name: str) -> bool:
-        given = [n.name for n in self._basis.locality.nodes[reader].all_input_nodes]
-        return given.index(name) in self._basis.saved[reader].inputs
-
-    def _unit(self, k: int, cost: Costs, crossing: Sequence[_Crossing]) -> _Unit:
-        plan = self._plans[k // 2] if k % 2 else None
+    def _unit(self, k: int, plan: SegmentPlan | None, cost: Costs, crossing: Sequence[_Crossing]) -> _Unit:
         part, shares = cost.part(), _shares(self._basis.locality, plan, cost)
         made = sum(value.bytes for value in crossing if value.maker == k)
         whole = plan is None or plan.tile_count == 1
@@ -290,6 +289,30 @@ class Forecast:
             backward_seconds=backward,
             weights=float(cost.weight_gradients.sum()),
         )
+
+
+def _units(basis: Basis, plans: Sequence[SegmentPlan]) -> Iterator[tuple[tuple[str, ...], SegmentPlan | None]]:
+    """Segments, and the runs of ordinary operators between them, in the order in which they run."""
+    planned = {plan.segment.name: plan for plan in plans}
+    ordinary: list[str] = []
+    for name in execution_order(basis.locality, [plan.segment for plan in plans]):
+        if name not in planned:
+            ordinary += [name] if name in basis.saved else []
+            continue
+        if ordinary:
+            yield tuple(ordinary), None
+            ordinary = []
+        yield planned[name].segment.nodes, planned[name]
+    if ordinary:
+        yield tuple(ordinary), None
+
+
+def _inputs(plan: SegmentPlan) -> list[str]:
+    return [*(leaf for leaf, _ in plan.segment.leaves), *plan.segment.smalls]
+
+
+def _reads(locality: Locality, nodes: Sequence[str]) -> set[str]:
+    return {given.name for name in nodes for given in locality.nodes[name].all_input_nodes}
 
 
 def predict(basis: Basis, plans: Sequence[SegmentPlan]) -> Prediction:

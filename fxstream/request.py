@@ -30,15 +30,16 @@ class Request:
     """What the user asked for: a tile per axis (or one for all) or a memory, segments, where streaming ends.
 
     Without a tile, tiles are as large as the plan wants them within `memory`: bytes, a share of the device below
-    one, or None for what the device has free. `segments` is how many
-    segments each region gets (at most, within a memory), or the module paths that each end one, or None for the
-    planner's choice.
+    one, or None for what the device has free. `segments` is how many segments each region gets (at most, within
+    a memory), or the module paths that each end one, or None for the planner's choice. `global_ops` says whether
+    reductions over space are streamed: "stream", "cut", or "auto" for the planner's choice.
     """
 
     tile: int | tuple[int, ...] | None
     segments: int | tuple[str, ...] | None = None
     cut: str | None = None
     memory: float | None = None
+    global_ops: str = "auto"
 
     def tile_along(self, axis: int, axes: int) -> int | None:
         """The bound along one axis, in pixels of the model's input; None for no bound."""
@@ -61,14 +62,7 @@ def tile_bounds(locality: Locality, request: Request, extents: Sequence[int]) ->
 
 def image_extents(locality: Locality, axes: int) -> tuple[int, ...]:
     """The extents of the largest image among the inputs with this many stream axes."""
-    images = [
-        value.extents
-        for node in locality.graph.nodes
-        if node.op == "placeholder"
-        for value in [locality.values[node.name]]
-        if not isinstance(value, tuple) and len(value.dims) == axes
-    ]
-    return max(images, key=math.prod)
+    return max((value.extents for value in locality.images if len(value.dims) == axes), key=math.prod)
 
 
 def leaf_extents(locality: Locality, leaf: str, dims: tuple[int, ...]) -> tuple[int, ...]:
@@ -79,8 +73,9 @@ def leaf_extents(locality: Locality, leaf: str, dims: tuple[int, ...]) -> tuple[
 
 
 def output_extents(locality: Locality, output: str) -> tuple[int, ...]:
-    """The extents of a local node's result along its stream axes."""
-    return locality.value(output).extents
+    """The extents of a local node's result along its stream axes, or of the positions that a reduction reduces."""
+    footprint = locality.verdicts[output].reduction
+    return locality.value(output).extents if footprint is None else footprint.reads[0].extents
 
 
 def place_of_module(locality: Locality, path: str) -> int:

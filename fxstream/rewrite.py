@@ -1,23 +1,17 @@
-"""Put the segments into the graph: dense nodes stay ordinary nodes, each segment becomes one call.
-
-The order of the new graph is a topological order of the graph with each segment contracted to one node, as
-close to the original order as possible, with effects and random draws in their original order.
-"""
+"""Put the segments into the graph: dense nodes stay ordinary nodes, each segment becomes one call."""
 
 from __future__ import annotations
 
-import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import networkx as nx
 import torch
 from torch import fx, nn
 
 from fxstream.capture import Captured
 from fxstream.economy import reuse_inputs
-from fxstream.functional import ordered_nodes
 from fxstream.locality import Locality
+from fxstream.order import execution_order
 from fxstream.planning import Plan, SegmentPlan
 from fxstream.runtime import Stream, build_stream, stream_map
 from fxstream.saved import Saved
@@ -55,19 +49,19 @@ def rewrite(
     `compile_tiles` passes tile programs through `torch.compile`.
     """
     segments = {plan.segment.name: plan for plan in plan.segments}
-    unit = {node: name for name, plan in segments.items() for node in plan.segment.nodes}
     labels = _labels(captured)
     graph = fx.Graph()
     env: dict[str, fx.Node] = {}
     modules: dict[str, nn.Module] = {}
-    for name in _order(locality, unit):
+    for name in execution_order(locality, [plan.segment for plan in plan.segments]):
         if name in segments:
             modules[name] = _streamed(locality, segments[name], labels, saved, compile_tiles)
             _call_segment(graph, env, segments[name])
         else:
             _copy(graph, env, locality.nodes[name], locality)
     if saved is not None:
-        copied = {env[name]: name for name in locality.verdicts if name in env and name not in unit}
+        made = {output for plan in plan.segments for output in plan.segment.outputs}
+        copied = {env[name]: name for name in locality.verdicts if name in env and name not in made}
         reuse_inputs(graph, copied, locality, saved)
     root = {node.target: getattr(captured.module, node.target) for node in graph.nodes if node.op == "get_attr"}
     graph.lint()
@@ -92,27 +86,6 @@ def _labels(captured: Captured) -> dict[str, str]:
         n.name for n in captured.graph.nodes if n.op == "placeholder" and n.name not in captured.inputs
     ]
     return dict(zip(placeholders, captured.tensors, strict=True))
-
-
-def _order(locality: Locality, unit: Mapping[str, str]) -> Sequence[str]:
-    """Node and segment names in an order in which they can run; integers are folded and need no place."""
-    place: dict[str, int] = {}
-    edges = nx.DiGraph()
-    folded = {node.name for node in locality.graph.nodes if isinstance(locality.metas.get(node.name), int)}
-    for i, node in enumerate(locality.graph.nodes):
-        if node.name in folded:
-            continue
-        name = unit.get(node.name, node.name)
-        place[name] = i
-        edges.add_node(name)
-        edges.add_edges_from(
-            (source, name)
-            for given in node.all_input_nodes
-            if given.name not in folded and (source := unit.get(given.name, given.name)) != name
-        )
-    ordered = [node.name for node in ordered_nodes(locality.graph)]
-    edges.add_edges_from(itertools.pairwise(ordered))
-    return list(nx.lexicographical_topological_sort(edges, key=place.__getitem__))
 
 
 def _call_segment(graph: fx.Graph, env: dict[str, fx.Node], plan: SegmentPlan) -> None:

@@ -12,12 +12,15 @@ NOTE [the stream as one differentiable function]
    a cast made without recording must not serve a recorded use later. Nothing in a tile draws random numbers.
 5. Gradients are computed only for what asks for them; an output without gradient costs nothing.
 6. The graphs of the tiles that the plan keeps are recorded in forward and pulled back first, which frees them.
-7. Double backward and functional transforms are refused: the recorded tile is gone when they would need it.
+7. A reduction over space is an output too: each tile yields a partial result, and what combines these is an
+   ordinary function of them, whose gradient each tile pulls back.
+8. Double backward and functional transforms are refused: the recorded tile is gone when they would need it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +33,7 @@ from fxstream.demand import AxisTile, Segment
 from fxstream.errors import StreamError
 from fxstream.locality import Locality
 from fxstream.planning import SegmentPlan
+from fxstream.rules import Footprint
 from fxstream.saved import Saved
 from fxstream.sizes import Shape
 from fxstream.tile_program import TileProgram, tile_program
@@ -37,15 +41,20 @@ from fxstream.tile_program import TileProgram, tile_program
 __all__ = ["Stream", "build_stream", "stream_map"]
 
 Subscript = tuple[slice, ...]
+Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class TileCall:
-    """One turn of the loop: which program, what it reads of each leaf, what it owns of each output."""
+    """One turn of the loop: which program, what it reads of each leaf, what it owns of each output.
+
+    `positions` are the pixels that it owns of each output, or of what a reduction reduces.
+    """
 
     program: int
     leaves: tuple[Subscript, ...]
     outputs: tuple[Subscript | None, ...]
+    positions: tuple[int, ...]
     is_kept: bool = False
 
 
@@ -53,6 +62,7 @@ class TileCall:
 class Stream:
     """A segment made ready to run: the programs of its tile classes and the schedule of its tiles.
 
+    `combined` says how the partial results of the outputs that are reductions are combined, by their places.
     `labels` name the leaves and the small tensors, in that order, in the user's words; `sources` are the places
     of the inputs that each output can send a gradient to.
     """
@@ -60,7 +70,8 @@ class Stream:
     plan: SegmentPlan
     programs: tuple[TileProgram, ...]
     calls: tuple[TileCall, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    outputs: tuple[Shape, ...]
+    combined: Mapping[int, Combine]
     labels: tuple[str, ...]
     sources: tuple[frozenset[int], ...]
 
@@ -89,6 +100,7 @@ def build_stream(
     per_axis = [_class_numbers(tiles) for tiles in plan.axes]
     ranks = [_shape(locality, leaf) for leaf, _ in segment.leaves]
     shapes = tuple(_shape(locality, output) for output in segment.outputs)
+    footprints = [locality.footprint(output) for output in segment.outputs]
     recomputed = plan.tile_count - plan.kept
     for i, tile in enumerate(plan.tiles()):
         key = tuple(numbers[id(along)] for numbers, along in zip(per_axis, tile, strict=True))
@@ -97,14 +109,18 @@ def build_stream(
             program = tile_program(locality, segment, tile, saved)
             programs.append(program.compiled() if compile_tiles else program)
         leaves = tuple(
-            plan.leaf_box(leaf, tile).index(dims, len(shape))
+            plan.leaf_box(leaf, tile).index(dims, len(shape.shape))
             for (leaf, dims), shape in zip(segment.leaves, ranks, strict=True)
         )
+        boxes = [Box(tuple(along.outputs[k] for along in tile)) for k in range(len(shapes))]
         owned = tuple(
-            _owned(locality, tile, k, output, len(shapes[k])) for k, output in enumerate(segment.outputs)
+            _owned(box, footprint, len(shape.shape))
+            for box, footprint, shape in zip(boxes, footprints, shapes, strict=True)
         )
-        calls.append(TileCall(classes[key], leaves, owned, i >= recomputed))
-    return Stream(plan, tuple(programs), tuple(calls), shapes, labels, _sources(locality, segment))
+        positions = tuple(math.prod(box.shape) for box in boxes)
+        calls.append(TileCall(classes[key], leaves, owned, positions, i >= recomputed))
+    combined = {k: f.reduction.combine for k, f in enumerate(footprints) if f.reduction is not None}
+    return Stream(plan, tuple(programs), tuple(calls), shapes, combined, labels, _sources(locality, segment))
 
 
 CONSTANT = {"aten::detach", "aten::zeros_like", "aten::ones_like", "aten::full_like"}
@@ -133,16 +149,17 @@ def _class_numbers(tiles: Sequence[AxisTile]) -> dict[int, int]:
     return {id(tile): numbers.setdefault(tile.program_key, len(numbers)) for tile in tiles}
 
 
-def _shape(locality: Locality, name: str) -> tuple[int, ...]:
+def _shape(locality: Locality, name: str) -> Shape:
     meta = locality.metas[name]
     assert isinstance(meta, Shape)
-    return meta.shape
+    return meta
 
 
-def _owned(locality: Locality, tile: Sequence[AxisTile], k: int, output: str, rank: int) -> Subscript | None:
-    """The part of output `k` that a tile owns, or None where that is empty."""
-    owned = Box(tuple(along.outputs[k] for along in tile))
-    return owned.index(locality.footprint(output).dims, rank) if all(owned.shape) else None
+def _owned(box: Box, footprint: Footprint, rank: int) -> Subscript | None:
+    """The part of an output that a tile owns (all of a reduction), or None where the box is empty."""
+    if not all(box.shape):
+        return None
+    return () if footprint.reduction is not None else box.index(footprint.dims, rank)
 
 
 def stream_map(stream: Stream, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -157,7 +174,7 @@ def stream_map(stream: Stream, tensors: Sequence[torch.Tensor]) -> tuple[torch.T
         )
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _StreamMap.apply(stream, *tensors)  # type: ignore[no-untyped-call, no-any-return]
-    return _forward(stream, tensors)[0]
+    return _forward(stream, tensors).outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,14 +204,22 @@ def _recorded(
         return _Recorded(tiles, own, program(*tiles, *own))
 
 
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What forward leaves: the outputs, the recorded tiles that are kept, the partial results of reductions."""
+
+    outputs: tuple[torch.Tensor, ...]
+    kept: dict[int, _Recorded]
+    partials: dict[int, torch.Tensor]
+
+
 @torch.no_grad()
-def _forward(
-    stream: Stream, tensors: Sequence[torch.Tensor], wanted: Sequence[bool] | None = None
-) -> tuple[tuple[torch.Tensor, ...], dict[int, _Recorded]]:
+def _forward(stream: Stream, tensors: Sequence[torch.Tensor], wanted: Sequence[bool] | None = None) -> _Done:
     """Rule 1: all tiles, without recording but for those that are kept (rule 6), where gradients are wanted."""
     leaves = [tensor.detach() for tensor in tensors[: stream.leaf_count]]
     smalls = [tensor.detach() for tensor in tensors[stream.leaf_count :]]
-    outputs: list[torch.Tensor | None] = [None] * len(stream.shapes)
+    outputs: dict[int, torch.Tensor] = {}
+    parts: dict[int, list[torch.Tensor]] = {k: [] for k in stream.combined}
     kept: dict[int, _Recorded] = {}
     with _Ambient.now(tensors[0].device).restored():
         for i, call in enumerate(stream.calls):
@@ -204,12 +229,34 @@ def _forward(
             else:
                 tiles = stream.programs[call.program].forward(*stream.tile_inputs(call, leaves), *smalls)
             for k, (tile, owned) in enumerate(zip(tiles, call.outputs, strict=True)):
-                if owned is not None:
-                    whole = outputs[k]
-                    if whole is None:
-                        whole = outputs[k] = _allocate(tile, stream.shapes[k])
-                    whole[owned] = tile
-    return tuple(output for output in outputs if output is not None), kept
+                if owned is None:
+                    continue
+                if k in parts:
+                    parts[k].append(tile.detach())
+                    continue
+                if k not in outputs:
+                    outputs[k] = _allocate(tile, stream.outputs[k].shape)
+                outputs[k][owned] = tile
+        partials = {k: torch.stack(of_tiles) for k, of_tiles in parts.items()}
+        outputs |= {k: _combined(stream, k, of_tiles) for k, of_tiles in partials.items()}
+    return _Done(tuple(output for _, output in sorted(outputs.items())), kept, partials)
+
+
+def _combined(stream: Stream, k: int, partials: torch.Tensor) -> torch.Tensor:
+    """Rule 7: the whole result of a reduction."""
+    owned = [call.positions[k] for call in stream.calls if call.positions[k]]
+    counts = torch.tensor(owned, dtype=torch.float64, device=partials.device)
+    return stream.combined[k](partials, counts).to(stream.outputs[k].dtype)
+
+
+def _gradients_of_partials(
+    stream: Stream, k: int, partials: torch.Tensor, grad: torch.Tensor
+) -> list[torch.Tensor]:
+    """The gradients of the partial results of the tiles that own any position (rule 7), in their order."""
+    with torch.enable_grad():
+        given = partials.detach().requires_grad_()
+        (found,) = torch.autograd.grad(_combined(stream, k, given), given, grad)
+    return list(found)
 
 
 def _allocate(tile: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -249,7 +296,8 @@ class _StreamMap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, stream: Stream, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        outputs, ctx.kept = _forward(stream, tensors, ctx.needs_input_grad[1:])
+        done = _forward(stream, tensors, ctx.needs_input_grad[1:])
+        outputs, ctx.kept, ctx.partials = done.outputs, done.kept, done.partials
         ctx.save_for_backward(*tensors)
         ctx.stream = stream
         ctx.ambient = _Ambient.now(tensors[0].device)
@@ -276,8 +324,18 @@ class _StreamMap(torch.autograd.Function):
         tensors = ctx.saved_tensors
         sums = _Sums(stream, tensors, ctx.needs_input_grad[1:])
         with ctx.ambient.restored():
+            of_tiles = {
+                k: _gradients_of_partials(stream, k, partials, grad)
+                for k, partials in ctx.partials.items()
+                if (grad := grads[k]) is not None
+            }
             for i in reversed(range(len(stream.calls))):  # kept tiles are the last ones
-                _pull_back(stream, stream.calls[i], sums, grads, ctx.dtypes, ctx.kept.pop(i, None))
+                call = stream.calls[i]
+                given = [
+                    None if grad is None or owned is None else of_tiles[k].pop() if k in of_tiles else grad[owned]
+                    for k, (grad, owned) in enumerate(zip(grads, call.outputs, strict=True))
+                ]
+                _pull_back(stream, call, sums, given, ctx.dtypes, ctx.kept.pop(i, None))
         return (None, *sums.gradients())
 
 
@@ -337,12 +395,8 @@ def _pull_back(
     dtypes: Sequence[torch.dtype],
     recorded: _Recorded | None,
 ) -> None:
-    """Rule 2 for one tile, which is run again unless its graph was kept."""
-    flowing = [
-        (k, grad[owned])
-        for k, (grad, owned) in enumerate(zip(grads, call.outputs, strict=True))
-        if grad is not None and owned is not None
-    ]
+    """Rule 2 for one tile, which is run again unless its graph was kept; `grads` are those of its own results."""
+    flowing = [(k, grad) for k, grad in enumerate(grads) if grad is not None]
     if not flowing:
         return
     if recorded is None:
@@ -351,7 +405,8 @@ def _pull_back(
     tiles, smalls, results = recorded.tiles, recorded.smalls, recorded.results
     pulled = [(results[k], grad) for k, grad in flowing if results[k].requires_grad]
     for k, grad in flowing:
-        if results[k].dtype != dtypes[k] or results[k].shape != grad.shape:
+        same_type = k in stream.combined or results[k].dtype == dtypes[k]
+        if not same_type or results[k].shape != grad.shape:
             raise StreamError(
                 f"a recomputed tile of `{stream.plan.segment.outputs[k]}` is {results[k].dtype}"
                 f" {list(results[k].shape)}, but forward had {dtypes[k]} {list(grad.shape)}"

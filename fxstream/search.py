@@ -126,7 +126,7 @@ class Search:
         at: dict[int, list[_State]] = {-1: states}
         for end in region.ends:
             found: list[_State] = []
-            for start in (-1, *(e for e in region.ends if e < end)):
+            for start in region.starts(end):
                 options, binding = region.options(start, end), region.binding(start, end)
                 for state in at[start]:
                     found += _extended(state, options, behind + region.weights_behind(end), budget, binding)
@@ -209,11 +209,12 @@ class _Region:
         self._bandwidth = basis.machine.bandwidth
         extents = [output_extents(locality, name) for name in nodes]
         self._extents = torch.tensor(extents, dtype=torch.float64)
-        places = Places(locality, nodes)
+        self._places = places = Places(locality, nodes)
+        self._stages = torch.tensor([locality.stages[name] for name in nodes])
         if isinstance(request.segments, tuple):
             chosen = places.behind(request.segments)
         else:
-            chosen = [] if request.segments == 1 else list(places.candidates(MOST_PLACES))
+            chosen = [] if request.segments == 1 else list(places.candidates(MOST_PLACES + places.reductions))
         self.ends = sorted({*chosen, len(nodes) - 1})
         live = places.live()
         live[-1] = list(make_segment(locality, "", nodes).outputs)
@@ -226,6 +227,10 @@ class _Region:
         self._weights_up_to = torch.cat([torch.zeros(1, dtype=torch.float64), gradients.cumsum(0)])
         self._grids: dict[int, _Grids] = {}
         self._options: dict[tuple[int, int], list[_Option]] = {}
+
+    def starts(self, end: int) -> list[int]:
+        """The places behind which a stretch up to `end` may begin."""
+        return self._places.starts(end, [-1, *self.ends])
 
     def weights_behind(self, end: int) -> float:
         """Bytes of the gradients of the weights behind a place."""
@@ -255,7 +260,10 @@ class _Region:
             yield _Option(None, float(profile.max()) + gradients, float(part.held(ones)), plain)
         else:
             yield _Option(None, float(part.profile_unrecorded(ones).max()) + inputs, 0.0, plain)
-        tile_forward, tile_backward = part.seconds(grids.shares)
+        tile_forward, tile_backward = torch.zeros(len(grids.counts)), torch.zeros(len(grids.counts))
+        for stage in self._places.stages(start, end):
+            forward, backward = part.seconds(grids.shares * (self._stages <= stage))
+            tile_forward, tile_backward = tile_forward + forward, tile_backward + backward
         copies = (made + self._training * (made + inputs)) / self._bandwidth
         if self._training:
             boxes = sum(

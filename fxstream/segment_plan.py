@@ -15,7 +15,7 @@ from fxstream.locality import Locality
 from fxstream.request import Request, image_extents, leaf_extents, output_extents
 from fxstream.sizes import Shape
 
-__all__ = ["SegmentPlan", "plan_segment"]
+__all__ = ["SegmentPlan", "arithmetic", "plan_segment"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -85,7 +85,7 @@ def plan_segment(
         if count is None:
             raise _too_small(locality, segment, request, grid)
         tiles.append(grid.tiles(count))
-    costs = {name: _arithmetic(locality, name) for name in segment.nodes}
+    costs = {name: arithmetic(locality, name) for name in segment.nodes}
     streamed = sum(plain * _repeated(tiles, name, output_extents(locality, name)) for name, plain in costs.items())
     overlap = max(
         1 - 1 / max(1.0, _repeated(tiles, leaf, leaf_extents(locality, leaf, dims)))
@@ -96,7 +96,7 @@ def plan_segment(
     return SegmentPlan(segment, tuple(tiles), sum(costs.values()), streamed, overlap, first, last)
 
 
-def _arithmetic(locality: Locality, name: str) -> int:
+def arithmetic(locality: Locality, name: str) -> int:
     """Arithmetic of a node at full size: multiply-accumulates, and one per element written."""
     meta = locality.metas[name]
     return locality.footprint(name).macs + (meta.elements if isinstance(meta, Shape) else 0)

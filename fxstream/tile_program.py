@@ -1,8 +1,8 @@
 """The FX program of a tile class: what one tile of a segment computes, with crops and pads as nodes.
 
 Tiles whose steps agree along every axis share a program. It takes the tile's cut of every leaf and the small
-tensors whole, and returns the tile's rectangle of every output. It is an ordinary `fx.GraphModule`: it can be
-printed, linted, and compiled.
+tensors whole, and returns the tile's rectangle of every output, its partial result of a reduction. It is an
+ordinary `fx.GraphModule`: it can be printed, linted, and compiled.
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ class _Builder:
         ]
         if footprint.target is None:
             (result,) = served
+        elif footprint.reduction is not None:
+            result = self.graph.call_function(footprint.target, (*served, *footprint.reduction.arguments))
         elif footprint.average is not None and any(_is_ragged(footprint, steps)):
             result = self._average(footprint, served[0], steps)
         else:

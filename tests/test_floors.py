@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fxstream"
 FLOORS = (
     ("errors", "box"),
-    ("units",),
+    ("units", "operators"),
     ("receptive_field",),
     ("rules", "functional", "sizes", "freeze", "zoo"),
     ("mode",),
@@ -16,8 +16,9 @@ FLOORS = (
     ("capture",),
     ("locality",),
     ("demand", "request", "algebra", "saved", "device"),
-    ("grid", "excerpt", "closed_form", "cost"),
+    ("grid", "excerpt", "closed_form", "cost", "lowering"),
     ("segment_plan", "economy"),
+    ("order", "passes"),
     ("prediction",),
     ("boundaries",),
     ("search",),

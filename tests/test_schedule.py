@@ -30,11 +30,11 @@ def test_each_output_pixel_is_written_once(segments):
     module(integer_image(1, 2, 31, 26))
     assert len(streams(module)) == segments
     for stream in streams(module):
-        for k, shape in enumerate(stream.shapes):
-            written = torch.zeros(shape)
+        for k, shape in enumerate(stream.outputs):
+            written = torch.zeros(shape.shape)
             for call in stream.calls:
                 written[call.outputs[k]] += 1
-            assert torch.equal(written, torch.ones(shape))
+            assert torch.equal(written, torch.ones(shape.shape))
 
 
 def test_each_tile_is_computed_once_forward_and_once_backward(monkeypatch):

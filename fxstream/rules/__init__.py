@@ -6,8 +6,9 @@
     def _(call):
         return fxstream.rules.pointwise(call)
 
-The families are `pointwise`, `windowed`, `resampled`, `shuffled` and `channelwise`; `map-wide` operators are
-listed with the reason why they are not local. An operator without a row is never assumed local.
+The families are `pointwise`, `windowed`, `resampled`, `shuffled`, `channelwise` and `reduction` (over space,
+combined from tiles); `map-wide` operators are listed with the reason why they are not local. An operator without
+a row is never assumed local.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from fxstream.rules import channelwise, mapwide, resampled, shuffled, windowed
+from fxstream.rules import channelwise, mapwide, reductions, resampled, shuffled, windowed
 from fxstream.rules import pointwise as _pointwise
 from fxstream.rules.pointwise import pointwise, random_draw
 from fxstream.rules.rule import (
@@ -28,6 +29,7 @@ from fxstream.rules.rule import (
     OpRule,
     Production,
     Read,
+    Reduction,
     Refusal,
     RuleTable,
     TileSize,
@@ -43,6 +45,7 @@ __all__ = [
     "OpRule",
     "Production",
     "Read",
+    "Reduction",
     "Refusal",
     "TileSize",
     "Value",
@@ -54,7 +57,7 @@ __all__ = [
 ]
 
 _TABLE = RuleTable()
-for _family in (_pointwise, windowed, resampled, shuffled, channelwise, mapwide):
+for _family in (_pointwise, windowed, resampled, shuffled, channelwise, reductions, mapwide):
     _family.add_rules(_TABLE)
 
 Rule = Callable[[Call], Footprint | Refusal]

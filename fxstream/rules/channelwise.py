@@ -12,6 +12,7 @@ from typing import Any
 
 from fxstream.receptive_field import IDENTITY
 from fxstream.rules.pointwise import aligned_read
+from fxstream.rules.reductions import over_space
 from fxstream.rules.rule import Answer, Call, Evaluation, Footprint, Kind, Read, Refusal, RuleTable, Value
 
 __all__ = ["add_rules"]
@@ -117,7 +118,7 @@ def reduction(call: Call) -> Answer:
         return Refusal(Kind.NO_RULE, "is used as a binary operator under a reduction's name")
     touched = _touched(call, len(image.shape))
     if set(touched) & set(image.dims):
-        return Refusal(Kind.REDUCE, "reduces over space: its result needs the whole map")
+        return over_space(call, image, touched)
     keep = call.arguments.get("keepdim", False)
     return _pass_through(call, lambda d: d if keep else d - sum(t < d for t in touched))
 

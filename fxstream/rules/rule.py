@@ -30,6 +30,7 @@ __all__ = [
     "OpRule",
     "Production",
     "Read",
+    "Reduction",
     "Refusal",
     "RuleTable",
     "TileSize",
@@ -54,6 +55,7 @@ class Evaluation(enum.Enum):
     WINDOWED = "windowed"
     RESAMPLED = "resampled"
     SHUFFLED = "shuffled"
+    REDUCED = "reduced"
 
 
 class TileSize(enum.Enum):
@@ -147,6 +149,18 @@ class Average:
 
 
 @dataclass(frozen=True, slots=True)
+class Reduction:
+    """How the whole result of a reduction over space is made of the partial results of tiles.
+
+    `combine` is given the partial results stacked in front and the number of positions of each (float64), and is
+    differentiable in the first. `arguments` are those that a tile's call takes behind what it reads.
+    """
+
+    combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Footprint:
     """A local operator: what a box of its result reads, and how the operator is evaluated on boxes.
 
@@ -156,6 +170,9 @@ class Footprint:
     `extents` give the result's pixels along each axis from those of the first read; None where they are the
     same. A footprint that is not `tight` claims to read more than has an influence. `macs` are the
     multiply-accumulates of the whole call.
+
+    Of a `reduction` over space, boxes are those of the positions that it reduces, and `dims` their dims; `target`
+    yields the partial result of a box.
     """
 
     evaluation: Evaluation
@@ -169,6 +186,7 @@ class Footprint:
     extents: tuple[AxisExtent, ...] | None = None
     tight: bool = True
     macs: int = 0
+    reduction: Reduction | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,183 @@
+"""Reductions over all stream axes: what a tile contributes, and how the contributions are combined.
+
+A reduction over space is one over tiles. Each tile owns a box of the positions, the boxes partition them, and it
+yields a small partial result of the positions that it owns. `combine` makes the whole result of all partial
+results; it is an ordinary differentiable function of them, so that its gradient is what each tile pulls back.
+
+Partial results have 32 bits at least and are combined in 64. Means and variances are combined with the term
+between tiles (Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances",
+1979). The gradient of a maximum is shared by all positions that attain it, as torch's `amax` does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from fxstream.receptive_field import IDENTITY
+from fxstream.rules.rule import (
+    Answer,
+    Call,
+    Evaluation,
+    Footprint,
+    Kind,
+    Read,
+    Reduction,
+    Refusal,
+    RuleTable,
+    Value,
+)
+
+__all__ = ["add_rules", "over_space", "reduced"]
+
+Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def add_rules(table: RuleTable) -> None:
+    """The operators that feature-map-wide normalisations are made of."""
+    table.add("fxstream::moments", "reduction", moments)
+
+
+def reduced(reads: Sequence[Read], target: Callable[..., Any], combine: Combine, *arguments: Any) -> Answer:
+    """The footprint of a reduction, whose tiles run `target` on their parts of what it reads and `arguments`."""
+    reduction = Reduction(combine, arguments)
+    return Footprint(Evaluation.REDUCED, reads[0].dims, tuple(reads), target, reduction=reduction)
+
+
+def over_space(call: Call, image: Value, touched: Sequence[int]) -> Answer:
+    """A reduction of one map over dims that include stream axes."""
+    name = call.target._schema.name.removeprefix("aten::")
+    if not set(image.dims) <= set(touched):
+        return Refusal(Kind.REDUCE, "reduces some stream axes and keeps others")
+    known = REDUCERS.get(name) if image.dtype.is_floating_point and len(call.shapes) == 1 else None
+    found = known(call) if known is not None else None
+    if found is None:
+        return Refusal(Kind.REDUCE, "reduces over space: its result needs the whole map")
+    argument = next(name for name, _, value in call.tensors() if value.name == image.name)
+    read = Read(argument, image, image.dims, (IDENTITY,) * len(image.dims))
+    return reduced([read], *found, list(touched), bool(call.arguments.get("keepdim", False)))
+
+
+def _norm(call: Call) -> tuple[Callable[..., Any], Combine] | None:
+    return {1.0: (norm_1, partial(_norms, 1.0)), 2.0: (norm_2, partial(_norms, 2.0))}.get(float(call["ord"]))
+
+
+def moments(call: Call) -> Answer:
+    """Mean, variance and sample variance in one pass."""
+    image: Value = call["self"]
+    touched = [d % len(image.shape) for d in call["dim"]]
+    if not set(image.dims) <= set(touched):
+        return Refusal(Kind.REDUCE, "reduces some stream axes and keeps others")
+    others = 1
+    for dim in set(touched) - set(image.dims):
+        others *= image.shape[dim]
+    read = Read("self", image, image.dims, (IDENTITY,) * len(image.dims))
+    return reduced([read], moments_of, partial(_moments, others), touched)
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in at least 32 bits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def sum_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
+    """A tile's sum."""
+    return wide(tensor).sum(dims, keepdim)
+
+
+def mean_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
+    """A tile's mean."""
+    return wide(tensor).mean(dims, keepdim)
+
+
+def maximum_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
+    """A tile's maximum, and how often it is attained."""
+    found = wide(tensor).amax(dims, True)
+    often = (tensor.detach() == found.detach()).sum(dims, keepdim)
+    return torch.stack([found if keepdim else found.squeeze(dims), often.to(found.dtype)])
+
+
+def minimum_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
+    """The same of the negated tile."""
+    return maximum_of(-tensor, dims, keepdim)
+
+
+def logsumexp_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
+    """A tile's logarithm of the sum of exponentials."""
+    return torch.logsumexp(wide(tensor), dims, keepdim)
+
+
+def norm_1(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
+    """A tile's sum of absolute values."""
+    found: torch.Tensor = torch.linalg.vector_norm(wide(tensor), 1, dims, keepdim)
+    return found
+
+
+def norm_2(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
+    """A tile's Euclidean norm."""
+    found: torch.Tensor = torch.linalg.vector_norm(wide(tensor), 2, dims, keepdim)
+    return found
+
+
+def moments_of(tensor: torch.Tensor, dims: list[int]) -> torch.Tensor:
+    """A tile's mean and variance."""
+    variance, mean = torch.var_mean(wide(tensor), dims, correction=0)
+    return torch.stack([mean, variance])
+
+
+def _sums(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return partials.double().sum(0)
+
+
+def _along_tiles(counts: torch.Tensor, partials: torch.Tensor) -> torch.Tensor:
+    return counts.view(-1, *[1] * (partials.ndim - 1))
+
+
+def _means(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return (partials.double() * _along_tiles(counts / counts.sum(), partials)).sum(0)
+
+
+def _maxima(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    maxima, often = partials.double().unbind(1)
+    whole = maxima.detach().amax(0)
+    shares = often.detach() * (maxima.detach() == whole)
+    shares = shares / shares.sum(0).clamp(min=1)
+    finite = torch.where(maxima.isfinite(), maxima, 0.0)
+    return whole + (shares * (finite - finite.detach())).sum(0)
+
+
+def _minima(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return -_maxima(partials, counts)
+
+
+def _logsumexps(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return torch.logsumexp(partials.double(), 0)
+
+
+def _norms(order: float, partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = torch.linalg.vector_norm(partials.double(), order, 0)
+    return found
+
+
+def _moments(others: int, partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    means, variances = partials.double().unbind(1)
+    held, count = _along_tiles(counts * others, means), counts.sum() * others
+    mean = (means * (held / count)).sum(0)
+    squares = (held * (variances + (means - mean) ** 2)).sum(0)
+    return torch.stack([mean, squares / count, squares / (count - 1)])
+
+
+REDUCERS: dict[str, Callable[[Call], tuple[Callable[..., Any], Combine] | None]] = {
+    "sum": lambda call: (sum_of, _sums),
+    "mean": lambda call: (mean_of, _means),
+    "amax": lambda call: (maximum_of, _maxima),
+    "amin": lambda call: (minimum_of, _minima),
+    "max": lambda call: (maximum_of, _maxima),
+    "min": lambda call: (minimum_of, _minima),
+    "logsumexp": lambda call: (logsumexp_of, _logsumexps),
+    "linalg_vector_norm": _norm,
+}
+"""Per reduction of a map: what a tile computes and how that is combined."""
