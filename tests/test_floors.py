@@ -66,7 +66,7 @@ def violations(name: str, source: str) -> list[str]:
 
 def files() -> list[tuple[str, Path]]:
     paths = [p for p in sorted(PACKAGE.rglob("*.py")) if p.parent != PACKAGE or p.stem != "__init__"]
-    return [("rules" if p.parent.name == "rules" else p.stem, p) for p in paths]
+    return [(p.stem if p.parent == PACKAGE else p.parent.name, p) for p in paths]
 
 
 def test_every_file_has_a_floor():

@@ -1,0 +1,53 @@
+"""Feature-map-wide operators, rewritten as reductions over space and local operators.
+
+A normalisation over space is a reduction (`fxstream::moments`), a little arithmetic on small tensors, and a map
+that takes the result as small arguments. The rewritten graph computes what the original one does, at any size;
+what of it is streamed is for the planner to decide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+
+from fxstream.capture import Captured
+from fxstream.locality import Locality
+from fxstream.lowering import normalisations, pooling
+from fxstream.lowering.writer import Lowering, Writer
+from fxstream.rules import Kind
+
+__all__ = ["is_lowerable", "lower"]
+
+LOWERINGS: dict[str, Lowering] = {**normalisations.LOWERINGS, **pooling.LOWERINGS}
+"""Per operator, what it is rewritten to where it works over space."""
+
+
+def is_lowerable(locality: Locality) -> bool:
+    """Whether any barrier of the graph is made of reductions over space."""
+    return any(_lowering(locality, name) is not None for name in locality.verdicts)
+
+
+def lower(captured: Captured, locality: Locality) -> Captured:
+    """The same model with every feature-map-wide operator that is made of reductions taken apart."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(captured.graph, copies))
+    for original in captured.graph.nodes:
+        if original not in copies:
+            continue
+        node, lowering = copies[original], _lowering(locality, original.name)
+        lowered = lowering(Writer(graph, node, locality.metas)) if lowering is not None else None
+        if lowered is not None:
+            node.replace_all_uses_with(lowered)
+            graph.erase_node(node)
+    graph.lint()
+    root = {n.target: getattr(captured.module, n.target) for n in graph.nodes if n.op == "get_attr"}
+    return replace(captured, module=fx.GraphModule(root, graph))
+
+
+def _lowering(locality: Locality, name: str) -> Lowering | None:
+    verdict = locality.verdicts.get(name)
+    if verdict is None or verdict.kind is not Kind.REDUCE or verdict.reduction is not None:
+        return None
+    return LOWERINGS.get(verdict.operator)

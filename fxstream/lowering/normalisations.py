@@ -1,0 +1,146 @@
+"""Normalisations over space: statistics, a little arithmetic on small tensors, and an affine map.
+
+NOTE [the affine map]
+1. Every normalisation per channel becomes ``(x - c) * scale + shift``, torch's own batch norm with `c` as its
+   running mean, one as its variance and `scale` and `shift` as its weights: one call forward and one backward.
+2. `c` is the mean without its gradient. That of the mean goes through ``shift = bias - (mean - c) * scale``, whose
+   value is the bias, and whose derivative by the mean is that of the whole.
+3. Running statistics are updated in the ordinary part of the graph, once per call.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from fxstream.functional import UNSTREAMED
+from fxstream.lowering.writer import Lowering, Writer
+
+__all__ = ["LOWERINGS"]
+
+aten = torch.ops.aten
+
+
+def _batch_norm(writer: Writer) -> fx.Node:
+    image = writer["input"]
+    rank = len(writer.meta(image).shape)
+    mean, variance, sample = writer.statistics(image, [0, *range(2, rank)])
+    if writer["running_mean"] is not None:
+        _update(writer, writer["running_mean"], mean, writer["momentum"])
+        _update(writer, writer["running_var"], sample, writer["momentum"])
+    scale = _scale(writer, variance, writer["eps"], writer["weight"])
+    return _affine(writer, image, mean, scale, writer["bias"], writer["cudnn_enabled"])
+
+
+def _instance_norm(writer: Writer) -> fx.Node:
+    image = writer["input"]
+    rank = len(writer.meta(image).shape)
+    if not writer["use_input_stats"]:
+        arguments = [writer[name] for name in ("weight", "bias", "running_mean", "running_var")]
+        numbers = [writer[name] for name in ("momentum", "eps", "cudnn_enabled")]
+        return writer.call(aten.batch_norm.default, image, *arguments, False, *numbers)
+    mean, variance, sample = writer.statistics(image, range(2, rank))
+    if writer["running_mean"] is not None:
+        for buffer, value in (("running_mean", mean), ("running_var", sample)):
+            _update(writer, writer[buffer], writer.call(aten.mean.dim, value, [0]), writer["momentum"])
+    return _per_sample(writer, image, mean, variance, writer["eps"])
+
+
+def _group_norm(writer: Writer) -> fx.Node:
+    image, groups = writer["input"], writer["num_groups"]
+    shape = writer.meta(image).shape
+    sizes = [writer.size(image, 0), groups, shape[1] // groups]
+    extents = [writer.size(image, d) for d in range(2, len(shape))]
+    grouped = writer.call(aten.reshape.default, image, [*sizes, *extents])
+    mean, variance = (
+        writer.call(
+            aten.reshape.default,
+            writer.call(aten.expand.default, writer.call(aten.unsqueeze.default, found, 2), sizes),
+            [sizes[0], shape[1]],
+        )
+        for found in writer.statistics(grouped, range(2, len(shape) + 1))[:2]
+    )
+    return _per_sample(writer, image, mean, variance, writer["eps"])
+
+
+def _per_sample(writer: Writer, image: fx.Node, mean: fx.Node, variance: fx.Node, eps: float) -> fx.Node:
+    """The affine map with statistics [N, C] per sample, as that of one image of N * C channels."""
+    shape = writer.meta(image).shape
+    batch = writer.size(image, 0)
+    extents = [writer.size(image, d) for d in range(2, len(shape))]
+    channels = writer.call(operator.mul, batch, shape[1])
+    scale = _scale(writer, variance, eps, writer["weight"])
+    mean, scale = (writer.call(aten.reshape.default, found, [channels]) for found in (mean, scale))
+    bias = writer["bias"]
+    if bias is not None:
+        spread = writer.call(aten.expand.default, writer.call(aten.unsqueeze.default, bias, 0), [batch, shape[1]])
+        bias = writer.call(aten.reshape.default, spread, [channels])
+    joined = writer.call(aten.reshape.default, image, [1, channels, *extents])
+    result = _affine(writer, joined, mean, scale, bias, writer["cudnn_enabled"])
+    return writer.call(aten.reshape.default, result, [batch, shape[1], *extents])
+
+
+def _layer_norm(writer: Writer) -> fx.Node:
+    image, dims = writer["input"], len(writer["normalized_shape"])
+    rank = len(writer.meta(image).shape)
+    mean, variance, _ = writer.statistics(image, range(rank - dims, rank))
+    scale = _scale(writer, variance, writer["eps"], None)
+    for _ in range(dims):
+        mean, scale = (writer.call(aten.unsqueeze.default, found, -1) for found in (mean, scale))
+    result = writer.call(aten.mul.Tensor, writer.call(aten.sub.Tensor, image, mean), scale)
+    return _weighted(writer, result)
+
+
+def _weighted(writer: Writer, result: fx.Node) -> fx.Node:
+    if writer["weight"] is not None:
+        result = writer.call(aten.mul.Tensor, result, writer["weight"])
+    if writer.given.get("bias") is not None:
+        result = writer.call(aten.add.Tensor, result, writer["bias"])
+    return result
+
+
+def _rms_norm(writer: Writer) -> fx.Node:
+    image, dims = writer["input"], len(writer["normalized_shape"])
+    meta = writer.meta(image)
+    rank = len(meta.shape)
+    squares = writer.call(aten.mul.Tensor, image, image)
+    mean = writer.call(aten.mean.dim, squares, list(range(rank - dims, rank)), True)
+    eps = writer["eps"] if writer["eps"] is not None else torch.finfo(meta.dtype).eps
+    return _weighted(writer, writer.call(aten.mul.Tensor, image, _scale(writer, mean, eps, None)))
+
+
+def _update(writer: Writer, buffer: fx.Node, value: fx.Node, momentum: float) -> None:
+    """Rule 3: a running statistic moved towards a value."""
+    fresh = writer.call(aten.mul.Scalar, writer.call(aten.detach.default, value), momentum)
+    kept = writer.call(aten.mul.Scalar, buffer, 1 - momentum)
+    effect = writer.call(aten.copy_.default, buffer, writer.call(aten.add.Tensor, kept, fresh))
+    effect.meta[UNSTREAMED] = "changes a tensor in place"
+
+
+def _affine(
+    writer: Writer, image: fx.Node, mean: fx.Node, scale: fx.Node, bias: fx.Node | None, cudnn: bool
+) -> fx.Node:
+    """Rules 1 and 2: ``(image - mean) * scale + bias`` per channel; mean, scale and bias are vectors."""
+    centre = writer.call(aten.detach.default, mean)
+    moved = writer.call(aten.mul.Tensor, writer.call(aten.sub.Tensor, mean, centre), scale)
+    shift = writer.call(aten.neg.default, moved) if bias is None else writer.call(aten.sub.Tensor, bias, moved)
+    one = writer.call(aten.ones_like.default, centre)
+    return writer.call(aten.batch_norm.default, image, scale, shift, centre, one, False, 0.0, 0.0, cudnn)
+
+
+def _scale(writer: Writer, variance: fx.Node, eps: float, weight: fx.Node | None) -> fx.Node:
+    """``weight / sqrt(variance + eps)``."""
+    found = writer.call(aten.rsqrt.default, writer.call(aten.add.Scalar, variance, eps))
+    return found if weight is None else writer.call(aten.mul.Tensor, found, weight)
+
+
+LOWERINGS: dict[str, Lowering] = {
+    "aten::batch_norm": _batch_norm,
+    "aten::instance_norm": _instance_norm,
+    "aten::group_norm": _group_norm,
+    "aten::layer_norm": _layer_norm,
+    "aten::rms_norm": _rms_norm,
+}
+"""Per operator, what it is rewritten to."""

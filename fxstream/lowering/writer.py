@@ -1,0 +1,58 @@
+"""Writes operators into a graph in front of the one that they replace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxstream.operators import overload
+from fxstream.sizes import Shape
+
+__all__ = ["Lowering", "Writer"]
+
+aten = torch.ops.aten
+KEPT = ("nn_module_stack", "stack_trace")
+
+
+class Writer:
+    """Writes operators in front of the node that is taken apart; `given` are its arguments by schema name."""
+
+    def __init__(self, graph: fx.Graph, node: fx.Node, metas: Mapping[str, Any]) -> None:
+        self._graph, self._node, self._metas = graph, node, metas
+        assert isinstance(node.target, torch._ops.OpOverload)
+        arguments = node.target._schema.arguments
+        names = [argument.name for argument in arguments]
+        self.given: dict[str, Any] = {argument.name: argument.default_value for argument in arguments}
+        self.given |= dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+    def __getitem__(self, argument: str) -> Any:
+        return self.given[argument]
+
+    def meta(self, node: fx.Node) -> Shape:
+        """Shape and type of an argument, at the size at which the graph is taken apart."""
+        meta = self._metas[node.name]
+        assert isinstance(meta, Shape)
+        return meta
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """One more operator."""
+        with self._graph.inserting_before(self._node):
+            node = self._graph.call_function(target, args, kwargs)
+        node.meta = {key: self._node.meta[key] for key in KEPT if key in self._node.meta}
+        return node
+
+    def size(self, tensor: fx.Node, dim: int) -> fx.Node:
+        """An extent of a tensor, at any size."""
+        return self.call(aten.sym_size.int, tensor, dim)
+
+    def statistics(self, image: fx.Node, dims: Sequence[int]) -> list[fx.Node]:
+        """Mean, variance and sample variance over some dims."""
+        found = self.call(overload("moments"), image, list(dims))
+        return [self.call(aten.select.int, found, 0, i) for i in range(3)]
+
+
+Lowering = Callable[[Writer], fx.Node | None]
+"""Writes what an operator is made of and returns its result; None where that operator stays as it is."""
