@@ -24,7 +24,7 @@ from torch import nn
 from fxstream.analysis import Analysis, analyze
 from fxstream.check import check
 from fxstream.comparison import Row, Setting, Way, compare
-from fxstream.compiler import checked_request
+from fxstream.compiler import GLOBAL_OPS, checked_request
 from fxstream.device import free_bytes
 from fxstream.errors import CaptureError, FxstreamError, InputError
 from fxstream.freeze import freeze_batch_norm
@@ -124,6 +124,12 @@ def _tile_arguments(
     parser.add_argument("--segments", type=int, help="segments per region; 1 is a single stream")
     parser.add_argument("--no-grad", action="store_true", help="plan a call without gradients")
     parser.add_argument("--cut", metavar="MODULE", help="stream nothing behind this module")
+    parser.add_argument(
+        "--global-ops",
+        choices=GLOBAL_OPS,
+        default="auto",
+        help="stream reductions over space (batch statistics, pooling), cut there, or as the planner finds (auto)",
+    )
 
 
 def _extents(text: str, what: str) -> tuple[int, ...]:
@@ -168,7 +174,7 @@ def _request(options: argparse.Namespace) -> Request | None:
     if not options.tile and not options.memory:
         return None
     memory = parse_bytes(options.memory) if options.memory else None
-    return checked_request(_tile(options), options.segments, options.cut, memory)
+    return checked_request(_tile(options), options.segments, options.cut, memory, options.global_ops)
 
 
 def _planned(options: argparse.Namespace, analysis: Analysis) -> Plan | None:
@@ -180,12 +186,12 @@ def _analysis(options: argparse.Namespace) -> Analysis:
     extents, channels, batch = _shape(options)
     try:
         model = _model(options, weights=False)
-        return analyze(model, extents, channels=channels, batch=batch)
+        return analyze(model, extents, channels=channels, batch=batch, global_ops=options.global_ops)
     except (NotImplementedError, CaptureError):
         if not any(parameter.is_meta for parameter in model.parameters()):
             raise
         model = _model(options, weights=True)  # code that looks at the values of its weights
-        return analyze(model, extents, channels=channels, batch=batch)
+        return analyze(model, extents, channels=channels, batch=batch, global_ops=options.global_ops)
 
 
 def _summary(options: argparse.Namespace, measure_it: bool) -> Summary:
@@ -254,6 +260,7 @@ def _check(options: argparse.Namespace) -> int:
             memory=request.memory,
             segments=request.segments,
             cut=request.cut,
+            global_ops=request.global_ops,
             channels=channels,
             batch=batch,
             native=options.native,
@@ -278,6 +285,7 @@ def _bench(options: argparse.Namespace) -> int:
         device=options.device,
         segments=options.segments,
         cut=options.cut,
+        global_ops=options.global_ops,
     )
     with progress(Console(stderr=True)) as bar, contextlib.redirect_stdout(sys.stderr):
         task = bar.add_task("plan", total=None)

@@ -66,6 +66,8 @@ class Analysis:
             )
         if len(regions) > MOST_SHOWN:
             lines.append(f"and {len(regions) - MOST_SHOWN} smaller regions")
+        if reductions := self.locality.reductions():
+            lines.append(f"{len(reductions)} reductions over space, combined from tiles")
         lines += [str(verdict) for verdict in self.barriers[:MOST_SHOWN]]
         if len(self.barriers) > MOST_SHOWN:
             lines.append(f"and {len(self.barriers) - MOST_SHOWN} more barriers")
@@ -74,10 +76,13 @@ class Analysis:
     __repr__ = __str__
 
 
-def analyse(captured: Captured, model: nn.Module, tensors: list[torch.Tensor]) -> Analysis:
-    """The analysis of a captured model for these inputs (only their shapes are looked at)."""
+def analyse(captured: Captured, model: nn.Module, tensors: list[torch.Tensor], combines: bool = True) -> Analysis:
+    """The analysis of a captured model for these inputs (only their shapes are looked at).
+
+    With `combines` reductions over space may be combined from tiles.
+    """
     metas = shapes_at(captured.module, [*captured.model_tensors(model), *tensors])
-    return Analysis(captured, analyse_locality(captured.graph, metas, image_dims(captured, metas)))
+    return Analysis(captured, analyse_locality(captured.graph, metas, image_dims(captured, metas), combines))
 
 
 def lowered(captured: Captured, model: nn.Module, tensors: list[torch.Tensor]) -> Captured:
@@ -116,11 +121,12 @@ def analyze(
     channels: int = 3,
     batch: int = 1,
     kwargs: Mapping[str, Any] | None = None,
+    global_ops: str = "auto",
 ) -> Analysis:
     """What fxstream finds in `model` for one image [batch, channels, *size], without running it.
 
-    `size` is in pixels, one number for a square 2-D image or one per axis. Raises `CaptureError` where the
-    model cannot be captured and `InputError` where it cannot take the size.
+    `size` is in pixels, one number for a square 2-D image or one per axis; `global_ops` as in `compile`. Raises
+    `CaptureError` where the model cannot be captured and `InputError` where it cannot take the size.
 
     >>> print(analyze(torch.nn.Conv2d(3, 8, 3), 64))
     1 nodes: 1 local
@@ -129,4 +135,6 @@ def analyze(
     image = example_image(model, size, channels, batch)
     captured = capture(model, (image,), kwargs or {})
     tensors = [t for t in (kwargs or {}).values() if isinstance(t, torch.Tensor)]
+    if global_ops == "cut":
+        return analyse(captured, model, [image, *tensors], combines=False)
     return analyse(lowered(captured, model, [image, *tensors]), model, [image, *tensors])

@@ -15,12 +15,12 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fxstream.cost import Costs
-from fxstream.demand import is_read_outside, make_segment
+from fxstream.demand import Segment, is_read_outside, make_segment
 from fxstream.errors import PlanError
 from fxstream.grid import Grid
 from fxstream.locality import Locality
@@ -38,12 +38,12 @@ from fxstream.request import (
 )
 from fxstream.sizes import Shape
 
-__all__ = ["Places", "RegionPlanner"]
+__all__ = ["FEW_PASSES", "Places", "RegionPlanner"]
 
 MOST_CANDIDATES = 24
 """Boundaries considered per region; their pairs are what planning time goes into."""
-MOST_PASSES = 4
-"""A stretch with more passes costs more than any boundary that it saves."""
+FEW_PASSES = 6
+"""A stretch of more passes is considered only where nothing else fits into the memory."""
 SEGMENT_COST = 0.01
 """What one more segment must save, as a share of the plain network's seconds or activations."""
 
@@ -77,6 +77,12 @@ class Places:
         """The nodes between these places."""
         cuts = [0, *(end + 1 for end in ends if end + 1 < len(self._nodes)), len(self._nodes)]
         return [self._nodes[a:b] for a, b in itertools.pairwise(cuts) if a < b]
+
+    def run(self, start: int, end: int) -> Segment:
+        """The stretch behind one place up to another, as its last pass: without reductions that maps follow."""
+        whole = make_segment(self._locality, "", self._nodes[start + 1 : end + 1])
+        maps = tuple(name for name in whole.outputs if not self._is_reduction(self._place[name]))
+        return replace(whole, outputs=maps or whole.outputs[-1:])
 
     def live(self) -> list[list[str]]:
         """For the place behind each node, the values of the region computed so far that are still needed."""
@@ -126,10 +132,10 @@ class Places:
         outputs = [self._nodes[i] for i in range(start + 1, end + 1) if self._last_use[i] > end]
         return stages_of_outputs(self._locality, outputs)
 
-    def starts(self, end: int, places: Sequence[int]) -> list[int]:
+    def starts(self, end: int, places: Sequence[int], most_passes: int = FEW_PASSES) -> list[int]:
         """Those of the places before `end` behind which a stretch of few enough passes begins."""
         before = [start for start in places if start < end]
-        close = [start for start in before if len(self.stages(start, end)) <= MOST_PASSES]
+        close = [start for start in before if len(self.stages(start, end)) <= most_passes]
         return close or before[-1:]
 
     def _is_window(self, place: int) -> bool:
@@ -196,7 +202,7 @@ class RegionPlanner:
     def _ending_at(self, end: int, starts: Sequence[int]) -> dict[int, _Cost]:
         """The cost of the segment from each start to `end`, in the coarsest grid that fits it."""
         first = min(starts) + 1
-        run = make_segment(self._locality, "", self._nodes[first : end + 1])
+        run = self._places.run(first - 1, end)
         leaves = {start: self._leaves(start, end) for start in starts}
         watched = {start - first: tuple(found) for start, found in leaves.items()}
         chosen: dict[int, list[_Choice | None]] = {start: [] for start in starts}

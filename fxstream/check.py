@@ -137,6 +137,7 @@ def check(
     memory: float | str | None = None,
     segments: int | tuple[str, ...] | None = None,
     cut: str | None = None,
+    global_ops: str = "auto",
     channels: int = 3,
     batch: int = 1,
     native: bool = False,
@@ -145,8 +146,9 @@ def check(
     """Compare one streamed training step of a copy of `model` with the plain one, on a random image.
 
     In float64 on the CPU, or with `native` in the model's own type on its own device. `size`, `channels` and
-    `batch` are those of the image, as in `analyze`; `tile`, `memory`, `segments`, `cut` as in `compile`. The model
-    is not changed. Raises what `compile` raises, and `InputError` for a model on the meta device.
+    `batch` are those of the image, as in `analyze`; `tile`, `memory`, `segments`, `cut`, `global_ops` as in
+    `compile`. The model is not changed. Raises what `compile` raises, and `InputError` for a model on the meta
+    device.
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise InputError("a model on the meta device has no weights to check: build it on a real device")
@@ -158,7 +160,7 @@ def check(
     with torch.random.fork_rng(devices=[image.device] if image.is_cuda else []):
         torch.manual_seed(seed)
         image = torch.randn(image.shape, dtype=image.dtype, device=image.device).requires_grad_()
-        compiled = compile(streamed, tile=tile, memory=memory, segments=segments, cut=cut)
+        compiled = compile(streamed, tile=tile, memory=memory, segments=segments, cut=cut, global_ops=global_ops)
         found = _seeded_step(compiled, streamed, image, seed)
         wanted = _seeded_step(plain, plain, image, seed)
         if native:

@@ -47,6 +47,7 @@ class Setting:
     device: str = "cpu"
     segments: int | None = None
     cut: str | None = None
+    global_ops: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ def _measured(setting: Setting, way: Way) -> dict[str, Any]:
     if way.kind == "checkpoint":
         module = checkpointed(model)
     if way.kind == "fxstream":
-        options = {"segments": setting.segments, "cut": setting.cut}
+        options = {"segments": setting.segments, "cut": setting.cut, "global_ops": setting.global_ops}
         module = compile(model, tile=way.tile, memory=way.memory, **options)  # type: ignore[arg-type]
     step = partial(one_step, module, model, image)
     before = _resident()

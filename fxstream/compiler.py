@@ -24,6 +24,7 @@ from fxstream.capture import Captured, capture, still_holds
 from fxstream.errors import InputError, StreamingWarning
 from fxstream.locality import Verdict
 from fxstream.mode import attributes, mode_key
+from fxstream.passes import streamable_parts
 from fxstream.planning import Plan, make_plan
 from fxstream.probe import ProbeReport, probe
 from fxstream.request import Request
@@ -33,7 +34,7 @@ from fxstream.saved import Saved, saved_by
 from fxstream.sizes import is_image
 from fxstream.units import parse_bytes
 
-__all__ = ["StreamedModule", "checked_request", "compile", "plan"]
+__all__ = ["GLOBAL_OPS", "StreamedModule", "checked_request", "compile", "plan"]
 
 logger = logging.getLogger("fxstream")
 
@@ -99,7 +100,7 @@ def plan(
     """
     request = checked_request(tile, segments, cut, memory, global_ops)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    locality = analyze(model, size, channels=channels, batch=batch).locality
+    locality = analyze(model, size, channels=channels, batch=batch, global_ops=global_ops).locality
     return make_plan(locality, request, training=training, device=device)
 
 
@@ -297,7 +298,7 @@ class StreamedModule(nn.Module):
     def _analysed(self, captured: Captured, tensors: list[torch.Tensor]) -> Analysis:
         """The analysis of the captured graph, its feature-map-wide operators taken apart if these may stream."""
         if self.request.global_ops == "cut":
-            return analyse(captured, self.model, tensors)
+            return analyse(captured, self.model, tensors, combines=False)
         if captured.graph not in self._lowered:
             self._lowered[captured.graph] = lowered(captured, self.model, tensors)
         return analyse(self._lowered[captured.graph], self.model, tensors)
@@ -307,7 +308,7 @@ class StreamedModule(nn.Module):
         if not self.verify:
             return ()
         streamed = {name for segment in plan.segments for name in segment.segment.nodes}
-        parts = [[n for n in region.nodes if n in streamed] for region in analysis.regions]
+        parts = [[n for n in part if n in streamed] for part in streamable_parts(analysis.locality)]
         key = (analysis.captured.graph, frozenset(streamed))
         if key not in self._probed:
             reports = tuple(probe(analysis.locality, part, f"region {i}") for i, part in enumerate(parts) if part)

@@ -47,11 +47,11 @@ class Excerpt:
         return tuple(shape)
 
     def small_shape(self, name: str, batch: int) -> tuple[int, ...]:
-        """The shape of a small tensor; one that follows from an image (a gate) has its batch size."""
+        """The shape of a small tensor; one that follows from an image and is no vector (a gate) has its batch."""
         value = self.locality.values[name]
         assert isinstance(value, Value)
         batches = {self.locality.metas[leaf].shape[0] for leaf, _ in self.segment.leaves}  # type: ignore[union-attr]
-        follows = value.image and value.shape and {value.shape[0]} == batches
+        follows = value.image and len(value.shape) > 1 and {value.shape[0]} == batches
         return (batch, *value.shape[1:]) if follows else value.shape
 
     def type_of(self, name: str) -> torch.dtype:

@@ -89,8 +89,13 @@ class Locality:
         return Counter(verdict.kind.value for verdict in self.verdicts.values())
 
     def barriers(self) -> tuple[Verdict, ...]:
-        """The verdicts that end streamed regions, in the order of the graph."""
-        return tuple(v for v in self.verdicts.values() if v.kind not in (Kind.LOCAL, Kind.SMALL))
+        """The verdicts that end streamed parts, in the order of the graph; no reductions combined from tiles."""
+        local = (Kind.LOCAL, Kind.SMALL)
+        return tuple(v for v in self.verdicts.values() if v.kind not in local and v.reduction is None)
+
+    def reductions(self) -> tuple[Verdict, ...]:
+        """The reductions over space that can be combined from tiles, in the order of the graph."""
+        return tuple(v for v in self.verdicts.values() if v.reduction is not None)
 
     def footprint(self, node: str) -> Footprint:
         """The footprint of a local node, or of a reduction that can be combined from tiles."""
@@ -123,11 +128,15 @@ class Locality:
 
 
 def analyse_locality(
-    graph: fx.Graph, metas: Mapping[str, Meta], inputs: Mapping[str, tuple[int, ...]]
+    graph: fx.Graph,
+    metas: Mapping[str, Meta],
+    inputs: Mapping[str, tuple[int, ...]],
+    combines: bool = True,
 ) -> Locality:
     """The verdict of every node of the graph at the size that `metas` describes.
 
-    `inputs` are the placeholders that hold images, with their stream dims; the others are weights.
+    `inputs` are the placeholders that hold images, with their stream dims; the others are weights. With `combines`
+    reductions over space may be combined from tiles.
     """
     values: Values = {}
     verdicts: dict[str, Verdict] = {}
@@ -142,6 +151,8 @@ def analyse_locality(
                 answer = _of_local(answer, verdicts)
             if isinstance(answer, Footprint):
                 answer = _aligned_once(answer, alignments)
+            if isinstance(answer, Footprint) and answer.reduction is not None and not combines:
+                answer = Refusal(Kind.REDUCE, "reduces over space: its result needs the whole map")
             verdicts[node.name] = _verdict(node, answer)
             reduces = isinstance(answer, Footprint) and answer.reduction is not None
             values[node.name] = _result(node, () if reduces else answer.dims, meta, values)

@@ -25,13 +25,11 @@ from fxstream.locality import Locality
 __all__ = ["passes", "stages_of_outputs", "streamable_parts"]
 
 
-def streamable_parts(locality: Locality, with_reductions: bool = True) -> list[tuple[str, ...]]:
-    """The parts (rule 1) by their nodes, in the order of the graph; without reductions the regions alone."""
-    if not with_reductions:
-        return [region.nodes for region in locality.regions]
+def streamable_parts(locality: Locality) -> list[tuple[str, ...]]:
+    """The parts (rule 1) by their nodes, in the order of the graph."""
     order = {node.name: float(i) for i, node in enumerate(locality.graph.nodes)}
     region = {name: k for k, found in enumerate(locality.regions) for name in found.nodes}
-    reductions = [name for name, verdict in locality.verdicts.items() if verdict.reduction is not None]
+    reductions = [verdict.node for verdict in locality.reductions()]
     joined = nx.Graph()
     joined.add_nodes_from(region.values())
     for name in (*region, *reductions):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fxstream.boundaries import RegionPlanner
+from fxstream.boundaries import FEW_PASSES, RegionPlanner
 from fxstream.cost import Machine
 from fxstream.demand import is_read_outside
 from fxstream.device import budget_of
@@ -37,6 +37,8 @@ WORTHWHILE = 0.5
 """A region is streamed when that frees more than this share of its activations."""
 LEAST_SHARE = 0.01
 """A region with less than this share of the network's activations is not worth a tile loop."""
+MANY_PASSES = 16
+"""Passes over a stretch where boundaries enough to do with few do not fit."""
 MOST_ATTEMPTS = 5
 """How often the search is repeated with less where its estimate was too low."""
 
@@ -120,22 +122,17 @@ def _within_memory(basis: Basis, request: Request, memory: int) -> tuple[tuple[S
     plain, locality = predict(basis, ()), basis.locality
     if plain.bytes <= memory and request.segments is None:
         return (), plain
-    search = Search(basis, _parts(locality, request), request)
-    budget = float(memory)
-    for _ in range(MOST_ATTEMPTS):
-        found = search.fastest(budget)
-        if found is None:
-            break
+    parts = _parts(locality, request)
+    for most_passes in (FEW_PASSES, MANY_PASSES):
+        search = Search(basis, parts, request, most_passes)
+        fitting = _fitting(basis, search, request, memory)
+        if fitting is not None:
+            return fitting
+        found, binding = search.smallest()
         segments = _segments(locality, request, found)
         prediction = predict(basis, segments)
         if prediction.bytes <= memory:
-            return keep_graphs(basis, segments, memory) if basis.training else (segments, prediction)
-        budget *= min(0.98, memory / prediction.bytes)
-    found, binding = search.smallest()
-    segments = _segments(locality, request, found)
-    prediction = predict(basis, segments)
-    if prediction.bytes <= memory:
-        return segments, prediction
+            return segments, prediction
     verdict = locality.verdicts[binding]
     source = f" ({verdict.source})" if verdict.source else ""
     raise PlanError(
@@ -143,6 +140,23 @@ def _within_memory(basis: Basis, request: Request, memory: int) -> tuple[tuple[S
         f" `{verdict.module or verdict.node}`{source} needs; give that much, or a smaller image or batch",
         least_bytes=prediction.bytes,
     )
+
+
+def _fitting(
+    basis: Basis, search: Search, request: Request, memory: int
+) -> tuple[tuple[SegmentPlan, ...], Prediction] | None:
+    """The fastest plan of the search that really fits, with the graphs of tiles that may be kept."""
+    budget = float(memory)
+    for _ in range(MOST_ATTEMPTS):
+        found = search.fastest(budget)
+        if found is None:
+            return None
+        segments = _segments(basis.locality, request, found)
+        prediction = predict(basis, segments)
+        if prediction.bytes <= memory:
+            return keep_graphs(basis, segments, memory) if basis.training else (segments, prediction)
+        budget *= min(0.98, memory / prediction.bytes)
+    return None
 
 
 def _segments(
@@ -158,9 +172,8 @@ def _segments(
 
 def _parts(locality: Locality, request: Request) -> list[tuple[str, ...]]:
     """The nodes that may be streamed: worthwhile regions, or all before the user's cut."""
-    asked = request.segments is not None or request.cut is not None
-    reduces = request.global_ops != "cut"
-    return _parts_before(locality, request.cut, reduces) if asked else worthwhile(locality, reduces)
+    asked = request.segments is not None or request.cut is not None or request.global_ops == "stream"
+    return _parts_before(locality, request.cut) if asked else worthwhile(locality)
 
 
 def total_bytes(locality: Locality) -> int:
@@ -168,11 +181,10 @@ def total_bytes(locality: Locality) -> int:
     return locality.activation_bytes([v.node for v in locality.verdicts.values() if v.kind is not Kind.SMALL])
 
 
-def worthwhile(locality: Locality, with_reductions: bool = True) -> list[tuple[str, ...]]:
+def worthwhile(locality: Locality) -> list[tuple[str, ...]]:
     """The parts that are streamed without being asked for, by their nodes."""
     total = total_bytes(locality)
-    parts = streamable_parts(locality, with_reductions)
-    return [part for part in parts if _is_worthwhile(locality, part, total)]
+    return [part for part in streamable_parts(locality) if _is_worthwhile(locality, part, total)]
 
 
 def streamable_share(locality: Locality) -> float:
@@ -180,13 +192,11 @@ def streamable_share(locality: Locality) -> float:
     return sum(map(locality.activation_bytes, worthwhile(locality))) / max(1, total_bytes(locality))
 
 
-def _parts_before(locality: Locality, cut: str | None, with_reductions: bool) -> list[tuple[str, ...]]:
+def _parts_before(locality: Locality, cut: str | None) -> list[tuple[str, ...]]:
     """The parts, up to the last node of the module where the user ends the stream."""
     names = [node.name for node in locality.graph.nodes]
     allowed = set(names if cut is None else names[: place_of_module(locality, cut) + 1])
-    parts = (
-        tuple(name for name in part if name in allowed) for part in streamable_parts(locality, with_reductions)
-    )
+    parts = (tuple(name for name in part if name in allowed) for part in streamable_parts(locality))
     return [part for part in parts if part]
 
 

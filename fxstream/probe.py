@@ -22,6 +22,8 @@ NOTE [what is measured]
    reads, blurs what lies behind it: there the claim may be larger than the measurement, never smaller. The
    report counts such nodes.
 6. A tile without valid interior is an error, not an overlap of zero.
+7. Every distinct reduction over space is combined from tiles of random integers, and compared with the operator on
+   the whole.
 
 Reference: Pinckaers, van Ginneken, Litjens (StreamingCNN), section III-C and Algorithm 2.
 """
@@ -42,7 +44,7 @@ from fxstream.findings import DIRECTIONS, Findings, Mismatch, UnprobedError
 from fxstream.locality import Locality
 from fxstream.poison import poison_backward, poison_forward
 from fxstream.strip import make_strip, synthetic_weight
-from fxstream.tile_values import compare_values
+from fxstream.tile_values import compare_reductions, compare_values
 
 __all__ = ["Mismatch", "ProbeReport", "probe"]
 
@@ -52,7 +54,7 @@ class ProbeReport:
     """What the probe of one part of the graph found.
 
     `measured` counts the nodes whose claims were checked for equality, `blurred` those checked one-sidedly;
-    `unprobed` says why nothing could be measured, or is empty.
+    `unprobed` says why something could not be measured, or is empty.
     """
 
     part: str
@@ -69,9 +71,10 @@ class ProbeReport:
         return not self.mismatches and not self.unprobed
 
     def __str__(self) -> str:
-        if self.unprobed:
+        if self.unprobed and not self.measured:
             return f"{self.part}: not probed, {self.unprobed}"
-        verdict = "agree with the algebra" if self.agrees else f"{len(self.mismatches)} MISMATCHES"
+        verdict = f"{len(self.mismatches)} MISMATCHES" if self.mismatches else "agree with the algebra"
+        verdict += f"; the rest is not probed, {self.unprobed}" if self.unprobed else ""
         blurred = f", {self.blurred} one-sidedly" if self.blurred else ""
         lines = [f"{self.part}: {self.measured} of {self.nodes} nodes measured{blurred}, {verdict}"]
         return "\n".join([*lines, *(f"  {mismatch}" for mismatch in self.mismatches[:8])])
@@ -88,7 +91,7 @@ class ProbeReport:
 
 
 def probe(locality: Locality, nodes: Sequence[str], part: str = "") -> ProbeReport:
-    """Measure the claims about `nodes` (local, connected, in the order of the graph) on the real operators.
+    """Measure the claims about `nodes` (local ones and reductions, in their order) on the real operators.
 
     Runs on the CPU, whose operators do not mix NaN into other pixels, and in a thread of its own, so that modes
     of the caller (autocast, checkpointing, a default device) do not reach it. Never raises for what it finds: see
@@ -99,24 +102,44 @@ def probe(locality: Locality, nodes: Sequence[str], part: str = "") -> ProbeRepo
 
 
 def _probe(locality: Locality, nodes: Sequence[str], part: str) -> ProbeReport:
-    started = time.perf_counter()
-    segment = make_segment(locality, part, tuple(nodes))
-    unprobed = ""
+    """The report on a part: on its regions one by one, and on its reductions (rule 7)."""
+    started, wanted = time.perf_counter(), set(nodes)
+    pieces = [tuple(name for name in region.nodes if name in wanted) for region in locality.regions]
+    found, unprobed, measured = Findings(locality), list[str](), 0
+    for piece in filter(None, pieces):
+        of_piece, reason = _probed(locality, make_segment(locality, part, piece))
+        measured += 0 if reason else len(piece) - len(of_piece.blurred)
+        unprobed += [reason] if reason else []
+        found.mismatches += of_piece.mismatches
+        found.blurred_forward |= of_piece.blurred
+    reductions = [name for name in nodes if locality.verdicts[name].reduction is not None]
+    compare_reductions(locality, reductions, found)
+    order = {name: i for i, name in enumerate(nodes)}
+    ordered = sorted(found.mismatches, key=lambda m: (DIRECTIONS.index(m.direction), order[m.node]))
+    return ProbeReport(
+        part,
+        len(nodes),
+        measured + len(reductions),
+        len(found.blurred_forward),
+        tuple(ordered),
+        unprobed[0] if unprobed else "",
+        time.perf_counter() - started,
+    )
+
+
+def _probed(locality: Locality, segment: Segment) -> tuple[Findings, str]:
+    """The findings on one region, and why it was not probed, if so."""
     try:
         for whole_windows in (False, True):
             found = _measured(locality, segment, whole_windows)
             if not found.mismatches:
                 break
     except (UnprobedError, RuleError) as reason:
-        found, unprobed = Findings(locality), str(reason)
+        return Findings(locality), str(reason)
     except Exception as error:  # an operator that cannot be run on a strip must not keep the model from running
         first = str(error).splitlines()[0] if str(error) else ""
-        found, unprobed = Findings(locality), f"it fails on a strip with {type(error).__name__}: {first}"
-    blurred = len(found.blurred)
-    ordered = sorted(found.mismatches, key=lambda m: (DIRECTIONS.index(m.direction), nodes.index(m.node)))
-    seconds = time.perf_counter() - started
-    measured = 0 if unprobed else len(nodes) - blurred
-    return ProbeReport(part, len(nodes), measured, blurred, tuple(ordered), unprobed, seconds)
+        return Findings(locality), f"it fails on a strip with {type(error).__name__}: {first}"
+    return found, ""
 
 
 def _measured(locality: Locality, segment: Segment, whole_windows: bool) -> Findings:

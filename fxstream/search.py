@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fxstream.boundaries import Places
+from fxstream.boundaries import FEW_PASSES, Places
 from fxstream.cost import Costs, bytes_of
 from fxstream.demand import make_segment
 from fxstream.grid import Grid
@@ -68,13 +68,20 @@ class _State:
 class Search:
     """The search of one network at one image size, for any budget.
 
-    `parts` are the runs of nodes that may be streamed, in the order of the graph.
+    `parts` are the runs of nodes that may be streamed, in the order of the graph; `most_passes` is how often a
+    stretch may be run forward for the reductions on its way.
     """
 
-    def __init__(self, basis: Basis, parts: Sequence[tuple[str, ...]], request: Request) -> None:
+    def __init__(
+        self,
+        basis: Basis,
+        parts: Sequence[tuple[str, ...]],
+        request: Request,
+        most_passes: int = FEW_PASSES,
+    ) -> None:
         self._locality, saved = basis.locality, basis.saved
         self._most = request.segments if isinstance(request.segments, int) else None
-        regions = [_Region(basis, part, request) for part in parts]
+        regions = [_Region(basis, part, request, most_passes) for part in parts]
         results = [n.name for n in self._locality.nodes.values() if any(u.op == "output" for u in n.users)]
         self._results = float(sum(bytes_of(self._locality, name) for name in results if name in saved))
         inside = {name for part in parts for name in part}
@@ -201,10 +208,10 @@ class _Grids:
 class _Region:
     """A region with the costs of all of its stretches."""
 
-    def __init__(self, basis: Basis, nodes: tuple[str, ...], request: Request) -> None:
+    def __init__(self, basis: Basis, nodes: tuple[str, ...], request: Request, most_passes: int) -> None:
         locality, training = basis.locality, basis.training
         self._locality, self._nodes, self._training = locality, nodes, training
-        self._request = Request(None)
+        self._request, self._most_passes = Request(None), most_passes
         self._costs = Costs(locality, basis.machine, basis.saved, nodes)
         self._bandwidth = basis.machine.bandwidth
         extents = [output_extents(locality, name) for name in nodes]
@@ -230,7 +237,7 @@ class _Region:
 
     def starts(self, end: int) -> list[int]:
         """The places behind which a stretch up to `end` may begin."""
-        return self._places.starts(end, [-1, *self.ends])
+        return self._places.starts(end, [-1, *self.ends], self._most_passes)
 
     def weights_behind(self, end: int) -> float:
         """Bytes of the gradients of the weights behind a place."""
@@ -286,7 +293,7 @@ class _Region:
     def _grids_at(self, end: int) -> _Grids:
         """Grids of all sizes for the stretches that end at a place, and the shares of an inner tile."""
         if end not in self._grids:
-            run = make_segment(self._locality, "", self._nodes[: end + 1])
+            run = self._places.run(-1, end)
             axes = range(len(self._locality.footprint(run.outputs[0]).dims))
             grids = [Grid(self._locality, run, self._request, axis) for axis in axes]
             finest = max(grid.finest for grid in grids)

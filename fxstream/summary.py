@@ -127,7 +127,7 @@ def summarise(
         if node.name in locality.verdicts and isinstance(locality.metas.get(node.name), (Shape, tuple))
         if locality.depends_on_image(node.name)
     )
-    large = {part[0] for part in worthwhile(locality)}
+    large = {name for part in worthwhile(locality) for name in part}
     total = total_bytes(locality)
     regions = tuple(
         _region(locality, region.nodes, region.nodes[0] in large, total, source, chains)

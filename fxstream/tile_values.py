@@ -1,8 +1,11 @@
-"""Every distinct operator in tiles against itself on the whole: rule 4 of the NOTE in `probe`."""
+"""Every distinct operator in tiles against itself on the whole: rules 4 and 7 of the NOTE in `probe`."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -13,13 +16,13 @@ from fxstream.demand import AxisWalk, Segment, make_segment
 from fxstream.excerpt import Excerpt, excerpt
 from fxstream.findings import Findings
 from fxstream.locality import Locality
-from fxstream.request import leaf_extents
+from fxstream.request import leaf_extents, output_extents
 from fxstream.rules import Kind
 from fxstream.sizes import Shape, fold_integers
 from fxstream.strip import extents_at, verdicts_at
 from fxstream.tile_program import tile_program
 
-__all__ = ["compare_values"]
+__all__ = ["compare_reductions", "compare_values"]
 
 SIZES = (9, 12, 16, 33, 64, 128)
 """Extents at which torch's own operators are compared, whose rules have their own tests: the first that works."""
@@ -104,6 +107,50 @@ def _compare_tiles(locality: Locality, names: tuple[str, ...], found: Findings) 
                 return
 
 
+def compare_reductions(locality: Locality, names: Sequence[str], found: Findings) -> None:
+    """Every distinct reduction, combined from three tiles along each axis, against itself on the whole."""
+    known: set[object] = set()
+    for name in names:
+        signature = _signature(locality.nodes[name], locality)
+        if signature not in known:
+            known.add(signature)
+            _compare_combined(locality, name, found)
+
+
+def _compare_combined(locality: Locality, name: str, found: Findings) -> None:
+    part = excerpt(locality, make_segment(locality, name, (name,), (name,)), torch.float64)
+    at_size = _at_small_size(part)
+    reduction = at_size.verdicts[name].reduction if at_size is not None else None
+    if at_size is None or reduction is None or reduction.reduction is None:
+        return
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        _integers(at_size.value(leaf).shape, part.type_of(leaf), generator) for leaf, _ in part.segment.leaves
+    ]
+    smalls = [
+        _integers(at_size.value(small).shape, part.type_of(small), generator) for small in part.segment.smalls
+    ]
+    extents = output_extents(at_size, name)
+    walks = [AxisWalk(at_size, part.segment, axis) for axis in range(len(extents))]
+    thirds = [[Interval(0, 1), Interval(1, extent - 1), Interval(extent - 1, extent)] for extent in extents]
+    partials: list[torch.Tensor] = []
+    counts: list[int] = []
+    with torch.no_grad():
+        (plain,) = part.module(*inputs, *smalls)
+        for owned in itertools.product(*thirds):
+            tiles = [walk.tile((interval,)) for walk, interval in zip(walks, owned, strict=True)]
+            cuts = [
+                image[Box(tuple(tile.boxes.get(leaf, EMPTY) for tile in tiles)).index(dims, image.ndim)]
+                for (leaf, dims), image in zip(part.segment.leaves, inputs, strict=True)
+            ]
+            partials += tile_program(at_size, part.segment, tiles).forward(*cuts, *smalls)
+            counts.append(math.prod(map(len, owned)))
+        held = torch.tensor(counts, dtype=torch.float64)
+        combined = reduction.reduction.combine(torch.stack(partials), held).to(plain.dtype)
+    if not _same_values(combined, plain):
+        found.add(name, 0, "values", "the result combined from tiles", _preview(combined), _preview(plain))
+
+
 def _at_small_size(part: Excerpt) -> Locality | None:
     """The verdicts at a small size at which the operator yields a few pixels; None if it refuses all."""
     foreign = not part.locality.verdicts[part.segment.nodes[0]].operator.startswith(OWN)
@@ -113,7 +160,7 @@ def _at_small_size(part: Excerpt) -> Locality | None:
         at_size = verdicts_at(part, extents_at(real, [extent] * axes))
         if at_size is None:
             continue
-        if all(min(at_size.value(output).extents, default=0) > 2 for output in part.segment.outputs):
+        if all(min(output_extents(at_size, output), default=0) > 2 for output in part.segment.outputs):
             return at_size
     return None
 

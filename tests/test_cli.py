@@ -72,7 +72,7 @@ def test_report(model, capsys):
 
 
 def test_report_of_batch_statistics_says_what_helps(model, capsys):
-    _, out, _ = run(capsys, "report", f"{model}:build", "--size", 64, "--train", "--all")
+    _, out, _ = run(capsys, "report", f"{model}:build", "--size", 64, "--train", "--all", "--global-ops", "cut")
     assert "cut: `1` (aten::batch_norm) uses batch statistics" in out
     assert "fxstream.freeze_batch_norm(model) streams 100% instead of 51% of the activations" in out
     _, out, _ = run(capsys, "report", f"{model}:build", "--size", 64, "--train", "--freeze-batch-norm")

@@ -94,17 +94,25 @@ def test_train_and_eval():
     module.train()
     assert model.bn.training
     plain = copy.deepcopy(model)
+    x = image()
+    assert_same(step(module, model, [x]), step(plain, plain, [x]), 1e-10)
+    module(image())
+    module(image(1))
+    assert int(model.bn.num_batches_tracked) == 3
+
+
+def test_global_operators_may_end_the_stream():
+    model = Net().double().train()
+    module = fxstream.compile(model, tile=20, global_ops="cut")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = step(module, model, [image()])
+        step(module, model, [image()])
         module(image())
-        module(image(1))
     assert len([w for w in caught if w.category is fxstream.StreamingWarning]) == 1
     assert "freeze_batch_norm" in str(caught[0].message)
     assert "`bn`" in str(caught[0].message)
-    torch.manual_seed(0)
-    assert int(model.bn.num_batches_tracked) == 3
-    assert found.keys() == step(plain, plain, [image()]).keys()
+    with pytest.raises(fxstream.InputError, match="global_ops must be one of 'auto', 'stream', 'cut'"):
+        fxstream.compile(model, tile=20, global_ops="all")
 
 
 def test_running_statistics_are_updated_once_when_a_part_is_streamed():
@@ -121,7 +129,7 @@ def test_running_statistics_are_updated_once_when_a_part_is_streamed():
     module = fxstream.compile(model, tile=20, segments=1)
     assert_same(step(module, model, [x]), step(plain, plain, [x]), 1e-12)
     assert int(model[3].num_batches_tracked) == 1
-    assert len(module.plan.segments) == 2
+    assert len(module.plan.segments) == 2  # statistics first, then everything
 
 
 def test_small_images_take_the_plain_path():

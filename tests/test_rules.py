@@ -148,7 +148,7 @@ TAGGED = {
     "add": lambda x: A.add(x, x), "mul broadcast": lambda x: A.mul(x, x[:, :1]), "leaky_relu": A.leaky_relu,
     "clamp_min": lambda x: A.clamp_min(x, 0.1), "where": lambda x: A.where(x > 0, x, x * 2), "pow": lambda x: A.pow(x, 2),
 }  # fmt: skip
-LOCAL_FAMILIES = {row.operator for row in rules() if row.family != "map-wide"}
+LOCAL_FAMILIES = {row.operator for row in rules() if row.family not in ("map-wide", "reduction")}
 CALLS = [(name, *sample) for name, samples in SAMPLES.items() for sample in samples]
 CALLS += [(name, X2, function) for name, function in TAGGED.items()]
 

@@ -37,6 +37,7 @@ def lower(captured: Captured, locality: Locality) -> Captured:
         if original not in copies:
             continue
         node, lowering = copies[original], _lowering(locality, original.name)
+        node.name = original.name  # a copy gets another one where that is a word of Python
         lowered = lowering(Writer(graph, node, locality.metas)) if lowering is not None else None
         if lowered is not None:
             node.replace_all_uses_with(lowered)

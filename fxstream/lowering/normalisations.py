@@ -1,16 +1,15 @@
 """Normalisations over space: statistics, a little arithmetic on small tensors, and an affine map.
 
 NOTE [the affine map]
-1. Every normalisation per channel becomes ``(x - c) * scale + shift``, torch's own batch norm with `c` as its
-   running mean, one as its variance and `scale` and `shift` as its weights: one call forward and one backward.
+1. Every normalisation becomes ``(x - c) * scale + shift``. Per channel that is torch's own batch norm with `c`
+   as its running mean, one as its variance and `scale` and `shift` as its weights: one call forward and one
+   backward.
 2. `c` is the mean without its gradient. That of the mean goes through ``shift = bias - (mean - c) * scale``, whose
    value is the bias, and whose derivative by the mean is that of the whole.
 3. Running statistics are updated in the ordinary part of the graph, once per call.
 """
 
 from __future__ import annotations
-
-import operator
 
 import torch
 from torch import fx
@@ -66,20 +65,22 @@ def _group_norm(writer: Writer) -> fx.Node:
 
 
 def _per_sample(writer: Writer, image: fx.Node, mean: fx.Node, variance: fx.Node, eps: float) -> fx.Node:
-    """The affine map with statistics [N, C] per sample, as that of one image of N * C channels."""
-    shape = writer.meta(image).shape
-    batch = writer.size(image, 0)
-    extents = [writer.size(image, d) for d in range(2, len(shape))]
-    channels = writer.call(operator.mul, batch, shape[1])
-    scale = _scale(writer, variance, eps, writer["weight"])
-    mean, scale = (writer.call(aten.reshape.default, found, [channels]) for found in (mean, scale))
-    bias = writer["bias"]
-    if bias is not None:
-        spread = writer.call(aten.expand.default, writer.call(aten.unsqueeze.default, bias, 0), [batch, shape[1]])
-        bias = writer.call(aten.reshape.default, spread, [channels])
-    joined = writer.call(aten.reshape.default, image, [1, channels, *extents])
-    result = _affine(writer, joined, mean, scale, bias, writer["cudnn_enabled"])
-    return writer.call(aten.reshape.default, result, [batch, shape[1], *extents])
+    """The affine map with statistics [N, C] of every sample: rule 2 with ordinary arithmetic."""
+    axes = len(writer.meta(image).shape) - 2
+    mean, scale = (_before_space(writer, found, axes) for found in (mean, _scale(writer, variance, eps, None)))
+    if writer["weight"] is not None:
+        scale = writer.call(aten.mul.Tensor, scale, _before_space(writer, writer["weight"], axes))
+    centre = writer.call(aten.detach.default, mean)
+    shift = writer.call(aten.mul.Tensor, writer.call(aten.sub.Tensor, centre, mean), scale)
+    if writer["bias"] is not None:
+        shift = writer.call(aten.add.Tensor, shift, _before_space(writer, writer["bias"], axes))
+    return writer.call(aten.addcmul.default, shift, writer.call(aten.sub.Tensor, image, centre), scale)
+
+
+def _before_space(writer: Writer, vector: fx.Node, axes: int) -> fx.Node:
+    for _ in range(axes):
+        vector = writer.call(aten.unsqueeze.default, vector, -1)
+    return vector
 
 
 def _layer_norm(writer: Writer) -> fx.Node:
@@ -87,8 +88,7 @@ def _layer_norm(writer: Writer) -> fx.Node:
     rank = len(writer.meta(image).shape)
     mean, variance, _ = writer.statistics(image, range(rank - dims, rank))
     scale = _scale(writer, variance, writer["eps"], None)
-    for _ in range(dims):
-        mean, scale = (writer.call(aten.unsqueeze.default, found, -1) for found in (mean, scale))
+    mean, scale = (_before_space(writer, found, dims) for found in (mean, scale))
     result = writer.call(aten.mul.Tensor, writer.call(aten.sub.Tensor, image, mean), scale)
     return _weighted(writer, result)
 
