@@ -27,6 +27,8 @@ class Grid:
         self._extents = [output_extents(locality, output)[axis] for output in segment.outputs]
         self.finest = max(self._extents)
         """The number of tiles of one output pixel each."""
+        self.fullest = min(self._extents)
+        """The largest number of tiles of which each owns a pixel of every output."""
         self._bounds = {}
         for leaf, dims in segment.leaves:
             self._bounds[leaf] = tile_bounds(locality, request, leaf_extents(locality, leaf, dims))[axis]

@@ -296,7 +296,7 @@ class _Region:
             run = self._places.run(-1, end)
             axes = range(len(self._locality.footprint(run.outputs[0]).dims))
             grids = [Grid(self._locality, run, self._request, axis) for axis in axes]
-            finest = max(grid.finest for grid in grids)
+            finest = max(grid.fullest for grid in grids)
             known: dict[tuple[int, int], torch.Tensor] = {}
             like = [next(j for j in axes if grids[j].is_like(grids[i])) for i in axes]
 
@@ -311,7 +311,7 @@ class _Region:
             found: dict[tuple[int, ...], torch.Tensor] = {}
             for wanted in _numbers(finest, len(axes)):
                 counts = tuple(
-                    grid.even(-(-w * grid.finest // finest)) for w, grid in zip(wanted, grids, strict=True)
+                    grid.even(-(-w * grid.fullest // finest)) for w, grid in zip(wanted, grids, strict=True)
                 )
                 if counts not in found:
                     along = [share(axis, count) for axis, count in zip(axes, counts, strict=True)]
