@@ -149,7 +149,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
                 "operators": len(part.segment.nodes),
                 "grid": [len(tiles) for tiles in part.axes],
                 "tiles": math.prod(len(tiles) for tiles in part.axes),
-                "largest_read": list(part.largest(part.segment.leaves[0][0])),
+                "largest_read": list(part.largest(part.segment.leaves[0][0])) if part.axes else [],
                 "kept": part.kept,
                 "overlap": part.overlap,
                 "overhead": part.overhead,

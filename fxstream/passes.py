@@ -9,7 +9,9 @@ NOTE [reductions on the way]
    stage of its outputs: each computes the outputs of that stage from what the stretch reads, and from outputs of
    earlier passes. What lies on the way is computed in each pass anew, unless it is itself an output: a stretch
    that ends in the map that a normalisation takes its statistics of has no further pass.
-4. A pass reads only what passes of the same or an earlier stage make, and of the same stage only of earlier
+4. A stretch that is not cut into tiles needs no passes: it runs whole, with the small operators between its maps,
+   and is recomputed for its backward. That is a checkpoint.
+5. A pass reads only what passes of the same or an earlier stage make, and of the same stage only of earlier
    stretches. So there is always an order in which all of them can run.
 """
 
@@ -20,9 +22,10 @@ from collections.abc import Iterator, Sequence
 import networkx as nx
 
 from fxstream.demand import Segment, is_read_outside, make_segment
+from fxstream.functional import ordered_nodes
 from fxstream.locality import Locality
 
-__all__ = ["passes", "stages_of_outputs", "streamable_parts"]
+__all__ = ["passes", "stages_of_outputs", "streamable_parts", "whole_segment"]
 
 
 def streamable_parts(locality: Locality) -> list[tuple[str, ...]]:
@@ -59,6 +62,41 @@ def passes(locality: Locality, name: str, nodes: Sequence[str]) -> Iterator[Segm
         left = tuple(n for n in nodes if n not in known)
         yield make_segment(locality, f"{name}_{i}" if len(stages) > 1 else name, left, own)
         known |= set(own)
+
+
+def whole_segment(locality: Locality, name: str, nodes: Sequence[str]) -> Segment | None:
+    """The segment that runs a stretch whole (rule 4); None where an effect or a random draw lies in between."""
+    between = _between(locality, nodes)
+    ordered = {node.name for node in ordered_nodes(locality.graph)}
+    if not ordered.isdisjoint(between):
+        return None
+    inside = {*nodes, *between}
+    leaves: dict[str, tuple[int, ...]] = {}
+    smalls: dict[str, None] = {}
+    own = tuple(node.name for node in locality.graph.nodes if node.name in inside)
+    for given in (given for n in own for given in locality.nodes[n].all_input_nodes if given.name not in inside):
+        if isinstance(locality.metas.get(given.name), int):
+            continue
+        dims = locality.value(given.name).dims
+        leaves |= {given.name: dims} if dims else {}
+        smalls |= {} if dims else {given.name: None}
+    outputs = tuple(n for n in own if is_read_outside(locality, n, inside))
+    return Segment(name, own, tuple(leaves.items()), tuple(smalls), outputs)
+
+
+def _between(locality: Locality, nodes: Sequence[str]) -> set[str]:
+    """The other nodes that depend on one of these and that another of these depends on; no integers."""
+    inside, order = set(nodes), list(locality.nodes)
+    place = {name: i for i, name in enumerate(order)}
+    span = order[min(place[n] for n in nodes) : max(place[n] for n in nodes) + 1]
+    behind, before = set(nodes), set(nodes)
+    for name in span:
+        if any(given.name in behind for given in locality.nodes[name].all_input_nodes):
+            behind.add(name)
+    for name in reversed(span):
+        if any(user.name in before for user in locality.nodes[name].users):
+            before.add(name)
+    return {n for n in behind & before - inside if not isinstance(locality.metas.get(n), int)}
 
 
 def stages_of_outputs(locality: Locality, outputs: Sequence[str]) -> list[int]:

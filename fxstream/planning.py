@@ -21,13 +21,13 @@ from fxstream.demand import is_read_outside
 from fxstream.device import budget_of
 from fxstream.errors import PlanError
 from fxstream.locality import Locality
-from fxstream.passes import passes, streamable_parts
+from fxstream.passes import passes, streamable_parts, whole_segment
 from fxstream.prediction import Basis, Prediction, keep_graphs, predict
 from fxstream.request import Request, place_of_module
 from fxstream.rules import Kind
 from fxstream.saved import Saved, saved_by
 from fxstream.search import Search
-from fxstream.segment_plan import SegmentPlan, arithmetic, plan_segment
+from fxstream.segment_plan import SegmentPlan, arithmetic, plan_segment, plan_whole
 from fxstream.units import bytes_text
 
 __all__ = ["Plan", "SegmentPlan", "make_plan", "streamable_share", "total_bytes", "worthwhile"]
@@ -162,12 +162,16 @@ def _fitting(
 def _segments(
     locality: Locality, request: Request, runs: Sequence[tuple[tuple[str, ...], tuple[int, ...] | None]]
 ) -> tuple[SegmentPlan, ...]:
-    """The plans of these stretches, with the numbers of tiles that each is to have, if that is known."""
-    return tuple(
-        plan_segment(locality, segment, request, counts)
-        for i, (nodes, counts) in enumerate(runs)
-        for segment in passes(locality, f"segment_{i}", nodes)
-    )
+    """The plans of these stretches, with the numbers of tiles that each is to have if known; () is whole."""
+    found: list[SegmentPlan] = []
+    for i, (nodes, counts) in enumerate(runs):
+        whole = whole_segment(locality, f"segment_{i}", nodes) if counts == () else None
+        if whole is not None:
+            found.append(plan_whole(locality, whole))
+        else:
+            tiled = passes(locality, f"segment_{i}", nodes)
+            found += [plan_segment(locality, segment, request, counts) for segment in tiled]
+    return tuple(found)
 
 
 def _parts(locality: Locality, request: Request) -> list[tuple[str, ...]]:

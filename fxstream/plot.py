@@ -118,7 +118,9 @@ def _draw_memory(axes: Axes, summary: Summary) -> None:
 def _draw_tiles(axes: Axes, summary: Summary) -> None:
     """What the tiles of the first segment read of the image, to scale; one of them with its own share."""
     assert summary.plan is not None
-    part = summary.plan.segments[0]
+    part = next((part for part in summary.plan.segments if part.axes), None)
+    if part is None:
+        return
     leaf = part.segment.leaves[0][0]
     rows, columns = (part.axes[0], part.axes[1]) if len(part.axes) > 1 else ((None,), part.axes[0])
     full = summary.image[2:] if len(part.axes) > 1 else (1, summary.image[-1])

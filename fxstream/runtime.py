@@ -36,7 +36,7 @@ from fxstream.planning import SegmentPlan
 from fxstream.rules import Footprint
 from fxstream.saved import Saved
 from fxstream.sizes import Shape
-from fxstream.tile_program import TileProgram, tile_program
+from fxstream.tile_program import TileProgram, tile_program, whole_program
 
 __all__ = ["Stream", "build_stream", "stream_map"]
 
@@ -94,6 +94,8 @@ def build_stream(
 ) -> Stream:
     """The programs and the schedule of a planned segment; `saved` as in `tile_program`."""
     segment = plan.segment
+    if not plan.axes:
+        return _whole_stream(locality, plan, labels, saved, compile_tiles)
     classes: dict[tuple[int, ...], int] = {}
     programs: list[TileProgram] = []
     calls: list[TileCall] = []
@@ -121,6 +123,23 @@ def build_stream(
         calls.append(TileCall(classes[key], leaves, owned, positions, i >= recomputed))
     combined = {k: f.reduction.combine for k, f in enumerate(footprints) if f.reduction is not None}
     return Stream(plan, tuple(programs), tuple(calls), shapes, combined, labels, _sources(locality, segment))
+
+
+def _whole_stream(
+    locality: Locality,
+    plan: SegmentPlan,
+    labels: tuple[str, ...],
+    saved: Mapping[str, Saved] | None,
+    compile_tiles: bool,
+) -> Stream:
+    """A segment that runs whole: one tile, which is everything."""
+    segment = plan.segment
+    program = whole_program(locality, segment, saved)
+    shapes = tuple(_shape(locality, output) for output in segment.outputs)
+    leaves, outputs = ((slice(None),),) * len(segment.leaves), ((),) * len(shapes)
+    call = TileCall(0, leaves, outputs, (1,) * len(shapes), plan.kept > 0)
+    programs = (program.compiled() if compile_tiles else program,)
+    return Stream(plan, programs, (call,), shapes, {}, labels, _sources(locality, segment))
 
 
 CONSTANT = {"aten::detach", "aten::zeros_like", "aten::ones_like", "aten::full_like"}
@@ -233,6 +252,9 @@ def _forward(stream: Stream, tensors: Sequence[torch.Tensor], wanted: Sequence[b
                     continue
                 if k in parts:
                     parts[k].append(tile.detach())
+                    continue
+                if tile.shape == stream.outputs[k].shape:
+                    outputs[k] = tile.detach()
                     continue
                 if k not in outputs:
                     outputs[k] = _allocate(tile, stream.outputs[k].shape)
@@ -374,6 +396,9 @@ class _Sums:
     def add_small(self, small: int, gradient: torch.Tensor) -> None:
         """Add what one tile gives for a small tensor."""
         place = len(self.leaves) + small
+        if self._single:
+            self._sums[place] = gradient
+            return
         total = self._sums[place]
         if total is None:
             wide = torch.promote_types(gradient.dtype, torch.float32)

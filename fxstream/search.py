@@ -25,6 +25,7 @@ from fxstream.boundaries import FEW_PASSES, Places
 from fxstream.cost import Costs, bytes_of
 from fxstream.demand import make_segment
 from fxstream.grid import Grid
+from fxstream.passes import whole_segment
 from fxstream.prediction import Basis
 from fxstream.request import Request, output_extents
 
@@ -217,6 +218,7 @@ class _Region:
         extents = [output_extents(locality, name) for name in nodes]
         self._extents = torch.tensor(extents, dtype=torch.float64)
         self._places = places = Places(locality, nodes)
+        self._all_runs_whole = whole_segment(locality, "", nodes) is not None
         self._stages = torch.tensor([locality.stages[name] for name in nodes])
         if isinstance(request.segments, tuple):
             chosen = places.behind(request.segments)
@@ -238,6 +240,11 @@ class _Region:
     def starts(self, end: int) -> list[int]:
         """The places behind which a stretch up to `end` may begin."""
         return self._places.starts(end, [-1, *self.ends], self._most_passes)
+
+    def _runs_whole(self, start: int, end: int) -> bool:
+        """Whether a stretch can be one checkpoint."""
+        nodes = self._nodes[start + 1 : end + 1]
+        return self._all_runs_whole or whole_segment(self._locality, "", nodes) is not None
 
     def weights_behind(self, end: int) -> float:
         """Bytes of the gradients of the weights behind a place."""
@@ -267,6 +274,10 @@ class _Region:
             yield _Option(None, float(profile.max()) + gradients, float(part.held(ones)), plain)
         else:
             yield _Option(None, float(part.profile_unrecorded(ones).max()) + inputs, 0.0, plain)
+        if self._training and self._runs_whole(start, end):
+            own = float(self._weights_up_to[end + 1] - self._weights_up_to[start + 1])
+            checkpoint = self._nodes[start + 1 : end + 1], ()
+            yield _Option(checkpoint, float(profile.max()) + gradients + own, made, plain + float(forward))
         tile_forward, tile_backward = torch.zeros(len(grids.counts)), torch.zeros(len(grids.counts))
         for stage in self._places.stages(start, end):
             forward, backward = part.seconds(grids.shares * (self._stages <= stage))

@@ -15,12 +15,12 @@ from fxstream.locality import Locality
 from fxstream.request import Request, image_extents, leaf_extents, output_extents
 from fxstream.sizes import Shape
 
-__all__ = ["SegmentPlan", "arithmetic", "plan_segment"]
+__all__ = ["SegmentPlan", "arithmetic", "plan_segment", "plan_whole"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class SegmentPlan:
-    """A segment and its tiles: along each axis, and every combination of them.
+    """A segment and its tiles: along each axis, and every combination of them; without axes it runs whole.
 
     The graphs of the last `kept` tiles are kept from forward to backward, the others are recomputed. `first` and
     `last` are the module paths where it begins and ends.
@@ -58,17 +58,29 @@ class SegmentPlan:
         return tuple(max(len(tile.boxes.get(node, EMPTY)) for tile in tiles) for tiles in self.axes)
 
     def __str__(self) -> str:
+        name = f"{self.segment.name}: {self.first} .. {self.last} ({len(self.segment.nodes)} nodes)"
+        if not self.axes:
+            return f"{name}, whole, {'kept' if self.kept else 'recomputed'}"
         grid = " x ".join(str(len(tiles)) for tiles in self.axes)
         leaf, others = self.segment.leaves[0][0], len(self.segment.leaves) - 1
         reads = f"{'x'.join(map(str, self.largest(leaf)))} of `{leaf}`"
         reads += f" and {others} more" if others else ""
         kept = f", {self.kept} of them kept" if self.kept else ""
-        return (
-            f"{self.segment.name}: {self.first} .. {self.last} ({len(self.segment.nodes)} nodes),"
-            f" {grid} tiles{kept}, largest read {reads}, overlap {self.overlap:.0%}, {self.overhead:.2f}x MACs"
-        )
+        cost = f"overlap {self.overlap:.0%}, {self.overhead:.2f}x MACs"
+        return f"{name}, {grid} tiles{kept}, largest read {reads}, {cost}"
 
     __repr__ = __str__
+
+
+def plan_whole(locality: Locality, segment: Segment) -> SegmentPlan:
+    """The plan of a segment that runs whole."""
+    plain = sum(arithmetic(locality, name) for name in segment.nodes)
+    return SegmentPlan(segment, (), plain, plain, 0.0, *_ends(locality, segment))
+
+
+def _ends(locality: Locality, segment: Segment) -> tuple[str, str]:
+    first, last = (locality.verdicts[segment.nodes[i]] for i in (0, -1))
+    return first.module or first.node, last.module or last.node
 
 
 def plan_segment(
@@ -91,15 +103,15 @@ def plan_segment(
         1 - 1 / max(1.0, _repeated(tiles, leaf, leaf_extents(locality, leaf, dims)))
         for leaf, dims in segment.leaves
     )
-    ends = [locality.verdicts[segment.nodes[i]] for i in (0, -1)]
-    first, last = (verdict.module or verdict.node for verdict in ends)
-    return SegmentPlan(segment, tuple(tiles), sum(costs.values()), streamed, overlap, first, last)
+    ends = _ends(locality, segment)
+    return SegmentPlan(segment, tuple(tiles), sum(costs.values()), streamed, overlap, *ends)
 
 
 def arithmetic(locality: Locality, name: str) -> int:
     """Arithmetic of a node at full size: multiply-accumulates, and one per element written."""
-    meta = locality.metas[name]
-    return locality.footprint(name).macs + (meta.elements if isinstance(meta, Shape) else 0)
+    verdict, meta = locality.verdicts[name], locality.metas[name]
+    macs = verdict.footprint.macs if verdict.footprint is not None else 0
+    return macs + (meta.elements if isinstance(meta, Shape) else 0)
 
 
 def _repeated(axes: Sequence[Sequence[AxisTile]], name: str, extents: Sequence[int]) -> float:

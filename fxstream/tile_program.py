@@ -25,7 +25,7 @@ from fxstream.rules import Evaluation, Footprint, Read, TileSize
 from fxstream.saved import Saved
 from fxstream.sizes import Shape, fold_integers
 
-__all__ = ["TileProgram", "tile_program"]
+__all__ = ["TileProgram", "tile_program", "whole_program"]
 
 aten = torch.ops.aten
 
@@ -67,9 +67,37 @@ def tile_program(
     builder.graph.eliminate_dead_code()
     builder.graph.lint()
     origin = {node: name for node, name in builder.origin.items() if node.users}
+    return _economic(builder.graph, origin, locality, segment, saved)
+
+
+def whole_program(locality: Locality, segment: Segment, saved: Mapping[str, Saved] | None = None) -> TileProgram:
+    """The program of a segment that runs whole: its operators as they are, with all integers folded."""
+    graph = fx.Graph()
+    inputs = (*(leaf for leaf, _ in segment.leaves), *segment.smalls)
+    env = {name: graph.placeholder(name) for name in inputs}
+    origin: dict[fx.Node, str] = {}
+    for name in segment.nodes:
+        node = locality.nodes[name]
+        args, kwargs = fold_integers(node, locality.metas)
+        given = map_arg((args, kwargs), lambda n: env[n.name])
+        env[name] = graph.create_node(node.op, node.target, *given)
+        env[name].meta = {k: v for k, v in node.meta.items() if k in TRACED}
+        origin[env[name]] = name
+    graph.output(tuple(env[name] for name in segment.outputs))
+    graph.lint()
+    return _economic(graph, origin, locality, segment, saved)
+
+
+def _economic(
+    graph: fx.Graph,
+    origin: Mapping[fx.Node, str],
+    locality: Locality,
+    segment: Segment,
+    saved: Mapping[str, Saved] | None,
+) -> TileProgram:
     if saved is not None:
-        reuse_inputs(builder.graph, origin, locality, saved)
-    program = fx.GraphModule({}, builder.graph, f"{segment.name}_tile")
+        reuse_inputs(graph, origin, locality, saved)
+    program = fx.GraphModule({}, graph, f"{segment.name}_tile")
     recomputed = program if saved is None else without_unneeded(program, origin, segment.nodes, locality, saved)
     return TileProgram(program, recomputed)
 
