@@ -105,9 +105,12 @@ class Costs:
                 if given.name not in self.place and locality.depends_on_image(given.name):
                     self.outer[given.name] = i
         first: dict[str, str] = {}
+        self.weight_bytes: dict[str, int] = {}
+        """The parameters that the run reads."""
         for name in self.nodes:
-            for weight in self._weights(name):
+            for weight, size in self._weights(name).items():
                 first.setdefault(weight, name)
+                self.weight_bytes[weight] = size
         self.weight_gradients = _vector(
             sum(size for weight, size in self._weights(name).items() if first[weight] == name)
             for name in self.nodes

@@ -159,7 +159,8 @@ class _Unit:
 
     `tiles` is 0 for ordinary operators. `holds` is what it keeps until its backward (per kept tile), apart from
     what other units read; `forward`, `backward` and `pulled` are the peaks of a forward, of a forward with its
-    backward, and of the backward of a kept tile beyond what is held.
+    backward, and of the backward of a kept tile beyond what is held. `weights` are the gradients of all of its
+    weights, `more_weights` of those that no later unit reads too: others are added to these.
     """
 
     name: str
@@ -175,6 +176,7 @@ class _Unit:
     pulled: float
     backward_seconds: float
     weights: float
+    more_weights: float
 
 
 class Forecast:
@@ -185,6 +187,7 @@ class Forecast:
         units = list(_units(basis, plans))
         costs = [Costs(basis.locality, basis.machine, basis.saved, nodes) for nodes, _ in units]
         crossing = list(self._crossing(units, costs))
+        self._last = {name: k for k, cost in enumerate(costs) for name in cost.weight_bytes}
         self._units = [
             self._unit(k, plan, cost, crossing)
             for k, ((_, plan), cost) in enumerate(zip(units, costs, strict=True))
@@ -216,7 +219,7 @@ class Forecast:
             if tiles:
                 own = earlier + unit.holds * tiles
                 yield unit.name, replace(moment, kept=own, unit=unit.pulled), tiles * unit.backward_seconds
-            weights += unit.weights
+            weights += unit.more_weights
 
     def prediction(self, kept: Mapping[str, int]) -> Prediction:
         """The peak of all moments and the sum of their seconds, beside the plain network's."""
@@ -288,6 +291,7 @@ class Forecast:
             pulled=float(recorded[part.turn :].max()) - held,
             backward_seconds=backward,
             weights=float(cost.weight_gradients.sum()),
+            more_weights=float(sum(size for name, size in cost.weight_bytes.items() if self._last[name] == k)),
         )
 
 
