@@ -92,8 +92,8 @@ def demands(locality: Locality, nodes: Sequence[str], output: str) -> Demands:
             continue
         for read in locality.footprint(name).reads:
             producer = read.value.name
-            needed = tuple(known[name][k].then(ReceptiveField.of_map(read.maps[k])) for k in range(axes))
             try:
+                needed = tuple(known[name][k].then(ReceptiveField.of_map(read.maps[k])) for k in range(axes))
                 known[producer] = _hulls(known.get(producer), needed)
             except RuleError:
                 lost.add(producer)

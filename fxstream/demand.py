@@ -12,15 +12,26 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from fxstream.box import EMPTY, Interval
+from fxstream.interpolation import Lookup, Resample
 from fxstream.locality import Locality
 from fxstream.receptive_field import AxisMap
-from fxstream.rules import Average, Production
+from fxstream.rules import Average, Border, Production
 
-__all__ = ["AxisStep", "AxisTile", "AxisWalk", "Cut", "ReadStep", "Segment", "is_read_outside", "make_segment"]
+__all__ = [
+    "AxisStep",
+    "AxisTile",
+    "AxisWalk",
+    "Cut",
+    "ReadStep",
+    "Segment",
+    "is_read_outside",
+    "lookups",
+    "make_segment",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +117,15 @@ class ReadStep:
 
 @dataclass(frozen=True, slots=True)
 class AxisStep:
-    """One node of a tile along one axis: its reads, the cut of its result, the divisors of an average."""
+    """One node of a tile along one axis: its reads, the cut of its result, the divisors of an average.
+
+    `lookup`, what it takes from a table, is an input of the tile program and no part of it.
+    """
 
     reads: tuple[ReadStep, ...]
     result: Cut
     counts: tuple[int, ...] | None
+    lookup: Lookup | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +152,11 @@ class _Read:
     producer: str
     map: AxisMap
     extent: int
+    border: Border
+
+    def needed(self, out: Interval) -> Interval:
+        """What `Read.needed` says along this axis."""
+        return self.border.needed(self.map.read(out), self.extent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +165,7 @@ class _Node:
     reads: tuple[_Read, ...]
     production: Production | None
     average: Average | None
+    resample: Resample | None
     is_item: bool
 
 
@@ -159,7 +180,7 @@ class AxisWalk:
         self._place = place = {name: i for i, name in enumerate(self._names)}
         # Plain integers: this loop runs for every node of every tile that the planner considers.
         self._steps = tuple(
-            (i, tuple((place[r.producer], *_integers(r.map), r.extent) for r in node.reads))
+            (i, tuple((place[r.producer], *_integers(r.map), *_ends(r)) for r in node.reads))
             for i, node in reversed(tuple(enumerate(self._nodes)))
         )
         self._items = tuple((i, place[n.reads[0].producer]) for i, n in enumerate(self._nodes) if n.is_item)
@@ -196,7 +217,7 @@ class AxisWalk:
         watched: Mapping[int, Sequence[str]] = MappingProxyType({}),
         reads_behind: dict[int, dict[str, int]] | None = None,
     ) -> tuple[list[int], list[int]]:
-        """`AxisMap.read`, `Interval.nearest` and `Interval.hull`, node by node, in plain integers."""
+        """`Read.needed`, `Interval.nearest` and `Interval.hull`, node by node, in plain integers."""
         starts, stops = [0] * len(self._names), [0] * len(self._names)
         for i, owned in zip(self._outputs, outputs, strict=True):
             starts[i], stops[i] = owned.start, owned.stop
@@ -207,9 +228,11 @@ class AxisWalk:
             start, stop = starts[i], stops[i]
             if start == stop:
                 continue
-            for producer, num, den, first, last, extent in reads:
+            for producer, num, den, first, last, extent, is_mirrored in reads:
                 low = (num * start + first) // den
                 high = (num * (stop - 1) + last) // den + 1
+                if is_mirrored and (low < 0 or high > extent):
+                    low, high = min(low, 2 * extent - 1 - high), max(high, 1 - low)
                 low = 0 if low < 0 else extent - 1 if low >= extent else low
                 high = 1 if high < 1 else extent if high > extent else high
                 if starts[producer] == stops[producer]:
@@ -237,12 +260,17 @@ def _integers(axis_map: AxisMap) -> tuple[int, int, int, int]:
     return axis_map.num, axis_map.den, axis_map.first, axis_map.last
 
 
+def _ends(read: _Read) -> tuple[int, bool]:
+    return read.extent, read.border is Border.MIRRORED
+
+
 def _node(locality: Locality, name: str, axis: int) -> _Node:
     footprint = locality.footprint(name)
-    reads = tuple(_Read(r.value.name, r.maps[axis], r.extents[axis]) for r in footprint.reads)
+    reads = tuple(_Read(r.value.name, r.maps[axis], r.extents[axis], r.border) for r in footprint.reads)
     production = footprint.production[axis] if footprint.production else None
     average = footprint.average[axis] if footprint.average else None
-    return _Node(name, reads, production, average, footprint.target is operator.getitem)
+    resample = footprint.resample[axis] if footprint.resample else None
+    return _Node(name, reads, production, average, resample, footprint.target is operator.getitem)
 
 
 def _step(node: _Node, boxes: Mapping[str, Interval]) -> AxisStep | None:
@@ -250,14 +278,26 @@ def _step(node: _Node, boxes: Mapping[str, Interval]) -> AxisStep | None:
     box = boxes.get(node.name, EMPTY)
     if not len(box):
         return None
-    reads, produced = [], box
+    reads, produced, lookup = [], box, None
     for read in node.reads:
         held = boxes[read.producer]
-        wanted = held if node.is_item else read.map.read(box)
+        wanted = held if node.is_item else read.needed(box)
         real = wanted.clip(read.extent)
         start = real.start - held.start if len(real) else 0
         reads.append(ReadStep(Cut(start, len(real), len(held)), *wanted.outside(read.extent)))
         if node.production is not None:
             produced = node.production.produce(wanted)
+        if node.resample is not None:
+            lookup = Lookup(node.resample, box, wanted)
     counts = node.average.counts(box) if node.average is not None else None
-    return AxisStep(tuple(reads), Cut(box.start - produced.start, len(box), len(produced)), counts)
+    return AxisStep(tuple(reads), Cut(box.start - produced.start, len(box), len(produced)), counts, lookup)
+
+
+def lookups(segment: Segment, tiles: Sequence[AxisTile]) -> dict[tuple[str, int], Lookup]:
+    """What a tile takes from tables, by node and axis, in the order in which its program is given them."""
+    found: dict[tuple[str, int], Lookup] = {}
+    for place, name in enumerate(segment.nodes):
+        steps = [tile.steps[place] for tile in tiles]
+        if None not in steps:
+            found |= {(name, k): step.lookup for k, step in enumerate(steps) if step and step.lookup}
+    return found

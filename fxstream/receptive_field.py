@@ -159,6 +159,8 @@ class ReceptiveField:
     @classmethod
     def of_map(cls, axis_map: AxisMap) -> ReceptiveField:
         """The field of one operator."""
+        if axis_map.den > MOST_PHASES:
+            raise RuleError(f"a receptive field of {axis_map.den} phases is not supported")
         reads = [axis_map.read(Interval(o, o + 1)) for o in range(axis_map.den)]
         lows, highs = tuple(read.start for read in reads), tuple(read.stop - 1 for read in reads)
         return cls(axis_map.den, axis_map.num, lows, highs)

@@ -29,8 +29,9 @@ from typing import Any
 import torch
 
 from fxstream.box import Box
-from fxstream.demand import AxisTile, Segment
+from fxstream.demand import AxisTile, Segment, lookups
 from fxstream.errors import StreamError
+from fxstream.interpolation import Lookup
 from fxstream.locality import Locality
 from fxstream.planning import SegmentPlan
 from fxstream.rules import Footprint
@@ -48,7 +49,8 @@ Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class TileCall:
     """One turn of the loop: which program, what it reads of each leaf, what it owns of each output.
 
-    `positions` are the pixels that it owns of each output, or of what a reduction reduces.
+    `positions` are the pixels that it owns of each output, or of what a reduction reduces. `lookups` are the parts
+    of tables that the program takes behind its other inputs.
     """
 
     program: int
@@ -56,6 +58,7 @@ class TileCall:
     outputs: tuple[Subscript | None, ...]
     positions: tuple[int, ...]
     is_kept: bool = False
+    lookups: tuple[Lookup, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,10 @@ class Stream:
     def tile_inputs(self, call: TileCall, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What one tile reads of each leaf; views."""
         return [leaf[box] for leaf, box in zip(leaves, call.leaves, strict=True)]
+
+    def tables(self, call: TileCall, device: torch.device) -> list[torch.Tensor]:
+        """What one tile takes from tables."""
+        return [tensor for lookup in call.lookups for tensor in lookup.tensors(device)]
 
 
 def build_stream(
@@ -120,7 +127,8 @@ def build_stream(
             for box, footprint, shape in zip(boxes, footprints, shapes, strict=True)
         )
         positions = tuple(math.prod(box.shape) for box in boxes)
-        calls.append(TileCall(classes[key], leaves, owned, positions, i >= recomputed))
+        tables = tuple(lookups(segment, tile).values())
+        calls.append(TileCall(classes[key], leaves, owned, positions, i >= recomputed, tables))
     combined = {k: f.reduction.combine for k, f in enumerate(footprints) if f.reduction is not None}
     return Stream(plan, tuple(programs), tuple(calls), shapes, combined, labels, _sources(locality, segment))
 
@@ -220,7 +228,7 @@ def _recorded(
             for tile, wants in zip(stream.tile_inputs(call, leaves), wanted, strict=False)
         ]
         own = [small.detach().requires_grad_(w) for small, w in zip(smalls, wanted[len(tiles) :], strict=True)]
-        return _Recorded(tiles, own, program(*tiles, *own))
+        return _Recorded(tiles, own, program(*tiles, *own, *stream.tables(call, (*leaves, *smalls)[0].device)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +254,8 @@ def _forward(stream: Stream, tensors: Sequence[torch.Tensor], wanted: Sequence[b
                 kept[i] = _recorded(stream, call, leaves, smalls, wanted, stream.programs[call.program].forward)
                 tiles = kept[i].results
             else:
-                tiles = stream.programs[call.program].forward(*stream.tile_inputs(call, leaves), *smalls)
+                tables = stream.tables(call, tensors[0].device)
+                tiles = stream.programs[call.program].forward(*stream.tile_inputs(call, leaves), *smalls, *tables)
             for k, (tile, owned) in enumerate(zip(tiles, call.outputs, strict=True)):
                 if owned is None:
                     continue

@@ -177,7 +177,7 @@ def _all_nodes_read(
             if name in fields and not all(map(_reads_real, fields[name], extents[name], extents[leaf])):
                 return False
     return all(
-        extents[read.value.name][k] > axis_map.last - axis_map.first
+        extents[read.value.name][k] > (axis_map.last - axis_map.first) // axis_map.den
         for window in map(locality.footprint, nodes)
         if whole_windows or window.fill == -math.inf
         for read in window.reads
@@ -202,7 +202,8 @@ def _margin(part: Excerpt, fields: Fields, axis: int) -> int:
     for name in part.segment.nodes:
         for read in part.locality.footprint(name).reads:
             if read.value.name in fields:
-                span = read.maps[axis].last - read.maps[axis].first + 1 + read.maps[axis].num
+                own = read.maps[axis]
+                span = (own.last - own.first) // own.den + 1 + math.ceil(own.num / own.den)
                 widest = max(widest, math.ceil(span * fields[read.value.name][axis].stride))
     return widest
 

@@ -1,8 +1,8 @@
 """The FX program of a tile class: what one tile of a segment computes, with crops and pads as nodes.
 
-Tiles whose steps agree along every axis share a program. It takes the tile's cut of every leaf and the small
-tensors whole, and returns the tile's rectangle of every output, its partial result of a reduction. It is an
-ordinary `fx.GraphModule`: it can be printed, linted, and compiled.
+Tiles whose steps agree along every axis share a program. It takes the tile's cut of every leaf, the small tensors
+whole and what it looks up in tables, and returns the tile's rectangle of every output, its partial result of a
+reduction. It is an ordinary `fx.GraphModule`: it can be printed, linted, and compiled.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from fxstream.demand import AxisStep, AxisTile, Cut, ReadStep, Segment
+from fxstream.demand import AxisStep, AxisTile, Cut, ReadStep, Segment, lookups
 from fxstream.economy import reuse_inputs, without_unneeded
 from fxstream.errors import StreamError
+from fxstream.interpolation import Lookup, resampled_tile
 from fxstream.locality import Locality
-from fxstream.rules import Evaluation, Footprint, Read, TileSize
+from fxstream.rules import Border, Evaluation, Footprint, Read, TileSize
 from fxstream.saved import Saved
 from fxstream.sizes import Shape, fold_integers
 
@@ -57,7 +58,7 @@ def tile_program(
 
     With `saved`, what autograd keeps of each operator, it reuses memory and computes nothing in vain (`economy`).
     """
-    builder = _Builder(locality, segment)
+    builder = _Builder(locality, segment, lookups(segment, tiles))
     for position, name in enumerate(segment.nodes):
         steps = [step for tile in tiles if (step := tile.steps[position]) is not None]
         if len(steps) == len(tiles):
@@ -105,7 +106,7 @@ def _economic(
 class _Builder:
     """The graph under construction; `env` maps a node of the model to its value on the tile."""
 
-    def __init__(self, locality: Locality, segment: Segment) -> None:
+    def __init__(self, locality: Locality, segment: Segment, tables: Mapping[tuple[str, int], Lookup]) -> None:
         self.graph = fx.Graph()
         self.env: dict[str, fx.Node] = {}
         self.origin: dict[fx.Node, str] = {}
@@ -115,6 +116,10 @@ class _Builder:
         self._served: dict[tuple[object, ...], fx.Node] = {}
         self._leaves = {name: self.graph.placeholder(f"{name}_tile") for name, _ in segment.leaves}
         self._smalls = {name: self.graph.placeholder(name) for name in segment.smalls}
+        self._tables = {
+            (name, axis): [self.graph.placeholder(f"{name}_{part}_{axis}") for part in lookup.parts]
+            for (name, axis), lookup in tables.items()
+        }
 
     def add(self, name: str, steps: Sequence[AxisStep]) -> None:
         """The call of one node on its crops and pads, cropped to the box that the tile holds."""
@@ -132,6 +137,8 @@ class _Builder:
             (result,) = served
         elif footprint.reduction is not None:
             result = self.graph.call_function(footprint.target, (*served, *footprint.reduction.arguments))
+        elif footprint.resample is not None:
+            result = self._resample(name, footprint, served[0])
         elif footprint.average is not None and any(_is_ragged(footprint, steps)):
             result = self._average(footprint, served[0], steps)
         else:
@@ -156,7 +163,7 @@ class _Builder:
 
     def _serve(self, footprint: Footprint, read: Read, steps: Sequence[ReadStep]) -> fx.Node:
         """The pixels of one read: cut from what the tile holds, padded where they lie outside the image."""
-        key = (read.value.name, tuple(steps), read.dims, footprint.fill)
+        key = (read.value.name, tuple(steps), read.dims, footprint.fill, read.border)
         if key not in self._served:
             name = read.value.name
             held = self.env[name] if name in self.env else self._leaves[name]
@@ -167,13 +174,15 @@ class _Builder:
     def _pad(self, node: fx.Node, footprint: Footprint, read: Read, steps: Sequence[ReadStep]) -> fx.Node:
         if not any(step.before or step.after for step in steps):
             return node
-        if footprint.fill is None:
+        if footprint.fill is None and read.border is Border.FILLED:
             raise StreamError(f"the rule of {footprint.target} reads outside the image and gives no fill value")
         rank = len(read.value.shape)
         pads = [0] * (2 * rank)
         for dim, step in zip(read.dims, steps, strict=True):
             pads[2 * (rank - 1 - dim) : 2 * (rank - dim)] = [step.before, step.after]
         pads = pads[: 2 * (rank - min(read.dims))]
+        if read.border is not Border.FILLED:
+            return self.graph.call_function(aten.pad.default, (node, pads, read.border.value))
         return self.graph.call_function(aten.constant_pad_nd.default, (node, pads, footprint.fill))
 
     def _call(
@@ -227,6 +236,15 @@ class _Builder:
             else:
                 positional.append(arguments.get(argument.name, argument.default_value))
         return self.graph.call_function(target, tuple(positional), kwargs)
+
+    def _resample(self, name: str, footprint: Footprint, served: fx.Node) -> fx.Node:
+        """Interpolation by table, first along the axes that shrink most, so that the least is computed."""
+        assert footprint.resample is not None
+        meta = self._locality.metas[name]
+        assert isinstance(meta, Shape)
+        order = sorted(enumerate(footprint.resample), key=lambda pair: pair[1].extent_out / pair[1].extent)
+        axes = [(footprint.dims[axis], self._tables[name, axis]) for axis, _ in order]
+        return self.graph.call_function(resampled_tile, (served, axes, meta.dtype))
 
     def _average(self, footprint: Footprint, served: fx.Node, steps: Sequence[AxisStep]) -> fx.Node:
         """An average pooling at the border: the sums of the windows over the counts of their real pixels."""

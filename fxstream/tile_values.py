@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxstream.box import EMPTY, Box, Interval
-from fxstream.demand import AxisWalk, Segment, make_segment
+from fxstream.demand import AxisWalk, Segment, lookups, make_segment
 from fxstream.excerpt import Excerpt, excerpt
 from fxstream.findings import Findings
 from fxstream.locality import Locality
@@ -86,13 +86,15 @@ def _compare_tiles(locality: Locality, names: tuple[str, ...], found: Findings) 
         owned = [[_third(at_size, output, axis, place) for output in part.segment.outputs] for axis in axes]
         tiles = [walk.tile(tuple(own)) for walk, own in zip(walks, owned, strict=True)]
         program = tile_program(at_size, part.segment, tiles).forward
+        cpu = torch.device("cpu")
+        tables = [t for lookup in lookups(part.segment, tiles).values() for t in lookup.tensors(cpu)]
         cuts = []
         for (leaf, dims), image in zip(part.segment.leaves, inputs, strict=True):
             box = Box(tuple(tile.boxes.get(leaf, EMPTY) for tile in tiles))
             cuts.append(image[box.index(dims, image.ndim)])
         try:
             with torch.no_grad():
-                results = program(*cuts, *smalls)
+                results = program(*cuts, *smalls, *tables)
         except RuntimeError as error:
             found.add(name, 0, "values", "a tile of it", "can be evaluated", str(error).splitlines()[0])
             return

@@ -6,6 +6,9 @@ import torch.nn.functional as F
 from compare import assert_streams, integer_image, make_integer
 from torch import nn
 
+import fxstream
+from fxstream.check import relative_error, step
+
 
 class Function(nn.Module):
     """A module from a function of parts."""
@@ -107,6 +110,21 @@ CASES = {
         conv(2, 4, 3), nn.ConvTranspose2d(4, 2, 3, 3, 2, groups=2, dilation=2), conv(2, 2, 3)
     ),
     "nearest upsampling": nn.Sequential(conv(2, 3, stride=2), nn.Upsample(scale_factor=(2, 3)), conv(3, 2)),
+    "nearest, by any factor": Function(
+        lambda m, x: m.b(F.interpolate(m.a(x), scale_factor=(1.7, 0.6))), a=conv(2, 3), b=conv(3, 2)
+    ),
+    "nearest, by sizes": Function(
+        lambda m, x: m.b(F.interpolate(m.a(x), size=(31, 13), mode="nearest-exact")), a=conv(2, 3), b=conv(3, 2)
+    ),
+    "bilinear, by powers of two": Function(
+        lambda m, x: m.b(F.interpolate(m.a(x), scale_factor=(2, 4), mode="bilinear")), a=conv(2, 3), b=conv(3, 2)
+    ),
+    "bilinear, to half": Function(
+        lambda m, x: m.b(F.interpolate(m.a(x), scale_factor=0.5, mode="bilinear")), a=conv(2, 3), b=conv(3, 2, 2)
+    ),
+    "bicubic, by powers of two": Function(
+        lambda m, x: m.b(F.interpolate(m.a(x), scale_factor=(4, 2), mode="bicubic")), a=conv(2, 3), b=conv(3, 2)
+    ),
     "pixel shuffle": nn.Sequential(
         conv(2, 8), nn.PixelShuffle(2), conv(2, 3), nn.PixelUnshuffle(2), conv(12, 2, 2)
     ),
@@ -176,13 +194,74 @@ def test_regions_start_again_behind_a_gate():
     assert len(plan.segments) >= 2
 
 
+MODES = [(mode, aligned) for mode in ("bilinear", "bicubic") for aligned in (False, True)]
+SIZES = [{"scale_factor": s} for s in (2, 3, 1.5, (0.5, 1), (0.25, 0.3), (1.31, 0.77))]
+SIZES += [{"size": s} for s in ((31, 29), (5, 46), (21, 17), (22, 18))]
+
+
+@pytest.mark.parametrize("mode, aligned", [*MODES, ("nearest", None), ("nearest-exact", None)])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_interpolation_by_any_factor(mode, aligned, sizes):
+    model = Function(
+        lambda m, x: m.b(F.interpolate(m.a(x), mode=mode, align_corners=aligned, **sizes)),
+        a=conv(2, 3, padding=1),
+        b=conv(3, 2, 2),
+    )
+    image = torch.randn(2, 2, 21, 17, dtype=torch.double, requires_grad=True)
+    plan = assert_streams(model.double(), image, tile=17, segments=1, at_least_tiles=1)
+    assert [len(s.segment.nodes) for s in plan.segments] in ([3], []), "interpolation is not local"
+
+
+@pytest.mark.parametrize("mode, shape", [("linear", (41,)), ("trilinear", (13, 12, 15))])
+@pytest.mark.parametrize("factor", [2, 0.5, 1.7])
+def test_interpolation_of_one_and_three_axes(mode, shape, factor):
+    kind = nn.Conv1d if len(shape) == 1 else nn.Conv3d
+    model = nn.Sequential(kind(2, 3, 3), nn.Upsample(scale_factor=factor, mode=mode), kind(3, 2, 2)).double()
+    image = torch.randn(2, 2, *shape, dtype=torch.double, requires_grad=True)
+    assert_streams(model, image, tile=11, segments=1)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    "given", [{"size": (301, 299)}, {"scale_factor": 3}, {"size": (402, 398), "align_corners": True}]
+)
+def test_interpolation_in_float32_is_as_exact_as_torch(mode, given):
+    model = Function(lambda m, x: m.b(F.interpolate(m.a(x), mode=mode, **given)), a=conv(2, 3), b=conv(3, 2))
+    image = torch.randn(1, 2, 203, 201, requires_grad=True)
+    streamed = fxstream.compile(model, tile=64, segments=1)
+    found = [step(module, model, [image]) for module in (streamed, model)]
+    assert streamed.plan.segments[0].tile_count > 8
+    exact = step(model.double(), model, [image.detach().double().requires_grad_()])
+    for name, wanted in exact.items():
+        errors = [relative_error(of[name].double(), wanted) for of in found]
+        assert errors[0] <= 2 * errors[1] + 1e-7, name
+
+
+def test_interpolation_to_the_size_of_another_map():
+    """As networks for segmentation do; tiles share programs, though their tables differ."""
+    parts = {"down": conv(2, 3, stride=2, padding=1), "deep": conv(3, 3, stride=2, padding=1), "out": conv(5, 2)}
+
+    def forward(m, x):
+        deep = m.deep(F.relu(m.down(x)))
+        up = F.interpolate(deep, size=x.shape[2:], mode="bilinear", align_corners=True)
+        return m.out(torch.cat([x, up], 1))
+
+    model = Function(forward, **parts).double()
+    for size in ((37, 45), (64, 40)):
+        image = torch.randn(2, 2, *size, dtype=torch.double, requires_grad=True)
+        assert_streams(model, image, tile=26, segments=1)
+    compiled = fxstream.compile(model, tile=26, segments=1)
+    compiled(image)
+    (segment,) = [m for m in compiled.graph.owning_module.modules() if hasattr(m, "stream")]
+    assert len(segment.stream.programs) < len(segment.stream.calls) // 2
+
+
 PLAINLY = {
     "reflect": lambda m, x: m.b(F.pad(m.a(x), (2, 1, 1, 2), "reflect")),
     "replicate": lambda m, x: m.b(F.pad(m.a(x), (2, 1, 1, 2), "replicate")),
     "circular": lambda m, x: m.b(F.pad(m.a(x), (2, 1, 1, 2), "circular")),
-    "bilinear": lambda m, x: m.b(F.interpolate(m.a(x), scale_factor=2, mode="bilinear")),
-    "bicubic": lambda m, x: m.b(F.interpolate(m.a(x), size=(31, 29), mode="bicubic", align_corners=True)),
-    "nearest, not by a whole number": lambda m, x: m.b(F.interpolate(m.a(x), size=(31, 29))),
+    "area": lambda m, x: m.b(F.interpolate(m.a(x), size=(31, 29), mode="area")),
+    "antialiased": lambda m, x: m.b(F.interpolate(m.a(x), scale_factor=0.7, mode="bilinear", antialias=True)),
     "group norm": lambda m, x: m.b(F.relu(F.group_norm(m.a(x), 2))),
     "instance norm": lambda m, x: m.b(F.relu(F.instance_norm(m.a(x)))),
     "layer norm over space": lambda m, x: m.b(F.layer_norm(m.a(x), m.a(x).shape[1:])),

@@ -10,6 +10,7 @@ FLOORS = (
     ("errors", "box"),
     ("units", "operators"),
     ("receptive_field",),
+    ("interpolation",),
     ("rules", "functional", "sizes", "freeze", "zoo"),
     ("mode",),
     ("export",),

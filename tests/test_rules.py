@@ -50,9 +50,23 @@ SAMPLES = {
     "narrow": [(X2, lambda x: A.narrow(x, 3, 2, 5)), (X2, lambda x: A.narrow(x, 1, 1, 1))],
     "pixel_unshuffle": [((1, 2, 6, 8), lambda x: A.pixel_unshuffle(x, 2))],
     "pixel_shuffle": [(C4, lambda x: A.pixel_shuffle(x, 2))],
-    "upsample_nearest1d": [(X1, lambda x: A.upsample_nearest1d(x, None, [3.0]))],
+    "upsample_nearest1d": [(X1, lambda x: A.upsample_nearest1d(x, None, [3.0])), (X1, lambda x: A.upsample_nearest1d(x, [33], None))],
     "upsample_nearest2d": [(X2, lambda x: A.upsample_nearest2d(x, [20, 27])), (X2, lambda x: A.upsample_nearest2d(x, None, [2.0, 2.0]))],
     "upsample_nearest3d": [(X3, lambda x: A.upsample_nearest3d(x, None, [2.0, 1.0, 3.0]))],
+    "upsample_linear1d": [
+        (X1, lambda x: A.upsample_linear1d(x, None, False, [2.0])), (X1, lambda x: A.upsample_linear1d(x, None, False, [0.5])),
+        (X1, lambda x: A.upsample_linear1d(x, [25], True, None)), (X1, lambda x: A.upsample_linear1d.default(x, [9], False, 0.7)),
+    ],
+    "upsample_bilinear2d": [
+        (X2, lambda x: A.upsample_bilinear2d(x, None, False, [4.0, 2.0])), (X2, lambda x: A.upsample_bilinear2d(x, [8, 16], True, None)),
+        (X2, lambda x: A.upsample_bilinear2d.default(x, [14, 12], False, 1.5, None)),
+    ],
+    "upsample_trilinear3d": [
+        (X3, lambda x: A.upsample_trilinear3d(x, None, False, [2.0, 1.0, 4.0])), (X3, lambda x: A.upsample_trilinear3d(x, [7, 6, 5], True, None)),
+    ],
+    "upsample_bicubic2d": [
+        (X2, lambda x: A.upsample_bicubic2d(x, None, False, [2.0, 4.0])), (X2, lambda x: A.upsample_bicubic2d(x, [19, 4], False, None)),
+    ],
     "_upsample_nearest_exact1d": [(X1, lambda x: A._upsample_nearest_exact1d(x, None, [2.0]))],
     "_upsample_nearest_exact2d": [(X2, lambda x: A._upsample_nearest_exact2d(x, None, [2.0, 5.0]))],
     "_upsample_nearest_exact3d": [(X3, lambda x: A._upsample_nearest_exact3d(x, None, [2.0, 1.0, 3.0]))],
@@ -193,7 +207,7 @@ def claimed_reads(local, analysis, axis, o) -> Interval:
     boxes = {local[-1].node: Interval(o, o + 1)}
     for verdict in reversed(local):
         for read in verdict.footprint.reads:
-            found = read.maps[axis].read(boxes.get(verdict.node, Interval(0, 0)))
+            found = read.needed(axis, boxes.get(verdict.node, Interval(0, 0)))
             boxes[read.value.name] = boxes.get(read.value.name, Interval(0, 0)).hull(found)
     return boxes[next(n for n in boxes if n not in analysis.locality.verdicts)]
 

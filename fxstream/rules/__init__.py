@@ -17,11 +17,12 @@ from collections.abc import Callable
 
 import torch
 
-from fxstream.rules import channelwise, mapwide, reductions, resampled, shuffled, windowed
+from fxstream.rules import channelwise, interpolated, mapwide, reductions, resampled, shuffled, windowed
 from fxstream.rules import pointwise as _pointwise
 from fxstream.rules.pointwise import pointwise, random_draw
 from fxstream.rules.rule import (
     Average,
+    Border,
     Call,
     Evaluation,
     Footprint,
@@ -38,6 +39,7 @@ from fxstream.rules.rule import (
 
 __all__ = [
     "Average",
+    "Border",
     "Call",
     "Evaluation",
     "Footprint",
@@ -57,7 +59,7 @@ __all__ = [
 ]
 
 _TABLE = RuleTable()
-for _family in (_pointwise, windowed, resampled, shuffled, channelwise, reductions, mapwide):
+for _family in (_pointwise, windowed, resampled, interpolated, shuffled, channelwise, reductions, mapwide):
     _family.add_rules(_TABLE)
 
 Rule = Callable[[Call], Footprint | Refusal]

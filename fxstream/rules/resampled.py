@@ -1,4 +1,4 @@
-"""Operators that yield several output pixels per input pixel: upsampling, depth to space, transposed convolution.
+"""Operators that yield several output pixels per input pixel: depth to space, transposed convolution.
 
 On a box: crop the input, call the operator, crop the result to the box.
 """
@@ -6,10 +6,7 @@ On a box: crop the input, call the operator, crop the result to the box.
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from functools import partial
-
-import torch
 
 from fxstream.receptive_field import AxisExtent, AxisMap
 from fxstream.rules.rule import (
@@ -17,70 +14,22 @@ from fxstream.rules.rule import (
     Call,
     Evaluation,
     Footprint,
-    Kind,
     Production,
     Read,
     Refusal,
     RuleTable,
-    TileSize,
     Value,
 )
 from fxstream.rules.windowed import per_axis, window_dims
 
 __all__ = ["add_rules"]
 
-EXACT_EXTENT = 2**22
-"""Up to this many output pixels nearest upsampling is exact in torch's float32 source index."""
-
 
 def add_rules(table: RuleTable) -> None:
-    """Nearest upsampling, pixel shuffle, transposed convolution."""
+    """Pixel shuffle, transposed convolution."""
     for n in (1, 2, 3):
-        table.add(f"aten::upsample_nearest{n}d", "resampled", partial(upsample_nearest, n))
-        table.add(f"aten::_upsample_nearest_exact{n}d", "resampled", partial(upsample_nearest, n))
         table.add(f"aten::conv_transpose{n}d", "resampled", partial(transposed_convolution, n))
     table.add("aten::pixel_shuffle", "resampled", pixel_shuffle)
-
-
-def upsample_nearest(n: int, call: Call) -> Answer:
-    """Nearest upsampling by a whole number per axis, given as a size or as scale factors."""
-    argument = "input" if "input" in call.arguments else "self"
-    image: Value = call[argument]
-    dims = window_dims(call, image, n)
-    if isinstance(dims, Refusal):
-        return dims
-    exact = all(not call.shape[d] % image.shape[d] and _indexes_exactly(call, d, image) for d in dims)
-    if not exact or not _scales_are_the_ratio(call, image, n):
-        sizes = [(image.shape[d], call.shape[d]) for d in dims]
-        return Refusal(Kind.NO_RULE, f"nearest resampling {sizes} is not by a whole number", dims)
-    scales = [call.shape[d] // image.shape[d] for d in dims]
-    overrides = {"output_size": TileSize.STREAM} | {
-        name: None for name in call.arguments if name.startswith("scale")
-    }
-    return Footprint(
-        Evaluation.RESAMPLED,
-        dims,
-        (Read(argument, image, dims, tuple(AxisMap(1, s, 0, 0) for s in scales)),),
-        call.target,
-        overrides,
-        production=tuple(Production(s, 0, s) for s in scales),
-        extents=tuple(AxisExtent(s, 1, 0) for s in scales),
-    )
-
-
-def _scales_are_the_ratio(call: Call, image: Value, n: int) -> bool:
-    """Whether scale factors, where given, are the ratio of the sizes; torch indexes by the factors."""
-    given = [value for name, value in call.arguments.items() if name.startswith("scale") and value is not None]
-    factors = [f for value in given for f in (value if isinstance(value, (list, tuple)) else [value])]
-    ratios = [call.shape[d] / image.shape[d] for d in range(len(call.shape) - n, len(call.shape))]
-    return not factors or factors == ratios
-
-
-def _indexes_exactly(call: Call, dim: int, image: Value) -> bool:
-    """Whether torch's source index ``floor(o * float32(1 / s))`` is the exact ``o // s`` everywhere."""
-    scale = call.shape[dim] // image.shape[dim]
-    rounded = Fraction(torch.tensor(1.0 / scale, dtype=torch.float32).item())
-    return rounded >= Fraction(1, scale) and call.shape[dim] < EXACT_EXTENT
 
 
 def pixel_shuffle(call: Call) -> Answer:

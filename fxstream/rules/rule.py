@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
-from fxstream.box import Interval
+from fxstream.box import EMPTY, Interval
 from fxstream.errors import RuleError
+from fxstream.interpolation import Resample
 from fxstream.receptive_field import AxisExtent, AxisMap
 
 __all__ = [
     "Average",
+    "Border",
     "Call",
     "Evaluation",
     "Footprint",
@@ -65,6 +67,32 @@ class TileSize(enum.Enum):
     STREAM = "the stream dims of the result"
 
 
+class Border(enum.Enum):
+    """What an operator takes for the pixels of a read that lie outside the image."""
+
+    FILLED = "constant"
+    REPEATED = "replicate"
+    MIRRORED = "reflect"
+    CLIPPED = "none: it stays inside by itself"
+
+    def needed(self, read: Interval, extent: int) -> Interval:
+        """`read` with the pixels of the image that stand for those outside; without these where they are clipped.
+
+        >>> str(Border.MIRRORED.needed(Interval(-2, 1), 9)), str(Border.REPEATED.needed(Interval(-2, -1), 9))
+        ('-2:3', '-2:1')
+        """
+        if not len(read) or self is Border.FILLED:
+            return read
+        if self is Border.CLIPPED:
+            return read.nearest(extent)
+        if self is Border.REPEATED:
+            return read.hull(read.nearest(extent))
+        mirrored = Interval(0, 1 - read.start) if read.start < 0 else EMPTY
+        if read.stop > extent:
+            mirrored = mirrored.hull(Interval(2 * extent - 1 - read.stop, extent))
+        return read.hull(mirrored)
+
+
 @dataclass(frozen=True, slots=True)
 class Value:
     """A tensor of the graph: its node's name, its full shape and which dims are stream axes.
@@ -94,7 +122,7 @@ class Read:
     """One tensor argument that is read box by box.
 
     `argument` is its name in the operator's schema, `index` its place where the argument is a list.
-    `dims` are its stream dims, `maps` the access map of each stream axis.
+    `dims` are its stream dims, `maps` the access map of each stream axis, `border` what lies outside the image.
     """
 
     argument: str
@@ -102,6 +130,7 @@ class Read:
     dims: tuple[int, ...]
     maps: tuple[AxisMap, ...]
     index: int | None = None
+    border: Border = Border.FILLED
 
     def __post_init__(self) -> None:
         if len(self.dims) != len(self.maps):
@@ -111,6 +140,10 @@ class Read:
     def extents(self) -> tuple[int, ...]:
         """Pixels of the argument along each stream axis."""
         return tuple(self.value.shape[d] for d in self.dims)
+
+    def needed(self, axis: int, out: Interval) -> Interval:
+        """The pixels that output pixels `out` read along an axis, those outside the image included."""
+        return self.border.needed(self.maps[axis].read(out), self.extents[axis])
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +199,8 @@ class Footprint:
 
     `dims` are the stream dims of the result. `target` is called on the cropped and padded inputs with the
     arguments in `overrides` replaced (an `Evaluation.WINDOWED` call has padding 0, for example); where it is
-    None the cropped and padded input is itself the result. `fill` is the value of pixels outside the image.
+    None the cropped and padded input is itself the result. `fill` is the value of pixels outside the image. With
+    `resample` the result is not the operator's own, but looked up in a table per axis.
     `extents` give the result's pixels along each axis from those of the first read; None where they are the
     same. A footprint that is not `tight` claims to read more than has an influence. `macs` are the
     multiply-accumulates of the whole call.
@@ -183,6 +217,7 @@ class Footprint:
     fill: float | None = None
     production: tuple[Production, ...] | None = None
     average: tuple[Average, ...] | None = None
+    resample: tuple[Resample, ...] | None = None
     extents: tuple[AxisExtent, ...] | None = None
     tight: bool = True
     macs: int = 0

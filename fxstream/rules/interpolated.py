@@ -1,0 +1,194 @@
+"""Interpolation in every mode but area and antialiased: nearest, linear, cubic; by any factor, up and down.
+
+NOTE [how a box is evaluated]
+1. Enlarged by a whole number along every axis: the operator itself on the crop, cut to the box. Relative to any
+   input pixel the sources of its output pixels are the same.
+2. Made smaller by a whole number along every axis, in linear mode: the operator itself on the crop, which starts
+   with the first of the pixels that become one.
+3. Otherwise, with aligned corners for example, the sources follow from the size of the image: each axis is looked
+   up in the table that `fxstream.interpolation` measures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+
+import torch
+
+from fxstream.interpolation import Resample
+from fxstream.receptive_field import IDENTITY, AxisExtent, AxisMap
+from fxstream.rules.rule import (
+    Answer,
+    Border,
+    Call,
+    Evaluation,
+    Footprint,
+    Kind,
+    Production,
+    Read,
+    Refusal,
+    RuleTable,
+    TileSize,
+    Value,
+)
+from fxstream.rules.windowed import window_dims
+
+__all__ = ["add_rules"]
+
+EXACT_EXTENT = 2**22
+"""Up to this many output pixels nearest upsampling is exact in torch's float32 source index."""
+LARGEST_DENOMINATOR = 1024
+"""A factor that was given is a fraction with at most this denominator, or else only known at this size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """The first and last pixel read from the floor of a source, which may be counted from centres of pixels."""
+
+    taps: tuple[int, int]
+    centred: bool
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether several pixels are blended."""
+        return self.taps != (0, 0)
+
+
+NEAREST, NEAREST_EXACT = Mode((0, 0), False), Mode((0, 0), True)
+LINEAR, CUBIC = Mode((0, 1), True), Mode((-1, 2), True)
+
+
+def add_rules(table: RuleTable) -> None:
+    """One rule for all, which is told the mode and the number of axes."""
+    for n, name in enumerate(("linear1d", "bilinear2d", "trilinear3d"), 1):
+        table.add(f"aten::upsample_{name}", "resampled", partial(interpolation, n, LINEAR))
+        table.add(f"aten::upsample_nearest{n}d", "resampled", partial(interpolation, n, NEAREST))
+        table.add(f"aten::_upsample_nearest_exact{n}d", "resampled", partial(interpolation, n, NEAREST_EXACT))
+    table.add("aten::upsample_bicubic2d", "resampled", partial(interpolation, 2, CUBIC))
+
+
+def interpolation(n: int, mode: Mode, call: Call) -> Answer:
+    """Interpolation over the last `n` dims, by sizes or by factors."""
+    argument = "input" if "input" in call.arguments else "self"
+    image: Value = call[argument]
+    dims = window_dims(call, image, n)
+    if isinstance(dims, Refusal):
+        return dims
+    if mode.is_weighted and not image.dtype.is_floating_point:
+        return Refusal(Kind.GLOBAL, f"interpolates {image.dtype}, which rounds", dims)
+    axes = [_axis(n, mode, call, image, dim) for dim in dims]
+    enlarged = [_enlarged(mode, axis) for axis in axes]
+    if all(enlarged):
+        return _by_itself(call, argument, dims, mode, enlarged)
+    reduced = [_reduced(mode, axis) for axis in axes]
+    if all(reduced):
+        return _averaged(call, argument, dims, reduced)
+    claims = [axis.claim() for axis in axes]
+    return Footprint(
+        Evaluation.RESAMPLED,
+        dims,
+        (Read(argument, image, dims, tuple(m for m, _ in claims), border=Border.CLIPPED),),
+        call.target,
+        resample=tuple(axes),
+        extents=tuple(map(_extent, axes)),
+        tight=all(tight for _, tight in claims),
+    )
+
+
+def _axis(n: int, mode: Mode, call: Call, image: Value, dim: int) -> Resample:
+    """The resampling along one dim."""
+    place = dim - (len(image.shape) - n)
+    aligned = call.arguments.get("align_corners")
+    packet = getattr(torch.ops.aten, call.target._schema.name.removeprefix("aten::"))
+    return Resample(
+        packet.default,
+        place,
+        n,
+        image.shape[dim],
+        call.shape[dim],
+        mode.taps,
+        mode.centred and not aligned,
+        aligned,
+        _scales(call, n)[place],
+        torch.float64 if image.dtype == torch.float64 else torch.float32,
+    )
+
+
+def _scales(call: Call, n: int) -> list[float | None]:
+    """The factor along each axis, where factors are given: as one argument or as several."""
+    if "scale_factors" in call.arguments:
+        return list(call["scale_factors"] or [None] * n)
+    return [value for name, value in call.arguments.items() if name.startswith("scale")]
+
+
+def _enlarged(mode: Mode, axis: Resample) -> int:
+    """The whole number by which the axis is enlarged; 0 where it is not by one, or where rounding shows."""
+    factor, rest = divmod(axis.extent_out, axis.extent)
+    is_ratio = axis.scale is None or axis.scale == factor
+    if rest or axis.align_corners or not is_ratio or not (mode.is_weighted or _indexes_exactly(axis, factor)):
+        return 0
+    return factor
+
+
+def _indexes_exactly(axis: Resample, factor: int) -> bool:
+    """Whether torch's source index ``floor(o * float32(1 / s))`` is the exact ``o // s`` everywhere."""
+    rounded = Fraction(torch.tensor(1.0 / factor, dtype=torch.float32, device="cpu").item())
+    return rounded >= Fraction(1, factor) and axis.extent_out < EXACT_EXTENT
+
+
+def _reduced(mode: Mode, axis: Resample) -> int:
+    """How many pixels become one along the axis, in linear mode; 0 where that is no whole number."""
+    factor = Fraction(axis.extent, axis.extent_out) if axis.scale is None else 1 / Fraction(axis.scale)
+    is_whole = factor.denominator == 1 and axis.extent // factor.numerator == axis.extent_out
+    return factor.numerator if mode is LINEAR and is_whole and not axis.align_corners else 0
+
+
+def _by_itself(call: Call, argument: str, dims: tuple[int, ...], mode: Mode, factors: list[int]) -> Footprint:
+    """Rule 1 of the NOTE; an axis that keeps its size is copied, but cubic mode reads all taps even then."""
+    before, after = mode.taps
+    maps = []
+    for s in factors:
+        source = (1 - s) // 2 if mode.is_weighted else 0
+        is_copy = s == 1 and mode is not CUBIC
+        maps.append(IDENTITY if is_copy else AxisMap(1, s, source + s * before, source + s * after))
+    return Footprint(
+        Evaluation.RESAMPLED,
+        dims,
+        (Read(argument, call[argument], dims, tuple(maps), border=Border.CLIPPED),),
+        call.target,
+        _sized_by_the_tile(call),
+        production=tuple(Production(s, 0, s) for s in factors),
+        extents=tuple(AxisExtent(s, 1, 0) for s in factors),
+        tight=mode is not CUBIC or 1 not in factors,
+    )
+
+
+def _averaged(call: Call, argument: str, dims: tuple[int, ...], factors: list[int]) -> Footprint:
+    """Rule 2 of the NOTE: of more than two pixels only those in the middle have an influence."""
+    return Footprint(
+        Evaluation.RESAMPLED,
+        dims,
+        (Read(argument, call[argument], dims, tuple(AxisMap(b, 1, 0, b - 1) for b in factors)),),
+        call.target,
+        _sized_by_the_tile(call),
+        extents=tuple(AxisExtent(1, b, 0) for b in factors),
+        tight=max(factors) <= 2,
+    )
+
+
+def _sized_by_the_tile(call: Call) -> dict[str, TileSize | None]:
+    """The size argument follows the tile, and the factors follow from the sizes."""
+    return {"output_size": TileSize.STREAM} | {name: None for name in call.arguments if name.startswith("scale")}
+
+
+def _extent(axis: Resample) -> AxisExtent:
+    """By the factor where it explains the size, else by the ratio: a size is often that of another map."""
+    if axis.scale is not None:
+        factor = Fraction(axis.scale).limit_denominator(LARGEST_DENOMINATOR)
+        by_factor = AxisExtent(factor.numerator, factor.denominator, 0)
+        if by_factor.of(axis.extent) == axis.extent_out:
+            return by_factor
+    ratio = Fraction(axis.extent_out, axis.extent)
+    return AxisExtent(ratio.numerator, ratio.denominator, 0)
