@@ -44,7 +44,14 @@ SAMPLES = {
     "avg_pool1d": [(X1, lambda x: A.avg_pool1d(x, 3, 2, 1, True, False))],
     "avg_pool2d": [(X2, lambda x: A.avg_pool2d(x, [3, 2], [2, 3], [1, 0], True, False))],
     "avg_pool3d": [(X3, lambda x: A.avg_pool3d(x, 2, 1))],
-    "pad": [(X2, lambda x: A.pad(x, [1, -2, 3, 0, 1, 0], "constant", 2.0))],
+    "pad": [
+        (X2, lambda x: A.pad(x, [1, -2, 3, 0, 1, 0], "constant", 2.0)),
+        (X2, lambda x: A.pad(x, [1, -2, 3, 0], "reflect")), (X1, lambda x: A.pad(x, [-1, 20], "replicate")),
+    ],
+    **{
+        f"{name}_pad{n}d": [(x, functools.partial(lambda f, p, x: f(x, p), getattr(A, f"{name}_pad{n}d"), pads))]
+        for name in ("reflection", "replication") for n, x, pads in ((1, X1, [3, 2]), (2, X2, [1, 4, 0, 3]), (3, X3, [1, 0, 2, 2, 3, 1]))
+    },
     "constant_pad_nd": [(X2, lambda x: A.constant_pad_nd(x, [1, -2, -3, 2]))],
     "slice": [(X2, lambda x: A.slice(x, 2, 1, -1, 2)), (X2, lambda x: A.slice(x, 1, 0, 1))],
     "narrow": [(X2, lambda x: A.narrow(x, 3, 2, 5)), (X2, lambda x: A.narrow(x, 1, 1, 1))],

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from fxstream.rules.rule import Answer, Call, Kind, Refusal, RuleTable
+from fxstream.rules.windowed import OPPOSITE
 
 __all__ = ["add_rules"]
 
@@ -31,6 +32,7 @@ MAPWIDE = {
     "mm": "multiplies matrices that mix positions",
     "einsum": "contracts dims that may be positions",
     "scaled_dot_product_attention": "attends to all positions",
+    "_pad_circular": OPPOSITE,
     "fft_fft2": "transforms the whole map",
     "fft_rfft2": "transforms the whole map",
     "grid_sample": "reads positions that depend on the data",

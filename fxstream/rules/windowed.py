@@ -2,7 +2,8 @@
 
 On a box: crop the input to what the windows read, pad what lies outside the image with a fill value, call
 the operator with padding 0. Convolution fills with 0, max pooling with minus infinity, average pooling with 0
-and divides by the counts of the real windows. Constant padding is the pad alone, cropping the crop alone.
+and divides by the counts of the real windows. Padding is the pad alone, cropping the crop alone. Where padding
+takes pixels from near the border, a tile that touches the border holds them too and pads as the operator does.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ from fxstream.receptive_field import IDENTITY, AxisExtent, AxisMap
 from fxstream.rules.rule import (
     Answer,
     Average,
+    Border,
     Call,
     Evaluation,
     Footprint,
     Kind,
+    Production,
     Read,
     Refusal,
     RuleTable,
     Value,
 )
 
-__all__ = ["CONVOLUTIONS", "add_rules", "per_axis", "window_dims"]
+__all__ = ["CONVOLUTIONS", "OPPOSITE", "add_rules", "per_axis", "window_dims"]
 
 aten = torch.ops.aten
+OPPOSITE = "pads with pixels of the opposite border, far from every tile's own"
 CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 
 
@@ -40,8 +44,10 @@ def add_rules(table: RuleTable) -> None:
         table.add(f"aten::conv{n}d", "windowed", partial(convolution, n))
         table.add(f"aten::max_pool{n}d", "windowed", partial(max_pool, n))
         table.add(f"aten::avg_pool{n}d", "windowed", partial(average_pool, n))
+        table.add(f"aten::reflection_pad{n}d", "windowed", partial(border_pad, Border.MIRRORED.value))
+        table.add(f"aten::replication_pad{n}d", "windowed", partial(border_pad, Border.REPEATED.value))
     table.add("aten::pad", "windowed", pad)
-    table.add("aten::constant_pad_nd", "windowed", pad)
+    table.add("aten::constant_pad_nd", "windowed", constant_pad)
     table.add("aten::slice", "windowed", crop)
     table.add("aten::narrow", "windowed", narrow)
     table.add("aten::pixel_unshuffle", "windowed", pixel_unshuffle)
@@ -169,27 +175,58 @@ def average_pool(n: int, call: Call) -> Answer:
 
 
 def pad(call: Call) -> Answer:
-    """Constant padding, or cropping where a pad is negative; pads of other dims stay with the operator."""
+    """Padding with a constant or with pixels near the border; cropping where a pad is negative."""
+    mode = call.arguments.get("mode", "constant")
+    return constant_pad(call) if mode == "constant" else border_pad(mode, call)
+
+
+def constant_pad(call: Call) -> Answer:
+    """Padding with one value; pads of other dims stay with the operator."""
     image: Value = call["self"]
-    if call.arguments.get("mode", "constant") != "constant":
-        return Refusal(Kind.NO_RULE, f"{call['mode']} padding is not streamed", image.dims)
-    rank, pads = len(image.shape), list(call["pad"])
-    maps, extents, remaining = [], [], list(pads)
-    for dim in image.dims:
-        place = 2 * (rank - 1 - dim)
-        before, after = pads[place : place + 2] if place < len(pads) else (0, 0)
-        maps.append(AxisMap.shifted(-before))
-        extents.append(AxisExtent.changed(before + after))
-        remaining[place : place + 2] = [0, 0][: len(remaining[place : place + 2])]
+    pads = list(call["pad"])
+    along, remaining = _pads_along(image, pads)
     return Footprint(
         Evaluation.WINDOWED,
         image.dims,
-        (Read("self", image, image.dims, tuple(maps)),),
+        (Read("self", image, image.dims, tuple(AxisMap.shifted(-before) for before, _ in along)),),
         call.target if any(remaining) else None,
         {"pad": remaining},
         fill=float(call["value"] or 0.0),
-        extents=tuple(extents),
+        extents=tuple(AxisExtent.changed(before + after) for before, after in along),
     )
+
+
+def border_pad(mode: str, call: Call) -> Answer:
+    """Padding with pixels of the image, repeated or mirrored, along the last dims."""
+    image: Value = call["self"]
+    pads = list(call["pad" if "pad" in call.arguments else "padding"])
+    along, remaining = _pads_along(image, pads)
+    if mode == "circular":
+        return Refusal(Kind.GLOBAL, OPPOSITE, image.dims)
+    padded = set(range(len(image.shape) - len(pads) // 2, len(image.shape)))
+    if any(remaining) or padded != set(image.dims):
+        reason = f"pads dims {sorted(padded)} in mode {mode!r}, but the stream axes are dims {image.dims}"
+        return Refusal(Kind.NO_RULE, reason, image.dims)
+    maps = tuple(AxisMap.shifted(-before) for before, _ in along)
+    return Footprint(
+        Evaluation.WINDOWED,
+        image.dims,
+        (Read("self", image, image.dims, maps, border=Border(mode)),),
+        None,
+        production=tuple(Production(1, before, 1) for before, _ in along),
+        extents=tuple(AxisExtent.changed(before + after) for before, after in along),
+    )
+
+
+def _pads_along(image: Value, pads: list[int]) -> tuple[list[tuple[int, int]], list[int]]:
+    """The pads before and after along each stream axis, and `pads` (last dim first) without these."""
+    rank, remaining, along = len(image.shape), list(pads), []
+    for dim in image.dims:
+        place = 2 * (rank - 1 - dim)
+        before, after = pads[place : place + 2] if place < len(pads) else (0, 0)
+        along.append((before, after))
+        remaining[place : place + 2] = [0, 0][: len(remaining[place : place + 2])]
+    return along, remaining
 
 
 def crop(call: Call) -> Answer:
