@@ -180,7 +180,7 @@ class AxisWalk:
         self._place = place = {name: i for i, name in enumerate(self._names)}
         # Plain integers: this loop runs for every node of every tile that the planner considers.
         self._steps = tuple(
-            (i, tuple((place[r.producer], *_integers(r.map), *_ends(r)) for r in node.reads))
+            (i, tuple((place[r.producer], *_integers(r.map), r.extent, r.border) for r in node.reads))
             for i, node in reversed(tuple(enumerate(self._nodes)))
         )
         self._items = tuple((i, place[n.reads[0].producer]) for i, n in enumerate(self._nodes) if n.is_item)
@@ -228,11 +228,11 @@ class AxisWalk:
             start, stop = starts[i], stops[i]
             if start == stop:
                 continue
-            for producer, num, den, first, last, extent, is_mirrored in reads:
+            for producer, num, den, first, last, extent, border in reads:
                 low = (num * start + first) // den
                 high = (num * (stop - 1) + last) // den + 1
-                if is_mirrored and (low < 0 or high > extent):
-                    low, high = min(low, 2 * extent - 1 - high), max(high, 1 - low)
+                if border is not Border.FILLED and (low < 0 or high > extent):
+                    low, high = border.reflected(low, high, extent)
                 low = 0 if low < 0 else extent - 1 if low >= extent else low
                 high = 1 if high < 1 else extent if high > extent else high
                 if starts[producer] == stops[producer]:
@@ -258,10 +258,6 @@ class AxisWalk:
 
 def _integers(axis_map: AxisMap) -> tuple[int, int, int, int]:
     return axis_map.num, axis_map.den, axis_map.first, axis_map.last
-
-
-def _ends(read: _Read) -> tuple[int, bool]:
-    return read.extent, read.border is Border.MIRRORED
 
 
 def _node(locality: Locality, name: str, axis: int) -> _Node:

@@ -12,8 +12,8 @@ NOTE [what is claimed]
    this, as a fraction, with the taps around it.
 2. Rounding may move a source across a pixel. The map is widened until it covers every tap of the table that has a
    weight. It is then not tight.
-3. At the border torch clamps sources to the image, and reads a further pixel with weight 0. That is not claimed: a
-   tap outside of what a tile holds is moved to its nearest pixel.
+3. At the border torch clamps sources to the image. What it then reads with weight 0 is no part of the map. A tap
+   outside of what a tile holds is moved to its nearest pixel.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def make_strip(part: Excerpt, axis: int, weights: Mapping[str, torch.Tensor], wh
         raise UnprobedError("no node has a receptive field in its largest input")
     chains = {leaf: extent_chains(part.locality, nodes, leaf) for leaf in real}
     deepest = max(known, key=lambda f: (f.stride, f.size))
-    margin = _margin(part, claims[main], axis)
+    margin = _margin(part.locality, nodes, claims[main], axis)
     stride = max(math.ceil(f.stride) for f in known)
     start = margin + (deepest.lows[0] - margin) % stride
     inside = max(f.size for f in known) + 3 * stride + 2
@@ -122,6 +122,8 @@ def make_strip(part: Excerpt, axis: int, weights: Mapping[str, torch.Tensor], wh
                 continue
             poisoned = [leaf for leaf in real if part.type_of(leaf) == part.dtype]  # a mask carries no NaN
             fields = {leaf: receptive_fields(at_strip, nodes, leaf) for leaf in poisoned}
+            if main in fields and _margin(at_strip, nodes, fields[main], axis) > margin:
+                continue  # an operator whose result has a fixed size has another stride here
             found = extents | {name: at_strip.value(name).extents for name in nodes}
             if _all_nodes_read(at_strip, nodes, fields, found, whole_windows):
                 return Strip(part, axis, at_strip, extents, fields, tiles, main, weights)
@@ -196,11 +198,11 @@ def _applied(chain: ExtentChain, extent: int) -> int:
     return extent
 
 
-def _margin(part: Excerpt, fields: Fields, axis: int) -> int:
+def _margin(locality: Locality, nodes: Sequence[str], fields: Fields, axis: int) -> int:
     """How wide the NaN surroundings must be for no window to straddle them, nor to step over them."""
     widest = 1
-    for name in part.segment.nodes:
-        for read in part.locality.footprint(name).reads:
+    for name in nodes:
+        for read in locality.footprint(name).reads:
             if read.value.name in fields:
                 own = read.maps[axis]
                 span = (own.last - own.first) // own.den + 1 + math.ceil(own.num / own.den)

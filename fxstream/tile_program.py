@@ -301,10 +301,11 @@ def _padding_argument(footprint: Footprint, own: Sequence[_OwnPadding | None]) -
     """The padding of the call, in the order of the operator's dims; nothing where it has none of its own."""
     if not any(own):
         return {}
-    widths = zip(footprint.dims, own, strict=True)
-    return {
-        "padding": [padding.width if padding else 0 for _, padding in sorted(widths, key=lambda pair: pair[0])]
-    }
+    widths = list(footprint.overrides["padding"])
+    first = len(footprint.reads[0].value.shape) - len(widths)
+    for dim, padding in zip(footprint.dims, own, strict=True):
+        widths[dim - first] = padding.width if padding else 0
+    return {"padding": widths}
 
 
 TRACED = ("nn_module_stack", "stack_trace")

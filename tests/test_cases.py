@@ -136,6 +136,15 @@ CASES = {
         conv(3, 3, 5, padding=2, stride=2, padding_mode="reflect"),
         conv(3, 2, padding=(1, 2), padding_mode="replicate"),
     ),
+    "windows as a dim": Function(
+        lambda m, x: m.b(m.a(x).unfold(2, 3, 2).unfold(3, 2, 1).sum((4, 5))), a=conv(2, 3), b=conv(3, 2)
+    ),
+    "windows over channels": Function(
+        lambda m, x: m.c(F.max_pool3d(m.b(m.a(x).unsqueeze(1)), 3, 1, 1)[:, 0]),
+        a=conv(2, 4),
+        b=nn.Conv3d(1, 1, (3, 3, 2), padding=(1, 1, 0)),
+        c=conv(4, 2),
+    ),
     "pixel shuffle": nn.Sequential(
         conv(2, 8), nn.PixelShuffle(2), conv(2, 3), nn.PixelUnshuffle(2), conv(12, 2, 2)
     ),
@@ -223,6 +232,61 @@ def test_interpolation_by_any_factor(mode, aligned, sizes):
     assert [len(s.segment.nodes) for s in plan.segments] in ([3], []), "interpolation is not local"
 
 
+@pytest.mark.parametrize("shape", [(41,), (21, 17)])
+def test_local_response_norm(shape):
+    kind = (nn.Conv1d, nn.Conv2d)[len(shape) - 1]
+    model = nn.Sequential(kind(2, 5, 3), nn.LocalResponseNorm(3, 0.5), kind(5, 2, 2)).double()
+    image = torch.randn(2, 2, *shape, dtype=torch.double, requires_grad=True)
+    assert len(assert_streams(model, image, tile=11, segments=1).segments) == 1
+
+
+def coordinates(x, height, width):
+    rows = torch.linspace(-1, 1, height, dtype=x.dtype).view(1, 1, -1, 1).expand(x.shape[0], 1, height, width)
+    columns = torch.arange(width, dtype=x.dtype).expand(x.shape[0], 1, height, width)
+    grid = torch.meshgrid(torch.arange(height).to(x), torch.arange(width).to(x), indexing="ij")
+    return torch.cat([x, rows, columns, torch.stack(grid).expand(x.shape[0], 2, height, width)], 1)
+
+
+POSITIONS = {
+    "coordinate channels": Function(
+        lambda m, x: m.b(coordinates(F.relu(m.a(x)), x.shape[2] - 2, x.shape[3] - 2)), a=conv(2, 3), b=conv(7, 2)
+    ),
+    "coordinates of the image": Function(
+        lambda m, x: m.b(F.relu(m.a(coordinates(x, *x.shape[2:])))), a=conv(6, 3), b=conv(3, 2)
+    ),
+    "learned, added": Function(
+        lambda m, x: m.b(m.a(x) + m.at), a=conv(2, 3), b=conv(3, 2), at=nn.Parameter(torch.randn(1, 3, 19, 15))
+    ),
+    "learned, joined": Function(
+        lambda m, x: m.b(torch.cat([m.a(x), m.at.expand(len(x), -1, -1, -1)], 1)),
+        a=conv(2, 3),
+        b=conv(5, 2),
+        at=nn.Parameter(torch.randn(1, 2, 19, 15)),
+    ),
+    "learned, resized": Function(
+        lambda m, x: m.b(m.a(x) + F.interpolate(m.at, size=(19, 15), mode="bicubic")),
+        a=conv(2, 3),
+        b=conv(3, 2),
+        at=nn.Parameter(torch.randn(1, 3, 7, 7)),
+    ),
+    "learned rows and columns": Function(
+        lambda m, x: m.b(m.a(x) + m.rows + m.columns),
+        a=conv(2, 3),
+        b=conv(3, 2),
+        rows=nn.Parameter(torch.randn(1, 3, 19, 1)),
+        columns=nn.Parameter(torch.randn(3, 1, 15)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_depends_on_the_position(name, batch):
+    image = torch.randn(batch, 2, 21, 17, dtype=torch.double, requires_grad=True)
+    plan = assert_streams(POSITIONS[name].double(), image, tile=11, segments=1)
+    assert len(plan.segments) == 1
+
+
 @pytest.mark.parametrize("mode, shape", [("linear", (41,)), ("trilinear", (13, 12, 15))])
 @pytest.mark.parametrize("factor", [2, 0.5, 1.7])
 def test_interpolation_of_one_and_three_axes(mode, shape, factor):
@@ -273,6 +337,7 @@ def test_tiles_with_other_tables_share_programs():
 
 PLAINLY = {
     "circular": lambda m, x: m.b(F.pad(m.a(x), (2, 1, 1, 2), "circular")),
+    "a row times all": lambda m, x: m.b(m.a(x) * torch.linspace(0, 1, x.shape[3]).to(x)),
     "area": lambda m, x: m.b(F.interpolate(m.a(x), size=(31, 29), mode="area")),
     "antialiased": lambda m, x: m.b(F.interpolate(m.a(x), scale_factor=0.7, mode="bilinear", antialias=True)),
     "group norm": lambda m, x: m.b(F.relu(F.group_norm(m.a(x), 2))),

@@ -37,13 +37,13 @@ C4 = (1, 4, 6, 5)
 SAMPLES = {
     "conv1d": [(X1, lambda x: A.conv1d(x, W1, None, [2], [1], [2]))],
     "conv2d": [(X2, lambda x: A.conv2d(x, W2, None, [2, 1], [1, 0], [1, 2])), (X2, lambda x: A.conv2d(x, W2, None, [1], "same"))],
-    "conv3d": [(X3, lambda x: A.conv3d(x, W3, None, [1], [1]))],
+    "conv3d": [(X3, lambda x: A.conv3d(x, W3, None, [1], [1])), (X2, lambda x: A.conv3d(x.unsqueeze(2), W3, None, [1], [1, 0, 1]))],
     "max_pool1d": [(X1, lambda x: A.max_pool1d(x, 3, 2, 1, 1, True))],
     "max_pool2d": [(X2, lambda x: A.max_pool2d(x, [3, 2], [2, 3], [1, 0], 1, True))],
-    "max_pool3d": [(X3, lambda x: A.max_pool3d(x, 2, 1))],
+    "max_pool3d": [(X3, lambda x: A.max_pool3d(x, 2, 1)), (C4, lambda x: A.max_pool3d(x.unsqueeze(1), [3, 2, 2], 1, [1, 1, 0]))],
     "avg_pool1d": [(X1, lambda x: A.avg_pool1d(x, 3, 2, 1, True, False))],
     "avg_pool2d": [(X2, lambda x: A.avg_pool2d(x, [3, 2], [2, 3], [1, 0], True, False))],
-    "avg_pool3d": [(X3, lambda x: A.avg_pool3d(x, 2, 1))],
+    "avg_pool3d": [(X3, lambda x: A.avg_pool3d(x, 2, 1)), (C4, lambda x: A.avg_pool3d(x.unsqueeze(1), [3, 2, 1], 1))],
     "pad": [
         (X2, lambda x: A.pad(x, [1, -2, 3, 0, 1, 0], "constant", 2.0)),
         (X2, lambda x: A.pad(x, [1, -2, 3, 0], "reflect")), (X1, lambda x: A.pad(x, [-1, 20], "replicate")),
@@ -55,6 +55,7 @@ SAMPLES = {
     "constant_pad_nd": [(X2, lambda x: A.constant_pad_nd(x, [1, -2, -3, 2]))],
     "slice": [(X2, lambda x: A.slice(x, 2, 1, -1, 2)), (X2, lambda x: A.slice(x, 1, 0, 1))],
     "narrow": [(X2, lambda x: A.narrow(x, 3, 2, 5)), (X2, lambda x: A.narrow(x, 1, 1, 1))],
+    "unfold": [(X2, lambda x: A.unfold(x, 2, 3, 2)), (X2, lambda x: A.unfold(x, -1, 2, 1)), (X2, lambda x: A.unfold(x, 1, 1, 1))],
     "pixel_unshuffle": [((1, 2, 6, 8), lambda x: A.pixel_unshuffle(x, 2))],
     "pixel_shuffle": [(C4, lambda x: A.pixel_shuffle(x, 2))],
     "upsample_nearest1d": [(X1, lambda x: A.upsample_nearest1d(x, None, [3.0])), (X1, lambda x: A.upsample_nearest1d(x, [33], None))],
@@ -65,11 +66,11 @@ SAMPLES = {
         (X1, lambda x: A.upsample_linear1d(x, [25], True, None)), (X1, lambda x: A.upsample_linear1d.default(x, [9], False, 0.7)),
     ],
     "upsample_bilinear2d": [
-        (X2, lambda x: A.upsample_bilinear2d(x, None, False, [4.0, 2.0])), (X2, lambda x: A.upsample_bilinear2d(x, [8, 16], True, None)),
+        (X2, lambda x: A.upsample_bilinear2d(x, None, False, [2.0, 1.0])), (X2, lambda x: A.upsample_bilinear2d(x, [8, 16], True, None)),
         (X2, lambda x: A.upsample_bilinear2d.default(x, [14, 12], False, 1.5, None)),
     ],
     "upsample_trilinear3d": [
-        (X3, lambda x: A.upsample_trilinear3d(x, None, False, [2.0, 1.0, 4.0])), (X3, lambda x: A.upsample_trilinear3d(x, [7, 6, 5], True, None)),
+        (X3, lambda x: A.upsample_trilinear3d(x, None, False, [2.0, 1.0, 2.0])), (X3, lambda x: A.upsample_trilinear3d(x, [7, 6, 5], True, None)),
     ],
     "upsample_bicubic2d": [
         (X2, lambda x: A.upsample_bicubic2d(x, None, False, [2.0, 4.0])), (X2, lambda x: A.upsample_bicubic2d(x, [19, 4], False, None)),

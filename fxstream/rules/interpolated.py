@@ -55,6 +55,11 @@ class Mode:
         """Whether several pixels are blended."""
         return self.taps != (0, 0)
 
+    @property
+    def border(self) -> Border:
+        """In linear mode a source before the first pixel is moved onto it, and the next is read with weight 0."""
+        return Border.CLAMPED if self.taps == (0, 1) else Border.CLIPPED
+
 
 NEAREST, NEAREST_EXACT = Mode((0, 0), False), Mode((0, 0), True)
 LINEAR, CUBIC = Mode((0, 1), True), Mode((-1, 2), True)
@@ -89,7 +94,7 @@ def interpolation(n: int, mode: Mode, call: Call) -> Answer:
     return Footprint(
         Evaluation.RESAMPLED,
         dims,
-        (Read(argument, image, dims, tuple(m for m, _ in claims), border=Border.CLIPPED),),
+        (Read(argument, image, dims, tuple(m for m, _ in claims), border=mode.border),),
         call.target,
         resample=tuple(axes),
         extents=tuple(map(_extent, axes)),
@@ -156,7 +161,7 @@ def _by_itself(call: Call, argument: str, dims: tuple[int, ...], mode: Mode, fac
     return Footprint(
         Evaluation.RESAMPLED,
         dims,
-        (Read(argument, call[argument], dims, tuple(maps), border=Border.CLIPPED),),
+        (Read(argument, call[argument], dims, tuple(maps), border=mode.border),),
         call.target,
         _sized_by_the_tile(call),
         production=tuple(Production(s, 0, s) for s in factors),

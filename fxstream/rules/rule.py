@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fxstream.box import EMPTY, Interval
+from fxstream.box import Interval
 from fxstream.errors import RuleError
 from fxstream.interpolation import Resample
 from fxstream.receptive_field import AxisExtent, AxisMap
@@ -74,6 +74,7 @@ class Border(enum.Enum):
     REPEATED = "replicate"
     MIRRORED = "reflect"
     CLIPPED = "none: it stays inside by itself"
+    CLAMPED = "none: it reads the first two pixels where a pixel before the first is meant"
 
     def needed(self, read: Interval, extent: int) -> Interval:
         """`read` with the pixels of the image that stand for those outside; without these where they are clipped.
@@ -83,14 +84,19 @@ class Border(enum.Enum):
         """
         if not len(read) or self is Border.FILLED:
             return read
-        if self is Border.CLIPPED:
-            return read.nearest(extent)
-        if self is Border.REPEATED:
-            return read.hull(read.nearest(extent))
-        mirrored = Interval(0, 1 - read.start) if read.start < 0 else EMPTY
-        if read.stop > extent:
-            mirrored = mirrored.hull(Interval(2 * extent - 1 - read.stop, extent))
-        return read.hull(mirrored)
+        start, stop = self.reflected(read.start, read.stop, extent)
+        if self in (Border.CLIPPED, Border.CLAMPED):
+            return Interval(start, stop).nearest(extent)
+        return Interval(start, stop).hull(read.nearest(extent))
+
+    def reflected(self, start: int, stop: int, extent: int) -> tuple[int, int]:
+        """The pixels ``start .. stop - 1`` and those that lie as far inside the image as these lie outside."""
+        begin, end = start, stop
+        if start < 0 and self in (Border.MIRRORED, Border.CLAMPED):
+            end = max(end, 1 - start)
+        if stop > extent and self is Border.MIRRORED:
+            begin = min(begin, 2 * extent - 1 - stop)
+        return begin, end
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ def add_rules(table: RuleTable) -> None:
     table.add("aten::constant_pad_nd", "windowed", constant_pad)
     table.add("aten::slice", "windowed", crop)
     table.add("aten::narrow", "windowed", narrow)
+    table.add("aten::unfold", "windowed", unfold)
     table.add("aten::pixel_unshuffle", "windowed", pixel_unshuffle)
 
 
@@ -59,8 +60,8 @@ def per_axis(given: Sequence[int] | int, n: int) -> tuple[int, ...]:
     return values * n if len(values) == 1 else values
 
 
-def window_dims(call: Call, image: Value, n: int) -> tuple[int, ...] | Refusal:
-    """The stream dims that a window over the last `n` dims slides along.
+def window_dims(call: Call, image: Value, n: int, some: bool = False) -> tuple[int, ...] | Refusal:
+    """The stream dims that a window over the last `n` dims slides along: all of these, or `some` of them.
 
     An image-dependent value that has lost its stream axes (tokens turned back into a map) gets them again
     here: the dims a window slides along are space by definition.
@@ -71,7 +72,8 @@ def window_dims(call: Call, image: Value, n: int) -> tuple[int, ...] | Refusal:
         return Refusal(Kind.GLOBAL, "its weights depend on the position in the image")
     if not image.dims and rank == n + 2 and min(image.shape[-n:]) > 1:
         return sliding
-    if not image.dims or set(image.dims) != set(sliding):
+    fits = set(image.dims) <= set(sliding) if some else set(image.dims) == set(sliding)
+    if not image.dims or not fits:
         return Refusal(Kind.GLOBAL, f"slides along dims {sliding}, but the stream axes are dims {image.dims}")
     return image.dims
 
@@ -95,7 +97,8 @@ def windowed(
 
 def convolution(n: int, call: Call) -> Answer:
     """Convolution with any stride, dilation, groups, kernel and padding, "same" and "valid" included."""
-    dims = window_dims(call, call["input"], n)
+    image: Value = call["input"]
+    dims = window_dims(call, image, n, some=True)
     if isinstance(dims, Refusal):
         return dims
     kernel = call["weight"].shape[2:]
@@ -109,6 +112,8 @@ def convolution(n: int, call: Call) -> Answer:
         padding = per_axis(call["padding"], n)
     windows = list(zip(kernel, stride, padding, dilation, strict=True))
     same = call["padding"] == "same"
+    if same and any(span % 2 for span in other_axes(image, dims, spans)):
+        return Refusal(Kind.GLOBAL, "pads unevenly along a dim that is no stream axis", dims)
     extents = [AxisExtent.changed(0) if same else AxisExtent.window(*window) for window in windows]
     return windowed(
         call,
@@ -117,10 +122,16 @@ def convolution(n: int, call: Call) -> Answer:
         extents,
         dims,
         target=CONVOLUTIONS[n],
-        overrides={"padding": [0] * n},
+        overrides={"padding": other_axes(image, dims, padding)},
         fill=0.0,
         macs=math.prod(call.shape) * math.prod(call["weight"].shape[1:]),
     )
+
+
+def other_axes(image: Value, dims: tuple[int, ...], given: Sequence[int]) -> list[int]:
+    """The numbers given for the last dims, 0 for those that are stream axes: what stays with the operator."""
+    first = len(image.shape) - len(given)
+    return [0 if first + i in dims else number for i, number in enumerate(given)]
 
 
 def pool_windows(n: int, call: Call) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -132,23 +143,29 @@ def pool_windows(n: int, call: Call) -> tuple[tuple[int, ...], tuple[int, ...], 
 def max_pool(n: int, call: Call) -> Answer:
     """Max pooling; windows that reach beyond the padding under ceil_mode see the fill value there."""
     image: Value = call["self"]
-    dims = window_dims(call, image, n)
+    dims = window_dims(call, image, n, some=not call["ceil_mode"])
     if isinstance(dims, Refusal):
         return dims
     if not image.dtype.is_floating_point:
         return Refusal(Kind.GLOBAL, f"pools {image.dtype}, which has no minus infinity to pad with", dims)
     dilation = per_axis(call["dilation"], n)
-    windows = list(zip(*pool_windows(n, call), dilation, strict=True))
+    kernel, stride, padding = pool_windows(n, call)
+    windows = list(zip(kernel, stride, padding, dilation, strict=True))
     maps = [AxisMap.window(*window) for window in windows]
     extents = [AxisExtent.window(*window, call["ceil_mode"]) for window in windows]
-    overrides = {"padding": [0] * n, "ceil_mode": False}
+    overrides = {"padding": other_axes(image, dims, padding), "ceil_mode": False}
     return windowed(call, "self", maps, extents, dims, overrides=overrides, fill=-math.inf)
 
 
 def average_pool(n: int, call: Call) -> Answer:
-    """Average pooling; the divisors at the border are counted per window."""
+    """Average pooling; the divisors at the border are counted per window.
+
+    Some of the dims need not be stream axes, as in local response normalisation, if no window along the others
+    reaches beyond the border.
+    """
     image: Value = call["self"]
-    dims = window_dims(call, image, n)
+    whole = not call["ceil_mode"] and not any(per_axis(call["padding"], n))
+    dims = window_dims(call, image, n, some=whole)
     if isinstance(dims, Refusal):
         return dims
     if not image.dtype.is_floating_point:
@@ -277,6 +294,17 @@ def narrow(call: Call) -> Answer:
         None if dim in image.dims else call.target,
         extents=tuple(extents),
     )
+
+
+def unfold(call: Call) -> Answer:
+    """Windows along one dim, each as a new last dim."""
+    image: Value = call["self"]
+    dim, size, step = call["dimension"] % len(image.shape), call["size"], call["step"]
+    window = size, step, 0
+    maps = tuple(AxisMap.window(*window) if d == dim else IDENTITY for d in image.dims)
+    extents = tuple(AxisExtent.window(*window) if d == dim else AxisExtent.changed(0) for d in image.dims)
+    read = Read("self", image, image.dims, maps)
+    return Footprint(Evaluation.WINDOWED, image.dims, (read,), call.target, extents=extents)
 
 
 def pixel_unshuffle(call: Call) -> Answer:
