@@ -32,7 +32,8 @@ def reuse_inputs(
     """Rule 1, in place; `origin` names the operator of the model that each call of the graph evaluates."""
     for node, name in origin.items():
         given = node.args[0] if node.args else None
-        if isinstance(given, fx.Node) and origin.get(given) is not None and len(given.users) == 1:
+        read = [n.name for n in locality.nodes[name].all_input_nodes]  # a pad or crop may be nothing on this tile
+        if isinstance(given, fx.Node) and origin.get(given) in read and len(given.users) == 1:
             twin = in_place_twin(node.target)
             if twin is not None and name in saved and takes_over(locality, saved, name):
                 node.target = twin

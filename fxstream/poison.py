@@ -83,8 +83,11 @@ def _compare_forward(strip: Strip, node: fx.Node, value: Any, found: Findings) -
         if measured == claimed:
             continue
         smaller = measured.start > claimed.start or measured.stop < claimed.stop
-        # On a strip this narrow a dilated window may read padding only, though pixels lie between its taps.
-        unseen = not bool(poisoned[entry].any())
+        # On a strip this narrow a dilated window may read padding only, though pixels lie between its taps; and
+        # crops may leave nothing of the NaN on one side.
+        before = measured.start in (claimed.start, 0)
+        after = measured.stop in (claimed.stop, value.shape[dim])
+        unseen = before and after
         if not smaller and (unseen or name in found.blurred_forward or not _carries_nan(strip, node)):
             found.blurred_forward.add(name)
             return

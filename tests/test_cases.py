@@ -145,6 +145,9 @@ CASES = {
         b=nn.Conv3d(1, 1, (3, 3, 2), padding=(1, 1, 0)),
         c=conv(4, 2),
     ),
+    "padded between activations": nn.Sequential(
+        nn.ReLU(), nn.ZeroPad2d(2), nn.ReLU(), nn.ReflectionPad2d(1), nn.ReLU(), conv(2, 2, 1), nn.ReLU()
+    ),
     "pixel shuffle": nn.Sequential(
         conv(2, 8), nn.PixelShuffle(2), conv(2, 3), nn.PixelUnshuffle(2), conv(12, 2, 2)
     ),
