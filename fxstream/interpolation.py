@@ -10,10 +10,10 @@ NOTE [what is claimed]
 1. Output pixel ``o`` has its source at ``scale * (o + 1/2) - 1/2``, or ``scale * o`` where corners are aligned; in
    nearest mode at ``scale * o``, and at ``scale * (o + 1/2)`` where that is exact. The access map is the floor of
    this, as a fraction, with the taps around it.
-2. Rounding may move a source across a pixel. The map is widened until it covers every tap of the table that has a
-   weight. It is then not tight.
-3. At the border torch clamps sources to the image. What it then reads with weight 0 is no part of the map. A tap
-   outside of what a tile holds is moved to its nearest pixel.
+2. Rounding may move a source across a pixel. The map is widened until it covers every tap of the table. It is then
+   not tight.
+3. A source before the first pixel torch moves onto that. What it then reads with weight 0 is no part of the map. A
+   tap outside of what a tile holds is moved to its nearest pixel.
 4. In nearest mode torch's kernels disagree about a few pixels at some sizes: which is taken depends on the size of
    the result, the order of its dims in memory and the type. Such a table is not certain and must not be used.
 """
@@ -105,10 +105,10 @@ class Resample:
         centre = (num - den * (not self.gathers)) // 2 if self.centred else 0
         first, last = (centre + den * tap for tap in self.taps)
         table = self.table(torch.device("cpu"))
-        has_weight = table.weights != 0
         start = num * torch.arange(self.extent_out, device="cpu")
-        low = table.indices.masked_fill(~has_weight, self.extent).amin(0)
-        high = table.indices.masked_fill(~has_weight, -1).amax(0)
+        counts = (table.weights != 0) | (start + centre >= 0)
+        low = table.indices.masked_fill(~counts, self.extent).amin(0)
+        high = table.indices.masked_fill(~counts, -1).amax(0)
         first = min(first, int((den * low + den - 1 - start).min()))
         last = max(last, int((den * high - start).max()))
         lows = ((start + first) // den).clamp(0, self.extent - 1)

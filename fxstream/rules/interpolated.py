@@ -84,6 +84,10 @@ def interpolation(n: int, mode: Mode, call: Call) -> Answer:
     if mode.is_weighted and not image.dtype.is_floating_point:
         return Refusal(Kind.GLOBAL, f"interpolates {image.dtype}, which rounds", dims)
     axes = [_axis(n, mode, call, image, dim) for dim in dims]
+    if mode is CUBIC and all(axis.extent == axis.extent_out for axis in axes):
+        if not all(axis.align_corners or axis.scale in (None, 1.0) for axis in axes):
+            return Refusal(Kind.NO_RULE, "is copied in torch's backward, but not in its forward", dims)
+        return _by_itself(call, argument, dims, mode, [1] * n)
     enlarged = [_enlarged(mode, axis) for axis in axes]
     if all(enlarged):
         return _by_itself(call, argument, dims, mode, enlarged)
