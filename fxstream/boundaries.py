@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fxstream.cost import Costs
-from fxstream.demand import Segment, is_read_outside, make_segment
+from fxstream.demand import Segment, is_output, make_segment
 from fxstream.errors import PlanError
 from fxstream.grid import Grid
 from fxstream.locality import Locality
@@ -61,7 +61,7 @@ class Places:
                 if name in self._place:
                     self._last_use[self._place[name]] = i
         for i, name in enumerate(nodes):
-            if is_read_outside(locality, name, inside):
+            if is_output(locality, name, inside):
                 self._last_use[i] = len(nodes)
 
     def behind(self, paths: Sequence[str]) -> list[int]:

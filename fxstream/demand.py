@@ -28,6 +28,7 @@ __all__ = [
     "Cut",
     "ReadStep",
     "Segment",
+    "is_output",
     "is_read_outside",
     "lookups",
     "make_segment",
@@ -72,7 +73,7 @@ def make_segment(
             is_integer = isinstance(locality.metas.get(given.name), int)
             if given.name not in inside and given.name not in reads and not is_integer:
                 smalls[given.name] = None
-        if node.name in outputs if outputs is not None else is_read_outside(locality, node.name, inside):
+        if node.name in outputs if outputs is not None else is_output(locality, node.name, inside):
             ends.append(node.name)
     return Segment(name, nodes, tuple(leaves.items()), tuple(smalls), tuple(ends))
 
@@ -81,6 +82,12 @@ def is_read_outside(locality: Locality, name: str, inside: Collection[str]) -> b
     """Whether anything but the nodes `inside`, and integers, reads a node's result."""
     users = locality.nodes[name].users
     return any(u.name not in inside and not isinstance(locality.metas.get(u.name), int) for u in users)
+
+
+def is_output(locality: Locality, name: str, inside: Collection[str]) -> bool:
+    """Whether a segment of the nodes `inside` has this result: if it is read outside, or reduces over tiles."""
+    reduces = locality.verdicts[name].reduction is not None and bool(locality.nodes[name].users)
+    return reduces or is_read_outside(locality, name, inside)
 
 
 def _needed(locality: Locality, nodes: tuple[str, ...], outputs: Collection[str]) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import networkx as nx
 
-from fxstream.demand import Segment, is_read_outside, make_segment
+from fxstream.demand import Segment, is_output, is_read_outside, make_segment
 from fxstream.functional import ordered_nodes
 from fxstream.locality import Locality
 
@@ -56,7 +56,7 @@ def streamable_parts(locality: Locality) -> list[tuple[str, ...]]:
 def passes(locality: Locality, name: str, nodes: Sequence[str]) -> Iterator[Segment]:
     """The segments that a stretch runs as (rule 3), in order; `name` begins their names."""
     inside, known = set(nodes), set[str]()
-    outputs = [n for n in nodes if is_read_outside(locality, n, inside)]
+    outputs = [n for n in nodes if is_output(locality, n, inside)]
     for i, stage in enumerate(stages := stages_of_outputs(locality, outputs)):
         own = [n for n in outputs if locality.stages[n] == stage]
         left = tuple(n for n in nodes if n not in known)

@@ -17,7 +17,7 @@ import torch
 
 from fxstream.boundaries import FEW_PASSES, RegionPlanner
 from fxstream.cost import Machine
-from fxstream.demand import is_read_outside
+from fxstream.demand import is_output
 from fxstream.device import budget_of
 from fxstream.errors import PlanError
 from fxstream.locality import Locality
@@ -208,5 +208,5 @@ def _is_worthwhile(locality: Locality, nodes: tuple[str, ...], total: int) -> bo
     """Whether streaming these nodes frees a good part of their activations."""
     held = locality.activation_bytes(nodes)
     inside = set(nodes)
-    kept = locality.activation_bytes([name for name in nodes if is_read_outside(locality, name, inside)])
+    kept = locality.activation_bytes([name for name in nodes if is_output(locality, name, inside)])
     return held - kept > WORTHWHILE * held and held > LEAST_SHARE * total
