@@ -291,6 +291,8 @@ def _share_with_frozen_batch_norm(analysis: Analysis) -> float:
 
 def tile_bytes(locality: Locality, plan: SegmentPlan, node: str) -> float:
     """Bytes of a node's result in the largest tile of its segment."""
+    if not plan.axes or locality.verdicts[node].footprint is None:
+        return kept_bytes(locality, node)
     extents = locality.value(node).extents
     shares = (held / extent for held, extent in zip(plan.largest(node), extents, strict=True))
     return kept_bytes(locality, node) * math.prod(shares)
