@@ -16,7 +16,7 @@ from fxstream.capture import Captured, capture
 from fxstream.errors import InputError
 from fxstream.locality import Locality, Region, Verdict, analyse_locality
 from fxstream.lowering import is_lowerable, lower
-from fxstream.sizes import Meta, shapes_at, stream_dims
+from fxstream.sizes import Meta, Shape, shapes_at, stream_dims
 
 __all__ = ["Analysis", "analyse", "analyze", "example_image", "image_dims", "lowered"]
 
@@ -88,7 +88,8 @@ def lowered(captured: Captured, model: nn.Module, tensors: list[torch.Tensor]) -
 
 def image_dims(captured: Captured, metas: Mapping[str, Meta]) -> dict[str, tuple[int, ...]]:
     """The stream dims of every input of the model."""
-    return {name: stream_dims(metas.get(name)) for name in captured.inputs}
+    shapes = {name: meta.shape for name in captured.inputs if isinstance(meta := metas.get(name), Shape)}
+    return dict(zip(shapes, stream_dims(list(shapes.values())), strict=True))
 
 
 def example_image(model: nn.Module, size: int | tuple[int, ...], channels: int, batch: int) -> torch.Tensor:
