@@ -59,11 +59,11 @@ class Excerpt:
 
         Whole numbers beside an image are classes.
         """
-        found = {leaf: self.locality.metas[leaf].dtype for leaf, _ in self.segment.leaves}  # type: ignore[union-attr]
         meta = self.locality.metas[name]
         assert isinstance(meta, Shape)
-        is_classes = meta.dtype == torch.int64 and any(dtype != torch.int64 for dtype in found.values())
-        is_image = name in found and meta.dtype != torch.bool and not is_classes
+        beside = any(image.dtype != torch.int64 for image in self.locality.images)
+        is_classes = meta.dtype == torch.bool or (meta.dtype == torch.int64 and beside)
+        is_image = name in dict(self.segment.leaves) and not is_classes
         return self.dtype if meta.dtype.is_floating_point or is_image else meta.dtype
 
     def at(self, leaves: Mapping[str, tuple[int, ...]]) -> Locality:

@@ -13,13 +13,13 @@ from torch import fx
 
 from fxstream.capture import Captured
 from fxstream.locality import Locality
-from fxstream.lowering import normalisations, pooling
+from fxstream.lowering import losses, normalisations, pooling
 from fxstream.lowering.writer import Lowering, Writer
 from fxstream.rules import Kind
 
 __all__ = ["is_lowerable", "lower"]
 
-LOWERINGS: dict[str, Lowering] = {**normalisations.LOWERINGS, **pooling.LOWERINGS}
+LOWERINGS: dict[str, Lowering] = {**normalisations.LOWERINGS, **pooling.LOWERINGS, **losses.LOWERINGS}
 """Per operator, what it is rewritten to where it works over space."""
 
 

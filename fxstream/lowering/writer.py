@@ -37,6 +37,20 @@ class Writer:
         assert isinstance(meta, Shape)
         return meta
 
+    @property
+    def result(self) -> Shape:
+        """Shape and type of the result of the operator that is taken apart."""
+        return self.meta(self._node)
+
+    def again(self, **replaced: Any) -> fx.Node:
+        """The same operator with some of its arguments replaced."""
+        assert isinstance(self._node.target, torch._ops.OpOverload)
+        given = self.given | replaced
+        arguments = self._node.target._schema.arguments
+        positional = [given[argument.name] for argument in arguments if not argument.kwarg_only]
+        keywords = {argument.name: given[argument.name] for argument in arguments if argument.kwarg_only}
+        return self.call(self._node.target, *positional, **keywords)
+
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """One more operator."""
         with self._graph.inserting_before(self._node):

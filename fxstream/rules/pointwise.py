@@ -16,6 +16,7 @@ __all__ = ["add_rules", "aligned_read", "pointwise", "random_draw"]
 
 ADDITIONS = (
     "alias",
+    "broadcast_tensors",
     "clone",
     "contiguous",
     "detach",
@@ -27,6 +28,7 @@ ADDITIONS = (
     "ones_like",
     "full_like",
     "copy",
+    "expand_as",
     "fill",
     "divide",
     "hardswish",
