@@ -15,7 +15,7 @@ from torch import nn
 from fxstream.capture import Captured, capture
 from fxstream.errors import InputError
 from fxstream.locality import Locality, Region, Verdict, analyse_locality
-from fxstream.lowering import is_lowerable, lower
+from fxstream.lowering import is_lowerable, lower, with_positions
 from fxstream.sizes import Meta, Shape, shapes_at, stream_dims
 
 __all__ = ["Analysis", "analyse", "analyze", "example_image", "image_dims", "lowered"]
@@ -83,6 +83,9 @@ def analyse(captured: Captured, model: nn.Module, tensors: list[torch.Tensor]) -
 def lowered(captured: Captured, model: nn.Module, tensors: list[torch.Tensor]) -> Captured:
     """The captured model with its feature-map-wide operators taken apart, where any can be (`lowering`)."""
     locality = analyse(captured, model, tensors).locality
+    apart = with_positions(captured, locality)
+    if apart is not captured:
+        captured, locality = apart, analyse(apart, model, tensors).locality
     return lower(captured, locality) if is_lowerable(locality) else captured
 
 

@@ -67,8 +67,13 @@ def make_segment(
 
 
 def is_read_outside(locality: Locality, name: str, inside: Collection[str]) -> bool:
-    """Whether anything but the nodes `inside`, and integers, reads a node's result."""
+    """Whether anything but the nodes `inside`, and integers, reads a node's result.
+
+    What reads the result of a reduction reads it from outside, since it needs that of all tiles.
+    """
     users = locality.nodes[name].users
+    if locality.verdicts[name].reduction is not None:
+        return bool(users)
     return any(u.name not in inside and not isinstance(locality.metas.get(u.name), int) for u in users)
 
 

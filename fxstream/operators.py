@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["class_weights", "moments", "overload"]
+__all__ = ["class_weights", "contract", "moments", "overload"]
 
 _LIBRARY = torch.library.Library("fxstream", "DEF")
 
@@ -64,3 +64,13 @@ def class_weights(
     if weight is None:
         return counted.to(dtype)
     return weight.detach().to(dtype)[torch.where(counted, target, 0)] * counted
+
+
+@_operator("contract(str equation, Tensor self, Tensor other) -> Tensor")
+def contract(equation: str, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`torch.einsum` of two operands.
+
+    >>> contract("nc,nk->ck", torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]]))
+    tensor([[11.]])
+    """
+    return torch.einsum(equation, one, other)

@@ -13,13 +13,19 @@ from torch import fx
 
 from fxstream.capture import Captured
 from fxstream.locality import Locality
-from fxstream.lowering import losses, normalisations, pooling
+from fxstream.lowering import losses, normalisations, pooling, positions
+from fxstream.lowering.positions import with_positions
 from fxstream.lowering.writer import Lowering, Writer
 from fxstream.rules import Kind
 
-__all__ = ["is_lowerable", "lower"]
+__all__ = ["is_lowerable", "lower", "with_positions"]
 
-LOWERINGS: dict[str, Lowering] = {**normalisations.LOWERINGS, **pooling.LOWERINGS, **losses.LOWERINGS}
+LOWERINGS: dict[str, Lowering] = {
+    **normalisations.LOWERINGS,
+    **pooling.LOWERINGS,
+    **losses.LOWERINGS,
+    **positions.LOWERINGS,
+}
 """Per operator, what it is rewritten to where it works over space."""
 
 

@@ -38,11 +38,16 @@ class Writer:
         return meta
 
     @property
+    def inputs(self) -> list[fx.Node]:
+        """All nodes among its arguments."""
+        return self._node.all_input_nodes
+
+    @property
     def result(self) -> Shape:
         """Shape and type of the result of the operator that is taken apart."""
         return self.meta(self._node)
 
-    def again(self, **replaced: Any) -> fx.Node:
+    def again(self, /, **replaced: Any) -> fx.Node:
         """The same operator with some of its arguments replaced."""
         assert isinstance(self._node.target, torch._ops.OpOverload)
         given = self.given | replaced

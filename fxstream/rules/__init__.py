@@ -7,8 +7,8 @@
         return fxstream.rules.pointwise(call)
 
 The families are `pointwise`, `windowed`, `resampled`, `shuffled`, `channelwise`, `classes` (looked up per pixel),
-and `reduction` (over space, combined from tiles); `map-wide` operators are listed with the reason why they are not
-local. An operator without a row is never assumed local.
+`reduction` (over space, combined from tiles) and `contraction` (sums of products); `map-wide` operators are listed
+with the reason why they are not local. An operator without a row is never assumed local.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from fxstream.rules import channelwise, classes, mapwide, reductions, resampled, shuffled, windowed
+from fxstream.rules import channelwise, classes, contractions, mapwide, reductions, resampled, shuffled, windowed
 from fxstream.rules import pointwise as _pointwise
 from fxstream.rules.pointwise import pointwise, random_draw
 from fxstream.rules.rule import (
@@ -57,7 +57,17 @@ __all__ = [
 ]
 
 _TABLE = RuleTable()
-for _family in (_pointwise, windowed, resampled, shuffled, channelwise, classes, reductions, mapwide):
+for _family in (
+    _pointwise,
+    windowed,
+    resampled,
+    shuffled,
+    channelwise,
+    classes,
+    contractions,
+    reductions,
+    mapwide,
+):
     _family.add_rules(_TABLE)
 
 Rule = Callable[[Call], Footprint | Refusal]

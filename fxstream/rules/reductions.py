@@ -31,7 +31,7 @@ from fxstream.rules.rule import (
     Value,
 )
 
-__all__ = ["add_rules", "over_space", "reduced"]
+__all__ = ["add_rules", "over_space", "reduced", "sums_of_tiles", "wide"]
 
 Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -129,7 +129,8 @@ def moments_of(tensor: torch.Tensor, dims: list[int]) -> torch.Tensor:
     return torch.stack([mean, variance])
 
 
-def _sums(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def sums_of_tiles(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The sum of the sums of tiles."""
     return (partials.double() if partials.is_floating_point() else partials).sum(0)
 
 
@@ -172,7 +173,7 @@ def _moments(others: int, partials: torch.Tensor, counts: torch.Tensor) -> torch
 
 
 REDUCERS: dict[str, Callable[[Call], tuple[Callable[..., Any], Combine] | None]] = {
-    "sum": lambda call: (sum_of, _sums),
+    "sum": lambda call: (sum_of, sums_of_tiles),
     "mean": lambda call: (mean_of, _means),
     "amax": lambda call: (maximum_of, _maxima),
     "amin": lambda call: (minimum_of, _minima),
