@@ -5,8 +5,9 @@ with the boxes it reads, SMALL (no spatial input: computed once, outside the til
 NO_RULE, with the reason in words.
 
 NOTE [stages]
-1. A local node is in the stage of its latest local input; a barrier on the way to it adds one.
-2. A barrier (anything not local that depends on an image) is in the stage of its latest input.
+1. A local node, or a reduction over space, is in the stage of its latest local input; a barrier on the way to it
+   adds one.
+2. Any other barrier (anything not local that depends on an image) is in the stage of its latest input.
 3. What depends on no image is before all stages (-1).
 4. Nodes that must keep their order (effects, random draws) count as inputs of one another.
 So the local nodes of one stage never depend on each other through a barrier: each stage, split into its
@@ -269,7 +270,7 @@ def _stages(graph: fx.Graph, verdicts: Mapping[str, Verdict], metas: Mapping[str
     for node in graph.nodes:
         inputs = [given for given in node.all_input_nodes if not isinstance(metas.get(given.name), int)]
         inputs += [predecessor[node]] if node in predecessor else []
-        if node.name in local:
+        if node.name in local or (node.name in verdicts and verdicts[node.name].reduction is not None):
             stages[node.name] = max((stages[n.name] + (n.name not in local) for n in inputs), default=0)
         else:
             stages[node.name] = max((stages[n.name] for n in inputs), default=-1)

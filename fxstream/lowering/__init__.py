@@ -15,7 +15,7 @@ from fxstream.capture import Captured
 from fxstream.locality import Locality
 from fxstream.lowering import losses, normalisations, pooling, positions
 from fxstream.lowering.positions import with_positions
-from fxstream.lowering.writer import Lowering, Writer
+from fxstream.lowering.writer import Lowering, Writer, copied
 from fxstream.rules import Kind
 
 __all__ = ["is_lowerable", "lower", "with_positions"]
@@ -36,9 +36,7 @@ def is_lowerable(locality: Locality) -> bool:
 
 def lower(captured: Captured, locality: Locality) -> Captured:
     """The same model with every feature-map-wide operator that is made of reductions taken apart."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(captured.graph, copies))
+    graph, copies = copied(captured.graph)
     for original in captured.graph.nodes:
         if original not in copies:
             continue

@@ -19,7 +19,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -27,10 +27,10 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxstream.capture import Captured
-from fxstream.functional import UNSTREAMED, is_random, remove_dead_nodes
+from fxstream.functional import UNSTREAMED, is_random, remove_dead_nodes, updates_statistics
 from fxstream.locality import Locality
 from fxstream.lowering.twins import Twin, blocks
-from fxstream.lowering.writer import Lowering, Writer
+from fxstream.lowering.writer import Lowering, Writer, copied
 from fxstream.operators import overload
 from fxstream.rules import Value, rule_of
 from fxstream.rules.channelwise import KEEPING, REDUCING, SPLITTING
@@ -49,8 +49,7 @@ Found = Twin | fx.Node | None
 
 def with_positions(captured: Captured, locality: Locality) -> Captured:
     """The same model with its positions apart wherever that is possible; the same object where nothing changes."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(captured.graph, {}))
+    graph, _ = copied(captured.graph)
     rewriting = _Rewriting(graph, locality, captured.bound)
     for node in list(graph.nodes):
         rewriting.visit(node)
@@ -75,7 +74,8 @@ class _Rewriting:
 
     def visit(self, node: fx.Node) -> None:
         """Rule 2 for one operator."""
-        if node.op != "call_function" or any(UNSTREAMED in n.meta for n in (node, *node.all_input_nodes)):
+        read = node.all_input_nodes[:1] if updates_statistics(node) else node.all_input_nodes
+        if node.op != "call_function" or any(UNSTREAMED in n.meta for n in (node, *read)):
             return
         found: Found = None
         if node.target is operator.getitem:
@@ -95,6 +95,8 @@ class _Rewriting:
     def _handler(self, name: str, node: fx.Node) -> Callable[[str, Writer], Found] | None:
         if name in RESHAPES:
             return self._reshape
+        if name in PIXEL_LOSSES:
+            self._broadcast_by_itself(node)
         if name in CONTRACTIONS:
             return self._contract
         if name == "broadcast_tensors" or not any(given in self._twins for given in node.all_input_nodes):
@@ -136,6 +138,30 @@ class _Rewriting:
             item = self._graph.call_function(operator.getitem, (twin.node, index))
         item.meta = dict(node.meta)
         return twin.at(item)
+
+    def _broadcast_by_itself(self, node: fx.Node) -> None:
+        """Give a loss what was broadcast for it, which it does itself."""
+        items = node.args[:2]
+        makers = {item.args[0] for item in items if isinstance(item, fx.Node) and item.target is operator.getitem}
+        maker = next(iter(makers), None)
+        if (
+            len(makers) != 1
+            or not isinstance(maker, fx.Node)
+            or maker.target is not aten.broadcast_tensors.default
+        ):
+            return
+        (tensors,) = maker.args
+        if all(isinstance(item, fx.Node) and item.args[0] is maker for item in items):
+            node.args = (*(tensors[item.args[1]] for item in items), *node.args[2:])  # type: ignore
+            self.changed = True
+
+    def _size(self, name: str, writer: Writer) -> Found:
+        """A size of a flat tensor, from its twin."""
+        twin, dim = self._twins[writer["self"]], writer["dim"] % len(self._shape(writer["self"]))
+        if dim != twin.place:
+            return writer.size(twin.node, twin.dim(dim))
+        sizes = [writer.size(twin.node, d) for d in twin.joined]
+        return reduce(lambda one, other: writer.call(operator.mul, one, other), sizes)
 
     # ---- reshapes -------------------------------------------------------------------------------------------
 
@@ -473,6 +499,7 @@ RESHAPES = ("flatten", "view", "reshape", "_unsafe_view", "view_as", "reshape_as
 CONTRACTIONS = ("matmul", "bmm", "mm", "einsum")
 HANDLERS = {
     ("permute", "transpose", "swapaxes", "swapdims", "t", "numpy_T"): "_permute",
+    ("sym_size",): "_size",
     ("unsqueeze",): "_unsqueeze",
     ("select", "unbind", "squeeze"): "_dropping",
     (*KEEPING, *SPLITTING, "slice", "narrow"): "_along",

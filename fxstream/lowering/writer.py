@@ -11,10 +11,23 @@ from torch import fx
 from fxstream.operators import overload
 from fxstream.sizes import Shape
 
-__all__ = ["Lowering", "Writer"]
+__all__ = ["Lowering", "Writer", "copied"]
 
 aten = torch.ops.aten
 KEPT = ("nn_module_stack", "stack_trace")
+
+
+def copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of a graph, and the copy of each node, which has the name of that node.
+
+    fx itself would rename a node whose name is one of Python's (`input`).
+    """
+    copy = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    copy.output(copy.graph_copy(graph, nodes))
+    for original, node in nodes.items():
+        node.name = original.name
+    return copy, nodes
 
 
 class Writer:
