@@ -71,10 +71,10 @@ def is_read_outside(locality: Locality, name: str, inside: Collection[str]) -> b
 
     What reads the result of a reduction reads it from outside, since it needs that of all tiles.
     """
-    users = locality.nodes[name].users
+    users = [u.name for u in locality.nodes[name].users if u.name not in locality.unread]
     if locality.verdicts[name].reduction is not None:
         return bool(users)
-    return any(u.name not in inside and not isinstance(locality.metas.get(u.name), int) for u in users)
+    return any(user not in inside and not isinstance(locality.metas.get(user), int) for user in users)
 
 
 def _needed(locality: Locality, nodes: tuple[str, ...], outputs: Collection[str]) -> tuple[str, ...]:

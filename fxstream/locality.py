@@ -74,7 +74,10 @@ class Region:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Locality:
-    """The verdicts of all operator nodes at one image size, the values and the regions."""
+    """The verdicts of all operator nodes at one image size, the values and the regions.
+
+    `unread` are the nodes of which nothing but sizes is read, which need not be computed.
+    """
 
     graph: fx.Graph
     nodes: Mapping[str, fx.Node]
@@ -84,6 +87,7 @@ class Locality:
     stages: Mapping[str, int]
     regions: tuple[Region, ...]
     images: tuple[Value, ...]
+    unread: frozenset[str]
 
     def counts(self) -> Counter[str]:
         """How many nodes have each verdict."""
@@ -149,10 +153,11 @@ def analyse_locality(
         elif node.op == "get_attr":
             values[node.name] = ()
     stages = _stages(graph, verdicts, metas)
-    regions = _regions(graph, verdicts, stages)
+    unread = _unread(graph, metas)
+    regions = _regions(graph, {n: v for n, v in verdicts.items() if n not in unread}, stages)
     nodes = {node.name: node for node in graph.nodes}
     images = tuple(value for name in inputs if isinstance(value := values[name], Value) and value.dims)
-    return Locality(graph, nodes, metas, values, verdicts, stages, regions, images)
+    return Locality(graph, nodes, metas, values, verdicts, stages, regions, images, unread)
 
 
 def _input_value(name: str, meta: Meta, inputs: Mapping[str, tuple[int, ...]]) -> Value | tuple[Value, ...]:
@@ -275,6 +280,19 @@ def _stages(graph: fx.Graph, verdicts: Mapping[str, Verdict], metas: Mapping[str
         else:
             stages[node.name] = max((stages[n.name] for n in inputs), default=-1)
     return stages
+
+
+def _unread(graph: fx.Graph, metas: Mapping[str, Meta]) -> frozenset[str]:
+    """The operators without an effect that only integers, and others like them, read."""
+    ordered = set(ordered_nodes(graph))
+    unread: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        is_value = node.op == "call_function" and not isinstance(metas.get(node.name), int)
+        if is_value and node not in ordered:
+            others = [u for u in node.users if not isinstance(metas.get(u.name), int) and u not in unread]
+            if not others:
+                unread.add(node)
+    return frozenset(node.name for node in unread)
 
 
 def _regions(graph: fx.Graph, verdicts: Mapping[str, Verdict], stages: Mapping[str, int]) -> tuple[Region, ...]:

@@ -31,7 +31,11 @@ def streamable_parts(locality: Locality, with_reductions: bool = True) -> list[t
         return [region.nodes for region in locality.regions]
     order = {node.name: float(i) for i, node in enumerate(locality.graph.nodes)}
     region = {name: k for k, found in enumerate(locality.regions) for name in found.nodes}
-    reductions = [name for name, verdict in locality.verdicts.items() if verdict.reduction is not None]
+    reductions = [
+        name
+        for name, verdict in locality.verdicts.items()
+        if verdict.reduction is not None and name not in locality.unread
+    ]
     joined = nx.Graph()
     joined.add_nodes_from(region.values())
     for name in (*region, *reductions):

@@ -222,6 +222,14 @@ def test_a_graph_without_flattened_positions_is_left_alone():
     assert fxstream.analysis.lowered(captured, model, [x]) is captured
 
 
+def test_a_map_of_which_only_the_size_is_read_is_not_computed():
+    model = Function(
+        lambda m, x: m.a(x) * m.a(x).flatten(2).softmax(-1).view_as(m.b(x)), a=conv(2, 3), b=conv(2, 3)
+    ).double()
+    plan = assert_streams(model, image(2, 2, 23, 19), tile=11, segments=1)
+    assert not any("conv2d_2" in s.segment.nodes for s in plan.segments)
+
+
 def test_which_dims_become_which():
     assert blocks((1, 1, 8, 9), (72,)) == [(range(4), range(1))]
     assert blocks((1, 4, 8, 9), (1, 4, 72)) == [
