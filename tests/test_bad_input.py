@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 from compare import integer_image, make_integer
 from torch import nn
 

@@ -151,6 +151,15 @@ def test_losses_of_elements(name, batch):
     assert_no_map_is_held(model, *inputs)
 
 
+def test_the_planner_holds_no_logits():
+    model, inputs = Loss(OF_CLASSES["weights"]), (image(2, 2, 40, 40), classes(2, 40, 40))
+    compiled = fxstream.compile(model, tile=17)
+    compiled(*inputs)
+    metas = compiled._latest().analysis.locality.metas
+    held = [metas[o].shape for plan in compiled.plan.segments for o in plan.segment.outputs]
+    assert (2, CLASSES, 40, 40) not in held
+
+
 def test_every_pixel_ignored_is_nan_as_in_torch():
     model = Loss(OF_CLASSES["mean"])
     x, target = image(1, 2, 20, 20), torch.full((1, 20, 20), -100)
