@@ -1,9 +1,9 @@
 """Feature-map-wide operators, rewritten as reductions over space and local operators.
 
 A normalisation over space is a reduction (`fxstream::moments`), a little arithmetic on small tensors, and a map
-that takes the result as small arguments. A loss is the loss of every pixel, and sums of it. Flattened positions are
-taken apart again first (`positions`), so that what follows them is made of the same. The rewritten graph computes what the original one does, at any size;
-what of it is streamed is for the planner to decide.
+that takes the result as small arguments. A loss is the loss of every pixel, and sums of it. Flattened positions
+are taken apart before (`positions`), so that what follows them is made of the same. The rewritten graph computes
+what the original one does, at any size; what of it is streamed is for the planner to decide.
 """
 
 from __future__ import annotations
