@@ -15,8 +15,8 @@ from torch import nn
 from fxstream.capture import Captured, capture
 from fxstream.errors import InputError
 from fxstream.locality import Locality, Region, Verdict, analyse_locality
-from fxstream.lowering import is_lowerable, lower
-from fxstream.sizes import Meta, shapes_at, stream_dims
+from fxstream.lowering import is_lowerable, lower, with_positions
+from fxstream.sizes import Meta, Shape, shapes_at, stream_dims
 
 __all__ = ["Analysis", "analyse", "analyze", "example_image", "image_dims", "lowered"]
 
@@ -88,12 +88,16 @@ def analyse(captured: Captured, model: nn.Module, tensors: list[torch.Tensor], c
 def lowered(captured: Captured, model: nn.Module, tensors: list[torch.Tensor]) -> Captured:
     """The captured model with its feature-map-wide operators taken apart, where any can be (`lowering`)."""
     locality = analyse(captured, model, tensors).locality
+    apart = with_positions(captured, locality)
+    if apart is not captured:
+        captured, locality = apart, analyse(apart, model, tensors).locality
     return lower(captured, locality) if is_lowerable(locality) else captured
 
 
 def image_dims(captured: Captured, metas: Mapping[str, Meta]) -> dict[str, tuple[int, ...]]:
     """The stream dims of every input of the model."""
-    return {name: stream_dims(metas.get(name)) for name in captured.inputs}
+    shapes = {name: meta.shape for name in captured.inputs if isinstance(meta := metas.get(name), Shape)}
+    return dict(zip(shapes, stream_dims(list(shapes.values())), strict=True))
 
 
 def example_image(model: nn.Module, size: int | tuple[int, ...], channels: int, batch: int) -> torch.Tensor:

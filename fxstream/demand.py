@@ -80,14 +80,17 @@ def make_segment(
 
 def is_read_outside(locality: Locality, name: str, inside: Collection[str]) -> bool:
     """Whether anything but the nodes `inside`, and integers, reads a node's result."""
-    users = locality.nodes[name].users
-    return any(u.name not in inside and not isinstance(locality.metas.get(u.name), int) for u in users)
+    users = (u.name for u in locality.nodes[name].users if u.name not in locality.unread)
+    return any(user not in inside and not isinstance(locality.metas.get(user), int) for user in users)
 
 
 def is_output(locality: Locality, name: str, inside: Collection[str]) -> bool:
-    """Whether a segment of the nodes `inside` has this result: if it is read outside, or reduces over tiles."""
-    reduces = locality.verdicts[name].reduction is not None and bool(locality.nodes[name].users)
-    return reduces or is_read_outside(locality, name, inside)
+    """Whether a segment of the nodes `inside` yields a result: what is read outside, and every reduction.
+
+    What reads the result of a reduction reads it from outside, since it needs that of all tiles.
+    """
+    reduces = locality.verdicts[name].reduction is not None
+    return is_read_outside(locality, name, () if reduces else inside)
 
 
 def _needed(locality: Locality, nodes: tuple[str, ...], outputs: Collection[str]) -> tuple[str, ...]:

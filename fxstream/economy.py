@@ -75,7 +75,9 @@ def without_unneeded(
 
 
 def _keeps(user: fx.Node, given: fx.Node, saved: Mapping[str, Saved]) -> bool:
-    return user.all_input_nodes.index(given) in saved[user.name].inputs
+    """Whether the backward of a user needs a value, as it is or as something made of it on the way."""
+    kept = saved[user.name]
+    return user.all_input_nodes.index(given) in kept.inputs or kept.extra > 0
 
 
 def _changes_its_input(node: fx.Node) -> bool:

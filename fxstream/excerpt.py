@@ -55,11 +55,16 @@ class Excerpt:
         return (batch, *value.shape[1:]) if follows else value.shape
 
     def type_of(self, name: str) -> torch.dtype:
-        """The type in which an input is given: the one floating type also for images of integers; else its own."""
+        """The type in which an input is given: the one floating type also for images of integers; else its own.
+
+        Whole numbers beside an image are classes.
+        """
         meta = self.locality.metas[name]
         assert isinstance(meta, Shape)
-        is_leaf = name in dict(self.segment.leaves)
-        return self.dtype if meta.dtype.is_floating_point or (is_leaf and meta.dtype != torch.bool) else meta.dtype
+        beside = any(image.dtype != torch.int64 for image in self.locality.images)
+        is_classes = meta.dtype == torch.bool or (meta.dtype == torch.int64 and beside)
+        is_image = name in dict(self.segment.leaves) and not is_classes
+        return self.dtype if meta.dtype.is_floating_point or is_image else meta.dtype
 
     def at(self, leaves: Mapping[str, tuple[int, ...]]) -> Locality:
         """The verdicts of the same rules at other shapes of the leaves.

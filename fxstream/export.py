@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError
-from fxstream.sizes import is_image, is_library_file
+from fxstream.sizes import is_library_file, stream_dims
 
 __all__ = ["SizeReads", "export"]
 
@@ -97,14 +98,13 @@ def export(
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    largest = max((t for t in tensors if is_image(t)), key=torch.Tensor.numel, default=None)
+    shifted = iter([tensor.shape for tensor in tensors] if shift is None else _shifted(tensors, shift))
 
     def fake(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        shape = leaf.shape if shift is None or largest is None else _shifted(leaf, largest, shift)
         with mode:
-            return torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
+            return torch.empty(next(shifted), dtype=leaf.dtype, device=leaf.device)
 
     fake_args, fake_kwargs = pytree.tree_map(fake, (tuple(args), dict(kwargs)))
     try:
@@ -120,15 +120,20 @@ def export(
     return program
 
 
-def _shifted(tensor: torch.Tensor, largest: torch.Tensor, shift: Sequence[int]) -> list[int]:
-    """The shape at another size: one more image, and as many more pixels as the resolution asks for."""
-    shape = list(tensor.shape)
-    if shape and shape[0] == largest.shape[0]:
-        shape[0] += 1
-    if tensor.ndim == largest.ndim:
-        for axis in range(2, len(shape)):
-            shape[axis] += shift[axis - 2] * shape[axis] // largest.shape[axis]
-    return shape
+def _shifted(tensors: Sequence[torch.Tensor], shift: Sequence[int]) -> list[list[int]]:
+    """The shapes at another size: one more image, and as many more pixels as the resolution asks for."""
+    shapes = [list(tensor.shape) for tensor in tensors]
+    images = stream_dims(shapes)
+    known = list(zip(shapes, images, strict=True))
+    largest, along = max(known, key=lambda k: (len(k[1]), math.prod(k[0])), default=([0], ()))
+    batch, extents = largest[0], [largest[dim] for dim in along]
+    for shape, dims in known:
+        if shape and shape[0] == batch:
+            shape[0] += 1
+        if len(dims) == len(extents):
+            for dim, pixels, extent in zip(dims, shift, extents, strict=False):
+                shape[dim] += pixels * shape[dim] // extent
+    return shapes
 
 
 def _explanation(model: nn.Module, error: Exception) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["UNSTREAMED", "WAS_IN_PLACE", "make_functional", "ordered_nodes", "remove_dead_nodes"]
+__all__ = ["UNSTREAMED", "WAS_IN_PLACE", "is_random", "make_functional", "ordered_nodes", "remove_dead_nodes"]
 
 UNSTREAMED = "fxstream_unstreamed"
 """Key in ``node.meta``: why the node must stay outside a stream."""

@@ -5,8 +5,9 @@ with the boxes it reads, SMALL (no spatial input: computed once, outside the til
 NO_RULE, with the reason in words.
 
 NOTE [stages]
-1. A local node is in the stage of its latest local input; a barrier on the way to it adds one.
-2. A barrier (anything not local that depends on an image) is in the stage of its latest input.
+1. A local node, or a reduction over space, is in the stage of its latest local input; a barrier on the way to it
+   adds one.
+2. Any other barrier (anything not local that depends on an image) is in the stage of its latest input.
 3. What depends on no image is before all stages (-1).
 4. Nodes that must keep their order (effects, random draws) count as inputs of one another.
 So the local nodes of one stage never depend on each other through a barrier: each stage, split into its
@@ -73,7 +74,10 @@ class Region:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Locality:
-    """The verdicts of all operator nodes at one image size, the values and the regions."""
+    """The verdicts of all operator nodes at one image size, the values and the regions.
+
+    `unread` are the nodes of which nothing but sizes is read, which need not be computed.
+    """
 
     graph: fx.Graph
     nodes: Mapping[str, fx.Node]
@@ -83,6 +87,7 @@ class Locality:
     stages: Mapping[str, int]
     regions: tuple[Region, ...]
     images: tuple[Value, ...]
+    unread: frozenset[str]
 
     def counts(self) -> Counter[str]:
         """How many nodes have each verdict."""
@@ -159,10 +164,11 @@ def analyse_locality(
         elif node.op == "get_attr":
             values[node.name] = ()
     stages = _stages(graph, verdicts, metas)
-    regions = _regions(graph, verdicts, stages)
+    unread = _unread(graph, metas)
+    regions = _regions(graph, {n: v for n, v in verdicts.items() if n not in unread}, stages)
     nodes = {node.name: node for node in graph.nodes}
     images = tuple(value for name in inputs if isinstance(value := values[name], Value) and value.dims)
-    return Locality(graph, nodes, metas, values, verdicts, stages, regions, images)
+    return Locality(graph, nodes, metas, values, verdicts, stages, regions, images, unread)
 
 
 def _input_value(name: str, meta: Meta, inputs: Mapping[str, tuple[int, ...]]) -> Value | tuple[Value, ...]:
@@ -280,11 +286,24 @@ def _stages(graph: fx.Graph, verdicts: Mapping[str, Verdict], metas: Mapping[str
     for node in graph.nodes:
         inputs = [given for given in node.all_input_nodes if not isinstance(metas.get(given.name), int)]
         inputs += [predecessor[node]] if node in predecessor else []
-        if node.name in local:
+        if node.name in local or (node.name in verdicts and verdicts[node.name].reduction is not None):
             stages[node.name] = max((stages[n.name] + (n.name not in local) for n in inputs), default=0)
         else:
             stages[node.name] = max((stages[n.name] for n in inputs), default=-1)
     return stages
+
+
+def _unread(graph: fx.Graph, metas: Mapping[str, Meta]) -> frozenset[str]:
+    """The operators without an effect that only integers, and others like them, read."""
+    ordered = set(ordered_nodes(graph))
+    unread: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        is_value = node.op == "call_function" and not isinstance(metas.get(node.name), int)
+        if is_value and node not in ordered:
+            others = [u for u in node.users if not isinstance(metas.get(u.name), int) and u not in unread]
+            if not others:
+                unread.add(node)
+    return frozenset(node.name for node in unread)
 
 
 def _regions(graph: fx.Graph, verdicts: Mapping[str, Verdict], stages: Mapping[str, int]) -> tuple[Region, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxstream.sizes import is_image
+from fxstream.sizes import stream_dims
 
 __all__ = ["attributes", "mode_key"]
 
@@ -28,7 +28,8 @@ def mode_key(
 ) -> tuple[Any, ...]:
     """The key of a call; attributes named in `volatile` are left out."""
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    inputs = tuple(_fixed(leaf) if isinstance(leaf, torch.Tensor) else _constant(leaf) for leaf in leaves)
+    images = iter(stream_dims([leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)]))
+    inputs = tuple(_fixed(t, next(images)) if isinstance(t, torch.Tensor) else _constant(t) for t in leaves)
     weights = {(t.dtype, t.device) for t in (*model.parameters(), *model.buffers())}
     devices = {device.type for _, device in weights} | {
         t.device.type for t in leaves if isinstance(t, torch.Tensor)
@@ -54,10 +55,10 @@ def attributes(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _fixed(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What of a tensor a capture depends on: everything but batch and image size."""
-    fixed = tensor.shape[1:2] if is_image(tensor) else tensor.shape[1:]
-    return tensor.ndim, tuple(fixed), tensor.dtype, tensor.device
+def _fixed(tensor: torch.Tensor, dims: tuple[int, ...]) -> tuple[Any, ...]:
+    """What of a tensor with these stream dims a capture depends on: everything but batch and image size."""
+    fixed = tuple(size for dim, size in enumerate(tensor.shape) if dim > 0 and dim not in dims)
+    return tensor.ndim, dims, fixed, tensor.dtype, tensor.device
 
 
 def _constant(leaf: Any) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["moments", "overload"]
+__all__ = ["class_weights", "contract", "moments", "overload"]
 
 _LIBRARY = torch.library.Library("fxstream", "DEF")
 
@@ -49,3 +49,28 @@ def moments(tensor: torch.Tensor, dims: list[int]) -> torch.Tensor:
     for dim in dims:
         count *= tensor.shape[dim]
     return torch.stack([mean, variance, variance * (count / max(1, count - 1))])
+
+
+@_operator("class_weights(Tensor target, Tensor? weight, int ignore_index, *, ScalarType dtype) -> Tensor")
+def class_weights(
+    target: torch.Tensor, weight: torch.Tensor | None, ignored: int, *, dtype: torch.dtype
+) -> torch.Tensor:
+    """The weight of each pixel's class, one where there are no weights; zero of the ignored class.
+
+    >>> class_weights(torch.tensor([1, 0, 9]), torch.tensor([2.0, 3.0]), 9, dtype=torch.float32)
+    tensor([3., 2., 0.])
+    """
+    counted = target != ignored
+    if weight is None:
+        return counted.to(dtype)
+    return weight.detach().to(dtype)[torch.where(counted, target, 0)] * counted
+
+
+@_operator("contract(str equation, Tensor self, Tensor other) -> Tensor")
+def contract(equation: str, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`torch.einsum` of two operands.
+
+    >>> contract("nc,nk->ck", torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]]))
+    tensor([[11.]])
+    """
+    return torch.einsum(equation, one, other)

@@ -25,7 +25,7 @@ def execution_order(locality: Locality, segments: Sequence[Segment]) -> list[str
     reads = {
         name: [given.name for given in node.all_input_nodes]
         for name, node in locality.nodes.items()
-        if name not in inside and not isinstance(locality.metas.get(name), int)
+        if name not in inside and name not in locality.unread and not isinstance(locality.metas.get(name), int)
     }
     maker = {name: name for name in reads}
     for segment in segments:

@@ -32,7 +32,7 @@ def streamable_parts(locality: Locality) -> list[tuple[str, ...]]:
     """The parts (rule 1) by their nodes, in the order of the graph."""
     order = {node.name: float(i) for i, node in enumerate(locality.graph.nodes)}
     region = {name: k for k, found in enumerate(locality.regions) for name in found.nodes}
-    reductions = [verdict.node for verdict in locality.reductions()]
+    reductions = [v.node for v in locality.reductions() if v.node not in locality.unread]
     joined = nx.Graph()
     joined.add_nodes_from(region.values())
     for name in (*region, *reductions):

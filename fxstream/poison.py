@@ -51,10 +51,10 @@ def poison_forward(strip: Strip, found: Findings) -> None:
     inputs = []
     for leaf, dims in strip.part.segment.leaves:
         shape = strip.part.leaf_shape(leaf, 2, strip.leaf_extents[leaf])
-        if strip.part.type_of(leaf) == torch.bool:
-            inputs.append(torch.ones(shape, dtype=torch.bool))
+        if (dtype := strip.part.type_of(leaf)) != strip.part.dtype:
+            inputs.append(torch.ones(shape, dtype=dtype))
             continue
-        image = torch.full(shape, math.nan, dtype=strip.part.type_of(leaf))
+        image = torch.full(shape, math.nan, dtype=dtype)
         for entry, tile in enumerate(strip.tiles):
             own = strip.tile_of(leaf, tile)
             image[entry].narrow(dims[strip.axis] - 1, own.start, len(own)).fill_(1.0)

@@ -68,9 +68,18 @@ def is_image(tensor: torch.Tensor | Shape) -> bool:
     return len(tensor.shape) >= 3
 
 
-def stream_dims(meta: Meta) -> tuple[int, ...]:
-    """The stream dims of an input of the model: all after batch and channels."""
-    return tuple(range(2, len(meta.shape))) if isinstance(meta, Shape) else ()
+def stream_dims(shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """The stream dims of each input of the model: all after batch and channels.
+
+    An input without channels beside an image (a map of classes, a mask) has one dim less, which are the batch and
+    the pixels of the image.
+
+    >>> stream_dims([(2, 3, 64, 48), (2, 64, 48), (2, 10)])
+    [(2, 3), (1, 2), ()]
+    """
+    rank = max(map(len, shapes), default=0)
+    masks = {(shape[0], *shape[2:]) for shape in shapes if len(shape) == rank >= 3}
+    return [tuple(range(1 if tuple(shape) in masks else 2, len(shape))) for shape in shapes]
 
 
 @dataclass(frozen=True, slots=True)

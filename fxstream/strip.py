@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.utils import _pytree as pytree
 
 from fxstream.algebra import ExtentChain, Fields, extent_chains, receptive_fields
 from fxstream.box import Interval
@@ -116,7 +117,7 @@ def make_strip(part: Excerpt, axis: int, weights: Mapping[str, torch.Tensor], wh
                 if refused == MOST_REFUSALS:
                     break
                 continue
-            if any(at_strip.value(name).shape[0] % 2 for name in nodes):
+            if any(at_strip.value(name).shape[0] % 2 or _moves_batch(at_strip, name) for name in nodes):
                 raise UnprobedError("it mixes the images of a batch")
             if any(at_strip.verdicts[name].kind is not Kind.LOCAL for name in nodes):
                 continue
@@ -128,6 +129,15 @@ def make_strip(part: Excerpt, axis: int, weights: Mapping[str, torch.Tensor], wh
             if _all_nodes_read(at_strip, nodes, fields, found, whole_windows):
                 return Strip(part, axis, at_strip, extents, fields, tiles, main, weights)
     raise UnprobedError("its operators refuse images of the size of a strip")
+
+
+def _moves_batch(locality: Locality, name: str) -> bool:
+    """Whether a permutation puts another dim in front."""
+    rank = len(locality.value(name).shape)
+    leaves = pytree.tree_leaves(locality.nodes[name].args[1:])
+    dims = [dim % rank for dim in leaves if isinstance(dim, int)]
+    is_permuted = locality.verdicts[name].operator == "aten::permute" and dims[:1] != [0]
+    return is_permuted or (locality.verdicts[name].operator == "aten::transpose" and 0 in dims)
 
 
 def verdicts_at(part: Excerpt, extents: Mapping[str, tuple[int, ...]]) -> Locality | None:

@@ -168,11 +168,16 @@ def _at_small_size(part: Excerpt) -> Locality | None:
 
 
 def _integers(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """Small random integers; in the first half of dim 0 all negative, so that a fill value shows."""
+    """Small random integers; in the first half of dim 0 all negative, so that a fill value shows.
+
+    Of classes the first two.
+    """
     drawn = torch.randint(-4, 5, shape, generator=generator)
     half = max(1, shape[0] // 2) if shape else 0
     if shape:
         drawn[:half] = -drawn[:half].abs() - 1
+    if dtype == torch.int64:
+        drawn %= 2
     return drawn.to(dtype)
 
 

@@ -17,6 +17,7 @@ from fxstream.receptive_field import BROADCAST, AxisExtent
 from fxstream.rules import Kind, register_rule, rules, unregister_rule
 
 A = torch.ops.aten
+class_weights, contract = torch.ops.fxstream.class_weights, torch.ops.fxstream.contract
 W1, W2, W3 = (torch.randn(4, 2, *k) for k in ((3,), (3, 2), (2, 3, 2)))
 G = torch.randn(4)
 
@@ -158,10 +159,25 @@ SAMPLES = {
     "fill": [(X2, lambda x: A.fill(x, 2.0) * x)],
     "divide": [(X2, lambda x: A.divide(x, x * x + 1))],
     "multiply": [(X2, lambda x: A.multiply(x, 3))],
+    "broadcast_tensors": [(X2, lambda x: A.broadcast_tensors([x, x[:, :1]])[1] * x)],
+    "expand_as": [(X2, lambda x: A.expand_as(x[:, :1], x))],
+    "one_hot": [(X2, lambda x: A.one_hot(x.long().clamp(0, 2), 3))],
+    "gather": [(X2, lambda x: A.gather(x, 1, (x > 1).long()))],
+    "cross_entropy_loss": [(X2, lambda x: A.cross_entropy_loss(x, (x[:, 0] > 1).long(), None, 0))],
+    "nll_loss_nd": [(X2, lambda x: A.nll_loss_nd(x, (x[:, 0] > 1).long(), None, 0))],
+    "fxstream::class_weights": [(X2, lambda x: class_weights(x[:, 0].long().clamp(0, 3), G, 9, dtype=torch.double))],
+    "fxstream::contract": [(X2, lambda x: contract("nchw,kc->nkhw", x, W1[:, :, 0].to(x)))],
+    "hinge_embedding_loss": [(X2, lambda x: A.hinge_embedding_loss(x, x.sign(), 1.0, 0))],
+    "poisson_nll_loss": [(X2, lambda x: A.poisson_nll_loss(x, x, True, False, 1e-8, 0))],
+    "kl_div": [(X2, lambda x: A.kl_div(x, x * 2, 0, log_target=True))],
+    "binary_cross_entropy": [(X2, lambda x: A.binary_cross_entropy(x.sigmoid(), x * 0, None, 0))],
+    "binary_cross_entropy_with_logits": [(X2, lambda x: A.binary_cross_entropy_with_logits(x, x * 0, None, None, 0))],
     "subtract": [(X2, lambda x: A.subtract(x, x * 2))],
 }  # fmt: skip
 for name in ("alias", "clone", "contiguous", "detach", "lift_fresh_copy", "hardswish", "log_sigmoid"):
     SAMPLES[name] = [(X2, getattr(A, name))]
+for name in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss"):
+    SAMPLES[name] = [(X2, functools.partial(lambda loss, x: loss(x, x * 3, reduction=0), getattr(A, name)))]
 for name in ("amax", "amin", "logsumexp", "mean", "sum"):
     SAMPLES[name] = [(C4, functools.partial(getattr(A, name), dim=[1]))]
 # operators with the pointwise tag have no row of their own

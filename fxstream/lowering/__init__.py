@@ -1,8 +1,9 @@
 """Feature-map-wide operators, rewritten as reductions over space and local operators.
 
 A normalisation over space is a reduction (`fxstream::moments`), a little arithmetic on small tensors, and a map
-that takes the result as small arguments. The rewritten graph computes what the original one does, at any size;
-what of it is streamed is for the planner to decide.
+that takes the result as small arguments. A loss is the loss of every pixel, and sums of it. Flattened positions
+are taken apart before (`positions`), so that what follows them is made of the same. The rewritten graph computes
+what the original one does, at any size; what of it is streamed is for the planner to decide.
 """
 
 from __future__ import annotations
@@ -13,13 +14,19 @@ from torch import fx
 
 from fxstream.capture import Captured
 from fxstream.locality import Locality
-from fxstream.lowering import normalisations, pooling
-from fxstream.lowering.writer import Lowering, Writer
+from fxstream.lowering import losses, normalisations, pooling, positions
+from fxstream.lowering.positions import with_positions
+from fxstream.lowering.writer import Lowering, Writer, copied
 from fxstream.rules import Kind
 
-__all__ = ["is_lowerable", "lower"]
+__all__ = ["is_lowerable", "lower", "with_positions"]
 
-LOWERINGS: dict[str, Lowering] = {**normalisations.LOWERINGS, **pooling.LOWERINGS}
+LOWERINGS: dict[str, Lowering] = {
+    **normalisations.LOWERINGS,
+    **pooling.LOWERINGS,
+    **losses.LOWERINGS,
+    **positions.LOWERINGS,
+}
 """Per operator, what it is rewritten to where it works over space."""
 
 
@@ -30,9 +37,7 @@ def is_lowerable(locality: Locality) -> bool:
 
 def lower(captured: Captured, locality: Locality) -> Captured:
     """The same model with every feature-map-wide operator that is made of reductions taken apart."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(captured.graph, copies))
+    graph, copies = copied(captured.graph)
     for original in captured.graph.nodes:
         if original not in copies:
             continue

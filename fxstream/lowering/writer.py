@@ -11,10 +11,23 @@ from torch import fx
 from fxstream.operators import overload
 from fxstream.sizes import Shape
 
-__all__ = ["Lowering", "Writer"]
+__all__ = ["Lowering", "Writer", "copied"]
 
 aten = torch.ops.aten
 KEPT = ("nn_module_stack", "stack_trace")
+
+
+def copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of a graph, and the copy of each node, which has the name of that node.
+
+    fx itself would rename a node whose name is one of Python's (`input`).
+    """
+    copy = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    copy.output(copy.graph_copy(graph, nodes))
+    for original, node in nodes.items():
+        node.name = original.name
+    return copy, nodes
 
 
 class Writer:
@@ -36,6 +49,25 @@ class Writer:
         meta = self._metas[node.name]
         assert isinstance(meta, Shape)
         return meta
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """All nodes among its arguments."""
+        return self._node.all_input_nodes
+
+    @property
+    def result(self) -> Shape:
+        """Shape and type of the result of the operator that is taken apart."""
+        return self.meta(self._node)
+
+    def again(self, /, **replaced: Any) -> fx.Node:
+        """The same operator with some of its arguments replaced."""
+        assert isinstance(self._node.target, torch._ops.OpOverload)
+        given = self.given | replaced
+        arguments = self._node.target._schema.arguments
+        positional = [given[argument.name] for argument in arguments if not argument.kwarg_only]
+        keywords = {argument.name: given[argument.name] for argument in arguments if argument.kwarg_only}
+        return self.call(self._node.target, *positional, **keywords)
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """One more operator."""

@@ -6,9 +6,9 @@
     def _(call):
         return fxstream.rules.pointwise(call)
 
-The families are `pointwise`, `windowed`, `resampled`, `shuffled`, `channelwise` and `reduction` (over space,
-combined from tiles); `map-wide` operators are listed with the reason why they are not local. An operator without
-a row is never assumed local.
+The families are `pointwise`, `windowed`, `resampled`, `shuffled`, `channelwise`, `classes` (looked up per pixel),
+`reduction` (over space, combined from tiles) and `contraction` (sums of products); `map-wide` operators are listed
+with the reason why they are not local. An operator without a row is never assumed local.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ from collections.abc import Callable
 
 import torch
 
-from fxstream.rules import channelwise, interpolated, mapwide, reductions, resampled, shuffled, windowed
+from fxstream.rules import (
+    channelwise,
+    classes,
+    contractions,
+    interpolated,
+    mapwide,
+    reductions,
+    resampled,
+    shuffled,
+    windowed,
+)
 from fxstream.rules import pointwise as _pointwise
 from fxstream.rules.pointwise import pointwise, random_draw
 from fxstream.rules.rule import (
@@ -59,7 +69,18 @@ __all__ = [
 ]
 
 _TABLE = RuleTable()
-for _family in (_pointwise, windowed, resampled, interpolated, shuffled, channelwise, reductions, mapwide):
+for _family in (
+    _pointwise,
+    windowed,
+    resampled,
+    interpolated,
+    shuffled,
+    channelwise,
+    classes,
+    contractions,
+    reductions,
+    mapwide,
+):
     _family.add_rules(_TABLE)
 
 Rule = Callable[[Call], Footprint | Refusal]

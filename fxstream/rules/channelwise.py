@@ -57,6 +57,7 @@ REDUCING = (
 )
 """Operators that reduce `dim`, all dims where it is not given, and drop it unless `keepdim`."""
 
+SOFTMAXES = ("aten::softmax", "aten::log_softmax")
 SPLITTING = ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
 
 
@@ -106,6 +107,8 @@ def along_dim(call: Call) -> Answer:
     _, image = _image(call)
     touched = _touched(call, len(image.shape))
     if set(touched) & set(image.dims):
+        if call.target._schema.name in SOFTMAXES and set(image.dims) <= set(touched):
+            return Refusal(Kind.REDUCE, "normalises over all positions", image.dims)
         same = call.shape == image.shape
         return Refusal(Kind.GLOBAL, f"works along dims {touched}, a stream axis", image.dims if same else ())
     return _pass_through(call)

@@ -7,6 +7,8 @@ has it at extent 1 is read at that one pixel.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fxstream.receptive_field import BROADCAST, IDENTITY, AxisMap
@@ -34,6 +36,8 @@ ADDITIONS = (
     "multiply",
     "subtract",
 )
+BROADCASTS = ("broadcast_tensors", "expand_as")
+"""Operators that read of some operands only the shape."""
 DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 
 
@@ -43,6 +47,8 @@ def add_rules(table: RuleTable) -> None:
         table.add(f"aten::{name}", "pointwise", pointwise)
     for name in DROPOUTS:
         table.add(f"aten::{name}", "pointwise", dropout)
+    for name in BROADCASTS:
+        table.add(f"aten::{name}", "pointwise", broadcast)
     table.add("aten::batch_norm", "pointwise", batch_norm)
     table.add("aten::prelu", "pointwise", prelu)
     table.add("aten::rrelu", "pointwise", rrelu)
@@ -82,6 +88,12 @@ def aligned_read(
             return Refusal(Kind.GLOBAL, f"`{value.name}` has {size} pixels where {call.shape[dim]} are needed")
         maps.append(IDENTITY if size == call.shape[dim] else BROADCAST)
     return Read(argument, value, tuple(d - missing for d in dims), tuple(maps), index)
+
+
+def broadcast(call: Call) -> Answer:
+    """Operands brought to one shape."""
+    answer = pointwise(call)
+    return replace(answer, tight=False) if isinstance(answer, Footprint) else answer
 
 
 def batch_norm(call: Call) -> Answer:

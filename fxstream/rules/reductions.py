@@ -31,7 +31,7 @@ from fxstream.rules.rule import (
     Value,
 )
 
-__all__ = ["add_rules", "over_space", "reduced"]
+__all__ = ["add_rules", "over_space", "reduced", "sums_of_tiles", "wide"]
 
 Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -52,7 +52,8 @@ def over_space(call: Call, image: Value, touched: Sequence[int]) -> Answer:
     name = call.target._schema.name.removeprefix("aten::")
     if not set(image.dims) <= set(touched):
         return Refusal(Kind.REDUCE, "reduces some stream axes and keeps others")
-    known = REDUCERS.get(name) if image.dtype.is_floating_point and len(call.shapes) == 1 else None
+    is_known = len(call.shapes) == 1 and (image.dtype.is_floating_point or name == "sum")
+    known = REDUCERS.get(name) if is_known else None
     found = known(call) if known is not None else None
     if found is None:
         return Refusal(Kind.REDUCE, "reduces over space: its result needs the whole map")
@@ -84,8 +85,8 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sum_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
-    """A tile's sum."""
-    return wide(tensor).sum(dims, keepdim)
+    """A tile's sum, of whole numbers in 64 bits."""
+    return (wide(tensor) if tensor.is_floating_point() else tensor).sum(dims, keepdim)
 
 
 def mean_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
@@ -128,8 +129,9 @@ def moments_of(tensor: torch.Tensor, dims: list[int]) -> torch.Tensor:
     return torch.stack([mean, variance])
 
 
-def _sums(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    return partials.double().sum(0)
+def sums_of_tiles(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The sum of the sums of tiles."""
+    return (partials.double() if partials.is_floating_point() else partials).sum(0)
 
 
 def _along_tiles(counts: torch.Tensor, partials: torch.Tensor) -> torch.Tensor:
@@ -171,7 +173,7 @@ def _moments(others: int, partials: torch.Tensor, counts: torch.Tensor) -> torch
 
 
 REDUCERS: dict[str, Callable[[Call], tuple[Callable[..., Any], Combine] | None]] = {
-    "sum": lambda call: (sum_of, _sums),
+    "sum": lambda call: (sum_of, sums_of_tiles),
     "mean": lambda call: (mean_of, _means),
     "amax": lambda call: (maximum_of, _maxima),
     "amin": lambda call: (minimum_of, _minima),
