@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from fxstream.rules import channelwise, interpolated, mapwide, reductions, resampled, shuffled, windowed
+from fxstream.rules import channelwise, interpolated, mapwide, pooled, reductions, resampled, shuffled, windowed
 from fxstream.rules import pointwise as _pointwise
 from fxstream.rules.pointwise import pointwise, random_draw
 from fxstream.rules.rule import (
@@ -59,7 +59,18 @@ __all__ = [
 ]
 
 _TABLE = RuleTable()
-for _family in (_pointwise, windowed, resampled, interpolated, shuffled, channelwise, reductions, mapwide):
+FAMILIES = (
+    _pointwise,
+    windowed,
+    resampled,
+    interpolated,
+    shuffled,
+    channelwise,
+    reductions,
+    pooled,
+    mapwide,
+)
+for _family in FAMILIES:
     _family.add_rules(_TABLE)
 
 Rule = Callable[[Call], Footprint | Refusal]
