@@ -78,7 +78,12 @@ def make_segment(
 
 
 def is_read_outside(locality: Locality, name: str, inside: Collection[str]) -> bool:
-    """Whether anything but the nodes `inside`, and integers, reads a node's result."""
+    """Whether anything but the nodes `inside`, and integers, reads a node's result.
+
+    Always of a reduction, which is whole only when all tiles are done.
+    """
+    if locality.verdicts[name].reduction is not None:
+        return True
     users = locality.nodes[name].users
     return any(u.name not in inside and not isinstance(locality.metas.get(u.name), int) for u in users)
 
