@@ -129,7 +129,7 @@ LAST = 0x85EBCA6B - 2**32
 
 
 def _mixed(numbers: torch.Tensor) -> torch.Tensor:
-    """Random bits from distinct 64-bit integers, in place; as SplitMix64 but for its shifts, which keep the sign."""
+    """Random bits from distinct 64-bit integers, in place: SplitMix64, but that its shifts keep the sign."""
     for shift, factor in zip((30, 27), ODD[1:], strict=True):
         numbers.bitwise_xor_(numbers >> shift).mul_(factor)
     return numbers.bitwise_xor_(numbers >> 31)
@@ -137,7 +137,7 @@ def _mixed(numbers: torch.Tensor) -> torch.Tensor:
 
 @_operator("entry_keys(Tensor key, int[] shape) -> Tensor")
 def entry_keys(key: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    """Two random 32-bit numbers for each entry of an array of this shape, stacked in front; the first ones are odd.
+    """An odd and another random 32-bit number for each entry of an array of this shape, stacked in front.
 
     `key` is one 64-bit integer.
     """
@@ -160,10 +160,10 @@ def dropout(
     shift: float,
     dropped: float,
 ) -> torch.Tensor:
-    """``scale * tensor + shift``, and `dropped` with probability `p`: a function of the numbers and positions given.
+    """``scale * tensor + shift``, but `dropped` with probability `p`, as the other tensors say, and not chance.
 
-    `factor` and `summand` are the `entry_keys` of what lies at one position, `places` the `positions` of each axis;
-    all broadcast against the tensor. Only the mask is kept for backward.
+    `factor` and `summand` are the `entry_keys` of what lies at one position, `places` the `positions` along each
+    axis; all broadcast against the tensor. Only the mask is kept for backward.
     """
     held = tensor * scale
     if shift:

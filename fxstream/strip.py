@@ -153,11 +153,15 @@ def extents_at(real: Mapping[str, tuple[int, ...]], extents: Sequence[int]) -> d
 
 
 def _extents_of_nodes(chains: Chains, extents: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """What the formulas of the rules expect of every node at these extents of the leaves."""
+    """What the formulas of the rules expect of every node at these extents of the leaves.
+
+    The most that follows from any leaf: one with a broadcast axis says nothing of that axis.
+    """
     found = dict(extents)
     for leaf, of_node in chains.items():
         for name, per_axis in of_node.items():
-            found[name] = tuple(_applied(chain, e) for chain, e in zip(per_axis, extents[leaf], strict=True))
+            own = tuple(_applied(chain, e) for chain, e in zip(per_axis, extents[leaf], strict=True))
+            found[name] = tuple(map(max, own, found.get(name, own)))
     return found
 
 

@@ -1,8 +1,8 @@
 """Random draws for the whole map, as draws of small tensors and maps of them.
 
 NOTE [one mask per image]
-1. What is drawn once per sample or channel is drawn in the ordinary part of the graph by the call that torch makes,
-   so that it is what the plain model draws from the same state of the generator.
+1. What is drawn once per sample or channel is drawn in the ordinary part of the graph, by the call that torch
+   makes: it is what the plain model draws from the same state of the generator.
 2. A mask of elements is not drawn but computed: of one random key per call, of the entry (sample, channel) and of
    the position in the whole map. So it is the same for every tiling, in forward and in the recomputation, and it
    needs no memory. It is another mask than the plain model's, from the same distribution.
@@ -48,7 +48,7 @@ def _feature_dropout(writer: Writer) -> fx.Node | None:
 def _feature_alpha_dropout(writer: Writer) -> fx.Node | None:
     if not _draws(writer):
         return _nothing_left(writer)
-    kept, (scale, _, dropped) = _features(writer), _affine(writer["p"])
+    kept, (scale, _, _) = _features(writer), _affine(writer["p"])
     below = writer.call(aten.sub.Scalar, kept, 1)
     slope = SATURATION * scale
     shift = writer.call(aten.add.Scalar, writer.call(aten.mul.Scalar, below, slope), slope * writer["p"])
