@@ -68,31 +68,36 @@ def positions(shape: list[int], dim: int, *, device: torch.device | None = None)
 
 @_operator("windows(int count, int extent, int axis, int axes, *, Device? device=None) -> Tensor")
 def windows(count: int, extent: int, axis: int, axes: int, *, device: torch.device | None = None) -> torch.Tensor:
-    """Which pixels of an axis each window of an adaptive pooling holds, as ones and zeros.
+    """Which pixels of an axis each window of an adaptive pooling holds.
 
     Window ``i`` of ``k`` on ``n`` pixels holds ``floor(i * n / k) .. ceil((i + 1) * n / k) - 1``; neighbours
-    overlap where k does not divide n. The result is `count` arrays that broadcast along the other axes.
+    overlap where k does not divide n. The result is `count` masks that broadcast along the other axes.
 
-    >>> windows(2, 5, 0, 1)
-    tensor([[1., 1., 1., 0., 0.],
-            [0., 0., 1., 1., 1.]])
+    >>> windows(2, 5, 0, 1).int()
+    tensor([[1, 1, 1, 0, 0],
+            [0, 0, 1, 1, 1]], dtype=torch.int32)
     """
     pixel = torch.arange(extent, device=device)
     window = torch.arange(count, device=device).unsqueeze(1)
     inside = (pixel >= window * extent // count) & (pixel < -(-(window + 1) * extent // count))
-    return inside.float().view([count, *(-1 if a == axis else 1 for a in range(axes))])
+    return inside.view([count, *(-1 if a == axis else 1 for a in range(axes))])
+
+
+def _outside(held: torch.Tensor, dim: int) -> list[torch.Tensor]:
+    """For each window along a dim (counted from the last), which pixels it does not hold."""
+    return [~window.view(-1, *[1] * (-dim - 1)) for window in held.flatten(1)]
 
 
 @_operator("window_sums(Tensor self, Tensor[] windows) -> Tensor")
 def window_sums(tensor: torch.Tensor, held: list[torch.Tensor]) -> torch.Tensor:
-    """Sums over the products of the `windows` of the last axes, in at least 32 bits.
+    """Sums over the products of the windows of the last axes, in at least 32 bits.
 
-    `held` are ones and zeros, of extent 1 but along the window and their own axis.
+    A product of matrices would be fewer operations, but spreads infinities and NaN to all windows.
     """
     found = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    with torch.autocast(tensor.device.type, enabled=False):  # a product of matrices, but only to sum
-        for dim, inside in zip(range(-1, -len(held) - 1, -1), reversed(held), strict=True):
-            found = (found.movedim(dim, -1) @ inside.flatten(1).mT.to(found.dtype)).movedim(-1, dim)
+    for dim, of_axis in zip(range(-1, -len(held) - 1, -1), reversed(held), strict=True):
+        sums = [found.masked_fill(hidden, 0).sum(dim, keepdim=True) for hidden in _outside(of_axis, dim)]
+        found = torch.cat(sums, dim)
     return found
 
 
@@ -108,17 +113,15 @@ def window_maxima(tensor: torch.Tensor, held: list[torch.Tensor], places: list[t
     position exactly.
     """
     found, place = tensor, torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for dim, inside, own in zip(range(-1, -len(held) - 1, -1), reversed(held), reversed(places), strict=True):
-        along = own.flatten().view(-1, *[1] * (-dim - 1))
-        best, where = [], []
-        for window in inside.flatten(1).bool():
-            shown = window.view(along.shape)
-            known = found if len(inside) == 1 else found.masked_fill(~shown, -math.inf)
-            maximum, at = known.max(dim, keepdim=True)
-            first = (along + place).expand_as(known).gather(dim, at)
-            best.append(maximum)
-            where.append(torch.where(window.any(), first, NOWHERE))
-        found, place = torch.cat(best, dim), torch.cat(where, dim)
+    for dim, of_axis, own in zip(range(-1, -len(held) - 1, -1), reversed(held), reversed(places), strict=True):
+        maxima, firsts = [], []
+        for hidden in _outside(of_axis, dim):
+            shown = found if len(of_axis) == 1 else found.masked_fill(hidden, -math.inf)
+            maximum, at = shown.max(dim, keepdim=True)
+            first = (own.view(hidden.shape) + place).expand_as(shown).gather(dim, at)
+            maxima.append(maximum)
+            firsts.append(torch.where(hidden.all(), NOWHERE, first))
+        found, place = torch.cat(maxima, dim), torch.cat(firsts, dim)
     return torch.stack([found.double(), place.double()])
 
 
