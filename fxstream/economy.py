@@ -75,7 +75,7 @@ def without_unneeded(
 
 
 def _keeps(user: fx.Node, given: fx.Node, saved: Mapping[str, Saved]) -> bool:
-    """Whether an operator keeps an input, or something of its own (indices, a mask) that it may have made of it."""
+    """Whether an operator keeps an input, or something of its own (indices, a mask) that may come of it."""
     return user.all_input_nodes.index(given) in saved[user.name].inputs or saved[user.name].extra > 0
 
 

@@ -21,9 +21,9 @@ from fxstream.errors import FxstreamError
 from fxstream.excerpt import Excerpt
 from fxstream.findings import UnprobedError
 from fxstream.locality import Locality
-from fxstream.receptive_field import ReceptiveField
+from fxstream.receptive_field import BROADCAST, ReceptiveField
 from fxstream.request import leaf_extents
-from fxstream.rules import Kind
+from fxstream.rules import Evaluation, Kind
 
 __all__ = [
     "Strip",
@@ -97,7 +97,12 @@ def make_strip(part: Excerpt, axis: int, weights: Mapping[str, torch.Tensor], wh
     wanted = [[least if k == axis else width for k in range(axes)] for width in WIDTHS]
     groups = [
         [
-            extents_at(real, [w + (e - w) % period for w, e in zip(extents, real[main], strict=True)])
+            _followed(
+                part,
+                chains[main],
+                extents_at(real, [w + (e - w) % period for w, e in zip(extents, real[main], strict=True)]),
+                main,
+            )
             for extents in wanted
         ]
         for period in PERIODS
@@ -150,6 +155,26 @@ def extents_at(real: Mapping[str, tuple[int, ...]], extents: Sequence[int]) -> d
         )
         for leaf, sizes in real.items()
     }
+
+
+def _followed(
+    part: Excerpt,
+    chains: Mapping[str, tuple[ExtentChain, ...]],
+    extents: Mapping[str, tuple[int, ...]],
+    main: str,
+) -> dict[str, tuple[int, ...]]:
+    """The extents with those of a leaf that joins a map pixel by pixel exactly as many as the map has."""
+    found = dict(extents)
+    for name in part.segment.nodes:
+        footprint = part.locality.footprint(name)
+        if footprint.evaluation is not Evaluation.POINTWISE or name not in chains:
+            continue
+        result = tuple(_applied(chain, e) for chain, e in zip(chains[name], extents[main], strict=True))
+        for read in footprint.reads:
+            if read.value.name in found and read.value.name != main:
+                pairs = zip(read.maps, result, strict=True)
+                found[read.value.name] = tuple(1 if axis_map == BROADCAST else e for axis_map, e in pairs)
+    return found
 
 
 def _extents_of_nodes(chains: Chains, extents: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
