@@ -47,11 +47,15 @@ class Excerpt:
         return tuple(shape)
 
     def small_shape(self, name: str, batch: int) -> tuple[int, ...]:
-        """The shape of a small tensor; one that follows from an image or its size, and is no vector, has its batch."""
+        """The shape of a small tensor.
+
+        One that follows from an image (a gate) or from its size (a draw), and is no vector, has its batch size.
+        """
         value = self.locality.values[name]
         assert isinstance(value, Value)
-        batches = max(self.locality.metas[leaf].shape[0] for leaf, _ in self.segment.leaves)  # type: ignore[union-attr]
-        follows = len(value.shape) > 1 and value.shape[0] == batches and (value.image or self._is_sized(name))
+        images = (v for v in (self.locality.value(leaf) for leaf, _ in self.segment.leaves) if v.image)
+        batches = {image.shape[0] for image in images}
+        follows = len(value.shape) > 1 and {value.shape[0]} == batches and (value.image or self._is_sized(name))
         return (batch, *value.shape[1:]) if follows else value.shape
 
     def _is_sized(self, name: str) -> bool:
