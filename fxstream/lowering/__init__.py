@@ -39,8 +39,6 @@ def lower(captured: Captured, locality: Locality) -> Captured:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(captured.graph, copies))
-    for original, copy in copies.items():
-        copy.name = original.name  # fx changes one that is Python's (`input`)
     metas = dict(locality.metas)
     for original in captured.graph.nodes:
         if original not in copies:
