@@ -80,6 +80,17 @@ def test_one_mask_whatever_the_tiling(name):
     assert not torch.equal(seeded(module, own, image, seed=4)["output 0"], steps[0]["output 0"])
 
 
+def test_draws_are_no_reductions():
+    """A stream that ends at reductions over space goes through draws."""
+    model, image = residual(nn.Sequential(nn.Dropout(0.5), nn.Dropout2d(0.5))), integer_image(1, 2, 20, 23)
+    steps = []
+    for global_ops in ("cut", "stream"):
+        module, own = compiled(model, tile=9, global_ops=global_ops)
+        steps.append(seeded(module, own, image))
+        assert_nothing_is_whole(module)
+    assert_same(steps[1], steps[0], 0.0)
+
+
 def test_kept_tiles_have_the_mask_of_recomputed_ones():
     model, image = residual(nn.Dropout(0.5)), integer_image(2, 2, 20, 23)
     module, own = compiled(model, tile=9, segments=2)

@@ -20,22 +20,24 @@ from fxstream.lowering.writer import Lowering, Writer
 from fxstream.rules import Kind, Value
 from fxstream.sizes import Meta
 
-__all__ = ["is_lowerable", "lower"]
+__all__ = ["lower"]
 
-LOWERINGS: dict[Kind, dict[str, Lowering]] = {
-    Kind.REDUCE: {**normalisations.LOWERINGS, **pooling.LOWERINGS, **statistics.LOWERINGS},
-    Kind.GLOBAL: randomness.LOWERINGS,
-}
-"""Per verdict and operator, what it is rewritten to: reductions over space, and draws for the whole map."""
-
-
-def is_lowerable(locality: Locality) -> bool:
-    """Whether any barrier of the graph is made of reductions over space."""
-    return any(_lowering(locality, name) is not None for name in locality.verdicts)
+DRAWS: dict[str, Lowering] = randomness.LOWERINGS
+"""Per operator, what a draw for the whole map is rewritten to."""
+REDUCTIONS: dict[str, Lowering] = {**normalisations.LOWERINGS, **pooling.LOWERINGS, **statistics.LOWERINGS}
+"""Per operator, what it is rewritten to where it works over space."""
 
 
-def lower(captured: Captured, locality: Locality) -> Captured:
-    """The same model with every feature-map-wide operator that is made of reductions taken apart."""
+def lower(captured: Captured, locality: Locality, reductions: bool = True) -> Captured:
+    """The same model with every feature-map-wide operator taken apart; without `reductions` only draws.
+
+    The model itself where it has none.
+    """
+    known = {
+        name: found for name in locality.verdicts if (found := _lowering(locality, name, reductions)) is not None
+    }
+    if not known:
+        return captured
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(captured.graph, copies))
@@ -43,7 +45,7 @@ def lower(captured: Captured, locality: Locality) -> Captured:
     for original in captured.graph.nodes:
         if original not in copies:
             continue
-        node, lowering = copies[original], _lowering(locality, original.name)
+        node, lowering = copies[original], known.get(original.name)
         node.name = original.name  # a copy gets another one where that is a word of Python
         if lowering is None:
             continue
@@ -76,8 +78,10 @@ def _stream_dims(locality: Locality, node: fx.Node) -> tuple[int, ...]:
     return next((value.dims for value in values if isinstance(value, Value) and value.dims), ())
 
 
-def _lowering(locality: Locality, name: str) -> Lowering | None:
-    verdict = locality.verdicts.get(name)
-    if verdict is None or verdict.reduction is not None or UNSTREAMED in locality.nodes[name].meta:
+def _lowering(locality: Locality, name: str, reductions: bool) -> Lowering | None:
+    verdict = locality.verdicts[name]
+    if verdict.reduction is not None or UNSTREAMED in locality.nodes[name].meta:
         return None
-    return LOWERINGS.get(verdict.kind, {}).get(verdict.operator)
+    if verdict.kind is Kind.GLOBAL:
+        return DRAWS.get(verdict.operator)
+    return REDUCTIONS.get(verdict.operator) if verdict.kind is Kind.REDUCE and reductions else None
