@@ -67,8 +67,13 @@ class Strip:
         return self.locality.value(name).extents[self.axis]
 
     def tile_of(self, leaf: str, tile: Interval) -> Interval:
-        """The interval of another leaf that shows the same part of the image as `tile` of the main leaf."""
+        """The interval of another leaf that shows the same part of the image as `tile` of the main leaf.
+
+        All of one with a single pixel, which every tile reads.
+        """
         own, main = self.leaf_extents[leaf][self.axis], self.leaf_extents[self.main][self.axis]
+        if own == 1:
+            return Interval(0, 1)
         return Interval(tile.start * own // main, tile.stop * own // main)
 
 
