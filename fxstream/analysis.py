@@ -15,7 +15,7 @@ from torch import nn
 from fxstream.capture import Captured, capture
 from fxstream.errors import InputError
 from fxstream.locality import Locality, Region, Verdict, analyse_locality
-from fxstream.lowering import is_lowerable, lower, with_positions
+from fxstream.lowering import lower, with_positions
 from fxstream.sizes import Meta, Shape, shapes_at, stream_dims
 
 __all__ = ["Analysis", "analyse", "analyze", "example_image", "image_dims", "lowered"]
@@ -85,13 +85,16 @@ def analyse(captured: Captured, model: nn.Module, tensors: list[torch.Tensor], c
     return Analysis(captured, analyse_locality(captured.graph, metas, image_dims(captured, metas), combines))
 
 
-def lowered(captured: Captured, model: nn.Module, tensors: list[torch.Tensor]) -> Captured:
-    """The captured model with its feature-map-wide operators taken apart, where any can be (`lowering`)."""
-    locality = analyse(captured, model, tensors).locality
-    apart = with_positions(captured, locality)
+def lowered(captured: Captured, model: nn.Module, tensors: list[torch.Tensor], combines: bool = True) -> Captured:
+    """The captured model with its feature-map-wide operators taken apart, where any can be (`lowering`).
+
+    Reductions over space only where they may be combined from tiles.
+    """
+    locality = analyse(captured, model, tensors, combines).locality
+    apart = with_positions(captured, locality) if combines else captured
     if apart is not captured:
         captured, locality = apart, analyse(apart, model, tensors).locality
-    return lower(captured, locality) if is_lowerable(locality) else captured
+    return lower(captured, locality, combines)
 
 
 def image_dims(captured: Captured, metas: Mapping[str, Meta]) -> dict[str, tuple[int, ...]]:
@@ -139,6 +142,5 @@ def analyze(
     image = example_image(model, size, channels, batch)
     captured = capture(model, (image,), kwargs or {})
     tensors = [t for t in (kwargs or {}).values() if isinstance(t, torch.Tensor)]
-    if global_ops == "cut":
-        return analyse(captured, model, [image, *tensors], combines=False)
-    return analyse(lowered(captured, model, [image, *tensors]), model, [image, *tensors])
+    combines, tensors = global_ops != "cut", [image, *tensors]
+    return analyse(lowered(captured, model, tensors, combines), model, tensors, combines)

@@ -32,6 +32,7 @@ from fxstream.errors import CaptureError, InputError
 from fxstream.export import SizeReads, export
 from fxstream.functional import (
     UNSTREAMED,
+    make_factories,
     make_functional,
     mutated_inputs,
     remove_dead_nodes,
@@ -185,6 +186,7 @@ def _normalised(program: ExportedProgram) -> fx.Graph:
         if node.op == "call_function" and "_assert_tensor_metadata" in str(node.target):
             graph.erase_node(node)
     make_functional(graph)
+    make_factories(graph)
     remove_dead_nodes(graph)
     for node in graph.nodes:
         if node.op == "call_function" and mutated_inputs(node) and not updates_statistics(node):

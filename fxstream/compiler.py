@@ -297,11 +297,10 @@ class StreamedModule(nn.Module):
 
     def _analysed(self, captured: Captured, tensors: list[torch.Tensor]) -> Analysis:
         """The analysis of the captured graph, its feature-map-wide operators taken apart if these may stream."""
-        if self.request.global_ops == "cut":
-            return analyse(captured, self.model, tensors, combines=False)
+        combines = self.request.global_ops != "cut"
         if captured.graph not in self._lowered:
-            self._lowered[captured.graph] = lowered(captured, self.model, tensors)
-        return analyse(self._lowered[captured.graph], self.model, tensors)
+            self._lowered[captured.graph] = lowered(captured, self.model, tensors, combines)
+        return analyse(self._lowered[captured.graph], self.model, tensors, combines)
 
     def _verified(self, analysis: Analysis, plan: Plan) -> tuple[ProbeReport, ...]:
         """The probe's reports on what the plan streams, once per capture. Raises `ProbeError` on a mismatch."""

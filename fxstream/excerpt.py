@@ -47,12 +47,23 @@ class Excerpt:
         return tuple(shape)
 
     def small_shape(self, name: str, batch: int) -> tuple[int, ...]:
-        """The shape of a small tensor; one that follows from an image and is no vector (a gate) has its batch."""
+        """The shape of a small tensor.
+
+        One that follows from an image (a gate) or from its size (a draw), and is no vector, has its batch size.
+        """
         value = self.locality.values[name]
         assert isinstance(value, Value)
-        batches = {self.locality.metas[leaf].shape[0] for leaf, _ in self.segment.leaves}  # type: ignore[union-attr]
-        follows = value.image and len(value.shape) > 1 and {value.shape[0]} == batches
+        images = (v for v in (self.locality.value(leaf) for leaf, _ in self.segment.leaves) if v.image)
+        batches = {image.shape[0] for image in images}
+        follows = len(value.shape) > 1 and {value.shape[0]} == batches and (value.image or self._is_sized(name))
         return (batch, *value.shape[1:]) if follows else value.shape
+
+    def _is_sized(self, name: str) -> bool:
+        """Whether an integer of the graph goes into a small tensor, as into a random draw per sample."""
+        reached = [self.locality.nodes[name]]
+        for node in reached:
+            reached += [given for given in node.all_input_nodes if given not in reached]
+        return any(isinstance(self.locality.metas.get(node.name), int) for node in reached)
 
     def type_of(self, name: str) -> torch.dtype:
         """The type in which an input is given: the one floating type also for images of integers; else its own.

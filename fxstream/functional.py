@@ -6,6 +6,9 @@
 - a tensor of which another view is used later (``x[:, 0] += 1``): kept as it is, and every value that shares
   its storage is marked in `UNSTREAMED`, so that it stays in the ordinary, ordered part of the graph.
 
+`new_empty(x, size)` becomes ``empty(size)``: of `x` it takes only type and device, and so a random draw of that
+size does not depend on the image.
+
 What must keep its order (effects, random draws) is listed by `ordered_nodes`.
 """
 
@@ -17,7 +20,15 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["UNSTREAMED", "WAS_IN_PLACE", "is_random", "make_functional", "ordered_nodes", "remove_dead_nodes"]
+__all__ = [
+    "UNSTREAMED",
+    "WAS_IN_PLACE",
+    "is_random",
+    "make_factories",
+    "make_functional",
+    "ordered_nodes",
+    "remove_dead_nodes",
+]
 
 UNSTREAMED = "fxstream_unstreamed"
 """Key in ``node.meta``: why the node must stay outside a stream."""
@@ -37,6 +48,15 @@ NOT_DIFFERENTIABLE = {"aten::copy_"}
 
 RENAMED = {"aten::normal_": "normal_functional", "aten::bernoulli_.float": "bernoulli.p"}
 """Functional twins that are not the name without its underscore."""
+
+
+FACTORIES = {
+    "aten::new_empty": torch.ops.aten.empty.memory_format,
+    "aten::new_zeros": torch.ops.aten.zeros.default,
+    "aten::new_ones": torch.ops.aten.ones.default,
+    "aten::new_full": torch.ops.aten.full.default,
+}
+"""What makes the same tensor without another one to take type and device from."""
 
 
 def schema_of(node: fx.Node) -> torch.FunctionSchema | None:
@@ -262,6 +282,16 @@ def ordered_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 def _touches_marked(node: fx.Node) -> bool:
     return any(UNSTREAMED in given.meta for given in node.all_input_nodes)
+
+
+def make_factories(graph: fx.Graph) -> None:
+    """Let new tensors depend on no other one, in place."""
+    for node in graph.nodes:
+        schema, made = schema_of(node), node.meta.get("val")
+        if schema is not None and schema.name in FACTORIES and isinstance(made, torch.Tensor):
+            node.target = FACTORIES[schema.name]
+            node.args = node.args[1:]
+            node.kwargs = {"dtype": made.dtype, "device": made.device}
 
 
 def remove_dead_nodes(graph: fx.Graph) -> None:

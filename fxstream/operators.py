@@ -6,18 +6,30 @@ tensors. Graphs name them, so that rules can say what a tile contributes to them
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-__all__ = ["class_weights", "contract", "moments", "overload"]
+__all__ = [
+    "class_weights",
+    "contract",
+    "dropout",
+    "entry_keys",
+    "moments",
+    "overload",
+    "positions",
+    "window_maxima",
+    "window_sums",
+    "windows",
+]
 
 _LIBRARY = torch.library.Library("fxstream", "DEF")
 
 
 def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator that registers a function of tensors as an operator with this schema."""
+    """A decorator that registers a function as an operator with this schema."""
 
     def define(function: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.split("(")[0]
@@ -48,7 +60,7 @@ def moments(tensor: torch.Tensor, dims: list[int]) -> torch.Tensor:
     count = 1
     for dim in dims:
         count *= tensor.shape[dim]
-    return torch.stack([mean, variance, variance * (count / max(1, count - 1))])
+    return torch.stack([mean, variance, variance * (count / (count - 1) if count > 1 else math.nan)])
 
 
 @_operator("class_weights(Tensor target, Tensor? weight, int ignore_index, *, ScalarType dtype) -> Tensor")
@@ -74,3 +86,137 @@ def contract(equation: str, one: torch.Tensor, other: torch.Tensor) -> torch.Ten
     tensor([[11.]])
     """
     return torch.einsum(equation, one, other)
+
+
+@_operator("positions(int[] shape, int dim, *, Device? device=None) -> Tensor")
+def positions(shape: list[int], dim: int, *, device: torch.device | None = None) -> torch.Tensor:
+    """What each index along `dim` adds to the row-major position in an array of this shape.
+
+    The result has the rank of the array and extent 1 along all other dims, so that the sum over the dims of it are
+    the positions.
+
+    >>> (positions([2, 3], 0) + positions([2, 3], 1)).tolist()
+    [[0, 1, 2], [3, 4, 5]]
+    """
+    line = torch.arange(shape[dim], device=device) * math.prod(shape[dim + 1 :])
+    return line.view([-1 if d == dim else 1 for d in range(len(shape))])
+
+
+@_operator("windows(int count, int extent, int axis, int axes, *, Device? device=None) -> Tensor")
+def windows(count: int, extent: int, axis: int, axes: int, *, device: torch.device | None = None) -> torch.Tensor:
+    """Which pixels of an axis each window of an adaptive pooling holds.
+
+    Window ``i`` of ``k`` on ``n`` pixels holds ``floor(i * n / k) .. ceil((i + 1) * n / k) - 1``; neighbours
+    overlap where k does not divide n. The result is `count` masks that broadcast along the other axes.
+
+    >>> windows(2, 5, 0, 1).int()
+    tensor([[1, 1, 1, 0, 0],
+            [0, 0, 1, 1, 1]], dtype=torch.int32)
+    """
+    pixel = torch.arange(extent, device=device)
+    window = torch.arange(count, device=device).unsqueeze(1)
+    inside = (pixel >= window * extent // count) & (pixel < -(-(window + 1) * extent // count))
+    return inside.view([count, *(-1 if a == axis else 1 for a in range(axes))])
+
+
+def _outside(held: torch.Tensor, dim: int) -> list[torch.Tensor]:
+    """For each window along a dim (counted from the last), which pixels it does not hold."""
+    return [~window.view(-1, *[1] * (-dim - 1)) for window in held.flatten(1)]
+
+
+@_operator("window_sums(Tensor self, Tensor[] windows) -> Tensor")
+def window_sums(tensor: torch.Tensor, held: list[torch.Tensor]) -> torch.Tensor:
+    """Sums over the products of the windows of the last axes, in at least 32 bits.
+
+    A product of matrices would be fewer operations, but spreads infinities and NaN to all windows.
+    """
+    found = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    for dim, of_axis in zip(range(-1, -len(held) - 1, -1), reversed(held), strict=True):
+        sums = [found.masked_fill(hidden, 0).sum(dim, keepdim=True) for hidden in _outside(of_axis, dim)]
+        found = torch.cat(sums, dim)
+    return found
+
+
+NOWHERE = 2**53
+"""A position behind all others."""
+
+
+@_operator("window_maxima(Tensor self, Tensor[] windows, Tensor[] positions) -> Tensor")
+def window_maxima(tensor: torch.Tensor, held: list[torch.Tensor], places: list[torch.Tensor]) -> torch.Tensor:
+    """Maxima over the products of the windows of the last axes, and their positions, stacked in front.
+
+    Of equal maxima it is the first in row-major order, and that one has the gradient. In 64 bits, which hold every
+    position exactly.
+    """
+    found, place = tensor, torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for dim, of_axis, own in zip(range(-1, -len(held) - 1, -1), reversed(held), reversed(places), strict=True):
+        maxima, firsts = [], []
+        for hidden in _outside(of_axis, dim):
+            shown = found if len(of_axis) == 1 else found.masked_fill(hidden, -math.inf)
+            maximum, at = shown.max(dim, keepdim=True)
+            first = (own.view(hidden.shape) + place).expand_as(shown).gather(dim, at)
+            maxima.append(maximum)
+            firsts.append(torch.where(hidden.all(), NOWHERE, first))
+        found, place = torch.cat(maxima, dim), torch.cat(firsts, dim)
+    return torch.stack([found.double(), place.double()])
+
+
+ODD = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+"""The multipliers of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014)."""
+LAST = 0x85EBCA6B - 2**32
+"""A multiplier of MurmurHash3's finaliser."""
+
+
+def _mixed(numbers: torch.Tensor) -> torch.Tensor:
+    """Random bits from distinct 64-bit integers, in place: SplitMix64, but that its shifts keep the sign."""
+    for shift, factor in zip((30, 27), ODD[1:], strict=True):
+        numbers.bitwise_xor_(numbers >> shift).mul_(factor)
+    return numbers.bitwise_xor_(numbers >> 31)
+
+
+@_operator("entry_keys(Tensor key, int[] shape) -> Tensor")
+def entry_keys(key: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    """An odd and another random 32-bit number for each entry of an array of this shape, stacked in front.
+
+    `key` is one 64-bit integer.
+    """
+    entries = torch.arange(1, math.prod(shape) + 1, device=key.device)
+    bits = _mixed(entries * ODD[0] + _mixed(key.clone())).view(shape)
+    return torch.stack([(bits >> 32) | 1, bits]).to(torch.int32)
+
+
+@_operator(
+    "dropout(Tensor self, Tensor factor, Tensor summand, Tensor[] positions, float p, float scale, float shift,"
+    " float dropped) -> Tensor"
+)
+def dropout(
+    tensor: torch.Tensor,
+    factor: torch.Tensor,
+    summand: torch.Tensor,
+    places: list[torch.Tensor],
+    p: float,
+    scale: float,
+    shift: float,
+    dropped: float,
+) -> torch.Tensor:
+    """``scale * tensor + shift``, but `dropped` with probability `p`, as the other tensors say, and not chance.
+
+    `factor` and `summand` are the `entry_keys` of what lies at one position, `places` the `positions` along each
+    axis; all broadcast against the tensor. Only the mask is kept for backward.
+    """
+    held = tensor * scale
+    if shift:
+        held = held + shift
+    return held.masked_fill_(_is_dropped(factor, summand, places, p), dropped)
+
+
+def _is_dropped(factor: torch.Tensor, summand: torch.Tensor, places: list[torch.Tensor], p: float) -> torch.Tensor:
+    """A random mask, true with probability `p`.
+
+    The bits of a position are one random number, that of an entry at it another function of them: a product and a
+    sum, and a round of mixing, whose top bits depend on all bits before.
+    """
+    place = sum(places[1:], places[0]).long()
+    bits = torch.addcmul(summand, (_mixed(place * ODD[0]) >> 32).to(torch.int32), factor)
+    bits.bitwise_xor_(bits >> 15).mul_(LAST)
+    return bits < min(round(p * 2**32), 2**32 - 1) - 2**31

@@ -102,6 +102,7 @@ def plan_segment(
     overlap = max(
         1 - 1 / max(1.0, _repeated(tiles, leaf, leaf_extents(locality, leaf, dims)))
         for leaf, dims in segment.leaves
+        if locality.value(leaf).image or len(segment.leaves) == 1
     )
     ends = _ends(locality, segment)
     return SegmentPlan(segment, tuple(tiles), sum(costs.values()), streamed, overlap, *ends)

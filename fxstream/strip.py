@@ -22,9 +22,9 @@ from fxstream.errors import FxstreamError
 from fxstream.excerpt import Excerpt
 from fxstream.findings import UnprobedError
 from fxstream.locality import Locality
-from fxstream.receptive_field import ReceptiveField
+from fxstream.receptive_field import BROADCAST, ReceptiveField
 from fxstream.request import leaf_extents
-from fxstream.rules import Kind
+from fxstream.rules import Evaluation, Kind
 
 __all__ = [
     "Strip",
@@ -68,8 +68,13 @@ class Strip:
         return self.locality.value(name).extents[self.axis]
 
     def tile_of(self, leaf: str, tile: Interval) -> Interval:
-        """The interval of another leaf that shows the same part of the image as `tile` of the main leaf."""
+        """The interval of another leaf that shows the same part of the image as `tile` of the main leaf.
+
+        All of one with a single pixel, which every tile reads.
+        """
         own, main = self.leaf_extents[leaf][self.axis], self.leaf_extents[self.main][self.axis]
+        if own == 1:
+            return Interval(0, 1)
         return Interval(tile.start * own // main, tile.stop * own // main)
 
 
@@ -98,7 +103,12 @@ def make_strip(part: Excerpt, axis: int, weights: Mapping[str, torch.Tensor], wh
     wanted = [[least if k == axis else width for k in range(axes)] for width in WIDTHS]
     groups = [
         [
-            extents_at(real, [w + (e - w) % period for w, e in zip(extents, real[main], strict=True)])
+            _followed(
+                part,
+                chains[main],
+                extents_at(real, [w + (e - w) % period for w, e in zip(extents, real[main], strict=True)]),
+                main,
+            )
             for extents in wanted
         ]
         for period in PERIODS
@@ -162,12 +172,36 @@ def extents_at(real: Mapping[str, tuple[int, ...]], extents: Sequence[int]) -> d
     }
 
 
+def _followed(
+    part: Excerpt,
+    chains: Mapping[str, tuple[ExtentChain, ...]],
+    extents: Mapping[str, tuple[int, ...]],
+    main: str,
+) -> dict[str, tuple[int, ...]]:
+    """The extents with those of a leaf that joins a map pixel by pixel exactly as many as the map has."""
+    found = dict(extents)
+    for name in part.segment.nodes:
+        footprint = part.locality.footprint(name)
+        if footprint.evaluation is not Evaluation.POINTWISE or name not in chains:
+            continue
+        result = tuple(_applied(chain, e) for chain, e in zip(chains[name], extents[main], strict=True))
+        for read in footprint.reads:
+            if read.value.name in found and read.value.name != main:
+                pairs = zip(read.maps, result, strict=True)
+                found[read.value.name] = tuple(1 if axis_map == BROADCAST else e for axis_map, e in pairs)
+    return found
+
+
 def _extents_of_nodes(chains: Chains, extents: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """What the formulas of the rules expect of every node at these extents of the leaves."""
+    """What the formulas of the rules expect of every node at these extents of the leaves.
+
+    The most that follows from any leaf: one with a broadcast axis says nothing of that axis.
+    """
     found = dict(extents)
     for leaf, of_node in chains.items():
         for name, per_axis in of_node.items():
-            found[name] = tuple(_applied(chain, e) for chain, e in zip(per_axis, extents[leaf], strict=True))
+            own = tuple(_applied(chain, e) for chain, e in zip(per_axis, extents[leaf], strict=True))
+            found[name] = tuple(map(max, own, found.get(name, own)))
     return found
 
 

@@ -17,7 +17,7 @@ from fxstream.excerpt import Excerpt, excerpt
 from fxstream.findings import Findings
 from fxstream.locality import Locality
 from fxstream.request import leaf_extents, output_extents
-from fxstream.rules import Kind
+from fxstream.rules import Kind, Value
 from fxstream.sizes import Shape, fold_integers
 from fxstream.strip import extents_at, verdicts_at
 from fxstream.tile_program import tile_program
@@ -121,6 +121,8 @@ def compare_reductions(locality: Locality, names: Sequence[str], found: Findings
 
 def _compare_combined(locality: Locality, name: str, found: Findings) -> None:
     part = excerpt(locality, make_segment(locality, name, (name,), (name,)), torch.float64)
+    if any(_is_position(locality.value(leaf)) for leaf, _ in part.segment.leaves):
+        return  # numbers that are drawn are none
     at_size = _at_small_size(part)
     reduction = at_size.verdicts[name].reduction if at_size is not None else None
     if at_size is None or reduction is None or reduction.reduction is None:
@@ -151,6 +153,11 @@ def _compare_combined(locality: Locality, name: str, found: Findings) -> None:
         combined = reduction.reduction.combine(torch.stack(partials), held).to(plain.dtype)
     if not _same_values(combined, plain):
         found.add(name, 0, "values", "the result combined from tiles", _preview(combined), _preview(plain))
+
+
+def _is_position(value: Value) -> bool:
+    """Whether a leaf is no image, but says where in it a pixel lies."""
+    return not value.image and value.dtype == torch.int64
 
 
 def _at_small_size(part: Excerpt) -> Locality | None:

@@ -86,6 +86,7 @@ SAMPLES = {
     "prelu": [(C4, lambda x: A.prelu(x - 3, G))],
     "rrelu": [(X2, lambda x: A.rrelu(x, 0.1, 0.3, False))],
     "dropout": [(X2, lambda x: A.dropout(x, 0.5, False))],
+    "fxstream::dropout": [(X2, lambda x: A.dropout(x, 1e-12, True))],
     "feature_dropout": [(X2, lambda x: A.feature_dropout(x, 0.5, False))],
     "alpha_dropout": [(X2, lambda x: A.alpha_dropout(x, 0.0, True))],
     "feature_alpha_dropout": [(X2, lambda x: A.feature_alpha_dropout(x, 0.5, False))],

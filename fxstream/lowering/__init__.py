@@ -1,9 +1,10 @@
 """Feature-map-wide operators, rewritten as reductions over space and local operators.
 
 A normalisation over space is a reduction (`fxstream::moments`), a little arithmetic on small tensors, and a map
-that takes the result as small arguments. A loss is the loss of every pixel, and sums of it. Flattened positions
-are taken apart before (`positions`), so that what follows them is made of the same. The rewritten graph computes
-what the original one does, at any size; what of it is streamed is for the planner to decide.
+that takes the result as small arguments. A loss is the loss of every pixel, and sums of it. A draw for the whole
+map is a draw of a small tensor and a map of it. Flattened positions are taken apart before (`positions`), so
+that what follows them is made of the same. The rewritten graph computes what the original one does, at any size;
+what of it is streamed is for the planner to decide.
 """
 
 from __future__ import annotations
@@ -13,47 +14,80 @@ from dataclasses import replace
 from torch import fx
 
 from fxstream.capture import Captured
+from fxstream.functional import UNSTREAMED
 from fxstream.locality import Locality
-from fxstream.lowering import losses, normalisations, pooling, positions
+from fxstream.lowering import losses, normalisations, pooling, positions, randomness, statistics
 from fxstream.lowering.positions import with_positions
 from fxstream.lowering.writer import Lowering, Writer, copied
-from fxstream.rules import Kind
+from fxstream.rules import Kind, Value
+from fxstream.sizes import Meta
 
-__all__ = ["is_lowerable", "lower", "with_positions"]
+__all__ = ["lower", "with_positions"]
 
-LOWERINGS: dict[str, Lowering] = {
+DRAWS: dict[str, Lowering] = randomness.LOWERINGS
+"""Per operator, what a draw for the whole map is rewritten to."""
+REDUCTIONS: dict[str, Lowering] = {
     **normalisations.LOWERINGS,
     **pooling.LOWERINGS,
+    **statistics.LOWERINGS,
     **losses.LOWERINGS,
     **positions.LOWERINGS,
 }
 """Per operator, what it is rewritten to where it works over space."""
 
 
-def is_lowerable(locality: Locality) -> bool:
-    """Whether any barrier of the graph is made of reductions over space."""
-    return any(_lowering(locality, name) is not None for name in locality.verdicts)
+def lower(captured: Captured, locality: Locality, reductions: bool = True) -> Captured:
+    """The same model with every feature-map-wide operator taken apart; without `reductions` only draws.
 
 
-def lower(captured: Captured, locality: Locality) -> Captured:
-    """The same model with every feature-map-wide operator that is made of reductions taken apart."""
+    The model itself where it has none.
+    """
+    known = {
+        name: found for name in locality.verdicts if (found := _lowering(locality, name, reductions)) is not None
+    }
+    if not known:
+        return captured
     graph, copies = copied(captured.graph)
+    metas = dict(locality.metas)
     for original in captured.graph.nodes:
         if original not in copies:
             continue
-        node, lowering = copies[original], _lowering(locality, original.name)
-        node.name = original.name  # a copy gets another one where that is a word of Python
-        lowered = lowering(Writer(graph, node, locality.metas)) if lowering is not None else None
+        node, lowering = copies[original], known.get(original.name)
+        if lowering is None:
+            continue
+        lowered = lowering(Writer(graph, node, metas, _stream_dims(locality, original)))
         if lowered is not None:
-            node.replace_all_uses_with(lowered)
+            _put_in_place(node, lowered, metas)
             graph.erase_node(node)
     graph.lint()
     root = {n.target: getattr(captured.module, n.target) for n in graph.nodes if n.op == "get_attr"}
     return replace(captured, module=fx.GraphModule(root, graph))
 
 
-def _lowering(locality: Locality, name: str) -> Lowering | None:
-    verdict = locality.verdicts.get(name)
-    if verdict is None or verdict.kind is not Kind.REDUCE or verdict.reduction is not None:
+def _put_in_place(node: fx.Node, lowered: fx.Node | tuple[fx.Node, ...], metas: dict[str, Meta]) -> None:
+    """Let all users of a node, or of each of its results, use what it is made of; that has the same shape."""
+    if isinstance(lowered, fx.Node):
+        metas[lowered.name] = metas[node.name]
+        node.replace_all_uses_with(lowered)
+        return
+    for item in list(node.users):
+        _, index = item.args
+        assert isinstance(index, int)
+        metas[lowered[index].name] = metas[item.name]
+        item.replace_all_uses_with(lowered[index])
+        node.graph.erase_node(item)
+
+
+def _stream_dims(locality: Locality, node: fx.Node) -> tuple[int, ...]:
+    """The stream dims of the first map that a node reads."""
+    values = (locality.values[given.name] for given in node.all_input_nodes)
+    return next((value.dims for value in values if isinstance(value, Value) and value.dims), ())
+
+
+def _lowering(locality: Locality, name: str, reductions: bool) -> Lowering | None:
+    verdict = locality.verdicts[name]
+    if verdict.reduction is not None or UNSTREAMED in locality.nodes[name].meta:
         return None
-    return LOWERINGS.get(verdict.operator)
+    if verdict.kind is Kind.GLOBAL:
+        return DRAWS.get(verdict.operator)
+    return REDUCTIONS.get(verdict.operator) if verdict.kind is Kind.REDUCE and reductions else None

@@ -83,7 +83,7 @@ class _Rewriting:
         elif isinstance(node.target, torch._ops.OpOverload) and not is_random(node):
             name = node.target._schema.name.split("::")[1]
             handler = self._handler(name, node)
-            found = handler(name, Writer(self._graph, node, self._metas)) if handler is not None else None
+            found = handler(name, Writer(self._graph, node, self._metas, ())) if handler is not None else None
         if isinstance(found, Twin):
             self._flatten_again(node, found)
         elif found is not None and found is not node:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fxstream.operators import overload
-from fxstream.sizes import Shape
+from fxstream.sizes import Meta, Shape
 
 __all__ = ["Lowering", "Writer", "copied"]
 
@@ -31,9 +31,13 @@ def copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
 
 
 class Writer:
-    """Writes operators in front of the node that is taken apart; `given` are its arguments by schema name."""
+    """Writes operators in front of the node that is taken apart.
 
-    def __init__(self, graph: fx.Graph, node: fx.Node, metas: Mapping[str, Any]) -> None:
+    `given` are its arguments by schema name, `dims` the stream dims of the map that it reads.
+    """
+
+    def __init__(self, graph: fx.Graph, node: fx.Node, metas: Mapping[str, Meta], dims: tuple[int, ...]) -> None:
+        self.dims = dims
         self._graph, self._node, self._metas = graph, node, metas
         assert isinstance(node.target, torch._ops.OpOverload)
         arguments = node.target._schema.arguments
@@ -69,6 +73,14 @@ class Writer:
         keywords = {argument.name: given[argument.name] for argument in arguments if argument.kwarg_only}
         return self.call(self._node.target, *positional, **keywords)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the operator runs."""
+        made = self._node.meta["val"]
+        tensor = made if isinstance(made, torch.Tensor) else made[0]
+        assert isinstance(tensor, torch.Tensor)
+        return tensor.device
+
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """One more operator."""
         with self._graph.inserting_before(self._node):
@@ -80,11 +92,16 @@ class Writer:
         """An extent of a tensor, at any size."""
         return self.call(aten.sym_size.int, tensor, dim)
 
+    def like(self, tensor: fx.Node, image: fx.Node) -> fx.Node:
+        """A wide tensor in the type of an image of less than 32 bits; itself where that is no other."""
+        dtype = self.meta(image).dtype
+        return tensor if dtype.itemsize >= 4 else self.call(aten.to.dtype, tensor, dtype)
+
     def statistics(self, image: fx.Node, dims: Sequence[int]) -> list[fx.Node]:
         """Mean, variance and sample variance over some dims."""
         found = self.call(overload("moments"), image, list(dims))
         return [self.call(aten.select.int, found, 0, i) for i in range(3)]
 
 
-Lowering = Callable[[Writer], fx.Node | None]
-"""Writes what an operator is made of and returns its result; None where that operator stays as it is."""
+Lowering = Callable[[Writer], fx.Node | tuple[fx.Node, ...] | None]
+"""Writes what an operator is made of and returns its result or results; None where it stays as it is."""

@@ -23,6 +23,7 @@ from fxstream.rules import (
     contractions,
     interpolated,
     mapwide,
+    pooled,
     reductions,
     resampled,
     shuffled,
@@ -69,7 +70,7 @@ __all__ = [
 ]
 
 _TABLE = RuleTable()
-for _family in (
+FAMILIES = (
     _pointwise,
     windowed,
     resampled,
@@ -79,8 +80,10 @@ for _family in (
     classes,
     contractions,
     reductions,
+    pooled,
     mapwide,
-):
+)
+for _family in FAMILIES:
     _family.add_rules(_TABLE)
 
 Rule = Callable[[Call], Footprint | Refusal]

@@ -49,6 +49,7 @@ def add_rules(table: RuleTable) -> None:
         table.add(f"aten::{name}", "pointwise", dropout)
     for name in BROADCASTS:
         table.add(f"aten::{name}", "pointwise", broadcast)
+    table.add("fxstream::dropout", "pointwise", pointwise)
     table.add("aten::batch_norm", "pointwise", batch_norm)
     table.add("aten::prelu", "pointwise", prelu)
     table.add("aten::rrelu", "pointwise", rrelu)

@@ -11,6 +11,7 @@ between tiles (Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -63,7 +64,12 @@ def over_space(call: Call, image: Value, touched: Sequence[int]) -> Answer:
 
 
 def _norm(call: Call) -> tuple[Callable[..., Any], Combine] | None:
-    return {1.0: (norm_1, partial(_norms, 1.0)), 2.0: (norm_2, partial(_norms, 2.0))}.get(float(call["ord"]))
+    known: dict[float, tuple[Callable[..., Any], Combine]] = {
+        1.0: (norm_1, partial(_norms, 1.0)),
+        2.0: (norm_2, partial(_norms, 2.0)),
+        math.inf: (largest_of, _maxima),
+    }
+    return known.get(float(call["ord"]))
 
 
 def moments(call: Call) -> Answer:
@@ -104,6 +110,11 @@ def maximum_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Te
 def minimum_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
     """The same of the negated tile."""
     return maximum_of(-tensor, dims, keepdim)
+
+
+def largest_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
+    """The same of the absolute values."""
+    return maximum_of(tensor.abs(), dims, keepdim)
 
 
 def logsumexp_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
@@ -167,7 +178,8 @@ def _norms(order: float, partials: torch.Tensor, counts: torch.Tensor) -> torch.
 def _moments(others: int, partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     means, variances = partials.double().unbind(1)
     held, count = _along_tiles(counts * others, means), counts.sum() * others
-    mean = (means * (held / count)).sum(0)
+    some = means[0].detach()  # so that of equal means no difference is left
+    mean = some + ((means - some) * (held / count)).sum(0)
     squares = (held * (variances + (means - mean) ** 2)).sum(0)
     return torch.stack([mean, squares / count, squares / (count - 1)])
 
