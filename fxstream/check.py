@@ -25,7 +25,7 @@ __all__ = ["CheckReport", "Difference", "check", "least_norms", "relative_error"
 
 TOLERANCE = 1e-10
 CANCELLED = 1e-4
-"""A gradient is measured at least on this share of the largest one: one that cancels is nothing but rounding."""
+"""A gradient, or a buffer, is measured at least on this share of the largest: one that cancels is but rounding."""
 FACTOR = 4.0
 
 
@@ -182,10 +182,13 @@ def _seeded_step(
 
 
 def least_norms(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, float]:
-    """The norm on which each tensor is measured at least."""
-    gradients = [t.double().norm().item() for n, t in tensors.items() if n.startswith("grad") and t is not None]
-    floor = CANCELLED * max((norm for norm in gradients if math.isfinite(norm)), default=0.0)
-    return {name: max(1e-300, floor) if name.startswith("grad") else 1e-300 for name in tensors}
+    """The norm on which each gradient and each buffer is measured at least; outputs are measured on their own."""
+    largest: dict[str, float] = {}
+    for name, tensor in tensors.items():
+        kind = name.split()[0]
+        if kind != "output" and tensor is not None and math.isfinite(norm := tensor.double().norm().item()):
+            largest[kind] = max(norm, largest.get(kind, 0.0))
+    return {name: max(1e-300, CANCELLED * largest.get(name.split()[0], 0.0)) for name in tensors}
 
 
 def _against(

@@ -19,14 +19,17 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError
 from fxstream.sizes import is_library_file, stream_dims
 
-__all__ = ["SizeReads", "export"]
+__all__ = ["CUMULATIVE", "SizeReads", "export"]
 
+CUMULATIVE = -1.0
+"""Stands for the momentum of a BatchNorm that averages over all batches so far."""
 READS = {torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel, torch.Tensor.__len__}  # type: ignore[attr-defined]
 MACHINERY = tuple(f"{torch.__path__[0]}/{part}" for part in ("_", "fx/", "overrides", "export/"))
 
@@ -85,6 +88,35 @@ def _quiet(name: str) -> Iterator[None]:
         logger.removeFilter(nothing)
 
 
+@contextlib.contextmanager
+def _cumulative_averages(model: nn.Module) -> Iterator[None]:
+    """`CUMULATIVE` as the momentum of every BatchNorm that has None.
+
+    Its own code would read the number of batches so far, which has no value while a model is captured.
+    """
+    modules = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.momentum is None]
+    try:
+        for module in modules:
+            module.momentum = CUMULATIVE
+        yield
+    finally:
+        for module in modules:
+            module.momentum = None
+
+
+def _refuse_shared_statistics(model: nn.Module) -> None:
+    """Raises `CaptureError` where statistics are taken over several processes."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.training and several:
+            if torch.distributed.get_world_size(module.process_group) == 1:
+                continue
+            raise CaptureError(
+                f"`{name}` (SyncBatchNorm) takes its statistics over all processes, a stream takes them over the"
+                " tiles of its own images: use BatchNorm, or fxstream.freeze_batch_norm(model)"
+            )
+
+
 def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
@@ -106,9 +138,10 @@ def export(
         with mode:
             return torch.empty(next(shifted), dtype=leaf.dtype, device=leaf.device)
 
-    fake_args, fake_kwargs = pytree.tree_map(fake, (tuple(args), dict(kwargs)))
+    _refuse_shared_statistics(model)
     try:
-        with _neutral():
+        with _neutral(), _cumulative_averages(model):
+            fake_args, fake_kwargs = pytree.tree_map(fake, (tuple(args), dict(kwargs)))
             program = torch.export.export(model, fake_args, fake_kwargs, strict=False)
     except Exception as error:
         raise CaptureError(_explanation(model, error)) from error

@@ -138,6 +138,41 @@ def test_within_a_memory(share):
     assert share < 0.9 or any(not segment.axes for segment in module.plan.segments)
 
 
+@pytest.mark.parametrize("global_ops", ["auto", "cut"])
+def test_cumulative_averages(global_ops):
+    """Momentum None: also where the statistics are of a vector, and where they end the stream."""
+
+    def forward(m, x):
+        return m.head(m.a(x).mean((2, 3)))
+
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    model = Function(forward, a=body, head=nn.BatchNorm1d(4, momentum=None)).double()
+    plain = copy.deepcopy(model)
+    module = fxstream.compile(model, tile=14, global_ops=global_ops)
+    for _ in range(3):
+        x = image(3, 3, 23, 31)
+        assert_same(step(module, model, [x]), step(plain, plain, [x]), 1e-9)
+    assert model.head.momentum is None
+    assert int(model.head.num_batches_tracked) == 3
+
+
+def test_statistics_over_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4))
+    with pytest.raises(
+        fxstream.CaptureError, match=r"`1` \(SyncBatchNorm\) takes its statistics over all processes"
+    ):
+        fxstream.compile(model, tile=14)(torch.randn(1, 3, 30, 30))
+
+
+def test_first_call_in_inference_mode():
+    model, x = MODULES["squeeze and excitation"]().double(), image(1, 3, 23, 31).detach()
+    module = fxstream.compile(model, tile=14)
+    with torch.inference_mode():
+        torch.testing.assert_close(module(x), model(x), rtol=1e-10, atol=1e-12)
+
+
 def test_a_part_without_its_reductions_is_cut():
     model = MODULES["batch norm"]().double()
     module = fxstream.compile(model, tile=14, global_ops="cut")

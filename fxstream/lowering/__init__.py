@@ -14,6 +14,7 @@ from dataclasses import replace
 from torch import fx
 
 from fxstream.capture import Captured
+from fxstream.export import CUMULATIVE
 from fxstream.functional import UNSTREAMED
 from fxstream.locality import Locality
 from fxstream.lowering import losses, normalisations, pooling, positions, randomness, statistics
@@ -88,6 +89,8 @@ def _lowering(locality: Locality, name: str, reductions: bool) -> Lowering | Non
     verdict = locality.verdicts[name]
     if verdict.reduction is not None or UNSTREAMED in locality.nodes[name].meta:
         return None
+    if verdict.operator == "aten::batch_norm" and CUMULATIVE in locality.nodes[name].args:
+        return REDUCTIONS[verdict.operator]
     if verdict.kind is Kind.GLOBAL:
         return DRAWS.get(verdict.operator)
     return REDUCTIONS.get(verdict.operator) if verdict.kind is Kind.REDUCE and reductions else None

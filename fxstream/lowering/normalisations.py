@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from fxstream.export import CUMULATIVE
 from fxstream.functional import UNSTREAMED
 from fxstream.lowering.writer import Lowering, Writer
 
@@ -27,8 +28,9 @@ def _batch_norm(writer: Writer) -> fx.Node:
     rank = len(writer.meta(image).shape)
     mean, variance, sample = writer.statistics(image, [0, *range(2, rank)])
     if writer["running_mean"] is not None:
-        _update(writer, writer["running_mean"], mean, writer["momentum"])
-        _update(writer, writer["running_var"], sample, writer["momentum"])
+        momentum = _momentum(writer)
+        _update(writer, writer["running_mean"], mean, momentum)
+        _update(writer, writer["running_var"], sample, momentum)
     scale = _scale(writer, variance, writer["eps"], writer["weight"])
     return _affine(writer, image, mean, scale, writer["bias"], writer["cudnn_enabled"])
 
@@ -111,10 +113,25 @@ def _rms_norm(writer: Writer) -> fx.Node:
     return _weighted(writer, writer.call(aten.mul.Tensor, image, _scale(writer, mean, eps, None)))
 
 
-def _update(writer: Writer, buffer: fx.Node, value: fx.Node, momentum: float) -> None:
+def _momentum(writer: Writer) -> fx.Node | float:
+    """The share of this batch in the running statistics; one over their number in an average over all batches."""
+    momentum: float = writer["momentum"]
+    if momentum != CUMULATIVE:
+        return momentum
+    buffer: fx.Node = writer["running_mean"]
+    tracked = buffer.name.replace("running_mean", "num_batches_tracked")
+    (count,) = (n for p in buffer.graph.nodes if p.name == tracked for n in p.users)  # after this batch was added
+    return writer.call(aten.reciprocal.default, count)
+
+
+def _update(writer: Writer, buffer: fx.Node, value: fx.Node, momentum: fx.Node | float) -> None:
     """Rule 3: a running statistic moved towards a value."""
-    fresh = writer.call(aten.mul.Scalar, writer.call(aten.detach.default, value), momentum)
-    kept = writer.call(aten.mul.Scalar, buffer, 1 - momentum)
+    fresh = writer.call(aten.mul.Tensor, writer.call(aten.detach.default, value), momentum)
+    kept = (
+        writer.call(aten.mul.Tensor, buffer, writer.call(aten.rsub.Scalar, momentum, 1))
+        if isinstance(momentum, fx.Node)
+        else writer.call(aten.mul.Tensor, buffer, 1 - momentum)
+    )
     effect = writer.call(aten.copy_.default, buffer, writer.call(aten.add.Tensor, kept, fresh))
     effect.meta[UNSTREAMED] = "changes a tensor in place"
 
