@@ -121,7 +121,8 @@ def _momentum(writer: Writer) -> fx.Node | float:
     buffer: fx.Node = writer["running_mean"]
     tracked = buffer.name.replace("running_mean", "num_batches_tracked")
     (count,) = (n for p in buffer.graph.nodes if p.name == tracked for n in p.users)  # after this batch was added
-    return writer.call(aten.reciprocal.default, count)
+    wide = writer.call(aten.to.dtype, count, writer.meta(buffer).dtype)
+    return writer.call(aten.reciprocal.default, wide)
 
 
 def _update(writer: Writer, buffer: fx.Node, value: fx.Node, momentum: fx.Node | float) -> None:
