@@ -11,7 +11,8 @@ NOTE [the cost model]
    own; gradients of weights from there to the end.
 3. Results that are views of an input, and gradients that are views of another (of a sum, a concatenation), are no
    new memory. Neither are results of operators that take over their input's memory.
-4. Workspaces inside an operator are not counted. Everything but weights scales with the share of the pixels.
+4. Of workspaces inside an operator only the gradients of what it keeps of its own are counted. Everything but
+   weights scales with the share of the pixels.
 """
 
 from __future__ import annotations
@@ -173,6 +174,10 @@ class Costs:
             for j in inputs[i]
             if j >= 0 and floats[j] and users[j][-1] != i and not self._saved[name].passes_on
         ]
+        for i, name in enumerate(self.nodes):
+            if between := self._saved[name].between:
+                elements = sum(shape.elements for shape in _shapes_of(locality, name))
+                temporaries.append((i, i, round(between * elements)))
         self.kept = frozenset(name for i, name in enumerate(self.nodes) if keeper[roots[i]] < count)
         """The nodes whose results autograd keeps for some operator of the run."""
         return (

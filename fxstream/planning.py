@@ -39,8 +39,10 @@ LEAST_SHARE = 0.01
 """A region with less than this share of the network's activations is not worth a tile loop."""
 MANY_PASSES = 16
 """Passes over a stretch where boundaries enough to do with few do not fit."""
-MOST_ATTEMPTS = 5
+MOST_ATTEMPTS = 6
 """How often the search is repeated with less where its estimate was too low."""
+LESS = 0.02
+"""The least part of the budget that it is given less, twice as much each time."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -147,7 +149,7 @@ def _fitting(
 ) -> tuple[tuple[SegmentPlan, ...], Prediction] | None:
     """The fastest plan of the search that really fits, with the graphs of tiles that may be kept."""
     budget = float(memory)
-    for _ in range(MOST_ATTEMPTS):
+    for attempt in range(MOST_ATTEMPTS):
         found = search.fastest(budget)
         if found is None:
             return None
@@ -155,7 +157,7 @@ def _fitting(
         prediction = predict(basis, segments)
         if prediction.bytes <= memory:
             return keep_graphs(basis, segments, memory) if basis.training else (segments, prediction)
-        budget *= min(0.98, memory / prediction.bytes)
+        budget *= min(1 - LESS * 2**attempt, memory / prediction.bytes)
     return None
 
 

@@ -25,6 +25,7 @@ __all__ = ["Saved", "in_place_twin", "saved_by", "takes_over"]
 class Saved:
     """What one call keeps: which of its inputs (by place), its result, and extra bytes per element of the result.
 
+    `between` are those of the extra bytes that are values between its input and its result, which have gradients.
     `views` is the place of the input whose memory the result shares, None for new memory. `passes_on` says that
     the gradients of its inputs are views of that of its result.
     """
@@ -34,6 +35,7 @@ class Saved:
     extra: float
     views: int | None = None
     passes_on: bool = False
+    between: float = 0.0
 
 
 def saved_by(locality: Locality) -> dict[str, Saved]:
@@ -87,12 +89,14 @@ def _ask(node: fx.Node, metas: Mapping[str, Meta]) -> Saved:
     of_inputs = {storage: i for i, t in reversed([*enumerate(tensors)]) for storage in _storages([t])}
     of_results = set(_storages(results)) - set(of_inputs)
     own = {storage: t for t in kept for storage in _storages([t]) if storage not in {*of_inputs, *of_results}}
+    elements = max(1, sum(r.numel() for r in results))
     return Saved(
         frozenset(of_inputs[s] for s in _storages(kept) if s in of_inputs),
         any(s in of_results for s in _storages(kept)),
-        sum(t.untyped_storage().nbytes() for t in own.values()) / max(1, sum(r.numel() for r in results)),
+        sum(t.untyped_storage().nbytes() for t in own.values()) / elements,
         next((of_inputs[s] for s in _storages(results) if s in of_inputs), None),
         _passes_on(results, tensors),
+        sum(t.untyped_storage().nbytes() for t in own.values() if t.is_floating_point()) / elements,
     )
 
 

@@ -92,10 +92,15 @@ def make_strip(part: Excerpt, axis: int, weights: Mapping[str, torch.Tensor], wh
         raise UnprobedError("no node has a receptive field in its largest input")
     chains = {leaf: extent_chains(part.locality, nodes, leaf) for leaf in real}
     deepest = max(known, key=lambda f: (f.stride, f.size))
-    margin = _margin(part.locality, nodes, claims[main], axis)
     stride = max(math.ceil(f.stride) for f in known)
+    margin, inside = _margin(part.locality, nodes, claims[main], axis), max(f.size for f in known) + 3 * stride + 2
+    for leaf, claimed in claims.items():
+        ratio = -(-real[main][axis] // real[leaf][axis])
+        own = [of[axis] for node, of in claimed.items() if node in nodes]
+        if leaf != main and real[leaf][axis] > 1 and own:
+            margin = max(margin, ratio * _margin(part.locality, nodes, claimed, axis))
+            inside = max(inside, ratio * (max(f.size for f in own) + 3))
     start = margin + (deepest.lows[0] - margin) % stride
-    inside = max(f.size for f in known) + 3 * stride + 2
     stop = start + inside
     stop += (deepest.highs[-1] + 1 - stop) % stride
     tiles = Interval(start, stop), Interval(start + 1, stop - 1)

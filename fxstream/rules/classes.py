@@ -58,6 +58,8 @@ def class_loss(call: Call) -> Answer:
     wanted = image.dims if len(target.shape) == len(image.shape) else dims
     if target.dims not in ((), wanted):
         return Refusal(Kind.GLOBAL, "its target has other stream axes than its input", dims)
+    if target.dims and target.extents != image.extents:
+        return Refusal(Kind.GLOBAL, f"has {target.extents} targets for {image.extents} pixels", dims)
     return _looked_up(call, dims, (("self", image, image.dims), ("target", target, wanted)))
 
 
