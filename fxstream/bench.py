@@ -52,7 +52,7 @@ class PeakMemory(TorchDispatchMode):
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
+        if storage in self._known or storage.device.type == "meta":  # fake tensors have no memory
             return
         self._known.add(storage)
         size = storage.nbytes()
