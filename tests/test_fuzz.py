@@ -65,6 +65,8 @@ UNARY = {
     "shuffle": lambda x: F.pixel_shuffle(x.repeat(1, 4, 1, 1), 2),
     "nhwc": lambda x: x.permute(0, 2, 3, 1).flip(-1).permute(0, 3, 1, 2),
     "stride": lambda x, a, b: x[:, :, a::b],
+    "total": lambda x: x - x.sum((2, 3), keepdim=True),
+    "peak": lambda x: x + x.amax((2, 3), keepdim=True),
 }
 
 place = st.integers(0, 7)
@@ -107,6 +109,7 @@ steps = st.one_of(
     st.tuples(st.just("shuffle"), place),
     st.tuples(st.just("nhwc"), place),
     st.tuples(st.just("stride"), place, st.integers(0, 2), st.integers(1, 3)),
+    st.tuples(st.sampled_from(["total", "peak"]), place),
 )
 graphs = st.lists(steps, min_size=1, max_size=7).map(tuple)
 
@@ -125,8 +128,8 @@ def plain_step(graph, size):
 
 
 def tolerance(graph) -> float:
-    """Nothing, but for an average pooling: it divides by 3 at a border, which rounds."""
-    return 1e-12 if any(s[0] == "avg_pool" for s in graph) else 0.0
+    """Nothing, but for an average pooling and equal maxima: both divide by 3, which rounds."""
+    return 1e-12 if any(s[0] in ("avg_pool", "peak") for s in graph) else 0.0
 
 
 def run(graph, size, tile, segments) -> bool:
