@@ -39,6 +39,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
         "macs": summary.macs,
         "activation_bytes": summary.bytes,
         "streamed_share": summary.streamed_share,
+        "reductions": summary.reductions,
         "layers": [_layer_json(layer) for layer in summary.layers],
         "regions": [
             {

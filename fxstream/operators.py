@@ -17,6 +17,7 @@ __all__ = [
     "contract",
     "dropout",
     "entry_keys",
+    "mean_variance",
     "moments",
     "overload",
     "positions",
@@ -46,6 +47,30 @@ def overload(name: str) -> torch._ops.OpOverload:
     return packet.default
 
 
+class _MeanVariance(torch.autograd.Function):
+    """Mean and variance, whose backward makes one new tensor of the size of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        variance, mean = torch.var_mean(tensor, dims, correction=0, keepdim=True)
+        ctx.save_for_backward(tensor, mean)
+        ctx.count = tensor.numel() // max(1, mean.numel())
+        return mean.squeeze(dims), variance.squeeze(dims)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        tensor, mean = ctx.saved_tensors
+        of_mean, of_variance = (gradient.reshape(mean.shape) / ctx.count for gradient in gradients)
+        return (tensor - mean).mul_(2 * of_variance).add_(of_mean), None
+
+
+def mean_variance(tensor: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance over `dims`, in at least 32 bits."""
+    held = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    found: tuple[torch.Tensor, torch.Tensor] = _MeanVariance.apply(held, dims)  # type: ignore[no-untyped-call]
+    return found
+
+
 @_operator("moments(Tensor self, int[] dim) -> Tensor")
 def moments(tensor: torch.Tensor, dims: list[int]) -> torch.Tensor:
     """Mean, variance and sample variance over `dims`, stacked in front, in at least 32 bits.
@@ -55,8 +80,7 @@ def moments(tensor: torch.Tensor, dims: list[int]) -> torch.Tensor:
             [1.],
             [2.]])
     """
-    held = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    variance, mean = torch.var_mean(held, dims, correction=0)
+    mean, variance = mean_variance(tensor, dims)
     count = 1
     for dim in dims:
         count *= tensor.shape[dim]

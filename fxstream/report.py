@@ -168,7 +168,12 @@ def cut_lines(summary: Summary) -> list[str]:
         lines.append(f"and {len(summary.cuts) - 8} more kinds of cuts")
     if summary.bound:
         lines.append("the model is bound to this image size: every new size is captured anew")
-    return lines or ["no cut: every operator is local"]
+    combined = (
+        f"reduces over space and is combined from tiles ({summary.reductions})" if summary.reductions else ""
+    )
+    if not lines:
+        return [f"no cut: every operator is local{f', or {combined}' if combined else ''}"]
+    return [*lines, f"what {combined} ends no stream"] if combined else lines
 
 
 def tile_lines(summary: Summary) -> list[str]:

@@ -90,7 +90,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Everything that a report shows."""
+    """Everything that a report shows; `reductions` are those over space that are combined from tiles."""
 
     name: str
     image: tuple[int, ...]
@@ -101,6 +101,7 @@ class Summary:
     bytes: int
     macs: int
     streamed_share: float
+    reductions: int
     plan: Plan | None
     probe: tuple[ProbeReport, ...]
     bound: bool
@@ -144,6 +145,7 @@ def summarise(
         bytes=sum(layer.bytes for layer in layers),
         macs=sum(layer.macs for layer in layers),
         streamed_share=sum(r.share for r in regions if r.worthwhile),
+        reductions=len(locality.reductions()),
         plan=plan,
         probe=tuple(probe),
         bound=analysis.captured.bound,

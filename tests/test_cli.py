@@ -103,7 +103,7 @@ def test_json_is_documented_data(model, capsys):
     assert data["probe"][0]["agrees"] is True
     assert set(data) == {
         "schema", "network", "image", "training", "bound_to_size", "operators", "macs", "activation_bytes",
-        "streamed_share", "layers", "regions", "cuts", "plan", "probe",
+        "streamed_share", "reductions", "layers", "regions", "cuts", "plan", "probe",
     }  # fmt: skip
 
 

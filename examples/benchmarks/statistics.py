@@ -79,9 +79,9 @@ def main() -> None:
             flush=True,
         )
     print(
-        f"plain, predicted: {bytes_text(row['plain'])}. passes: how often the convolution that runs most often runs"
+        f"plain, predicted: {bytes_text(row['plain'])}. passes: how often the convolution that runs most often"
     )
-    print("forward; MACs: of one forward of all passes over the plain ones; time and peak: predicted.")
+    print("runs forward; MACs: of one forward of all passes over the plain ones; time and peak: predicted.")
     return None
 
 

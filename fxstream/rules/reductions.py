@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fxstream.operators import mean_variance
 from fxstream.receptive_field import IDENTITY
 from fxstream.rules.rule import (
     Answer,
@@ -136,8 +137,7 @@ def norm_2(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor
 
 def moments_of(tensor: torch.Tensor, dims: list[int]) -> torch.Tensor:
     """A tile's mean and variance."""
-    variance, mean = torch.var_mean(wide(tensor), dims, correction=0)
-    return torch.stack([mean, variance])
+    return torch.stack(mean_variance(tensor, dims))
 
 
 def sums_of_tiles(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
