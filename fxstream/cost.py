@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fxstream.demand import is_read_outside
 from fxstream.functional import WAS_IN_PLACE
 from fxstream.locality import Locality
 from fxstream.saved import Saved, takes_over
@@ -141,7 +142,7 @@ class Costs:
         """
         count, locality = len(self.nodes), self._locality
         inputs, users, roots = self._edges()
-        leaves = [any(user.name not in self.place for user in locality.nodes[name].users) for name in self.nodes]
+        leaves = [is_read_outside(locality, name, self.place) for name in self.nodes]
         last, keeper, first = list(range(count + 1)), [count] * (count + 1), list(range(count))
         for i, name in enumerate(self.nodes):
             if leaves[i]:

@@ -202,7 +202,13 @@ def test_no_request_takes_what_is_free():
     assert half.plan.is_trivial
 
 
-NETWORKS = ["torchvision/resnet18", "torchvision/densenet121", "torchvision/mobilenet_v2", "torchvision/vgg11"]
+NETWORKS = [
+    "torchvision/resnet18",
+    "torchvision/densenet121",
+    "torchvision/mobilenet_v2",
+    "torchvision/vgg11",
+    "torchvision/shufflenet_v2_x1_0",
+]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
