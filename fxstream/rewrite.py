@@ -13,9 +13,10 @@ from fxstream.economy import reuse_inputs
 from fxstream.locality import Locality
 from fxstream.order import execution_order
 from fxstream.planning import Plan, SegmentPlan
-from fxstream.runtime import Stream, build_stream, stream_map
+from fxstream.runtime import stream_map
 from fxstream.saved import Saved
 from fxstream.sizes import fold_integers
+from fxstream.stream import Stream, build_stream
 
 __all__ = ["StreamedSegment", "rewrite"]
 

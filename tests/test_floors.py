@@ -24,6 +24,7 @@ FLOORS = (
     ("boundaries",),
     ("search",),
     ("planning", "tile_program"),
+    ("stream",),
     ("runtime",),
     ("rewrite", "analysis", "findings"),
     ("strip",),

@@ -12,6 +12,7 @@ from torch import nn
 
 import fxstream
 from fxstream import box, demand, planning, receptive_field, runtime
+from fxstream import stream as stream_module
 from fxstream.bench import PeakMemory, measure
 
 
@@ -20,7 +21,7 @@ def network() -> nn.Module:
     return make_integer(nn.Sequential(*layers))
 
 
-def streams(module) -> list[runtime.Stream]:
+def streams(module) -> list[stream_module.Stream]:
     return [m.stream for m in module._last.streamed.modules() if hasattr(m, "stream")]
 
 
@@ -180,7 +181,7 @@ def test_shifted_map_is_caught(monkeypatch):
     assert caught()
 
 
-def without_last_tile(stream: runtime.Stream) -> runtime.Stream:
+def without_last_tile(stream: stream_module.Stream) -> stream_module.Stream:
     return dataclasses.replace(stream, calls=stream.calls[:-1])
 
 
@@ -190,7 +191,7 @@ def test_skipped_tile_is_caught(monkeypatch, when):
     monkeypatch.setattr(
         runtime, "_allocate", lambda *a: allocate(*a).fill_(7)
     )  # not a leftover of the right answer
-    build = runtime.build_stream
+    build = stream_module.build_stream
     if when == "forward":
         monkeypatch.setattr("fxstream.rewrite.build_stream", lambda *a: without_last_tile(build(*a)))
     else:

@@ -78,9 +78,7 @@ def main() -> None:
             f" {row['seconds']:>8.1f}",
             flush=True,
         )
-    print(
-        f"plain, predicted: {bytes_text(row['plain'])}. passes: how often the convolution that runs most often"
-    )
+    print(f"plain, predicted: {bytes_text(row['plain'])}. passes: how often the convolution that runs most often")
     print("runs forward; MACs: of one forward of all passes over the plain ones; time and peak: predicted.")
     return None
 
