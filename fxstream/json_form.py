@@ -127,6 +127,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     """A plan as plain data."""
     return {
         "streamed_share": plan.streamed_share,
+        "reductions_overhead": plan.reductions_overhead,
         "overhead": plan.overhead,
         "predicted": {
             "training": plan.prediction.training,

@@ -10,6 +10,7 @@ with multi-megapixel images", sections III-A and III-C.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -69,11 +70,20 @@ class Plan:
         """Arithmetic of all tiles of all passes over that of the same operators run plainly, in one forward."""
         return sum(plan.streamed_arithmetic for plan in self.segments) / max(1, self.arithmetic)
 
+    @property
+    def reductions_overhead(self) -> float:
+        """The part of the overhead that goes into passes which only reductions on the way need."""
+        stretches = itertools.groupby(self.segments, lambda plan: plan.segment.name.split("_")[:2])
+        earlier = (plan for _, passes_of in stretches for plan in list(passes_of)[:-1])
+        return sum(plan.streamed_arithmetic for plan in earlier) / max(1, self.arithmetic)
+
     def __str__(self) -> str:
         head = (
             f"{len(self.segments)} segments, {self.streamed_share:.0%} of the activations streamed,"
             f" {self.overhead:.2f}x MACs"
         )
+        if self.reductions_overhead:
+            head += f", {self.reductions_overhead:.2f}x of them in passes for reductions"
         return "\n".join([head, *(f"  {segment}" for segment in self.segments), *self.prediction.lines()])
 
     __repr__ = __str__

@@ -1,14 +1,18 @@
 """Losses inside the module: streamed against plain, and no logits of the image's size are ever held."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_streams
+from compare import assert_same, assert_streams
 from test_cases import Function, conv
 from torch import nn
 
 import fxstream
+from fxstream.bench import measure
 from fxstream.capture import capture
+from fxstream.check import step
 from fxstream.sizes import stream_dims
 
 
@@ -174,3 +178,36 @@ def test_one_capture_of_a_loss_serves_every_size():
         x, target = image(batch, 2, height, width), classes(batch, height, width)
         assert torch.allclose(compiled(x, target), model(x, target), atol=1e-12)
     assert len(compiled._captures) == 1
+
+
+class Segmentation(nn.Module):
+    """A strided body with BatchNorm and bilinear upsampling of its logits; returns its loss."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.BatchNorm2d(8)
+        )
+        self.head = nn.Conv2d(8, classes, 1)
+
+    def forward(self, x, target):
+        logits = F.interpolate(self.head(self.body(x).relu()), scale_factor=4.0, mode="bilinear")
+        return F.cross_entropy(logits, target, ignore_index=255)
+
+
+def test_a_step_takes_less_than_the_logits_alone():
+    model, extent = Segmentation(24).double(), 192
+    plain, x = copy.deepcopy(model), torch.randn(1, 3, extent, extent).double()
+    target = torch.randint(0, 24, (1, extent, extent))
+    target[:, :9] = 255
+    logits = 24 * extent * extent * 8
+    module = fxstream.compile(model, memory=logits // 3)
+    found = step(module, model, [x, target])
+    assert_same(found, step(plain, plain, [x, target]), 1e-10)
+    assert all(report.agrees for report in module.probe)
+
+    def training_step():
+        model.zero_grad()
+        module(x, target).backward()
+
+    assert measure(training_step).peak_bytes < 1.15 * logits // 3
