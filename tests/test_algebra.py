@@ -7,7 +7,7 @@ import torch
 from compare import integer_image
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_fuzz import CHANNELS, RandomGraph, graphs
+from test_fuzz import CHANNELS, RandomGraph, local_graphs
 from torch import nn
 
 import fxstream
@@ -74,7 +74,7 @@ def region_of(model, size, channels, batch=2):
     return analysis.locality, analysis.regions
 
 
-@given(graphs, st.tuples(st.integers(90, 110), st.integers(90, 110)))
+@given(local_graphs, st.tuples(st.integers(90, 110), st.integers(90, 110)))
 @settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_fields_demands_and_extents_agree_with_the_integers_and_the_operators(graph, size):
     torch.manual_seed(0)

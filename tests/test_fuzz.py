@@ -97,7 +97,7 @@ def transposed_convolutions(draw):
     return ("transposed", draw(place), draw(kernel), stride, padding, extra, 1, dilation)
 
 
-steps = st.one_of(
+local_steps = st.one_of(
     st.tuples(st.just("conv"), place, kernel, pair(1, 3), pair(0, 3), pair(1, 3)),
     transposed_convolutions(),
     max_pools(),
@@ -109,8 +109,9 @@ steps = st.one_of(
     st.tuples(st.just("shuffle"), place),
     st.tuples(st.just("nhwc"), place),
     st.tuples(st.just("stride"), place, st.integers(0, 2), st.integers(1, 3)),
-    st.tuples(st.sampled_from(["total", "peak"]), place),
 )
+steps = st.one_of(local_steps, st.tuples(st.sampled_from(["total", "peak"]), place))
+local_graphs = st.lists(local_steps, min_size=1, max_size=7).map(tuple)
 graphs = st.lists(steps, min_size=1, max_size=7).map(tuple)
 
 
