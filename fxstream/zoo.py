@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from typing import Any
 
 import torch
@@ -44,7 +45,10 @@ def build(target: str, **options: Any) -> nn.Module:
         if library == "timm":
             made = importlib.import_module("timm").create_model(name, pretrained=False, **options)
         else:
-            made = importlib.import_module("torchvision").models.get_model(name, weights=None, **options)
+            models = importlib.import_module("torchvision").models
+            backbone = "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters
+            none = {"weights_backbone": None} if backbone else {}  # by default a backbone's weights are downloaded
+            made = models.get_model(name, weights=None, **none | options)
     except (ImportError, RuntimeError, ValueError) as error:
         raise InputError(f"{target} cannot be built: {error}") from error
     assert isinstance(made, nn.Module)

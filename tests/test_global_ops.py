@@ -353,6 +353,9 @@ def test_networks_written_here(name):
 def named(name):
     torch.manual_seed(0)
     model = load(name, weights=True).double().train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # the mask of a stream is its own
     return randomise_statistics(model)
 
 
@@ -391,9 +394,9 @@ def test_networks_in_training_mode(name):
         ("torchvision/densenet121", (3, 3, 161, 129), {"memory": 2**28}),
         ("timm/seresnet50", (1, 3, 129, 160), {"tile": 96}),
         ("timm/resnet50_gn", (1, 3, 129, 160), {"tile": 128}),
-        ("torchvision/resnet50", (3, 3, 161, 193), {"memory": 2**29}),
+        ("torchvision/resnet50", (3, 3, 161, 193), {"memory": 300 * 2**20}),
         ("torchvision/fcn_resnet50", (2, 3, 129, 161), {"tile": 128}),
-        ("torchvision/deeplabv3_resnet50", (2, 3, 161, 193), {"memory": 900 * 2**20}),
+        ("torchvision/deeplabv3_resnet50", (2, 3, 161, 193), {"memory": 450 * 2**20}),
         ("torchvision/lraspp_mobilenet_v3_large", (2, 3, 193, 161), {"tile": 192}),
     ],
 )
