@@ -66,7 +66,7 @@ def own_size(model: torch.nn.Module) -> int:
     return config.get("input_size", (3, 224, 224))[-1]
 
 
-def row_of(target: str) -> dict[str, object]:
+def row_of(target: str, global_ops: str = "auto") -> dict[str, object]:
     """One row of the table; a failure is a row too."""
     started = time.perf_counter()
     row: dict[str, object] = {"network": target}
@@ -80,7 +80,7 @@ def row_of(target: str) -> dict[str, object]:
             if real:
                 model = fxstream.freeze_batch_norm(zoo.build(target).eval())
             channels = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3,))[0]
-            analysis = fxstream.analyze(model, size, channels=channels)
+            analysis = fxstream.analyze(model, size, channels=channels, global_ops=global_ops)
             break
         except Exception as error:
             row["failure"] = f"{type(error).__name__}: {error}"[:200]
@@ -196,6 +196,7 @@ def main() -> None:
         "--json", type=Path, default=Path("networks.json"), help="where the rows go, and are continued"
     )
     parser.add_argument("--csv", type=Path, help="where the table goes as text")
+    parser.add_argument("--global-ops", choices=("auto", "cut"), default="auto", help="as in compile")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = json.loads(options.json.read_text()) if options.json.exists() else []  # a run that was cut off goes on
@@ -203,7 +204,7 @@ def main() -> None:
     console = Console()
     for target in track(options.networks or every_network(), "networks", console=Console(stderr=True)):
         if target not in known:
-            rows.append(row_of(target))
+            rows.append(row_of(target, options.global_ops))
             options.json.write_text(json.dumps(rows, indent=1))
     show(rows, console)
     if options.csv:

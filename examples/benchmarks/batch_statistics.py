@@ -1,7 +1,7 @@
 """Networks with batch statistics: passes, memory and time of a training step within several budgets.
 
 Every budget runs in a process of its own. Memory is counted over all tensors of a step, without the image and the
-parameters. Usage: python statistics.py [--network NAME] [--size N] [--budgets 12GiB,8GiB,6GiB]
+parameters. Usage: python batch_statistics.py [--network NAME] [--size N] [--budgets 12GiB,8GiB,6GiB]
 """
 
 import argparse
@@ -64,6 +64,7 @@ def main() -> None:
     print(f"{options.network}, training mode, image 1x3x{options.size}x{options.size}; torch {torch.__version__}")
     columns = zip(("budget", "segments", "whole", "passes", "MACs", "time", "peak", "measured", "seconds"), WIDTHS)
     print(" ".join(f"{name:>{width}}" for name, width in columns))
+    plain = ""
     for budget in options.budgets.split(","):
         command = [sys.executable, "-W", "ignore", __file__, "--network", options.network]
         command += ["--size", str(options.size), "--one", budget]
@@ -78,8 +79,9 @@ def main() -> None:
             f" {row['seconds']:>8.1f}",
             flush=True,
         )
-    print(f"plain, predicted: {bytes_text(row['plain'])}. passes: how often the convolution that runs most often")
-    print("runs forward; MACs: of one forward of all passes over the plain ones; time and peak: predicted.")
+        plain = bytes_text(row["plain"])
+    print(f"plain, predicted: {plain or '?'}. passes: of the convolution that runs most often, in forward.")
+    print("MACs: of the forwards of all passes, over one plain forward. time and peak: predicted.")
     return None
 
 
