@@ -123,7 +123,7 @@ def test_signals_and_volumes():
     assert_streams(normalised(nn.GroupNorm(2, 6), 2, axes=3).double(), image(1, 2, 11, 9, 12), tile=7)
 
 
-@pytest.mark.parametrize("share", [0.9, 0.6, 0.4])
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.45])
 def test_within_a_memory(share):
     layers = [nn.Conv2d(3, 8, 3, padding=1)]
     for _ in range(5):
@@ -209,7 +209,7 @@ def ten_steps(dtype, streamed):
     optimiser = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     losses = []
     for _ in range(10):
-        x, y = torch.randn(3, 3, 81, 64, dtype=torch.double).to(dtype), torch.randint(0, 10, (3,))
+        x, y = torch.randn(4, 3, 97, 112, dtype=torch.double).to(dtype), torch.randint(0, 10, (4,))
         optimiser.zero_grad()
         loss = F.cross_entropy(run(x)[:, :10], y)
         loss.backward()
