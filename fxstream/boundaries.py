@@ -55,14 +55,12 @@ class Places:
         self._locality, self._nodes = locality, nodes
         self._place = {name: i for i, name in enumerate(nodes)}
         self._reads = [[read.value.name for read in locality.footprint(name).reads] for name in nodes]
-        inside, self._last_use = set(nodes), list(range(len(nodes)))
+        self._last_read = list(range(len(nodes)))
         for i, reads in enumerate(self._reads):
             for name in reads:
                 if name in self._place:
-                    self._last_use[self._place[name]] = i
-        for i, name in enumerate(nodes):
-            if is_output(locality, name, inside):
-                self._last_use[i] = len(nodes)
+                    self._last_read[self._place[name]] = i
+        self._is_output = [is_output(locality, name, self._place) for name in nodes]
 
     def behind(self, paths: Sequence[str]) -> list[int]:
         """The places behind these modules of the user, in order. Raises `PlanError` for one that does not run."""
@@ -86,14 +84,9 @@ class Places:
 
     def live(self) -> list[list[str]]:
         """For the place behind each node, the values of the region computed so far that are still needed."""
-        behind = [-1] * len(self._nodes)
-        for i, reads in enumerate(self._reads):
-            for name in reads:
-                if name in self._place:
-                    behind[self._place[name]] = i
         live: list[list[int]] = [[]]
         for i in range(len(self._nodes)):
-            live.append([k for k in (*live[-1], i) if behind[k] > i])
+            live.append([k for k in (*live[-1], i) if self._last_read[k] > i])
         return [[self._nodes[k] for k in places] for places in live[1:]]
 
     def candidates(self, most: int) -> dict[int, int]:
@@ -129,10 +122,11 @@ class Places:
 
     def stages(self, start: int, end: int) -> list[int]:
         """The stages of the outputs of the stretch behind one place up to another: each takes a pass."""
-        outputs = [self._nodes[i] for i in range(start + 1, end + 1) if self._last_use[i] > end]
+        stretch = range(start + 1, end + 1)
+        outputs = [self._nodes[i] for i in stretch if self._is_output[i] or self._last_read[i] > end]
         return stages_of_outputs(self._locality, outputs)
 
-    def starts(self, end: int, places: Sequence[int], most_passes: int = FEW_PASSES) -> list[int]:
+    def starts(self, end: int, places: Sequence[int], most_passes: int) -> list[int]:
         """Those of the places before `end` behind which a stretch of few enough passes begins."""
         before = [start for start in places if start < end]
         close = [start for start in before if len(self.stages(start, end)) <= most_passes]
@@ -195,9 +189,8 @@ class RegionPlanner:
     def _pairs(self) -> dict[int, dict[int, _Cost]]:
         """The cost of every segment, by its end and then by the end of the segment before it."""
         ends = [*self._boundary_bytes, len(self._nodes) - 1]
-        if self._request.segments is not None:
-            return {end: self._ending_at(end, [-1, *(e for e in ends if e < end)]) for end in ends}
-        return {end: self._ending_at(end, self._places.starts(end, [-1, *ends])) for end in ends}
+        most_passes = FEW_PASSES if self._request.segments is None else len(self._nodes)
+        return {end: self._ending_at(end, self._places.starts(end, [-1, *ends], most_passes)) for end in ends}
 
     def _ending_at(self, end: int, starts: Sequence[int]) -> dict[int, _Cost]:
         """The cost of the segment from each start to `end`, in the coarsest grid that fits it."""

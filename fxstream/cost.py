@@ -208,7 +208,7 @@ class Costs:
 
     def _has_gradient(self, name: str) -> bool:
         meta = self._locality.metas[name]
-        return not isinstance(meta, Shape) or meta.dtype.is_floating_point or meta.dtype.is_complex
+        return not isinstance(meta, Shape) or meta.has_gradient
 
 
 class Part:

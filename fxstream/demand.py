@@ -50,6 +50,11 @@ class Segment:
     smalls: tuple[str, ...]
     outputs: tuple[str, ...]
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Leaves and small tensors, in the order in which a segment is given them."""
+        return (*(leaf for leaf, _ in self.leaves), *self.smalls)
+
 
 def make_segment(
     locality: Locality, name: str, nodes: tuple[str, ...], outputs: Collection[str] | None = None

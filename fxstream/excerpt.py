@@ -96,8 +96,7 @@ class Excerpt:
 def excerpt(locality: Locality, segment: Segment, dtype: torch.dtype) -> Excerpt:
     """The segment's nodes as a graph of their own, with `dtype` for every floating type."""
     graph = fx.Graph()
-    inputs = (*(leaf for leaf, _ in segment.leaves), *segment.smalls)
-    env: dict[str, fx.Node] = {name: _named(graph.placeholder(name), name) for name in inputs}
+    env: dict[str, fx.Node] = {name: _named(graph.placeholder(name), name) for name in segment.inputs}
     wanted = set(segment.nodes)
     for node in locality.graph.nodes:
         is_integer = isinstance(locality.metas.get(node.name), int)

@@ -21,6 +21,7 @@ __all__ = [
     "moments",
     "overload",
     "positions",
+    "wide",
     "window_maxima",
     "window_sums",
     "windows",
@@ -47,6 +48,11 @@ def overload(name: str) -> torch._ops.OpOverload:
     return packet.default
 
 
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in at least 32 bits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class _MeanVariance(torch.autograd.Function):
     """Mean and variance, whose backward makes one new tensor of the size of its input."""
 
@@ -66,8 +72,7 @@ class _MeanVariance(torch.autograd.Function):
 
 def mean_variance(tensor: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance over `dims`, in at least 32 bits."""
-    held = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    found: tuple[torch.Tensor, torch.Tensor] = _MeanVariance.apply(held, dims)  # type: ignore[no-untyped-call]
+    found: tuple[torch.Tensor, torch.Tensor] = _MeanVariance.apply(wide(tensor), dims)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -81,9 +86,7 @@ def moments(tensor: torch.Tensor, dims: list[int]) -> torch.Tensor:
             [2.]])
     """
     mean, variance = mean_variance(tensor, dims)
-    count = 1
-    for dim in dims:
-        count *= tensor.shape[dim]
+    count = math.prod(tensor.shape[dim] for dim in dims)
     return torch.stack([mean, variance, variance * (count / (count - 1) if count > 1 else math.nan)])
 
 
@@ -154,7 +157,7 @@ def window_sums(tensor: torch.Tensor, held: list[torch.Tensor]) -> torch.Tensor:
 
     A product of matrices would be fewer operations, but spreads infinities and NaN to all windows.
     """
-    found = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    found = wide(tensor)
     for dim, of_axis in zip(range(-1, -len(held) - 1, -1), reversed(held), strict=True):
         sums = [found.masked_fill(hidden, 0).sum(dim, keepdim=True) for hidden in _outside(of_axis, dim)]
         found = torch.cat(sums, dim)

@@ -29,7 +29,7 @@ def execution_order(locality: Locality, segments: Sequence[Segment]) -> list[str
     }
     maker = {name: name for name in reads}
     for segment in segments:
-        reads[segment.name] = [*(leaf for leaf, _ in segment.leaves), *segment.smalls]
+        reads[segment.name] = list(segment.inputs)
         place[segment.name] = max(place[output] for output in segment.outputs)
         maker |= dict.fromkeys(segment.outputs, segment.name)
     edges = nx.DiGraph()

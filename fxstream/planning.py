@@ -135,7 +135,8 @@ def _within_memory(basis: Basis, request: Request, memory: int) -> tuple[tuple[S
     if plain.bytes <= memory and request.segments is None:
         return (), plain
     parts = _parts(locality, request)
-    for most_passes in (FEW_PASSES, MANY_PASSES):
+    stages = max(locality.stages.values(), default=0) + 1
+    for most_passes in (FEW_PASSES, MANY_PASSES) if stages > FEW_PASSES else (FEW_PASSES,):
         search = Search(basis, parts, request, most_passes)
         fitting = _fitting(basis, search, request, memory)
         if fitting is not None:

@@ -242,7 +242,7 @@ class Forecast:
         holders: dict[str, set[int]] = {}
         for k, (nodes, plan) in enumerate(units):
             maker |= dict.fromkeys(nodes if plan is None else plan.segment.outputs, k)
-            for name in _reads(locality, nodes) if plan is None else _inputs(plan):
+            for name in _reads(locality, nodes) if plan is None else plan.segment.inputs:
                 readers.setdefault(name, set()).add(k)
                 if plan is not None:
                     holders.setdefault(name, set()).add(k)
@@ -309,10 +309,6 @@ def _units(basis: Basis, plans: Sequence[SegmentPlan]) -> Iterator[tuple[tuple[s
         yield planned[name].segment.nodes, planned[name]
     if ordinary:
         yield tuple(ordinary), None
-
-
-def _inputs(plan: SegmentPlan) -> list[str]:
-    return [*(leaf for leaf, _ in plan.segment.leaves), *plan.segment.smalls]
 
 
 def _reads(locality: Locality, nodes: Sequence[str]) -> set[str]:

@@ -76,8 +76,7 @@ def _streamed(
     saved: Mapping[str, Saved] | None,
     compile_tiles: bool,
 ) -> StreamedSegment:
-    inputs = (*(leaf for leaf, _ in plan.segment.leaves), *plan.segment.smalls)
-    named = tuple(labels.get(name, name) for name in inputs)
+    named = tuple(labels.get(name, name) for name in plan.segment.inputs)
     return StreamedSegment(build_stream(locality, plan, named, saved, compile_tiles))
 
 
@@ -91,8 +90,8 @@ def _labels(captured: Captured) -> dict[str, str]:
 
 def _call_segment(graph: fx.Graph, env: dict[str, fx.Node], plan: SegmentPlan) -> None:
     segment = plan.segment
-    inputs = (*(leaf for leaf, _ in segment.leaves), *segment.smalls)
-    call = graph.create_node("call_module", segment.name, tuple(env[name] for name in inputs), name=segment.name)
+    inputs = tuple(env[name] for name in segment.inputs)
+    call = graph.create_node("call_module", segment.name, inputs, name=segment.name)
     if len(segment.outputs) == 1:
         env[segment.outputs[0]] = call
         return

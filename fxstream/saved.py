@@ -103,8 +103,7 @@ def _ask(node: fx.Node, metas: Mapping[str, Meta]) -> Saved:
 def _meta_tensor(meta: Meta) -> torch.Tensor | None:
     if not isinstance(meta, Shape):
         return None
-    grad = meta.dtype.is_floating_point or meta.dtype.is_complex
-    return torch.empty(meta.shape, dtype=meta.dtype, device="meta", requires_grad=grad)
+    return torch.empty(meta.shape, dtype=meta.dtype, device="meta", requires_grad=meta.has_gradient)
 
 
 def _statistics(node: fx.Node, args: tuple[Any, ...]) -> list[torch.Tensor]:

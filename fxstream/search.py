@@ -218,7 +218,7 @@ class _Region:
         extents = [output_extents(locality, name) for name in nodes]
         self._extents = torch.tensor(extents, dtype=torch.float64)
         self._places = places = Places(locality, nodes)
-        self._all_runs_whole = whole_segment(locality, "", nodes) is not None
+        self._all_runs_whole = training and whole_segment(locality, "", nodes) is not None
         self._stages = torch.tensor([locality.stages[name] for name in nodes])
         if isinstance(request.segments, tuple):
             chosen = places.behind(request.segments)
@@ -269,15 +269,15 @@ class _Region:
         forward, backward = part.seconds(ones)
         plain = float(forward + backward * self._training)
         if self._training:
-            profile = part.profile(ones)
             gradients = self._images + inputs + sum(self._bytes(name) for name in self._live[end])
-            yield _Option(None, float(profile.max()) + gradients, float(part.held(ones)), plain)
+            own = float(self._weights_up_to[end + 1] - self._weights_up_to[start + 1])
+            needs_whole = float(part.profile(ones).max()) + gradients
+            yield _Option(None, needs_whole, float(part.held(ones)), plain)
+            if self._runs_whole(start, end):
+                checkpoint = self._nodes[start + 1 : end + 1], ()
+                yield _Option(checkpoint, needs_whole + own, made, plain + float(forward))
         else:
             yield _Option(None, float(part.profile_unrecorded(ones).max()) + inputs, 0.0, plain)
-        if self._training and self._runs_whole(start, end):
-            own = float(self._weights_up_to[end + 1] - self._weights_up_to[start + 1])
-            checkpoint = self._nodes[start + 1 : end + 1], ()
-            yield _Option(checkpoint, float(profile.max()) + gradients + own, made, plain + float(forward))
         tile_forward, tile_backward = torch.zeros(len(grids.counts)), torch.zeros(len(grids.counts))
         for stage in self._places.stages(start, end):
             forward, backward = part.seconds(grids.shares * (self._stages <= stage))
@@ -287,7 +287,6 @@ class _Region:
             boxes = sum(
                 (grids.shares[:, self._of[n]] * self._bytes(n) for n in self._live[start]), torch.zeros(())
             )
-            own = float(self._weights_up_to[end + 1] - self._weights_up_to[start + 1])
             needs = part.profile(grids.shares).amax(-1) + boxes + gradients + own
             seconds = grids.tiles * (2 * tile_forward + tile_backward) + copies
         else:

@@ -58,6 +58,11 @@ class Shape:
         """Bytes that the tensor holds."""
         return self.elements * self.dtype.itemsize
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a tensor of this type can have a gradient."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
 
 Meta = Shape | int | tuple["Shape | int", ...] | None
 """What is known of a node's value at a size: a tensor's shape, an integer, several, or nothing."""

@@ -135,16 +135,14 @@ CONSTANT = {"aten::detach", "aten::zeros_like", "aten::ones_like", "aten::full_l
 
 def _sources(locality: Locality, segment: Segment) -> tuple[frozenset[int], ...]:
     """For each output, the places of the inputs that a gradient can flow to: nothing behind a detach."""
-    inputs = (*(leaf for leaf, _ in segment.leaves), *segment.smalls)
-    known = {name: frozenset([place]) for place, name in reversed(list(enumerate(inputs)))}
-    for place, name in enumerate(inputs):
+    known = {name: frozenset([place]) for place, name in reversed(list(enumerate(segment.inputs)))}
+    for place, name in enumerate(segment.inputs):
         known[name] |= {place}
     for name in segment.nodes:
         given = (known.get(given.name, ()) for given in locality.nodes[name].all_input_nodes)
         known[name] = frozenset().union(*given)
         meta = locality.metas[name]
-        has_gradient = not isinstance(meta, Shape) or meta.dtype.is_floating_point or meta.dtype.is_complex
-        if locality.verdicts[name].operator in CONSTANT or not has_gradient:
+        if locality.verdicts[name].operator in CONSTANT or (isinstance(meta, Shape) and not meta.has_gradient):
             known[name] = frozenset()
     return tuple(known[output] for output in segment.outputs)
 

@@ -74,8 +74,7 @@ def tile_program(
 def whole_program(locality: Locality, segment: Segment, saved: Mapping[str, Saved] | None = None) -> TileProgram:
     """The program of a segment that runs whole: its operators as they are, with all integers folded."""
     graph = fx.Graph()
-    inputs = (*(leaf for leaf, _ in segment.leaves), *segment.smalls)
-    env = {name: graph.placeholder(name) for name in inputs}
+    env = {name: graph.placeholder(name) for name in segment.inputs}
     origin: dict[fx.Node, str] = {}
     for name in segment.nodes:
         node = locality.nodes[name]

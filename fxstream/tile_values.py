@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxstream.box import EMPTY, Box, Interval
-from fxstream.demand import AxisWalk, Segment, lookups, make_segment
+from fxstream.demand import AxisTile, AxisWalk, Segment, lookups, make_segment
 from fxstream.excerpt import Excerpt, excerpt
 from fxstream.findings import Findings
 from fxstream.locality import Locality
@@ -88,13 +88,9 @@ def _compare_tiles(locality: Locality, names: tuple[str, ...], found: Findings) 
         program = tile_program(at_size, part.segment, tiles).forward
         cpu = torch.device("cpu")
         tables = [t for lookup in lookups(part.segment, tiles).values() for t in lookup.tensors(cpu)]
-        cuts = []
-        for (leaf, dims), image in zip(part.segment.leaves, inputs, strict=True):
-            box = Box(tuple(tile.boxes.get(leaf, EMPTY) for tile in tiles))
-            cuts.append(image[box.index(dims, image.ndim)])
         try:
             with torch.no_grad():
-                results = program(*cuts, *smalls, *tables)
+                results = program(*_cuts(part, tiles, inputs), *smalls, *tables)
         except RuntimeError as error:
             found.add(name, 0, "values", "a tile of it", "can be evaluated", str(error).splitlines()[0])
             return
@@ -143,16 +139,22 @@ def _compare_combined(locality: Locality, name: str, found: Findings) -> None:
         (plain,) = part.module(*inputs, *smalls)
         for owned in itertools.product(*thirds):
             tiles = [walk.tile((interval,)) for walk, interval in zip(walks, owned, strict=True)]
-            cuts = [
-                image[Box(tuple(tile.boxes.get(leaf, EMPTY) for tile in tiles)).index(dims, image.ndim)]
-                for (leaf, dims), image in zip(part.segment.leaves, inputs, strict=True)
-            ]
-            partials += tile_program(at_size, part.segment, tiles).forward(*cuts, *smalls)
+            program = tile_program(at_size, part.segment, tiles).forward
+            partials += program(*_cuts(part, tiles, inputs), *smalls)
             counts.append(math.prod(map(len, owned)))
         held = torch.tensor(counts, dtype=torch.float64)
         combined = reduction.reduction.combine(torch.stack(partials), held).to(plain.dtype)
     if not _same_values(combined, plain):
         found.add(name, 0, "values", "the result combined from tiles", _preview(combined), _preview(plain))
+
+
+def _cuts(part: Excerpt, tiles: Sequence[AxisTile], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What a tile reads of each leaf."""
+    boxes = [Box(tuple(tile.boxes.get(leaf, EMPTY) for tile in tiles)) for leaf, _ in part.segment.leaves]
+    return [
+        image[box.index(dims, image.ndim)]
+        for (_, dims), box, image in zip(part.segment.leaves, boxes, inputs, strict=True)
+    ]
 
 
 def _is_position(value: Value) -> bool:

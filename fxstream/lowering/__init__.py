@@ -40,7 +40,6 @@ REDUCTIONS: dict[str, Lowering] = {
 def lower(captured: Captured, locality: Locality, reductions: bool = True) -> Captured:
     """The same model with every feature-map-wide operator taken apart; without `reductions` only draws.
 
-
     The model itself where it has none.
     """
     known = {

@@ -128,11 +128,8 @@ def _momentum(writer: Writer) -> fx.Node | float:
 def _update(writer: Writer, buffer: fx.Node, value: fx.Node, momentum: fx.Node | float) -> None:
     """Rule 3: a running statistic moved towards a value."""
     fresh = writer.call(aten.mul.Tensor, writer.call(aten.detach.default, value), momentum)
-    kept = (
-        writer.call(aten.mul.Tensor, buffer, writer.call(aten.rsub.Scalar, momentum, 1))
-        if isinstance(momentum, fx.Node)
-        else writer.call(aten.mul.Tensor, buffer, 1 - momentum)
-    )
+    rest = writer.call(aten.rsub.Scalar, momentum, 1) if isinstance(momentum, fx.Node) else 1 - momentum
+    kept = writer.call(aten.mul.Tensor, buffer, rest)
     effect = writer.call(aten.copy_.default, buffer, writer.call(aten.add.Tensor, kept, fresh))
     effect.meta[UNSTREAMED] = "changes a tensor in place"
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fxstream.operators import mean_variance
+from fxstream.operators import mean_variance, wide
 from fxstream.receptive_field import IDENTITY
 from fxstream.rules.rule import (
     Answer,
@@ -33,7 +33,7 @@ from fxstream.rules.rule import (
     Value,
 )
 
-__all__ = ["add_rules", "over_space", "reduced", "sums_of_tiles", "wide"]
+__all__ = ["add_rules", "over_space", "reduced", "sums_of_tiles"]
 
 Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -79,16 +79,9 @@ def moments(call: Call) -> Answer:
     touched = [d % len(image.shape) for d in call["dim"]]
     if not set(image.dims) <= set(touched):
         return Refusal(Kind.REDUCE, "reduces some stream axes and keeps others")
-    others = 1
-    for dim in set(touched) - set(image.dims):
-        others *= image.shape[dim]
+    others = math.prod(image.shape[dim] for dim in set(touched) - set(image.dims))
     read = Read("self", image, image.dims, (IDENTITY,) * len(image.dims))
     return reduced([read], moments_of, partial(_moments, others), touched)
-
-
-def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in at least 32 bits."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def sum_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
