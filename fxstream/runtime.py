@@ -15,25 +15,36 @@ NOTE [the stream as one differentiable function]
 7. A reduction over space is an output too: each tile yields a partial result, and what combines these is an
    ordinary function of them, whose gradient each tile pulls back.
 8. Double backward and functional transforms are refused: the recorded tile is gone when they would need it.
+9. Where memory runs out, kept graphs are given up first; then the tile is halved, and the halves run instead,
+   now and in later calls. What a tile yields is added to the results in steps that happen or do not, after all
+   of it is there, so that nothing is counted twice. A halved tile that had a partial result gets that of its
+   halves in its place, and the gradients of these.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
-from fxstream.errors import StreamError
-from fxstream.stream import Stream, Subscript, TileCall
+from fxstream.allocation import Exhausted, attempt
+from fxstream.errors import StreamError, StreamingWarning
+from fxstream.reading import Leaf, Reader
+from fxstream.stream import Stream, TileCall
+from fxstream.sums import Sums
 
 __all__ = ["stream_map"]
 
+T = TypeVar("T")
 
-def stream_map(stream: Stream, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+
+def stream_map(stream: Stream, tensors: Sequence[Leaf]) -> tuple[torch.Tensor, ...]:
     """The outputs of the segment on the leaves and small tensors `tensors`, differentiable in all of them.
 
     Raises `StreamError` under functional transforms.
@@ -45,7 +56,7 @@ def stream_map(stream: Stream, tensors: Sequence[torch.Tensor]) -> tuple[torch.T
         )
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _StreamMap.apply(stream, *tensors)  # type: ignore[no-untyped-call, no-any-return]
-    return _forward(stream, tensors).outputs
+    return _Forward(stream, tensors).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,81 +68,174 @@ class _Recorded:
     results: tuple[torch.Tensor, ...]
 
 
-def _recorded(
-    stream: Stream,
-    call: TileCall,
-    leaves: Sequence[torch.Tensor],
-    smalls: Sequence[torch.Tensor],
-    wanted: Sequence[bool],
-    program: Callable[..., tuple[torch.Tensor, ...]],
-) -> _Recorded:
-    """Run one tile with recording, for gradients of the inputs that are wanted."""
-    with torch.enable_grad():
-        tiles = [
-            tile.requires_grad_(wants)
-            for tile, wants in zip(stream.tile_inputs(call, leaves), wanted, strict=False)
-        ]
-        own = [small.detach().requires_grad_(w) for small, w in zip(smalls, wanted[len(tiles) :], strict=True)]
-        return _Recorded(tiles, own, program(*tiles, *own, *stream.tables(call, (*leaves, *smalls)[0].device)))
-
-
 @dataclass(frozen=True, slots=True)
-class _Done:
-    """What forward leaves: the outputs, the recorded tiles that are kept, the partial results of reductions."""
+class _Inputs:
+    """The leaves and the small tensors of one call of a segment, without their history, and where it computes."""
 
-    outputs: tuple[torch.Tensor, ...]
-    kept: dict[int, _Recorded]
+    leaves: tuple[Leaf, ...]
+    smalls: tuple[torch.Tensor, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, stream: Stream, tensors: Sequence[Leaf]) -> _Inputs:
+        bare = [tensor.detach() if isinstance(tensor, torch.Tensor) else tensor for tensor in tensors]
+        leaves, smalls = tuple(bare[: stream.leaf_count]), tuple(bare[stream.leaf_count :])
+        # A leaf may lie in host memory; what is small lies where the model is.
+        return cls(leaves, smalls, (*smalls, *leaves)[0].device)  # type: ignore[arg-type]
+
+    def run(
+        self, stream: Stream, call: TileCall, tiles: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor | None, ...]:
+        """The results of one tile, without recording."""
+        return stream.programs[call.program].forward(*tiles, *self.smalls, *stream.tables(call, self.device))
+
+    def recorded(
+        self,
+        stream: Stream,
+        call: TileCall,
+        given: Sequence[torch.Tensor],
+        wanted: Sequence[bool],
+        program: Callable[..., tuple[torch.Tensor, ...]],
+    ) -> _Recorded:
+        """One tile with recording, for gradients of the inputs that are wanted."""
+        with torch.enable_grad():
+            tiles = [tile.requires_grad_(wants) for tile, wants in zip(given, wanted, strict=False)]
+            own = zip(self.smalls, wanted[len(tiles) :], strict=True)
+            smalls = [small.detach().requires_grad_(wants) for small, wants in own]
+            return _Recorded(tiles, smalls, program(*tiles, *smalls, *stream.tables(call, self.device)))
+
+
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """One tile of one call of a segment: its partial results of reductions by output, its graph if it is kept."""
+
+    call: TileCall
     partials: dict[int, torch.Tensor]
+    recorded: _Recorded | None = None
+    gradients: dict[int, torch.Tensor] | None = None
 
 
-@torch.no_grad()
-def _forward(stream: Stream, tensors: Sequence[torch.Tensor], wanted: Sequence[bool] | None = None) -> _Done:
+class _Forward:
     """Rule 1: all tiles, without recording but for those that are kept (rule 6), where gradients are wanted."""
-    leaves = [tensor.detach() for tensor in tensors[: stream.leaf_count]]
-    smalls = [tensor.detach() for tensor in tensors[stream.leaf_count :]]
-    outputs: dict[int, torch.Tensor] = {}
-    parts: dict[int, list[torch.Tensor]] = {k: [] for k in stream.combined}
-    kept: dict[int, _Recorded] = {}
-    with _Ambient.now(tensors[0].device).restored():
-        for i, call in enumerate(stream.calls):
-            if call.is_kept and wanted is not None:
-                kept[i] = _recorded(stream, call, leaves, smalls, wanted, stream.programs[call.program].forward)
-                tiles = kept[i].results
+
+    def __init__(self, stream: Stream, tensors: Sequence[Leaf], wanted: Sequence[bool] | None = None) -> None:
+        self._stream, self._wanted = stream, wanted
+        self._inputs = _Inputs.of(stream, tensors)
+        self._outputs: dict[int, torch.Tensor] = {}
+        self.turns: list[_Turn] = []
+
+    @torch.no_grad()
+    def run(self) -> tuple[torch.Tensor, ...]:
+        """The whole outputs; `turns` then has what the tiles leave for backward."""
+        stream, calls = self._stream, list(self._stream.calls)
+        with _Ambient.now(self._inputs.device).restored():
+            with Reader(self._inputs.leaves, calls, self._inputs.device) as reader:
+                while len(self.turns) < len(calls):
+                    done = attempt(functools.partial(self._turn, reader, *calls[len(self.turns) :][:2]))
+                    if isinstance(done, Exhausted):
+                        self._relieve(calls, done)
+                    else:
+                        self.turns.append(done)
+            for k in stream.combined:
+                combine = functools.partial(_combined, stream, k, *_rows(self.turns, k))
+                self._outputs[k] = _persistent(stream, combine)
+        return tuple(output for _, output in sorted(self._outputs.items()))
+
+    def _turn(self, reader: Reader, call: TileCall, following: TileCall | None = None) -> _Turn:
+        """Run one tile and write its rectangles."""
+        stream, given = self._stream, reader.read(call, following)
+        recorded = None
+        results: Sequence[torch.Tensor | None]
+        if call.is_kept and self._wanted is not None:
+            program = stream.programs[call.program].forward
+            recorded = self._inputs.recorded(stream, call, given, self._wanted, program)
+            results = recorded.results
+        else:
+            results = self._inputs.run(stream, call, given)
+        partials = {}
+        for k, (tile, owned) in enumerate(zip(results, call.outputs, strict=True)):
+            if tile is None or owned is None:
+                continue
+            if k in stream.combined:
+                partials[k] = tile.detach()
+            elif tile.shape == stream.outputs[k].shape:
+                self._outputs[k] = tile.detach()
             else:
-                tables = stream.tables(call, tensors[0].device)
-                tiles = stream.programs[call.program].forward(*stream.tile_inputs(call, leaves), *smalls, *tables)
-            for k, (tile, owned) in enumerate(zip(tiles, call.outputs, strict=True)):
-                if owned is None:
-                    continue
-                if k in parts:
-                    parts[k].append(tile.detach())
-                    continue
-                if tile.shape == stream.outputs[k].shape:
-                    outputs[k] = tile.detach()
-                    continue
-                if k not in outputs:
-                    outputs[k] = _allocate(tile, stream.outputs[k].shape)
-                outputs[k][owned] = tile
-        partials = {k: torch.stack(of_tiles) for k, of_tiles in parts.items()}
-        outputs |= {k: _combined(stream, k, of_tiles) for k, of_tiles in partials.items()}
-    return _Done(tuple(output for _, output in sorted(outputs.items())), kept, partials)
+                if k not in self._outputs:
+                    self._outputs[k] = _allocate(tile, stream.outputs[k].shape)
+                self._outputs[k][owned] = tile
+        return _Turn(call, partials, recorded)
+
+    def _relieve(self, calls: list[TileCall], exhausted: Exhausted) -> None:
+        """Rule 9: give up kept graphs, or halve the tile that comes next."""
+        now = len(self.turns)
+        if self._wanted is not None and any(call.is_kept for call in calls):
+            calls[:] = [replace(call, is_kept=False) for call in calls]
+            for turn, call in zip(self.turns, calls, strict=False):
+                turn.call, turn.recorded = call, None
+        else:
+            calls[now : now + 1] = _halved(self._stream, calls[now], exhausted)
+        self._stream.calls = tuple(calls)
 
 
-def _combined(stream: Stream, k: int, partials: torch.Tensor) -> torch.Tensor:
+def _halved(stream: Stream, call: TileCall, exhausted: Exhausted) -> tuple[TileCall, ...]:
+    """Two tiles in the place of one, told once per segment. Raises `StreamError` where nothing smaller exists."""
+    halves = stream.halves(call)
+    plan = stream.plan
+    if not halves:
+        raise StreamError(
+            f"out of memory in `{plan.segment.name}` ({plan.first} .. {plan.last}), which cannot run in smaller"
+            f" parts: {exhausted.message}. Plan with less: memory= below what the device has free"
+        )
+    if not stream.is_reduced:
+        stream.is_reduced = True
+        warnings.warn(
+            f"`{plan.segment.name}` ({plan.first} .. {plan.last}) ran out of memory: its tiles are made smaller"
+            " where needed, with the same results. A smaller memory= plans for it",
+            StreamingWarning,
+            stacklevel=2,
+        )
+    return halves
+
+
+def _persistent(stream: Stream, function: Callable[[], T]) -> T:
+    """The function's result, tried again where memory ran out. Raises `StreamError` if it does again."""
+    done = attempt(function)
+    if isinstance(done, Exhausted):
+        done = attempt(function)
+    if isinstance(done, Exhausted):
+        raise StreamError(
+            f"out of memory for the results of `{stream.plan.segment.name}`: {done.message}. Plan with less:"
+            " memory= below what the device has free"
+        )
+    return done
+
+
+def _rows(turns: Sequence[_Turn], k: int) -> tuple[list[torch.Tensor], list[int]]:
+    """The partial results of a reduction and how many positions each is of."""
+    having = [turn for turn in turns if k in turn.partials]
+    return [turn.partials[k] for turn in having], [turn.call.positions[k] for turn in having]
+
+
+def _combined(stream: Stream, k: int, partials: list[torch.Tensor], counts: Sequence[int]) -> torch.Tensor:
     """Rule 7: the whole result of a reduction."""
-    owned = [call.positions[k] for call in stream.calls if call.positions[k]]
-    counts = torch.tensor(owned, dtype=torch.float64, device=partials.device)
-    return stream.combined[k](partials, counts).to(stream.outputs[k].dtype)
+    held = torch.tensor(counts, dtype=torch.float64, device=partials[0].device)
+    return stream.combined[k](torch.stack(partials), held).to(stream.outputs[k].dtype)
 
 
-def _gradients_of_partials(
-    stream: Stream, k: int, partials: torch.Tensor, grad: torch.Tensor
-) -> list[torch.Tensor]:
-    """The gradients of the partial results of the tiles that own any position (rule 7), in their order."""
-    with torch.enable_grad():
-        given = partials.detach().requires_grad_()
-        (found,) = torch.autograd.grad(_combined(stream, k, given), given, grad)
-    return list(found)
+def _find_gradients(stream: Stream, turns: Sequence[_Turn], grads: Mapping[int, torch.Tensor]) -> None:
+    """Give those of the turns that have none yet the gradients of their partial results (rule 7)."""
+    found: dict[_Turn, dict[int, torch.Tensor]] = {turn: {} for turn in turns if turn.gradients is None}
+    for k, grad in grads.items():
+        rows, counts = _rows(turns, k)
+        with torch.enable_grad():
+            given = [row.detach().requires_grad_() for row in rows]
+            of_rows = torch.autograd.grad(_combined(stream, k, given, counts), given, grad)
+        for turn, gradient in zip([turn for turn in turns if k in turn.partials], of_rows, strict=True):
+            if turn in found:
+                found[turn][k] = gradient
+    for turn, gradients in found.items():
+        turn.gradients = gradients
 
 
 def _allocate(tile: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -169,15 +273,17 @@ class _StreamMap(torch.autograd.Function):
     """The segment as one function of its leaves and small tensors."""
 
     @staticmethod
-    def forward(ctx: Any, stream: Stream, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, stream: Stream, *tensors: Leaf) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        done = _forward(stream, tensors, ctx.needs_input_grad[1:])
-        outputs, ctx.kept, ctx.partials = done.outputs, done.kept, done.partials
-        ctx.save_for_backward(*tensors)
+        forward = _Forward(stream, tensors, ctx.needs_input_grad[1:])
+        outputs, ctx.turns = forward.run(), forward.turns
+        held = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+        ctx.save_for_backward(*held)
+        ctx.sources = {k: leaf for k, leaf in enumerate(tensors) if not isinstance(leaf, torch.Tensor)}
         ctx.stream = stream
-        ctx.ambient = _Ambient.now(tensors[0].device)
+        ctx.ambient = _Ambient.now(_Inputs.of(stream, tensors).device)
         ctx.dtypes = tuple(output.dtype for output in outputs)
-        ctx.versions = [(weakref.ref(t), None if t.is_inference() else t._version) for t in tensors]
+        ctx.versions = [(weakref.ref(t), None if t.is_inference() else t._version) for t in held]
         ctx.mark_non_differentiable(
             *(
                 output
@@ -194,29 +300,18 @@ class _StreamMap(torch.autograd.Function):
                 "a stream has no double backward: its tiles are recomputed and released during backward, so"
                 " create_graph=True is not possible; call the plain model for higher derivatives"
             )
-        stream: Stream = ctx.stream
-        _check_unchanged(stream, ctx.versions)
-        tensors = ctx.saved_tensors
-        sums = _Sums(stream, tensors, ctx.needs_input_grad[1:])
+        labels = [label for k, label in enumerate(ctx.stream.labels) if k not in ctx.sources]
+        _check_unchanged(labels, ctx.versions)
+        held = iter(ctx.saved_tensors)
+        tensors = [ctx.sources[k] if k in ctx.sources else next(held) for k in range(len(ctx.stream.labels))]
         with ctx.ambient.restored():
-            of_tiles = {
-                k: _gradients_of_partials(stream, k, partials, grad)
-                for k, partials in ctx.partials.items()
-                if (grad := grads[k]) is not None
-            }
-            for i in reversed(range(len(stream.calls))):  # kept tiles are the last ones
-                call = stream.calls[i]
-                given = [
-                    None if grad is None or owned is None else of_tiles[k].pop() if k in of_tiles else grad[owned]
-                    for k, (grad, owned) in enumerate(zip(grads, call.outputs, strict=True))
-                ]
-                _pull_back(stream, call, sums, given, ctx.dtypes, ctx.kept.pop(i, None))
-        return (None, *sums.gradients())
+            backward = _Backward(ctx.stream, tensors, ctx.needs_input_grad[1:], ctx.dtypes)
+            return (None, *backward.run(ctx.turns, grads))
 
 
-def _check_unchanged(stream: Stream, versions: Sequence[tuple[Any, int | None]]) -> None:
+def _check_unchanged(labels: Sequence[str], versions: Sequence[tuple[Any, int | None]]) -> None:
     """Refuse where a saved tensor was changed in place since forward, naming it."""
-    for label, (reference, version) in zip(stream.labels, versions, strict=True):
+    for label, (reference, version) in zip(labels, versions, strict=True):
         tensor = reference()
         if tensor is not None and version is not None and tensor._version != version:
             raise StreamError(
@@ -225,78 +320,120 @@ def _check_unchanged(stream: Stream, versions: Sequence[tuple[Any, int | None]])
             )
 
 
-class _Sums:
-    """The gradients of all inputs, summed over tiles (rules 2, 3 and 5)."""
+class _Backward:
+    """Rule 2: pull the gradients of the outputs back through one tile after the other, the last one first."""
 
-    def __init__(self, stream: Stream, tensors: Sequence[torch.Tensor], wanted: Sequence[bool]) -> None:
-        count = stream.leaf_count
-        self._tensors, self.wanted = tensors, wanted
-        self.leaves = [tensor.detach() for tensor in tensors[:count]]
-        self.smalls = [tensor.detach() for tensor in tensors[count:]]
-        self._sums: list[torch.Tensor | None] = [None] * len(tensors)
-        self._single = len(stream.calls) == 1
+    def __init__(
+        self, stream: Stream, tensors: Sequence[Leaf], wanted: Sequence[bool], dtypes: Sequence[torch.dtype]
+    ) -> None:
+        self._stream, self._wanted, self._dtypes = stream, wanted, dtypes
+        self._inputs = _Inputs.of(stream, tensors)
+        self._sums = Sums(self._inputs.leaves, self._inputs.smalls, wanted, len(stream.calls) == 1)
 
-    def add_leaf(self, leaf: int, box: Subscript, gradient: torch.Tensor) -> None:
-        """Add what one tile gives for the box of a leaf that it read."""
-        total = self._sums[leaf]
-        if self._single and gradient.shape == self.leaves[leaf].shape:
-            self._sums[leaf] = gradient
+    def run(self, turns: Sequence[_Turn], grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """The gradients of the inputs. Kept tiles are the last ones, and are freed one by one."""
+        stream = self._stream
+        combined = {k: grad for k in stream.combined if (grad := grads[k]) is not None}
+        everything, turns = list(turns), list(turns)
+        for turn in turns:  # backward may come again
+            turn.gradients = None
+        _persistent(stream, lambda: _find_gradients(stream, everything, combined))
+        waiting = [turn.call for turn in reversed(turns) if turn.recorded is None]
+        with Reader(self._inputs.leaves, waiting, self._inputs.device) as reader:
+            while turns:
+                following = turns[-2].call if len(turns) > 1 and turns[-2].recorded is None else None
+                done = attempt(functools.partial(self._pulled_back, turns[-1], grads, reader, following))
+                if isinstance(done, Exhausted):
+                    self._relieve(turns, everything, combined, reader, done)
+                    continue
+                turns.pop().recorded = None
+                while done:
+                    _persistent(stream, done.pop())
+        return _persistent(stream, lambda: list(self._sums.gradients()))
+
+    def _relieve(
+        self,
+        turns: list[_Turn],
+        everything: list[_Turn],
+        combined: Mapping[int, torch.Tensor],
+        reader: Reader,
+        exhausted: Exhausted,
+    ) -> None:
+        """Rule 9: give up kept graphs, or put two halves in the place of the last tile."""
+        if any(turn.recorded is not None for turn in turns):
+            for turn in turns:
+                turn.recorded = None
+            self._stream.calls = tuple(replace(call, is_kept=False) for call in self._stream.calls)
             return
-        if total is None:
-            total = self._sums[leaf] = torch.zeros_like(self.leaves[leaf])
-        total[box] += gradient
+        last = turns.pop()
+        halves = self._halves(last, combined, reader, exhausted)
+        turns += halves
+        place = everything.index(last)
+        everything[place : place + 1] = halves
+        _persistent(self._stream, lambda: _find_gradients(self._stream, everything, combined))
+        calls = list(self._stream.calls)
+        if last.call in calls:  # another call of the segment may have changed them since
+            place = calls.index(last.call)
+            calls[place : place + 1] = [half.call for half in halves]
+            self._stream.calls = tuple(calls)
 
-    def add_small(self, small: int, gradient: torch.Tensor) -> None:
-        """Add what one tile gives for a small tensor."""
-        place = len(self.leaves) + small
-        if self._single:
-            self._sums[place] = gradient
-            return
-        total = self._sums[place]
-        if total is None:
-            wide = torch.promote_types(gradient.dtype, torch.float32)
-            self._sums[place] = gradient.to(wide, copy=True)
-        else:
-            total += gradient
+    def _halves(
+        self, turn: _Turn, combined: Mapping[int, torch.Tensor], reader: Reader, exhausted: Exhausted
+    ) -> list[_Turn]:
+        """The halves of a tile with their partial results; halves of halves where these run out of memory too."""
+        found = []
+        for call in _halved(self._stream, turn.call, exhausted):
+            done = attempt(functools.partial(self._half, call, combined, reader))
+            if isinstance(done, Exhausted):
+                found += self._halves(_Turn(call, {}), combined, reader, done)
+            else:
+                found.append(done)
+        return found
 
-    def gradients(self) -> Iterator[torch.Tensor | None]:
-        """The sums in the type of their tensor; None where nothing was asked for or nothing flowed."""
-        for tensor, wants, total in zip(self._tensors, self.wanted, self._sums, strict=True):
-            yield total.to(tensor.dtype) if wants and total is not None else None
+    def _half(self, call: TileCall, combined: Mapping[int, torch.Tensor], reader: Reader) -> _Turn:
+        if not any(call.positions[k] for k in combined):
+            return _Turn(call, {})
+        with torch.no_grad():
+            results = self._inputs.run(self._stream, call, reader.read(call))
+        return _Turn(call, {k: tile for k in combined if (tile := results[k]) is not None})
 
-
-def _pull_back(
-    stream: Stream,
-    call: TileCall,
-    sums: _Sums,
-    grads: Sequence[torch.Tensor | None],
-    dtypes: Sequence[torch.dtype],
-    recorded: _Recorded | None,
-) -> None:
-    """Rule 2 for one tile, which is run again unless its graph was kept; `grads` are those of its own results."""
-    flowing = [(k, grad) for k, grad in enumerate(grads) if grad is not None]
-    if not flowing:
-        return
-    if recorded is None:
-        program = stream.programs[call.program].recomputation
-        recorded = _recorded(stream, call, sums.leaves, sums.smalls, sums.wanted, program)
-    tiles, smalls, results = recorded.tiles, recorded.smalls, recorded.results
-    pulled = [(results[k], grad) for k, grad in flowing if results[k].requires_grad]
-    for k, grad in flowing:
-        same_type = k in stream.combined or results[k].dtype == dtypes[k]
-        if not same_type or results[k].shape != grad.shape:
-            raise StreamError(
-                f"a recomputed tile of `{stream.plan.segment.outputs[k]}` is {results[k].dtype}"
-                f" {list(results[k].shape)}, but forward had {dtypes[k]} {list(grad.shape)}"
-            )
-    inputs = [tensor for tensor in (*tiles, *smalls) if tensor.requires_grad]
-    if not pulled or not inputs:
-        return
-    outputs, slices = zip(*pulled, strict=True)
-    found = iter(torch.autograd.grad(outputs, inputs, slices, allow_unused=True))
-    for leaf, tile in enumerate(tiles):
-        if tile.requires_grad and (gradient := next(found)) is not None:
-            sums.add_leaf(leaf, call.leaves[leaf], gradient)
-    for k, small in enumerate(smalls):
-        if small.requires_grad and (gradient := next(found)) is not None:
-            sums.add_small(k, gradient)
+    def _pulled_back(
+        self,
+        turn: _Turn,
+        grads: Sequence[torch.Tensor | None],
+        reader: Reader,
+        following: TileCall | None,
+    ) -> list[Callable[[], None]]:
+        """The steps that add what one tile gives, which is run again unless its graph was kept."""
+        stream, call, partial = self._stream, turn.call, turn.gradients or {}
+        flowing: list[tuple[int, torch.Tensor]] = []
+        for k, (grad, owned) in enumerate(zip(grads, call.outputs, strict=True)):
+            if grad is not None and owned is not None:
+                flowing.append((k, partial[k] if k in stream.combined else grad[owned]))
+        if not flowing:
+            return []
+        recorded = turn.recorded
+        if recorded is None:
+            given, program = reader.read(call, following), stream.programs[call.program].recomputation
+            recorded = self._inputs.recorded(stream, call, given, self._wanted, program)
+        results = recorded.results
+        for k, grad in flowing:
+            same_type = k in stream.combined or results[k].dtype == self._dtypes[k]
+            if not same_type or results[k].shape != grad.shape:
+                raise StreamError(
+                    f"a recomputed tile of `{stream.plan.segment.outputs[k]}` is {results[k].dtype}"
+                    f" {list(results[k].shape)}, but forward had {self._dtypes[k]} {list(grad.shape)}"
+                )
+        pulled = [(results[k], grad) for k, grad in flowing if results[k].requires_grad]
+        inputs = (*recorded.tiles, *recorded.smalls)
+        places = [place for place, tensor in enumerate(inputs) if tensor.requires_grad]
+        if not pulled or not places:
+            return []
+        outputs, slices = zip(*pulled, strict=True)
+        found = torch.autograd.grad(outputs, [inputs[place] for place in places], slices, allow_unused=True)
+        boxes = (*call.leaves, *(None for _ in self._inputs.smalls))
+        return [
+            self._sums.addition(place, boxes[place], gradient)
+            for place, gradient in zip(places, found, strict=True)
+            if gradient is not None
+        ]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fxstream.box import EMPTY, Box
+from fxstream.box import EMPTY
 from fxstream.demand import AxisTile, Segment
 from fxstream.errors import PlanError
 from fxstream.grid import Grid
@@ -48,10 +48,6 @@ class SegmentPlan:
     def tiles(self) -> Iterator[tuple[AxisTile, ...]]:
         """The tiles in the order in which they run."""
         return itertools.product(*self.axes)
-
-    def leaf_box(self, leaf: str, tile: Sequence[AxisTile]) -> Box:
-        """What a tile reads of a leaf, in pixels of the leaf; empty where it owns nothing that needs the leaf."""
-        return Box(tuple(along.boxes.get(leaf, EMPTY) for along in tile))
 
     def largest(self, node: str) -> tuple[int, ...]:
         """The longest interval that a tile holds of a node or leaf, along each axis."""

@@ -1,15 +1,19 @@
-"""A segment made ready to run: the programs of its tile classes and the schedule of its tiles."""
+"""A segment made ready to run: the programs of its tile classes and the schedule of its tiles.
+
+The schedule may change while it runs: where memory does not suffice for a tile, it is replaced by two that own
+half of its outputs each. Any partition of the outputs gives the same results.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from fxstream.box import Box
-from fxstream.demand import AxisTile, Segment, lookups
+from fxstream.box import EMPTY, Box, Interval
+from fxstream.demand import AxisTile, AxisWalk, Segment, lookups
 from fxstream.interpolation import Lookup
 from fxstream.locality import Locality
 from fxstream.rules import Footprint
@@ -24,12 +28,12 @@ Subscript = tuple[slice, ...]
 Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TileCall:
     """One turn of the loop: which program, what it reads of each leaf, what it owns of each output.
 
     `positions` are the pixels that it owns of each output, or of what a reduction reduces. `lookups` are the parts
-    of tables that the program takes behind its other inputs.
+    of tables that the program takes behind its other inputs. `tile` is the tile along each axis; () is everything.
     """
 
     program: int
@@ -38,33 +42,100 @@ class TileCall:
     positions: tuple[int, ...]
     is_kept: bool = False
     lookups: tuple[Lookup, ...] = ()
+    tile: tuple[AxisTile, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+class _Schedule:
+    """Makes the calls of tiles, and the programs of their classes when the first of each comes."""
+
+    def __init__(
+        self, locality: Locality, segment: Segment, saved: Mapping[str, Saved] | None, compile_tiles: bool
+    ) -> None:
+        self._locality, self._segment, self._saved, self._compile_tiles = locality, segment, saved, compile_tiles
+        axes = range(len(locality.footprint(segment.outputs[0]).dims))
+        self._walks = [AxisWalk(locality, segment, axis) for axis in axes]
+        self._numbers: list[dict[object, int]] = [{} for _ in axes]
+        self._known: list[dict[int, tuple[AxisTile, int]]] = [{} for _ in axes]
+        self._classes: dict[tuple[int, ...], int] = {}
+        self.programs: list[TileProgram] = []
+
+    def call(self, tile: tuple[AxisTile, ...], is_kept: bool = False) -> TileCall:
+        """The call of the tile that is the product of these."""
+        locality, segment = self._locality, self._segment
+        leaves = tuple(
+            Box(tuple(along.boxes.get(leaf, EMPTY) for along in tile)).index(dims, _rank(locality, leaf))
+            for leaf, dims in segment.leaves
+        )
+        boxes = [Box(tuple(along.outputs[k] for along in tile)) for k in range(len(segment.outputs))]
+        owned = tuple(
+            _owned(box, locality.footprint(output), _rank(locality, output))
+            for box, output in zip(boxes, segment.outputs, strict=True)
+        )
+        positions = tuple(math.prod(box.shape) for box in boxes)
+        tables = tuple(lookups(segment, tile).values())
+        return TileCall(self._program(tile), leaves, owned, positions, is_kept, tables, tile)
+
+    def halves(self, call: TileCall) -> tuple[TileCall, ...]:
+        """Two calls that own half of its outputs each, along its longest axis; () of what has one pixel."""
+        lengths = [max(map(len, along.outputs)) for along in call.tile]
+        if max(lengths, default=1) < 2:
+            return ()
+        axis = lengths.index(max(lengths))
+        middles = [(owned.start + owned.stop + 1) // 2 for owned in call.tile[axis].outputs]
+        pairs = list(zip(call.tile[axis].outputs, middles, strict=True))
+        first = tuple(Interval(owned.start, middle) for owned, middle in pairs)
+        second = tuple(Interval(middle, owned.stop) for owned, middle in pairs)
+        walk, parts = self._walks[axis], (first, second)
+        return tuple(
+            self.call((*call.tile[:axis], walk.tile(part), *call.tile[axis + 1 :]), call.is_kept) for part in parts
+        )
+
+    def _program(self, tile: tuple[AxisTile, ...]) -> int:
+        """The number of the program of the tile's class."""
+        key = tuple(self._class_along(axis, along) for axis, along in enumerate(tile))
+        if key not in self._classes:
+            program = tile_program(self._locality, self._segment, tile, self._saved)
+            self._classes[key] = len(self.programs)
+            self.programs.append(program.compiled() if self._compile_tiles else program)
+        return self._classes[key]
+
+    def _class_along(self, axis: int, along: AxisTile) -> int:
+        """The class of a tile along one axis: equal programs, equal number; known tiles by identity."""
+        known = self._known[axis]
+        if id(along) not in known:
+            numbers = self._numbers[axis]
+            known[id(along)] = along, numbers.setdefault(along.program_key, len(numbers))
+        return known[id(along)][1]
+
+
+@dataclass(slots=True)
 class Stream:
     """A segment made ready to run: the programs of its tile classes and the schedule of its tiles.
 
     `combined` says how the partial results of the outputs that are reductions are combined, by their places.
     `labels` name the leaves and the small tensors, in that order, in the user's words; `sources` are the places
-    of the inputs that each output can send a gradient to.
+    of the inputs that each output can send a gradient to. `calls` is replaced, and `is_reduced` set, when tiles
+    had to be made smaller.
     """
 
     plan: SegmentPlan
-    programs: tuple[TileProgram, ...]
+    programs: Sequence[TileProgram]
     calls: tuple[TileCall, ...]
     outputs: tuple[Shape, ...]
     combined: Mapping[int, Combine]
     labels: tuple[str, ...]
     sources: tuple[frozenset[int], ...]
+    _schedule: _Schedule | None = field(default=None, repr=False)
+    is_reduced: bool = False
 
     @property
     def leaf_count(self) -> int:
         """How many of the inputs are cut into boxes; the rest is passed whole."""
         return len(self.plan.segment.leaves)
 
-    def tile_inputs(self, call: TileCall, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What one tile reads of each leaf; views."""
-        return [leaf[box] for leaf, box in zip(leaves, call.leaves, strict=True)]
+    def halves(self, call: TileCall) -> tuple[TileCall, ...]:
+        """Two calls in the place of one; none where nothing smaller exists."""
+        return self._schedule.halves(call) if self._schedule is not None else ()
 
     def tables(self, call: TileCall, device: torch.device) -> list[torch.Tensor]:
         """What one tile takes from tables."""
@@ -80,53 +151,25 @@ def build_stream(
 ) -> Stream:
     """The programs and the schedule of a planned segment; `saved` as in `tile_program`."""
     segment = plan.segment
+    shapes = tuple(_shape(locality, output) for output in segment.outputs)
+    sources = _sources(locality, segment)
     if not plan.axes:
-        return _whole_stream(locality, plan, labels, saved, compile_tiles)
-    classes: dict[tuple[int, ...], int] = {}
-    programs: list[TileProgram] = []
-    calls: list[TileCall] = []
-    per_axis = [_class_numbers(tiles) for tiles in plan.axes]
-    ranks = [_shape(locality, leaf) for leaf, _ in segment.leaves]
-    shapes = tuple(_shape(locality, output) for output in segment.outputs)
-    footprints = [locality.footprint(output) for output in segment.outputs]
+        program = whole_program(locality, segment, saved)
+        programs = (program.compiled() if compile_tiles else program,)
+        return Stream(plan, programs, (_whole_call(plan),), shapes, {}, labels, sources)
+    schedule = _Schedule(locality, segment, saved, compile_tiles)
     recomputed = plan.tile_count - plan.kept
-    for i, tile in enumerate(plan.tiles()):
-        key = tuple(numbers[id(along)] for numbers, along in zip(per_axis, tile, strict=True))
-        if key not in classes:
-            classes[key] = len(programs)
-            program = tile_program(locality, segment, tile, saved)
-            programs.append(program.compiled() if compile_tiles else program)
-        leaves = tuple(
-            plan.leaf_box(leaf, tile).index(dims, len(shape.shape))
-            for (leaf, dims), shape in zip(segment.leaves, ranks, strict=True)
-        )
-        boxes = [Box(tuple(along.outputs[k] for along in tile)) for k in range(len(shapes))]
-        owned = tuple(
-            _owned(box, footprint, len(shape.shape))
-            for box, footprint, shape in zip(boxes, footprints, shapes, strict=True)
-        )
-        positions = tuple(math.prod(box.shape) for box in boxes)
-        tables = tuple(lookups(segment, tile).values())
-        calls.append(TileCall(classes[key], leaves, owned, positions, i >= recomputed, tables))
+    calls = tuple(schedule.call(tile, i >= recomputed) for i, tile in enumerate(plan.tiles()))
+    footprints = [locality.footprint(output) for output in segment.outputs]
     combined = {k: f.reduction.combine for k, f in enumerate(footprints) if f.reduction is not None}
-    return Stream(plan, tuple(programs), tuple(calls), shapes, combined, labels, _sources(locality, segment))
+    return Stream(plan, schedule.programs, calls, shapes, combined, labels, sources, schedule)
 
 
-def _whole_stream(
-    locality: Locality,
-    plan: SegmentPlan,
-    labels: tuple[str, ...],
-    saved: Mapping[str, Saved] | None,
-    compile_tiles: bool,
-) -> Stream:
-    """A segment that runs whole: one tile, which is everything."""
-    segment = plan.segment
-    program = whole_program(locality, segment, saved)
-    shapes = tuple(_shape(locality, output) for output in segment.outputs)
-    leaves, outputs = ((slice(None),),) * len(segment.leaves), ((),) * len(shapes)
-    call = TileCall(0, leaves, outputs, (1,) * len(shapes), plan.kept > 0)
-    programs = (program.compiled() if compile_tiles else program,)
-    return Stream(plan, programs, (call,), shapes, {}, labels, _sources(locality, segment))
+def _whole_call(plan: SegmentPlan) -> TileCall:
+    """The one call of a segment that runs whole."""
+    leaves = ((slice(None),),) * len(plan.segment.leaves)
+    outputs = len(plan.segment.outputs)
+    return TileCall(0, leaves, ((),) * outputs, (1,) * outputs, plan.kept > 0)
 
 
 CONSTANT = {"aten::detach", "aten::zeros_like", "aten::ones_like", "aten::full_like"}
@@ -147,16 +190,14 @@ def _sources(locality: Locality, segment: Segment) -> tuple[frozenset[int], ...]
     return tuple(known[output] for output in segment.outputs)
 
 
-def _class_numbers(tiles: Sequence[AxisTile]) -> dict[int, int]:
-    """The class of each tile along one axis: equal programs, equal number."""
-    numbers: dict[object, int] = {}
-    return {id(tile): numbers.setdefault(tile.program_key, len(numbers)) for tile in tiles}
-
-
 def _shape(locality: Locality, name: str) -> Shape:
     meta = locality.metas[name]
     assert isinstance(meta, Shape)
     return meta
+
+
+def _rank(locality: Locality, name: str) -> int:
+    return len(_shape(locality, name).shape)
 
 
 def _owned(box: Box, footprint: Footprint, rank: int) -> Subscript | None:

@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fxstream"
 FLOORS = (
-    ("errors", "box"),
-    ("units", "operators"),
+    ("errors", "box", "allocation"),
+    ("units", "operators", "source"),
     ("receptive_field",),
     ("interpolation",),
     ("rules", "functional", "sizes", "freeze", "zoo"),
@@ -25,6 +25,7 @@ FLOORS = (
     ("search",),
     ("planning", "tile_program"),
     ("stream",),
+    ("reading", "sums"),
     ("runtime",),
     ("rewrite", "analysis", "findings"),
     ("strip",),

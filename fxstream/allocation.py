@@ -1,0 +1,57 @@
+"""What to do where an allocation fails: tell it from other errors, and let go of what the failure holds."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+__all__ = ["Exhausted", "attempt"]
+
+T = TypeVar("T")
+
+MESSAGES = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "alloc_failed",
+    "could not create a memory object",
+)
+"""What allocators say that have no error class of their own: torch on the CPU, oneDNN, cuBLAS and cuDNN."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exhausted:
+    """An allocation that failed, in the allocator's words."""
+
+    message: str
+
+
+def attempt(function: Callable[[], T]) -> T | Exhausted:
+    """The function's result, or `Exhausted` where it ran out of memory; then nothing of its frames is held.
+
+    >>> def fails():
+    ...     raise torch.OutOfMemoryError("CUDA out of memory")
+    >>> attempt(fails)
+    Exhausted(message='CUDA out of memory')
+    """
+    try:
+        return function()
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        exhausted = Exhausted((str(error) or type(error).__name__).splitlines()[0])
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return exhausted
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(message in str(error).lower() for message in MESSAGES)
