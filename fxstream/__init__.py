@@ -15,8 +15,10 @@ from fxstream.errors import (
     StreamingWarning,
 )
 from fxstream.freeze import freeze_batch_norm
+from fxstream.inference import infer
 from fxstream.probe import ProbeReport
 from fxstream.rules import register_rule
+from fxstream.source import Source, openslide_array, pyvips_array, source
 
 __all__ = [
     "Analysis",
@@ -28,6 +30,7 @@ __all__ = [
     "ProbeError",
     "ProbeReport",
     "RuleError",
+    "Source",
     "StreamError",
     "StreamedModule",
     "StreamingWarning",
@@ -35,7 +38,11 @@ __all__ = [
     "check",
     "compile",
     "freeze_batch_norm",
+    "infer",
+    "openslide_array",
     "plan",
+    "pyvips_array",
     "register_rule",
     "rules",
+    "source",
 ]

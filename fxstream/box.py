@@ -119,6 +119,17 @@ class Box:
         """The smallest box that holds both."""
         return Box(tuple(a.hull(b) for a, b in zip(self, other, strict=True)))
 
+    @classmethod
+    def of(cls, subscript: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+        """The box of all dims that a subscript cuts from a tensor of this shape; missing slices are whole.
+
+        >>> print(Box.of((slice(None), slice(1, 3)), (2, 4, 5)))
+        [0:2, 1:3, 0:5]
+        """
+        whole = (*subscript, *[slice(None)] * (len(shape) - len(subscript)))
+        bounds = [part.indices(size) for part, size in zip(whole, shape, strict=True)]
+        return cls(tuple(Interval(start, stop) for start, stop, _ in bounds))
+
     def index(self, dims: tuple[int, ...], rank: int) -> tuple[slice, ...]:
         """The subscript that cuts this box from a tensor of `rank` whose stream dims are `dims`.
 

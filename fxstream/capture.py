@@ -72,6 +72,12 @@ class Captured:
         """The captured graph."""
         return self.module.graph
 
+    @property
+    def results(self) -> tuple[str | None, ...]:
+        """The nodes that the flat outputs come from; None where one is a constant."""
+        (outputs,) = self.graph.output_node().args
+        return tuple(given.name if isinstance(given, fx.Node) else None for given in outputs)  # type: ignore[union-attr]
+
     def model_tensors(self, model: nn.Module) -> list[torch.Tensor]:
         """The model's own parameters and buffers, and the constants, in the order of the graph."""
         found = []

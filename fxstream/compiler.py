@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +22,16 @@ from torch.utils import _pytree as pytree
 from fxstream.analysis import Analysis, analyse, analyze, lowered
 from fxstream.capture import Captured, capture, still_holds
 from fxstream.errors import InputError, StreamingWarning
+from fxstream.inputs import Inputs, inputs_of
 from fxstream.locality import Verdict
 from fxstream.mode import attributes, mode_key
 from fxstream.passes import streamable_parts
 from fxstream.planning import Plan, make_plan
 from fxstream.probe import ProbeReport, probe
 from fxstream.request import Request
-from fxstream.rewrite import rewrite
+from fxstream.rewrite import read_whole, rewrite
 from fxstream.rules import Kind
 from fxstream.saved import Saved, saved_by
-from fxstream.sizes import is_image
 from fxstream.units import parse_bytes
 
 __all__ = ["GLOBAL_OPS", "StreamedModule", "checked_request", "compile", "plan"]
@@ -151,6 +151,15 @@ class Prepared:
     probe: tuple[ProbeReport, ...]
     streamed: fx.GraphModule | None
 
+    def run(self, model: nn.Module, inputs: Inputs) -> Any:
+        """What the streamed graph returns; images from outside are read whole where it needs them whole."""
+        assert self.streamed is not None
+        captured = self.analysis.captured
+        names, whole = captured.inputs, read_whole(self.streamed)
+        held = inputs.held([i for i in inputs.outside if names[i] in whole])
+        flat = self.streamed(*captured.model_tensors(model), *held)
+        return pytree.tree_unflatten(flat, captured.out_spec)
+
 
 MOST_SIZES = 64
 """Image sizes whose plans and tile programs are kept."""
@@ -228,28 +237,36 @@ class StreamedModule(nn.Module):
         return self._last
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns for these arguments."""
-        tensors = _checked_inputs(self.model, args, kwargs)
-        prepared = self._at_size(args, kwargs, tensors)
+        """What the model returns for these arguments, of which images may be arrays (`fxstream.source`)."""
+        inputs = inputs_of(self.model, args, kwargs)
+        prepared = self._at_size(inputs)
         self._last = prepared
         if prepared.streamed is None:
+            args, kwargs = inputs.plain()
             return self.model(*args, **kwargs)
-        captured = prepared.analysis.captured
-        flat = prepared.streamed(*captured.model_tensors(self.model), *tensors)
-        return pytree.tree_unflatten(flat, captured.out_spec)
+        return prepared.run(self.model, inputs)
 
-    def _at_size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[torch.Tensor]) -> Prepared:
+    def _at_size(self, inputs: Inputs) -> Prepared:
+        args, kwargs, tensors = inputs.args, inputs.kwargs, inputs.tensors
         mode = mode_key(self.model, args, kwargs, self._volatile)
         training = self.request.tile is not None or _records(self.model, tensors)
         wanted = training and self.request.tile is None
-        size = (*((tuple(tensor.shape), wanted and tensor.requires_grad) for tensor in tensors), training)
+        shapes = tuple((tuple(tensor.shape), wanted and tensor.requires_grad) for tensor in tensors)
+        size = (shapes, training, inputs.outside)
         if (mode, size) not in self._prepared:
             captured = self._captured(mode, args, kwargs, tensors)
             mode = mode_key(self.model, args, kwargs, self._volatile)
             if len(self._prepared) >= MOST_SIZES:
                 del self._prepared[next(iter(self._prepared))]
-            self._prepared[mode, size] = self._prepare(captured, tensors, training)
+            self._prepared[mode, size] = self._prepare(captured, inputs, training)
         return self._prepared[mode, size]
+
+    def prepared(self, inputs: Inputs, written: Sequence[int]) -> Prepared:
+        """What a call without gradients would run, whose results at these places are written as they come."""
+        mode = mode_key(self.model, inputs.args, inputs.kwargs, self._volatile)
+        captured = self._captured(mode, inputs.args, inputs.kwargs, inputs.tensors)
+        self._last = self._prepare(captured, inputs, self.request.tile is not None, written)
+        return self._last
 
     def _captured(
         self, mode: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[torch.Tensor]
@@ -273,18 +290,24 @@ class StreamedModule(nn.Module):
                 )
         return known
 
-    def _prepare(self, captured: Captured, tensors: list[torch.Tensor], training: bool) -> Prepared:
+    def _prepare(
+        self, captured: Captured, inputs: Inputs, training: bool, written: Sequence[int] = ()
+    ) -> Prepared:
+        tensors = inputs.tensors
         analysis = self._analysed(captured, tensors)
         captured = analysis.captured
         if captured.graph not in self._saved:
             self._saved[captured.graph] = saved_by(analysis.locality)
+        names = list(zip(captured.inputs, tensors, strict=True))
         plan = make_plan(
             analysis.locality,
             self.request,
             training=training,
             device=tensors[0].device,
             saved=self._saved[captured.graph],
-            wanted=frozenset(n for n, t in zip(captured.inputs, tensors, strict=True) if t.requires_grad),
+            wanted=frozenset(name for name, tensor in names if tensor.requires_grad),
+            outside=frozenset(names[i][0] for i in inputs.outside),
+            written=frozenset(name for i, name in enumerate(captured.results) if i in written),
         )
         logger.info("%s", plan)
         self._tell_what_stops_the_stream(analysis, plan)
@@ -345,23 +368,3 @@ class StreamedModule(nn.Module):
 def _records(model: nn.Module, tensors: list[torch.Tensor]) -> bool:
     """Whether this call will be followed by a backward, as far as one can know."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in (*model.parameters(), *tensors))
-
-
-def _checked_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The tensors among the arguments; `InputError` for what no network takes."""
-    tensors = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
-    images = [tensor for tensor in tensors if is_image(tensor)]
-    if not images:
-        raise InputError("no image among the arguments: fxstream needs a tensor [N, C, spatial dims...]")
-    for image in images:
-        if image.is_complex():
-            raise InputError(
-                f"a complex image ({image.dtype}) cannot be streamed: pass real and imaginary channels"
-            )
-        if image.numel() == 0:
-            raise InputError(f"the image is empty: its shape is {list(image.shape)}")
-    devices = {tensor.device for tensor in tensors} | {p.device for p in model.parameters()}
-    if len(devices) > 1:
-        found = ", ".join(sorted(map(str, devices)))
-        raise InputError(f"image and model are on different devices ({found}): move them to one")
-    return tensors

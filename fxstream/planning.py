@@ -11,7 +11,7 @@ with multi-megapixel images", sections III-A and III-C.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,16 +97,19 @@ def make_plan(
     device: torch.device = CPU,
     saved: Mapping[str, Saved] | None = None,
     wanted: frozenset[str] = frozenset(),
+    outside: frozenset[str] = frozenset(),
+    written: frozenset[str | None] = frozenset(),
 ) -> Plan:
     """The segments and tiles for one image size, for a call with its backward if `training`.
 
     `saved` is what autograd keeps of each operator (`saved_by`), `wanted` are the images whose gradient is asked
-    for. Raises `PlanError` where no tile fits, naming the smallest that does and the node that needs it, where no
+    for, `outside` those that are not in the device's memory, `written` the results that are written elsewhere.
+    Raises `PlanError` where no tile fits, naming the smallest that does and the node that needs it, where no
     plan fits into the memory, naming the least that one needs, and where a module path in the request matches
     nothing.
     """
     known = saved_by(locality) if saved is None else saved
-    basis = Basis(locality, known, Machine.of(device), training, wanted)
+    basis = Basis(locality, known, Machine.of(device), training, wanted, outside, written)
     if request.tile is None:
         segments, prediction = _within_memory(basis, request, budget_of(request.memory, device))
         is_trivial = not segments
@@ -121,7 +124,7 @@ def make_plan(
 
 def _with_tiles(basis: Basis, request: Request) -> tuple[SegmentPlan, ...]:
     """The segments of every worthwhile region, in the coarsest grids that the tile allows."""
-    parts = _parts(basis.locality, request)
+    parts = _parts(basis, request)
     chosen = [run for part in parts for run in RegionPlanner(basis, part, request).segments()]
     return _segments(basis.locality, request, [(run, None) for run in chosen])
 
@@ -134,7 +137,7 @@ def _within_memory(basis: Basis, request: Request, memory: int) -> tuple[tuple[S
     plain, locality = predict(basis, ()), basis.locality
     if plain.bytes <= memory and request.segments is None:
         return (), plain
-    parts = _parts(locality, request)
+    parts = _parts(basis, request)
     stages = max(locality.stages.values(), default=0) + 1
     for most_passes in (FEW_PASSES, MANY_PASSES) if stages > FEW_PASSES else (FEW_PASSES,):
         search = Search(basis, parts, request, most_passes)
@@ -187,10 +190,11 @@ def _segments(
     return tuple(found)
 
 
-def _parts(locality: Locality, request: Request) -> list[tuple[str, ...]]:
+def _parts(basis: Basis, request: Request) -> list[tuple[str, ...]]:
     """The nodes that may be streamed: worthwhile regions, or all before the user's cut."""
     asked = request.segments is not None or request.cut is not None or request.global_ops == "stream"
-    return _parts_before(locality, request.cut) if asked else worthwhile(locality)
+    locality = basis.locality
+    return _parts_before(locality, request.cut) if asked else worthwhile(locality, basis.written)
 
 
 def total_bytes(locality: Locality) -> int:
@@ -198,10 +202,10 @@ def total_bytes(locality: Locality) -> int:
     return locality.activation_bytes([v.node for v in locality.verdicts.values() if v.kind is not Kind.SMALL])
 
 
-def worthwhile(locality: Locality) -> list[tuple[str, ...]]:
-    """The parts that are streamed without being asked for, by their nodes."""
+def worthwhile(locality: Locality, written: Collection[str | None] = ()) -> list[tuple[str, ...]]:
+    """The parts that are streamed without being asked for; results `written` elsewhere count as freed."""
     total = total_bytes(locality)
-    return [part for part in streamable_parts(locality) if _is_worthwhile(locality, part, total)]
+    return [part for part in streamable_parts(locality) if _is_worthwhile(locality, part, total, written)]
 
 
 def streamable_share(locality: Locality) -> float:
@@ -217,9 +221,12 @@ def _parts_before(locality: Locality, cut: str | None) -> list[tuple[str, ...]]:
     return [part for part in parts if part]
 
 
-def _is_worthwhile(locality: Locality, nodes: tuple[str, ...], total: int) -> bool:
+def _is_worthwhile(
+    locality: Locality, nodes: tuple[str, ...], total: int, written: Collection[str | None]
+) -> bool:
     """Whether streaming these nodes frees a good part of their activations."""
     held = locality.activation_bytes(nodes)
     inside = set(nodes)
-    kept = locality.activation_bytes([name for name in nodes if is_output(locality, name, inside)])
+    outputs = [name for name in nodes if is_output(locality, name, inside) and name not in written]
+    kept = locality.activation_bytes(outputs)
     return held - kept > WORTHWHILE * held and held > LEAST_SHARE * total

@@ -8,10 +8,11 @@ unit has a moment in forward and, with recording, one in backward. At every mome
   results of the network;
 - gradients of boundaries: from the backward of their last reader to that of the unit that made them;
 - kept: what autograd keeps of the ordinary operators, and the graphs of kept tiles, of units up to this one;
-- the unit itself: one of its tiles, or its ordinary operators;
+- the unit itself: one of its tiles, with what is read ahead, or its ordinary operators;
 - gradients of the weights of this and later units, twice for a streamed unit (one tile's, and their sum).
 
 The peak is that of the moment that needs most. Not counted: the image, the weights, what an optimiser holds.
+An image from outside of the device's memory counts where ordinary operators read it, for they read it whole.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ class Basis:
     """What every prediction at one image size starts from.
 
     `saved` is what autograd keeps of each operator, `wanted` the images whose gradient is asked for, `training`
-    whether there is a backward at all.
+    whether there is a backward at all. `outside` are images that are not in the device's memory, of which segments
+    read boxes, `written` results that a segment writes elsewhere tile by tile.
     """
 
     locality: Locality
@@ -107,6 +109,8 @@ class Basis:
     machine: Machine
     training: bool = True
     wanted: frozenset[str] = frozenset()
+    outside: frozenset[str] = frozenset()
+    written: frozenset[str | None] = frozenset()
 
     @functools.cached_property
     def plain(self) -> tuple[int, float]:
@@ -114,9 +118,10 @@ class Basis:
         costs = Costs(self.locality, self.machine, self.saved, tuple(self.saved), plain=True)
         part, ones = costs.part(), torch.ones(len(costs.nodes), dtype=torch.float64)
         forward, backward = map(float, part.seconds(ones))
+        images = sum(bytes_of(self.locality, name) for name in self.outside)
         if self.training:
-            return int(part.profile(ones).max()), forward + backward
-        return int(part.profile_unrecorded(ones).max()), forward
+            return images + int(part.profile(ones).max()), forward + backward
+        return images + int(part.profile_unrecorded(ones).max()), forward
 
 
 def shares_along(locality: Locality, nodes: Sequence[str], axis: int, held: Mapping[str, int]) -> torch.Tensor:
@@ -237,7 +242,8 @@ class Forecast:
         self, units: Sequence[tuple[tuple[str, ...], SegmentPlan | None]], costs: Sequence[Costs]
     ) -> Iterator[_Crossing]:
         locality, saved = self._basis.locality, self._basis.saved
-        maker: dict[str, int] = dict.fromkeys(self._basis.wanted, -1)
+        maker: dict[str, int] = dict.fromkeys((*self._basis.wanted, *self._basis.outside), -1)
+        whole = {name for nodes, plan in units if plan is None for name in _reads(locality, nodes)}
         readers: dict[str, set[int]] = {}
         holders: dict[str, set[int]] = {}
         for k, (nodes, plan) in enumerate(units):
@@ -259,8 +265,11 @@ class Forecast:
                 continue
             last = len(units) if is_result else max(others)
             size = bytes_of(locality, name) * (made < 0 or saved[name].views is None)
+            is_written = name in self._basis.written and made >= 0 and units[made][1] is not None
+            is_there = not is_written if made >= 0 else name in self._basis.outside & whole
+            gradient = size if made >= 0 or name in self._basis.wanted else 0
             held_by = tuple(holders.get(name, ()))
-            yield _Crossing(name, made, last, held_by, size if made >= 0 else 0, size, is_result)
+            yield _Crossing(name, made, last, held_by, size * is_there, gradient, is_result)
 
     def _unit(self, k: int, plan: SegmentPlan | None, cost: Costs, crossing: Sequence[_Crossing]) -> _Unit:
         part, shares = cost.part(), _shares(self._basis.locality, plan, cost)
@@ -273,8 +282,9 @@ class Forecast:
             read = [leaf for leaf, _ in plan.segment.leaves]
             leaves = [leaf for leaf in read if leaf in self._basis.saved or leaf in self._basis.wanted]
             outer = {leaf: _box_bytes(self._basis.locality, plan, leaf) for leaf in leaves}
-        recorded, held = part.profile(shares, outer), float(part.held(shares))
-        unrecorded = float(part.profile_unrecorded(shares).max())
+        read_ahead = self._read_ahead(plan)
+        recorded, held = part.profile(shares, outer) + read_ahead, float(part.held(shares))
+        unrecorded = float(part.profile_unrecorded(shares).max()) + read_ahead
         is_recorded = plan is None and self._basis.training
         forward, backward = map(float, part.seconds(shares))
         return _Unit(
@@ -293,6 +303,13 @@ class Forecast:
             weights=float(cost.weight_gradients.sum()),
             more_weights=float(sum(size for name, size in cost.weight_bytes.items() if self._last[name] == k)),
         )
+
+    def _read_ahead(self, plan: SegmentPlan | None) -> float:
+        """Bytes of this tile's and the next one's boxes of what lies outside."""
+        leaves = (
+            [leaf for leaf, _ in plan.segment.leaves if leaf in self._basis.outside] if plan is not None else []
+        )
+        return sum(2 * _box_bytes(self._basis.locality, plan, leaf) for leaf in leaves if plan is not None)
 
 
 def _units(basis: Basis, plans: Sequence[SegmentPlan]) -> Iterator[tuple[tuple[str, ...], SegmentPlan | None]]:

@@ -96,9 +96,8 @@ class _Overlaps:
         self._bytes = 0
 
     def _box(self, subscript: Subscript) -> Box:
-        whole = (*subscript, *[slice(None)] * (self._source.ndim - len(subscript)))
-        parts = (range(*whole[dim].indices(self._source.shape[dim])) for dim in self._dims)
-        return Box(tuple(Interval(part.start, part.stop) for part in parts))
+        """The box along the axes of the image."""
+        return Box(Box.of(subscript, self._source.shape).intervals[2:])
 
     def read(self, subscript: Subscript) -> torch.Tensor:
         """A box as it is stored: what is held of it, and the rest from the source."""

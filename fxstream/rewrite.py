@@ -18,7 +18,7 @@ from fxstream.saved import Saved
 from fxstream.sizes import fold_integers
 from fxstream.stream import Stream, build_stream
 
-__all__ = ["StreamedSegment", "rewrite"]
+__all__ = ["StreamedSegment", "read_whole", "rewrite"]
 
 
 class StreamedSegment(nn.Module):
@@ -67,6 +67,18 @@ def rewrite(
     root = {node.target: getattr(captured.module, node.target) for node in graph.nodes if node.op == "get_attr"}
     graph.lint()
     return fx.GraphModule({**root, **modules}, graph, "Streamed")
+
+
+def read_whole(streamed: fx.GraphModule) -> frozenset[str]:
+    """The inputs of a rewritten graph that something reads other than box by box."""
+    found = set()
+    for node in streamed.graph.nodes:
+        module = streamed.get_submodule(node.target) if node.op == "call_module" else None
+        boxes = module.stream.leaf_count if isinstance(module, StreamedSegment) else 0
+        leaves = node.args[:boxes]
+        found |= {given.name for given in node.all_input_nodes if given not in leaves}
+        found |= {given.name for given in node.args[boxes:] if isinstance(given, fx.Node)}
+    return frozenset(found)
 
 
 def _streamed(

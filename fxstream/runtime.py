@@ -34,6 +34,7 @@ from typing import Any, TypeVar
 import torch
 
 from fxstream.allocation import Exhausted, attempt
+from fxstream.box import Box
 from fxstream.errors import StreamError, StreamingWarning
 from fxstream.reading import Leaf, Reader
 from fxstream.stream import Stream, TileCall
@@ -127,7 +128,9 @@ class _Forward:
     @torch.no_grad()
     def run(self) -> tuple[torch.Tensor, ...]:
         """The whole outputs; `turns` then has what the tiles leave for backward."""
-        stream, calls = self._stream, list(self._stream.calls)
+        stream = self._stream
+        calls = [call for call in stream.calls if not self._is_written(call)]
+        self._outputs |= dict.fromkeys(stream.sinks, torch.empty(0))
         with _Ambient.now(self._inputs.device).restored():
             with Reader(self._inputs.leaves, calls, self._inputs.device) as reader:
                 while len(self.turns) < len(calls):
@@ -140,6 +143,15 @@ class _Forward:
                 combine = functools.partial(_combined, stream, k, *_rows(self.turns, k))
                 self._outputs[k] = _persistent(stream, combine)
         return tuple(output for _, output in sorted(self._outputs.items()))
+
+    def _is_written(self, call: TileCall) -> bool:
+        """Whether everything that a tile yields was written before."""
+        stream = self._stream
+        return bool(stream.sinks) and all(
+            owned is None
+            or (k in stream.sinks and stream.sinks[k].is_written(Box.of(owned, stream.outputs[k].shape)))
+            for k, owned in enumerate(call.outputs)
+        )
 
     def _turn(self, reader: Reader, call: TileCall, following: TileCall | None = None) -> _Turn:
         """Run one tile and write its rectangles."""
@@ -156,7 +168,9 @@ class _Forward:
         for k, (tile, owned) in enumerate(zip(results, call.outputs, strict=True)):
             if tile is None or owned is None:
                 continue
-            if k in stream.combined:
+            if k in stream.sinks:
+                stream.sinks[k].write(Box.of(owned, stream.outputs[k].shape), tile)
+            elif k in stream.combined:
                 partials[k] = tile.detach()
             elif tile.shape == stream.outputs[k].shape:
                 self._outputs[k] = tile.detach()

@@ -84,7 +84,8 @@ class Search:
         self._most = request.segments if isinstance(request.segments, int) else None
         regions = [_Region(basis, part, request, most_passes) for part in parts]
         results = [n.name for n in self._locality.nodes.values() if any(u.op == "output" for u in n.users)]
-        self._results = float(sum(bytes_of(self._locality, name) for name in results if name in saved))
+        held = [name for name in results if name in saved and name not in basis.written]
+        self._results = float(sum(bytes_of(self._locality, name) for name in held))
         inside = {name for part in parts for name in part}
         place = {name: i for i, name in enumerate(saved)}
         starts = [place[part[0]] for part in parts]
@@ -230,6 +231,7 @@ class _Region:
         self._live = {end: live[end] for end in self.ends} | {-1: []}
         read = {n.name for name in nodes for n in locality.nodes[name].all_input_nodes}
         self._images = sum(self._bytes(name) for name in basis.wanted if name in read)
+        self._outside, self._written = basis.outside, basis.written
         self._of = {name: i for i, name in enumerate(nodes)}
         gradients = self._costs.weight_gradients * training
         self.weights = float(gradients.sum())
@@ -264,20 +266,22 @@ class _Region:
     def _ways(self, start: int, end: int) -> Iterator[_Option]:
         part, grids = self._costs.part(start + 1, end + 1), self._grids_at(end)
         ones = torch.ones(len(self._nodes), dtype=torch.float64)
-        made = sum(self._bytes(name) for name in self._live[end] if self._of[name] > start)
+        behind = [name for name in self._live[end] if self._of[name] > start]
+        made = sum(self._bytes(name) for name in behind if name not in self._written)
+        images = self._read_from_outside(start, end)
         inputs = sum(self._bytes(name) for name in self._live[start])
         forward, backward = part.seconds(ones)
         plain = float(forward + backward * self._training)
         if self._training:
             gradients = self._images + inputs + sum(self._bytes(name) for name in self._live[end])
             own = float(self._weights_up_to[end + 1] - self._weights_up_to[start + 1])
-            needs_whole = float(part.profile(ones).max()) + gradients
-            yield _Option(None, needs_whole, float(part.held(ones)), plain)
+            needs_whole = float(part.profile(ones).max()) + gradients + images
+            yield _Option(None, needs_whole, float(part.held(ones)) + images, plain)
             if self._runs_whole(start, end):
                 checkpoint = self._nodes[start + 1 : end + 1], ()
                 yield _Option(checkpoint, needs_whole + own, made, plain + float(forward))
         else:
-            yield _Option(None, float(part.profile_unrecorded(ones).max()) + inputs, 0.0, plain)
+            yield _Option(None, float(part.profile_unrecorded(ones).max()) + inputs + images, 0.0, plain)
         tile_forward, tile_backward = torch.zeros(len(grids.counts)), torch.zeros(len(grids.counts))
         for stage in self._places.stages(start, end):
             forward, backward = part.seconds(grids.shares * (self._stages <= stage))
@@ -296,6 +300,12 @@ class _Region:
             if spent <= LARGEST_OVERHEAD * plain:
                 stretch = self._nodes[start + 1 : end + 1], counts
                 yield _Option(stretch, need, made if self._training else 0.0, spent)
+
+    def _read_from_outside(self, start: int, end: int) -> float:
+        """Bytes of the images from outside that a stretch reads."""
+        stretch = self._nodes[start + 1 : end + 1] if self._outside else ()
+        read = {given.name for name in stretch for given in self._locality.nodes[name].all_input_nodes}
+        return float(sum(self._bytes(name) for name in read & self._outside))
 
     def _bytes(self, name: str) -> int:
         return bytes_of(self._locality, name)

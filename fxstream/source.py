@@ -13,11 +13,20 @@ from typing import Any
 
 import torch
 
+from fxstream.box import Box
 from fxstream.errors import InputError, StreamError
 
-__all__ = ["Source", "is_array", "openslide_array", "pyvips_array", "source"]
+__all__ = [
+    "LARGEST_AXES",
+    "Source",
+    "describe",
+    "is_array",
+    "openslide_array",
+    "pyvips_array",
+    "source",
+    "torch_dtype",
+]
 
-FULL = slice(None)
 LARGEST_AXES = 3
 """Stream axes that an image may have."""
 
@@ -63,11 +72,8 @@ class Source:
 
     def read(self, box: tuple[slice, ...]) -> torch.Tensor:
         """A box as it is stored, in host memory. Raises `StreamError` where the array fails, naming both."""
-        bounds = [
-            range(*part.indices(size))
-            for part, size in zip((*box, *[FULL] * (self.ndim - len(box))), self.shape, strict=True)
-        ]
-        parts = [self._read_one(sample, bounds[1:]) for sample in bounds[0]]
+        samples, *bounds = (range(part.start, part.stop) for part in Box.of(box, self.shape))
+        parts = [self._read_one(sample, bounds) for sample in samples]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def place(self, stored: torch.Tensor) -> torch.Tensor:
@@ -195,7 +201,7 @@ class _Regions:
         self._read, self.shape, self.name = read, shape, name
 
     def __getitem__(self, index: tuple[slice, slice, slice]) -> torch.Tensor:
-        rows, columns = (range(*part.indices(size)) for part, size in zip(index, self.shape, strict=False))
+        rows, columns = (range(*part.indices(size)) for part, size in zip(index[:2], self.shape, strict=False))
         region = self._read(columns.start, rows.start, len(columns), len(rows))
         found = torch.frombuffer(bytearray(region), dtype=torch.uint8)
         return found.view(len(rows), len(columns), self.shape[2])[:, :, index[2]]

@@ -19,6 +19,7 @@ from fxstream.locality import Locality
 from fxstream.rules import Footprint
 from fxstream.saved import Saved
 from fxstream.segment_plan import SegmentPlan
+from fxstream.sink import Sink
 from fxstream.sizes import Shape
 from fxstream.tile_program import TileProgram, tile_program, whole_program
 
@@ -115,7 +116,7 @@ class Stream:
     `combined` says how the partial results of the outputs that are reductions are combined, by their places.
     `labels` name the leaves and the small tensors, in that order, in the user's words; `sources` are the places
     of the inputs that each output can send a gradient to. `calls` is replaced, and `is_reduced` set, when tiles
-    had to be made smaller.
+    had to be made smaller. `sinks` take outputs of a call without gradients, by their places, instead of a tensor.
     """
 
     plan: SegmentPlan
@@ -127,6 +128,7 @@ class Stream:
     sources: tuple[frozenset[int], ...]
     _schedule: _Schedule | None = field(default=None, repr=False)
     is_reduced: bool = False
+    sinks: dict[int, Sink] = field(default_factory=dict)
 
     @property
     def leaf_count(self) -> int:

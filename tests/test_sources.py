@@ -1,0 +1,287 @@
+"""Images that are arrays: read box by box, each pixel once per pass, with the results of the tensor."""
+
+import numpy as np
+import pytest
+import torch
+from compare import integer_image, make_integer
+from torch import nn
+
+import fxstream
+from fxstream import reading
+from fxstream.box import Box, Interval
+
+
+class Counted:
+    """An array that counts how often each pixel is read, and what the largest read was."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+        self.counts, self.largest, self.reads = np.zeros(array.shape, int), 0, 0
+
+    def __getitem__(self, index):
+        self.counts[index] += 1
+        self.reads += 1
+        self.largest = max(self.largest, self.array[index].size)
+        return self.array[index]
+
+
+class Normalising(nn.Module):
+    """Takes bytes: normalisation belongs to the model."""
+
+    def __init__(self, channels=3):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(channels, 4, 3, 2, 1), nn.Conv2d(4, 2, 3, padding=1)
+
+    def forward(self, image):
+        return self.last(self.first(image.to(self.first.weight.dtype) - 4).relu())
+
+
+def bytes_image(*shape):
+    return np.random.default_rng(0).integers(0, 9, shape, dtype=np.uint8)
+
+
+def gradients(module, model, image):
+    model.zero_grad()
+    output = module(image)
+    output.square().sum().backward()
+    return [output.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+def test_bytes_from_an_array_give_what_the_tensor_gives():
+    model = make_integer(Normalising())
+    array = Counted(bytes_image(43, 58, 3))
+    image = torch.from_numpy(array.array).permute(2, 0, 1)[None]
+    module = fxstream.compile(model, tile=21, segments=1)
+    found = gradients(module, model, fxstream.source(array, layout="HWC"))
+    for mine, wanted in zip(found, gradients(model, model, image), strict=True):
+        assert torch.equal(mine, wanted)
+    assert (array.counts == 2).all()  # once in forward, once in backward
+    assert array.largest <= 21 * 21 * 3
+
+
+def test_overlaps_are_read_again_where_they_may_not_be_held(monkeypatch):
+    monkeypatch.setattr(reading, "MOST_HELD", 60)
+    model = make_integer(Normalising())
+    array = Counted(bytes_image(43, 58, 3))
+    with torch.no_grad():
+        found = fxstream.compile(model, tile=21, segments=1)(fxstream.source(array, layout="HWC"))
+        assert torch.equal(found, model(torch.from_numpy(array.array).permute(2, 0, 1)[None]))
+    assert array.counts.min() == 1
+    assert array.counts.max() > 1
+
+
+@pytest.mark.parametrize(
+    "layout, shape", [("HWC", (25, 31, 2)), ("CHW", (2, 25, 31)), ("NHWC", (2, 25, 31, 2)), ("YX", (25, 31))]
+)
+@pytest.mark.parametrize("dtype", ["uint8", ">i2", "float32", "float64"])
+def test_layouts_and_types(layout, shape, dtype):
+    array = bytes_image(*shape).astype(dtype)
+    order = [layout.index(axis) for axis in ("N", "C", *(a for a in layout if a not in "NC")) if axis in layout]
+    native = np.ascontiguousarray(array.transpose(order)).astype(array.dtype.newbyteorder("="))
+    image = torch.from_numpy(native)
+    for dim, axis in enumerate("NC"):
+        image = image if axis in layout else image.unsqueeze(dim)
+    model = make_integer(Normalising(image.shape[1]))
+    with torch.no_grad():
+        module = fxstream.compile(model, tile=11, segments=1)
+        assert torch.equal(module(fxstream.source(array, layout=layout)), model(image))
+
+
+def test_batches():
+    model = make_integer(Normalising())
+    stack = bytes_image(5, 25, 31, 3)
+    image = torch.from_numpy(stack).permute(0, 3, 1, 2)
+    module = fxstream.compile(model, tile=11, segments=1)
+    with torch.no_grad():
+        picked = module(fxstream.source(stack, layout="NHWC", batch=[4, 1]))
+        assert torch.equal(picked, model(image[[4, 1]]))
+        assert torch.equal(module(fxstream.source(stack[0], stack[3], layout="HWC")), model(image[[0, 3]]))
+        assert torch.equal(module(np.ascontiguousarray(image.numpy())), model(image))  # an array as it is
+
+
+def test_type_on_the_device():
+    model = make_integer(nn.Sequential(nn.Conv2d(3, 2, 3)))
+    array = bytes_image(25, 31, 3)
+    image = torch.from_numpy(array).permute(2, 0, 1)[None].double()
+    with torch.no_grad():
+        found = fxstream.compile(model, tile=11, segments=1)(
+            fxstream.source(array, layout="HWC", dtype=torch.float64)
+        )
+    assert torch.equal(found, model(image))
+
+
+@pytest.mark.parametrize("kind", ["memmap", "zarr", "h5py", "tifffile"])
+def test_stores(tmp_path, kind):
+    array = bytes_image(70, 50, 3)
+    if kind == "memmap":
+        stored = np.memmap(tmp_path / "image", mode="w+", shape=array.shape, dtype=array.dtype)
+        stored[:] = array
+        stored = np.memmap(tmp_path / "image", mode="r", shape=array.shape, dtype=array.dtype)
+    elif kind == "zarr":
+        stored = pytest.importorskip("zarr").create_array(str(tmp_path / "z"), data=array, chunks=(16, 16, 3))
+    elif kind == "h5py":
+        file = pytest.importorskip("h5py").File(tmp_path / "image.h5", "w")
+        stored = file.create_dataset("image", data=array, chunks=(16, 16, 3))
+    else:
+        tifffile, zarr = pytest.importorskip("tifffile"), pytest.importorskip("zarr")
+        tifffile.imwrite(tmp_path / "image.tif", array, tile=(16, 16))
+        stored = zarr.open(tifffile.imread(tmp_path / "image.tif", aszarr=True), mode="r")
+    model = make_integer(Normalising())
+    with torch.no_grad():
+        found = fxstream.compile(model, tile=23, segments=1)(fxstream.source(stored, layout="HWC"))
+    assert torch.equal(found, model(torch.from_numpy(array).permute(2, 0, 1)[None]))
+
+
+def test_a_volume():
+    model = make_integer(nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU(), nn.Conv3d(2, 1, 3)))
+    volume = bytes_image(14, 17, 12)
+    with torch.no_grad():
+        source = fxstream.source(volume, layout="ZYX", dtype=torch.float64)
+        found = fxstream.compile(model, tile=9, segments=1)(source)
+        assert torch.equal(found, model(torch.from_numpy(volume)[None, None].double()))
+
+
+def test_what_is_not_streamed_gets_it_whole():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3)
+
+        def forward(self, image):
+            return self.conv(image), image.flatten(2).sort().values[..., 3]
+
+    model = make_integer(Both())
+    array = bytes_image(25, 31).astype("float64")
+    module = fxstream.compile(model, tile=11, segments=1)
+    with torch.no_grad():
+        for found, wanted in zip(
+            module(fxstream.source(array, layout="HW")), model(torch.from_numpy(array)[None, None]), strict=True
+        ):
+            assert torch.equal(found, wanted)
+    assert not module.plan.is_trivial
+
+
+def test_an_image_outside_counts_where_it_is_read_whole():
+    model = make_integer(Normalising())
+    array = bytes_image(200, 200, 3)
+    with torch.no_grad():
+        module = fxstream.compile(model, memory="300KiB")
+        module(fxstream.source(array, layout="HWC"))
+        streamed = module.plan.prediction
+        module(integer_image(1, 3, 200, 200, requires_grad=False).to(torch.uint8))
+        inside = module.plan.prediction
+    assert streamed.plain_bytes == inside.plain_bytes + array.size
+
+
+def failing_after(array, reads):
+    class Failing(Counted):
+        def __getitem__(self, index):
+            if self.reads == reads:
+                raise OSError("disk on fire")
+            return super().__getitem__(index)
+
+    return Failing(array)
+
+
+class Shrinking(Counted):
+    def __getitem__(self, index):
+        return super().__getitem__(index)[: (5 if self.reads > 3 else 99)]
+
+
+def test_errors_name_region_and_source():
+    model = make_integer(Normalising())
+    module = fxstream.compile(model, tile=21, segments=1)
+    broken = failing_after(bytes_image(43, 58, 3), 3)
+    with (
+        torch.no_grad(),
+        pytest.raises(fxstream.StreamError, match=r"reading \[0:1?\d.*, \d+:\d+, 0:3\] of .*Failing"),
+    ):
+        module(fxstream.source(broken, layout="HWC"))
+    with torch.no_grad(), pytest.raises(fxstream.StreamError, match="disk on fire"):
+        module(fxstream.source(failing_after(bytes_image(43, 58, 3), 0), layout="HWC"))
+    with torch.no_grad(), pytest.raises(fxstream.StreamError, match=r"gave the shape .* has the array shrunk"):
+        module(fxstream.source(Shrinking(bytes_image(43, 58, 3)), layout="HWC"))
+    with torch.no_grad():  # usable afterwards
+        module(fxstream.source(bytes_image(43, 58, 3), layout="HWC"))
+
+
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        ({"layout": "HWX"}, None),
+        ({"layout": "HW"}, "does not fit an array of shape"),
+        ({"layout": "HWW"}, "does not fit"),
+        ({"layout": "NCH", "batch": [25]}, "outside of 25 entries"),
+        ({"layout": "HWC", "batch": [0]}, "picks entries along N"),
+    ],
+)
+def test_bad_layouts(arguments, match):
+    if match is None:
+        assert fxstream.source(bytes_image(25, 31, 3), **arguments).shape == (1, 1, 25, 31, 3)
+        return
+    with pytest.raises(fxstream.InputError, match=match):
+        fxstream.source(bytes_image(25, 31, 3), **arguments)
+
+
+def test_bad_arrays():
+    with pytest.raises(fxstream.InputError, match="needs shape, dtype and slicing; found str"):
+        fxstream.source("slide.tif", layout="HWC")
+    with pytest.raises(fxstream.InputError, match="complex"):
+        fxstream.source(np.zeros((4, 4), complex), layout="HW")
+    with pytest.raises(fxstream.InputError, match="torch has no such type"):
+        fxstream.source(np.zeros((4, 4), "U3"), layout="HW")
+    with pytest.raises(fxstream.InputError, match="one shape and type"):
+        fxstream.source(np.zeros((4, 4)), np.zeros((4, 5)), layout="HW")
+
+
+def test_adapters():
+    pixels = bytes_image(40, 30, 3)
+
+    class Region:
+        def __init__(self, array):
+            self.array = array
+
+        def convert(self, mode):
+            return self
+
+        def tobytes(self):
+            return self.array.tobytes()
+
+        write_to_memory = tobytes
+
+    class Slide:
+        level_dimensions = ((60, 80), (30, 40))
+        level_downsamples = (1.0, 2.0)
+
+        def read_region(self, origin, level, size):
+            left, top = (part // 2 for part in origin)
+            assert level == 1
+            return Region(pixels[top : top + size[1], left : left + size[0]])
+
+    class Vips:
+        width, height, bands = 30, 40, 3
+
+        def crop(self, left, top, width, height):
+            return Region(pixels[top : top + height, left : left + width])
+
+    wanted = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    for array in (fxstream.openslide_array(Slide(), level=1), fxstream.pyvips_array(Vips())):
+        image = fxstream.source(array, layout="HWC")
+        assert torch.equal(image[()], wanted)
+        box = (slice(None), slice(None), slice(3, 21), slice(7, 8))
+        assert torch.equal(image[box], wanted[box])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("size", [3, 5, 8])
+def test_each_pixel_once_whatever_the_overlap(size, reverse):
+    """Boxes of an irregular grid, overlapping by more than a tile: still one read per pixel."""
+    array = Counted(bytes_image(1, 1, 30, 21))
+    rows = [Interval(max(0, start - 2), min(30, start + size)) for start in range(0, 30, 4)]
+    columns = [Interval(start, min(21, start + size)) for start in range(0, 21, 3)]
+    boxes = [Box((row, column)) for row in rows for column in columns]
+    calls = [box.index((2, 3), 4) for box in (reversed(boxes) if reverse else boxes)]
+    overlaps = reading._Overlaps(fxstream.source(array), calls)
+    for call in calls:
+        assert torch.equal(overlaps.read(call), torch.from_numpy(array.array[call]))
+    assert array.counts.max() == 1
