@@ -12,7 +12,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from torch.utils import _pytree as pytree
 
 from fxstream.analysis import Analysis, analyse, analyze, lowered
 from fxstream.capture import Captured, capture, still_holds
+from fxstream.device import budget_of
 from fxstream.errors import InputError, StreamingWarning
+from fxstream.functional import is_random
 from fxstream.inputs import Inputs, inputs_of
 from fxstream.locality import Verdict
 from fxstream.mode import attributes, mode_key
@@ -32,6 +34,7 @@ from fxstream.request import Request
 from fxstream.rewrite import read_whole, rewrite
 from fxstream.rules import Kind
 from fxstream.saved import Saved, saved_by
+from fxstream.sharing import Ranks, digest, fingerprint
 from fxstream.units import parse_bytes
 
 __all__ = ["GLOBAL_OPS", "StreamedModule", "checked_request", "compile", "plan"]
@@ -53,6 +56,7 @@ def compile(
     global_ops: str = "auto",
     verify: bool = True,
     compile_tiles: bool = False,
+    mesh: Any = None,
 ) -> StreamedModule:
     """The model as a drop-in module that streams its large part tile by tile, with the same results.
 
@@ -67,9 +71,13 @@ def compile(
     chooses. `cut` names the module after which nothing is streamed. `global_ops` says what is done about
     operators that need the whole feature map and are reductions over it (normalisations in training, squeeze and
     excitation, global pooling): "stream" them with the rest, "cut" the stream there, or "auto": as the planner
-    finds best. With `verify` the probe measures once per capture, on the real operators, what the rules claim.
-    `compile_tiles` passes what a tile computes through `torch.compile`: the first step of a size takes minutes,
-    the others less time. The model itself is not changed and its parameters are shared.
+    finds best.
+
+    With `verify` the probe measures once per capture, on the real operators, what the rules claim. `compile_tiles`
+    passes what a tile computes through `torch.compile`: the first step of a size takes minutes, the others less
+    time. `mesh`, one dimension of a DeviceMesh, shares the tiles of each image among its ranks, which all get
+    the same image and have the same results and gradients. The model itself is not changed and its parameters are
+    shared.
 
     Raises `InputError` for a tile that is not a positive integer or tuple of them, for a memory that is no
     positive amount and for both at once; at the first call `CaptureError`, `PlanError` or `ProbeError`.
@@ -77,7 +85,7 @@ def compile(
     if not isinstance(model, nn.Module):
         raise InputError(f"compile needs an nn.Module, found {type(model).__name__}")
     request = checked_request(tile, segments, cut, memory, global_ops)
-    return StreamedModule(model, request, verify, compile_tiles)
+    return StreamedModule(model, request, verify, compile_tiles, mesh)
 
 
 def plan(
@@ -176,6 +184,7 @@ class StreamedModule(nn.Module):
     request: Request
     verify: bool
     compile_tiles: bool
+    mesh: Any
     _captures: dict[Any, Captured]
     _lowered: dict[fx.Graph, Captured]
     _saved: dict[fx.Graph, dict[str, Saved]]
@@ -186,23 +195,30 @@ class StreamedModule(nn.Module):
     _volatile: set[str]
 
     def __init__(
-        self, model: nn.Module, request: Request, verify: bool = True, compile_tiles: bool = False
+        self,
+        model: nn.Module,
+        request: Request,
+        verify: bool = True,
+        compile_tiles: bool = False,
+        mesh: Any = None,
     ) -> None:
         super().__init__()
         shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
         # Not registered as a submodule: the model's parts are ours under their own names.
         self.__dict__ |= {parts: model.__dict__[parts] for parts in shared} | {"model": model}
-        self.request, self.verify, self.compile_tiles = request, verify, compile_tiles
+        self.request, self.verify, self.compile_tiles, self.mesh = request, verify, compile_tiles, mesh
+        self._ranks = None if mesh is None else Ranks(mesh)
         self.training = model.training
         self._captures, self._lowered, self._saved, self._probed, self._prepared = {}, {}, {}, {}, {}
         self._last = None
         self._told, self._volatile = set(), set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StreamedModule, (self.model, self.request, self.verify, self.compile_tiles)
+        return StreamedModule, (self.model, self.request, self.verify, self.compile_tiles, self.mesh)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamedModule:
-        return StreamedModule(copy.deepcopy(self.model, memo), self.request, self.verify, self.compile_tiles)
+        model = copy.deepcopy(self.model, memo)
+        return StreamedModule(model, self.request, self.verify, self.compile_tiles, self.mesh)
 
     def train(self, mode: bool = True) -> StreamedModule:
         """Training mode of the model and of this module."""
@@ -239,7 +255,13 @@ class StreamedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for these arguments, of which images may be arrays (`fxstream.source`)."""
         inputs = inputs_of(self.model, args, kwargs)
-        prepared = self._at_size(inputs)
+        if self._ranks is None:
+            prepared = self._at_size(inputs)
+        else:
+            self._ranks.agree({"image": ", ".join(fingerprint(given) for given in inputs.given)})
+            with self._ranks.settled():
+                prepared = self._at_size(inputs)
+            self._ranks.agree(_common(prepared))
         self._last = prepared
         if prepared.streamed is None:
             args, kwargs = inputs.plain()
@@ -299,15 +321,22 @@ class StreamedModule(nn.Module):
         if captured.graph not in self._saved:
             self._saved[captured.graph] = saved_by(analysis.locality)
         names = list(zip(captured.inputs, tensors, strict=True))
+        request, ranks = self.request, 1
+        if self._ranks is not None:
+            ranks = self._ranks.count
+            budget = budget_of(request.memory, tensors[0].device)
+            memory = None if request.tile is not None else self._ranks.least(budget)
+            request = replace(request, memory=memory)
         plan = make_plan(
             analysis.locality,
-            self.request,
+            request,
             training=training,
             device=tensors[0].device,
             saved=self._saved[captured.graph],
             wanted=frozenset(name for name, tensor in names if tensor.requires_grad),
             outside=frozenset(names[i][0] for i in inputs.outside),
             written=frozenset(name for i, name in enumerate(captured.results) if i in written),
+            ranks=ranks,
         )
         logger.info("%s", plan)
         self._tell_what_stops_the_stream(analysis, plan)
@@ -315,7 +344,7 @@ class StreamedModule(nn.Module):
             return Prepared(analysis, plan, (), None)
         reports = self._verified(analysis, plan)
         known = self._saved[captured.graph]
-        streamed = rewrite(captured, analysis.locality, plan, known, self.compile_tiles)
+        streamed = rewrite(captured, analysis.locality, plan, known, self.compile_tiles, self._ranks)
         return Prepared(analysis, plan, reports, streamed)
 
     def _analysed(self, captured: Captured, tensors: list[torch.Tensor]) -> Analysis:
@@ -363,6 +392,16 @@ class StreamedModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"memory={self.request.memory}" if self.request.tile is None else f"tile={self.request.tile}"
+
+
+def _common(prepared: Prepared) -> dict[str, str]:
+    """What ranks that share tiles must have in common, besides the image."""
+    draws = any(is_random(node) for node in prepared.analysis.captured.graph.nodes)
+    plan = str(prepared.plan)
+    return {
+        "plan": f"{len(prepared.plan.segments)} segments #{digest(plan.encode())}",
+        "random state": digest(torch.get_rng_state().numpy().tobytes()) if draws else "",
+    }
 
 
 def _records(model: nn.Module, tensors: list[torch.Tensor]) -> bool:

@@ -62,17 +62,18 @@ def macs_of(locality: Locality, node: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Multiply-accumulates and bytes per second, and seconds per call of an operator."""
+    """Multiply-accumulates and bytes per second, seconds per operator, bytes per second between ranks."""
 
     macs: float
     bandwidth: float
     call: float
+    link: float = 1e9
 
     @classmethod
     def of(cls, device: torch.device) -> Machine:
         """A typical machine of this kind. Only ratios matter: they weigh recomputation against traffic."""
         if device.type == "cuda":
-            return cls(2e13, 1.5e12, 8e-6)
+            return cls(2e13, 1.5e12, 8e-6, 2e11)
         return cls(5e10 * torch.get_num_threads(), 1e10, 1e-5)
 
 

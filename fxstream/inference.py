@@ -42,6 +42,8 @@ def infer(
     """
     if not isinstance(module, StreamedModule):
         raise InputError(f"infer needs a module made by fxstream.compile, found {type(module).__name__}")
+    if module.mesh is not None:
+        raise InputError("infer cannot share tiles over a mesh: give every rank images, or arrays, of its own")
     arrays, spec = pytree.tree_flatten(out, is_leaf=lambda given: given is None)
     with torch.no_grad():
         inputs = inputs_of(module.model, args, kwargs)

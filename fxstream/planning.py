@@ -99,17 +99,19 @@ def make_plan(
     wanted: frozenset[str] = frozenset(),
     outside: frozenset[str] = frozenset(),
     written: frozenset[str | None] = frozenset(),
+    ranks: int = 1,
 ) -> Plan:
     """The segments and tiles for one image size, for a call with its backward if `training`.
 
     `saved` is what autograd keeps of each operator (`saved_by`), `wanted` are the images whose gradient is asked
-    for, `outside` those that are not in the device's memory, `written` the results that are written elsewhere.
-    Raises `PlanError` where no tile fits, naming the smallest that does and the node that needs it, where no
-    plan fits into the memory, naming the least that one needs, and where a module path in the request matches
-    nothing.
+    for, `outside` those that are not in the device's memory, `written` the results that are written elsewhere;
+    `ranks` share the tiles.
+
+    Raises `PlanError` where no tile fits, naming the smallest that does and the node that needs it, where no plan
+    fits into the memory, naming the least that one needs, and where a module path in the request matches nothing.
     """
     known = saved_by(locality) if saved is None else saved
-    basis = Basis(locality, known, Machine.of(device), training, wanted, outside, written)
+    basis = Basis(locality, known, Machine.of(device), training, wanted, outside, written, ranks)
     if request.tile is None:
         segments, prediction = _within_memory(basis, request, budget_of(request.memory, device))
         is_trivial = not segments
@@ -135,7 +137,7 @@ def _within_memory(basis: Basis, request: Request, memory: int) -> tuple[tuple[S
     The search estimates a little; where its plan needs too much it is asked for less, a few times.
     """
     plain, locality = predict(basis, ()), basis.locality
-    if plain.bytes <= memory and request.segments is None:
+    if plain.bytes <= memory and request.segments is None and basis.ranks == 1:
         return (), plain
     parts = _parts(basis, request)
     stages = max(locality.stages.values(), default=0) + 1
@@ -143,7 +145,8 @@ def _within_memory(basis: Basis, request: Request, memory: int) -> tuple[tuple[S
         search = Search(basis, parts, request, most_passes)
         fitting = _fitting(basis, search, request, memory)
         if fitting is not None:
-            return fitting
+            is_slower = fitting[1].seconds >= plain.seconds and plain.bytes <= memory
+            return ((), plain) if is_slower and request.segments is None else fitting
         found, binding = search.smallest()
         segments = _segments(locality, request, found)
         prediction = predict(basis, segments)

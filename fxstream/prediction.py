@@ -101,7 +101,8 @@ class Basis:
 
     `saved` is what autograd keeps of each operator, `wanted` the images whose gradient is asked for, `training`
     whether there is a backward at all. `outside` are images that are not in the device's memory, of which segments
-    read boxes, `written` results that a segment writes elsewhere tile by tile.
+    read boxes, `written` results that a segment writes elsewhere tile by tile. `ranks` share the
+    tiles; seconds and kept tiles are those of one.
     """
 
     locality: Locality
@@ -111,6 +112,15 @@ class Basis:
     wanted: frozenset[str] = frozenset()
     outside: frozenset[str] = frozenset()
     written: frozenset[str | None] = frozenset()
+    ranks: int = 1
+
+    def turns(self, tiles: int) -> int:
+        """How many of so many tiles the rank that has most of them runs."""
+        return -(-tiles // self.ranks)
+
+    def exchange(self, made: float, summed: float = 0.0) -> float:
+        """Seconds to complete results of so many bytes on all ranks, and to sum gradients of so many."""
+        return (self.ranks - 1) / self.ranks * (made + 2 * summed) / self.machine.link
 
     @functools.cached_property
     def plain(self) -> tuple[int, float]:
@@ -206,18 +216,21 @@ class Forecast:
         held, before = 0.0, []
         for unit in self._units:
             before.append(held)
-            holds = unit.holds * kept[unit.name] if unit.tiles else unit.holds
+            holds = unit.holds * self._basis.turns(kept[unit.name]) if unit.tiles else unit.holds
             here = held + holds if unit.tiles else held
             made = unit.made if unit.tiles else 0.0
-            seconds = max(1, unit.tiles) * unit.forward_seconds
+            seconds = self._basis.turns(max(1, unit.tiles)) * unit.forward_seconds + self._basis.exchange(made)
             yield unit.name, Moment(unit.there_forward + made, 0.0, here, unit.forward, 0.0), seconds
             held += holds
         weights = 0.0
         for unit, earlier in reversed([*zip(self._units, before, strict=True)] if self._basis.training else []):
-            tiles = kept.get(unit.name, 0)
-            recomputed = max(1, unit.tiles) - tiles
+            tiles = self._basis.turns(kept.get(unit.name, 0))
+            recomputed = self._basis.turns(max(1, unit.tiles)) - tiles
             both = weights + unit.weights if unit.tiles else weights
             moment = Moment(unit.there_backward, unit.gradients, earlier, unit.backward, both)
+            if unit.tiles:
+                summed = self._basis.exchange(0.0, unit.gradients + unit.weights)
+                yield unit.name, replace(moment, unit=0.0), summed
             if recomputed:
                 again = unit.forward_seconds if unit.tiles else 0.0
                 yield unit.name, moment, recomputed * (again + unit.backward_seconds)

@@ -15,6 +15,7 @@ from fxstream.order import execution_order
 from fxstream.planning import Plan, SegmentPlan
 from fxstream.runtime import stream_map
 from fxstream.saved import Saved
+from fxstream.sharing import Ranks
 from fxstream.sizes import fold_integers
 from fxstream.stream import Stream, build_stream
 
@@ -43,11 +44,12 @@ def rewrite(
     plan: Plan,
     saved: Mapping[str, Saved] | None = None,
     compile_tiles: bool = False,
+    ranks: Ranks | None = None,
 ) -> fx.GraphModule:
     """The graph at one image size with its segments streamed; takes and returns what the captured one does.
 
     With `saved`, what autograd keeps of each operator, memory is reused where that changes nothing (`economy`).
-    `compile_tiles` passes tile programs through `torch.compile`.
+    `compile_tiles` passes tile programs through `torch.compile`; `ranks` share the tiles.
     """
     segments = {plan.segment.name: plan for plan in plan.segments}
     labels = _labels(captured)
@@ -56,7 +58,7 @@ def rewrite(
     modules: dict[str, nn.Module] = {}
     for name in execution_order(locality, [plan.segment for plan in plan.segments]):
         if name in segments:
-            modules[name] = _streamed(locality, segments[name], labels, saved, compile_tiles)
+            modules[name] = _streamed(locality, segments[name], labels, saved, compile_tiles, ranks)
             _call_segment(graph, env, segments[name])
         else:
             _copy(graph, env, locality.nodes[name], locality)
@@ -87,9 +89,10 @@ def _streamed(
     labels: Mapping[str, str],
     saved: Mapping[str, Saved] | None,
     compile_tiles: bool,
+    ranks: Ranks | None,
 ) -> StreamedSegment:
     named = tuple(labels.get(name, name) for name in plan.segment.inputs)
-    return StreamedSegment(build_stream(locality, plan, named, saved, compile_tiles))
+    return StreamedSegment(build_stream(locality, plan, named, saved, compile_tiles, ranks))
 
 
 def _labels(captured: Captured) -> dict[str, str]:

@@ -19,6 +19,8 @@ NOTE [the stream as one differentiable function]
    now and in later calls. What a tile yields is added to the results in steps that happen or do not, after all
    of it is there, so that nothing is counted twice. A halved tile that had a partial result gets that of its
    halves in its place, and the gradients of these.
+10. Where ranks share the tiles, each runs its own; maps, partial results and summed gradients are exchanged at the
+   end of a pass (`sharing`), after all have told that they came that far.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from fxstream.allocation import Exhausted, attempt
 from fxstream.box import Box
 from fxstream.errors import StreamError, StreamingWarning
 from fxstream.reading import Leaf, Reader
+from fxstream.sharing import Ranks, Rows
 from fxstream.stream import Stream, TileCall
 from fxstream.sums import Sums
 
@@ -116,6 +119,10 @@ class _Turn:
     gradients: dict[int, torch.Tensor] | None = None
 
 
+Others = dict[int, tuple[Rows, Rows]]
+"""The partial results of the ranks before and behind this one, by output."""
+
+
 class _Forward:
     """Rule 1: all tiles, without recording but for those that are kept (rule 6), where gradients are wanted."""
 
@@ -124,25 +131,44 @@ class _Forward:
         self._inputs = _Inputs.of(stream, tensors)
         self._outputs: dict[int, torch.Tensor] = {}
         self.turns: list[_Turn] = []
+        self.others: Others = {}
 
     @torch.no_grad()
     def run(self) -> tuple[torch.Tensor, ...]:
         """The whole outputs; `turns` then has what the tiles leave for backward."""
         stream = self._stream
-        calls = [call for call in stream.calls if not self._is_written(call)]
-        self._outputs |= dict.fromkeys(stream.sinks, torch.empty(0))
+        self._outputs |= {k: torch.empty(0) for k in stream.sinks}
         with _Ambient.now(self._inputs.device).restored():
-            with Reader(self._inputs.leaves, calls, self._inputs.device) as reader:
-                while len(self.turns) < len(calls):
-                    done = attempt(functools.partial(self._turn, reader, *calls[len(self.turns) :][:2]))
-                    if isinstance(done, Exhausted):
-                        self._relieve(calls, done)
-                    else:
-                        self.turns.append(done)
+            with stream.settled():
+                self._run_tiles([call for call in stream.calls if not self._is_written(call)])
+            if stream.ranks is not None:
+                self._exchange(stream.ranks)
             for k in stream.combined:
-                combine = functools.partial(_combined, stream, k, *_rows(self.turns, k))
-                self._outputs[k] = _persistent(stream, combine)
+                before, behind = self.others.get(k, ([], []))
+                rows = [*before, *_rows(self.turns, k), *behind]
+                self._outputs[k] = _persistent(stream, functools.partial(_combined, stream, k, rows))
         return tuple(output for _, output in sorted(self._outputs.items()))
+
+    def _run_tiles(self, calls: list[TileCall]) -> None:
+        with Reader(self._inputs.leaves, calls, self._inputs.device) as reader:
+            while len(self.turns) < len(calls):
+                done = attempt(functools.partial(self._turn, reader, *calls[len(self.turns) :][:2]))
+                if isinstance(done, Exhausted):
+                    self._relieve(calls, done)
+                else:
+                    self.turns.append(done)
+
+    def _exchange(self, ranks: Ranks) -> None:
+        """Complete the maps of which this rank has some tiles; partial results of the others."""
+        stream = self._stream
+        for k, shape in enumerate(stream.outputs):
+            if k in stream.combined:
+                own = _rows(self.turns, k)
+                self.others[k] = ranks.gather_rows([row for row, _ in own], [count for _, count in own])
+                continue
+            if k not in self._outputs:  # no tile of it is this rank's
+                self._outputs[k] = torch.empty(shape.shape, dtype=shape.dtype, device=self._inputs.device)
+            ranks.exchange(self._outputs[k], stream.owned_by_ranks(k))
 
     def _is_written(self, call: TileCall) -> bool:
         """Whether everything that a tile yields was written before."""
@@ -225,27 +251,33 @@ def _persistent(stream: Stream, function: Callable[[], T]) -> T:
     return done
 
 
-def _rows(turns: Sequence[_Turn], k: int) -> tuple[list[torch.Tensor], list[int]]:
+def _rows(turns: Sequence[_Turn], k: int) -> Rows:
     """The partial results of a reduction and how many positions each is of."""
-    having = [turn for turn in turns if k in turn.partials]
-    return [turn.partials[k] for turn in having], [turn.call.positions[k] for turn in having]
+    return [(turn.partials[k], turn.call.positions[k]) for turn in turns if k in turn.partials]
 
 
-def _combined(stream: Stream, k: int, partials: list[torch.Tensor], counts: Sequence[int]) -> torch.Tensor:
+def _combined(stream: Stream, k: int, rows: Rows) -> torch.Tensor:
     """Rule 7: the whole result of a reduction."""
-    held = torch.tensor(counts, dtype=torch.float64, device=partials[0].device)
-    return stream.combined[k](torch.stack(partials), held).to(stream.outputs[k].dtype)
+    partials = torch.stack([row for row, _ in rows])
+    counts = torch.tensor([count for _, count in rows], dtype=torch.float64, device=partials.device)
+    return stream.combined[k](partials, counts).to(stream.outputs[k].dtype)
 
 
-def _find_gradients(stream: Stream, turns: Sequence[_Turn], grads: Mapping[int, torch.Tensor]) -> None:
+def _find_gradients(
+    stream: Stream, turns: Sequence[_Turn], others: Others, grads: Mapping[int, torch.Tensor]
+) -> None:
     """Give those of the turns that have none yet the gradients of their partial results (rule 7)."""
     found: dict[_Turn, dict[int, torch.Tensor]] = {turn: {} for turn in turns if turn.gradients is None}
     for k, grad in grads.items():
-        rows, counts = _rows(turns, k)
+        having = [turn for turn in turns if k in turn.partials]
+        if not having:
+            continue
         with torch.enable_grad():
-            given = [row.detach().requires_grad_() for row in rows]
-            of_rows = torch.autograd.grad(_combined(stream, k, given, counts), given, grad)
-        for turn, gradient in zip([turn for turn in turns if k in turn.partials], of_rows, strict=True):
+            own = [(row.detach().requires_grad_(), count) for row, count in _rows(having, k)]
+            before, behind = others.get(k, ([], []))
+            combined = _combined(stream, k, [*before, *own, *behind])
+            of_rows = torch.autograd.grad(combined, [row for row, _ in own], grad)
+        for turn, gradient in zip(having, of_rows, strict=True):
             if turn in found:
                 found[turn][k] = gradient
     for turn, gradients in found.items():
@@ -290,7 +322,7 @@ class _StreamMap(torch.autograd.Function):
     def forward(ctx: Any, stream: Stream, *tensors: Leaf) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         forward = _Forward(stream, tensors, ctx.needs_input_grad[1:])
-        outputs, ctx.turns = forward.run(), forward.turns
+        outputs, ctx.turns, ctx.others = forward.run(), forward.turns, forward.others
         held = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
         ctx.save_for_backward(*held)
         ctx.sources = {k: leaf for k, leaf in enumerate(tensors) if not isinstance(leaf, torch.Tensor)}
@@ -320,7 +352,7 @@ class _StreamMap(torch.autograd.Function):
         tensors = [ctx.sources[k] if k in ctx.sources else next(held) for k in range(len(ctx.stream.labels))]
         with ctx.ambient.restored():
             backward = _Backward(ctx.stream, tensors, ctx.needs_input_grad[1:], ctx.dtypes)
-            return (None, *backward.run(ctx.turns, grads))
+            return (None, *backward.run(ctx.turns, ctx.others, grads))
 
 
 def _check_unchanged(labels: Sequence[str], versions: Sequence[tuple[Any, int | None]]) -> None:
@@ -342,37 +374,40 @@ class _Backward:
     ) -> None:
         self._stream, self._wanted, self._dtypes = stream, wanted, dtypes
         self._inputs = _Inputs.of(stream, tensors)
-        self._sums = Sums(self._inputs.leaves, self._inputs.smalls, wanted, len(stream.calls) == 1)
+        is_single = len(stream.calls) == 1 and stream.ranks is None
+        self._sums = Sums(self._inputs.leaves, self._inputs.smalls, wanted, is_single)
+        self._everything: list[_Turn] = []
+        self._combine: Callable[[], None] = lambda: None
 
-    def run(self, turns: Sequence[_Turn], grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    def run(
+        self, turns: Sequence[_Turn], others: Others, grads: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
         """The gradients of the inputs. Kept tiles are the last ones, and are freed one by one."""
         stream = self._stream
         combined = {k: grad for k in stream.combined if (grad := grads[k]) is not None}
-        everything, turns = list(turns), list(turns)
+        self._everything = list(turns)
+        self._combine = functools.partial(_find_gradients, stream, self._everything, others, combined)
         for turn in turns:  # backward may come again
             turn.gradients = None
-        _persistent(stream, lambda: _find_gradients(stream, everything, combined))
+        with stream.settled():
+            _persistent(stream, self._combine)
+            self._pull_back_all(list(turns), grads)
+        return _persistent(stream, functools.partial(self._sums.gradients, stream.ranks))
+
+    def _pull_back_all(self, turns: list[_Turn], grads: Sequence[torch.Tensor | None]) -> None:
         waiting = [turn.call for turn in reversed(turns) if turn.recorded is None]
         with Reader(self._inputs.leaves, waiting, self._inputs.device) as reader:
             while turns:
                 following = turns[-2].call if len(turns) > 1 and turns[-2].recorded is None else None
                 done = attempt(functools.partial(self._pulled_back, turns[-1], grads, reader, following))
                 if isinstance(done, Exhausted):
-                    self._relieve(turns, everything, combined, reader, done)
+                    self._relieve(turns, reader, done)
                     continue
                 turns.pop().recorded = None
                 while done:
-                    _persistent(stream, done.pop())
-        return _persistent(stream, lambda: list(self._sums.gradients()))
+                    _persistent(self._stream, done.pop())
 
-    def _relieve(
-        self,
-        turns: list[_Turn],
-        everything: list[_Turn],
-        combined: Mapping[int, torch.Tensor],
-        reader: Reader,
-        exhausted: Exhausted,
-    ) -> None:
+    def _relieve(self, turns: list[_Turn], reader: Reader, exhausted: Exhausted) -> None:
         """Rule 9: give up kept graphs, or put two halves in the place of the last tile."""
         if any(turn.recorded is not None for turn in turns):
             for turn in turns:
@@ -380,36 +415,34 @@ class _Backward:
             self._stream.calls = tuple(replace(call, is_kept=False) for call in self._stream.calls)
             return
         last = turns.pop()
-        halves = self._halves(last, combined, reader, exhausted)
+        halves = self._halves(last, reader, exhausted)
         turns += halves
-        place = everything.index(last)
-        everything[place : place + 1] = halves
-        _persistent(self._stream, lambda: _find_gradients(self._stream, everything, combined))
+        place = self._everything.index(last)
+        self._everything[place : place + 1] = halves
+        _persistent(self._stream, self._combine)
         calls = list(self._stream.calls)
         if last.call in calls:  # another call of the segment may have changed them since
             place = calls.index(last.call)
             calls[place : place + 1] = [half.call for half in halves]
             self._stream.calls = tuple(calls)
 
-    def _halves(
-        self, turn: _Turn, combined: Mapping[int, torch.Tensor], reader: Reader, exhausted: Exhausted
-    ) -> list[_Turn]:
+    def _halves(self, turn: _Turn, reader: Reader, exhausted: Exhausted) -> list[_Turn]:
         """The halves of a tile with their partial results; halves of halves where these run out of memory too."""
         found = []
         for call in _halved(self._stream, turn.call, exhausted):
-            done = attempt(functools.partial(self._half, call, combined, reader))
+            done = attempt(functools.partial(self._half, call, tuple(turn.partials), reader))
             if isinstance(done, Exhausted):
-                found += self._halves(_Turn(call, {}), combined, reader, done)
+                found += self._halves(_Turn(call, turn.partials), reader, done)
             else:
                 found.append(done)
         return found
 
-    def _half(self, call: TileCall, combined: Mapping[int, torch.Tensor], reader: Reader) -> _Turn:
-        if not any(call.positions[k] for k in combined):
+    def _half(self, call: TileCall, reductions: Sequence[int], reader: Reader) -> _Turn:
+        if not any(call.positions[k] for k in reductions):
             return _Turn(call, {})
         with torch.no_grad():
             results = self._inputs.run(self._stream, call, reader.read(call))
-        return _Turn(call, {k: tile for k in combined if (tile := results[k]) is not None})
+        return _Turn(call, {k: tile for k in reductions if (tile := results[k]) is not None})
 
     def _pulled_back(
         self,

@@ -215,7 +215,7 @@ class _Region:
         self._locality, self._nodes, self._training = locality, nodes, training
         self._request, self._most_passes = Request(None), most_passes
         self._costs = Costs(locality, basis.machine, basis.saved, nodes)
-        self._bandwidth = basis.machine.bandwidth
+        self._basis = basis
         extents = [output_extents(locality, name) for name in nodes]
         self._extents = torch.tensor(extents, dtype=torch.float64)
         self._places = places = Places(locality, nodes)
@@ -248,6 +248,10 @@ class _Region:
         nodes = self._nodes[start + 1 : end + 1]
         return self._all_runs_whole or whole_segment(self._locality, "", nodes) is not None
 
+    def _own_weights(self, start: int, end: int) -> float:
+        """Bytes of the gradients of the weights of a stretch."""
+        return float(self._weights_up_to[end + 1] - self._weights_up_to[start + 1])
+
     def weights_behind(self, end: int) -> float:
         """Bytes of the gradients of the weights behind a place."""
         return self.weights - float(self._weights_up_to[end + 1])
@@ -274,7 +278,7 @@ class _Region:
         plain = float(forward + backward * self._training)
         if self._training:
             gradients = self._images + inputs + sum(self._bytes(name) for name in self._live[end])
-            own = float(self._weights_up_to[end + 1] - self._weights_up_to[start + 1])
+            own = self._own_weights(start, end)
             needs_whole = float(part.profile(ones).max()) + gradients + images
             yield _Option(None, needs_whole, float(part.held(ones)) + images, plain)
             if self._runs_whole(start, end):
@@ -286,16 +290,24 @@ class _Region:
         for stage in self._places.stages(start, end):
             forward, backward = part.seconds(grids.shares * (self._stages <= stage))
             tile_forward, tile_backward = tile_forward + forward, tile_backward + backward
-        copies = (made + self._training * (made + inputs)) / self._bandwidth
+        copies = (made + self._training * (made + inputs)) / self._basis.machine.bandwidth
+        copies += self._basis.exchange(made, self._training * (inputs + self._own_weights(start, end)))
+        turns = (grids.tiles / self._basis.ranks).ceil()
         if self._training:
             boxes = sum(
                 (grids.shares[:, self._of[n]] * self._bytes(n) for n in self._live[start]), torch.zeros(())
             )
             needs = part.profile(grids.shares).amax(-1) + boxes + gradients + own
-            seconds = grids.tiles * (2 * tile_forward + tile_backward) + copies
+            seconds = turns * (2 * tile_forward + tile_backward) + copies
+            if self._basis.ranks > 1:  # on one alone, what is kept is better left unstreamed
+                held = turns * part.held(grids.shares)
+                again = seconds - turns * tile_forward
+                for counts, *kept in zip(grids.counts, needs + held, held, again, strict=True):
+                    need, holds, spent = map(float, kept)
+                    yield _Option((self._nodes[start + 1 : end + 1], counts), need, made + holds, spent)
         else:
             needs = part.profile_unrecorded(grids.shares).amax(-1) + inputs + made
-            seconds = grids.tiles * tile_forward + copies
+            seconds = turns * tile_forward + copies
         for counts, need, spent in zip(grids.counts, needs.tolist(), seconds.tolist(), strict=True):
             if spent <= LARGEST_OVERHEAD * plain:
                 stretch = self._nodes[start + 1 : end + 1], counts

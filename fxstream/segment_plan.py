@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from fxstream.box import EMPTY
 from fxstream.demand import AxisTile, Segment
 from fxstream.errors import PlanError
@@ -15,7 +17,7 @@ from fxstream.locality import Locality
 from fxstream.request import Request, image_extents, leaf_extents, output_extents
 from fxstream.sizes import Shape
 
-__all__ = ["SegmentPlan", "arithmetic", "plan_segment", "plan_whole"]
+__all__ = ["SegmentPlan", "arithmetic", "plan_segment", "plan_whole", "tile_arithmetic"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -109,6 +111,20 @@ def arithmetic(locality: Locality, name: str) -> int:
     verdict, meta = locality.verdicts[name], locality.metas[name]
     macs = verdict.footprint.macs if verdict.footprint is not None else 0
     return macs + (meta.elements if isinstance(meta, Shape) else 0)
+
+
+def tile_arithmetic(locality: Locality, plan: SegmentPlan) -> list[float]:
+    """Arithmetic of each tile, in the order in which they run."""
+    nodes = plan.segment.nodes
+    work = torch.tensor([float(arithmetic(locality, name)) for name in nodes], dtype=torch.float64)
+    for axis, tiles in enumerate(plan.axes):
+        extents = [output_extents(locality, name)[axis] for name in nodes]
+        held = [
+            [len(tile.boxes.get(n, EMPTY)) / extent for n, extent in zip(nodes, extents, strict=True)]
+            for tile in tiles
+        ]
+        work = work.unsqueeze(-2) * torch.tensor(held, dtype=torch.float64)
+    return work.sum(-1).flatten().tolist()  # type: ignore[no-any-return]
 
 
 def _repeated(axes: Sequence[Sequence[AxisTile]], name: str, extents: Sequence[int]) -> float:

@@ -6,6 +6,7 @@ half of its outputs each. Any partition of the outputs gives the same results.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from fxstream.interpolation import Lookup
 from fxstream.locality import Locality
 from fxstream.rules import Footprint
 from fxstream.saved import Saved
-from fxstream.segment_plan import SegmentPlan
+from fxstream.segment_plan import SegmentPlan, tile_arithmetic
+from fxstream.sharing import Ranks, assigned
 from fxstream.sink import Sink
 from fxstream.sizes import Shape
 from fxstream.tile_program import TileProgram, tile_program, whole_program
@@ -114,9 +116,10 @@ class Stream:
     """A segment made ready to run: the programs of its tile classes and the schedule of its tiles.
 
     `combined` says how the partial results of the outputs that are reductions are combined, by their places.
-    `labels` name the leaves and the small tensors, in that order, in the user's words; `sources` are the places
-    of the inputs that each output can send a gradient to. `calls` is replaced, and `is_reduced` set, when tiles
-    had to be made smaller. `sinks` take outputs of a call without gradients, by their places, instead of a tensor.
+    `labels` name the leaves and the small tensors, in that order, in the user's words; `sources` are the places of
+    the inputs that each output can send a gradient to. `calls` is replaced, and `is_reduced` set, when tiles had
+    to be made smaller. `sinks` take outputs of a call without gradients, by their places, instead of a tensor.
+    Where `ranks` share the tiles, `planned` are those of each rank and `calls` this one's.
     """
 
     plan: SegmentPlan
@@ -129,6 +132,8 @@ class Stream:
     _schedule: _Schedule | None = field(default=None, repr=False)
     is_reduced: bool = False
     sinks: dict[int, Sink] = field(default_factory=dict)
+    ranks: Ranks | None = None
+    planned: tuple[tuple[TileCall, ...], ...] = ()
 
     @property
     def leaf_count(self) -> int:
@@ -138,6 +143,14 @@ class Stream:
     def halves(self, call: TileCall) -> tuple[TileCall, ...]:
         """Two calls in the place of one; none where nothing smaller exists."""
         return self._schedule.halves(call) if self._schedule is not None else ()
+
+    def owned_by_ranks(self, k: int) -> list[list[Subscript]]:
+        """What the tiles of each rank own of an output."""
+        return [[box for call in calls if (box := call.outputs[k]) is not None] for calls in self.planned]
+
+    def settled(self) -> contextlib.AbstractContextManager[None]:
+        """What ranks do apart: behind it all have done it, or all raise."""
+        return contextlib.nullcontext() if self.ranks is None else self.ranks.settled()
 
     def tables(self, call: TileCall, device: torch.device) -> list[torch.Tensor]:
         """What one tile takes from tables."""
@@ -150,8 +163,12 @@ def build_stream(
     labels: tuple[str, ...],
     saved: Mapping[str, Saved] | None = None,
     compile_tiles: bool = False,
+    ranks: Ranks | None = None,
 ) -> Stream:
-    """The programs and the schedule of a planned segment; `saved` as in `tile_program`."""
+    """The programs and the schedule of a planned segment; `saved` as in `tile_program`.
+
+    Where `ranks` share the tiles, a segment that runs whole runs on all of them alike.
+    """
     segment = plan.segment
     shapes = tuple(_shape(locality, output) for output in segment.outputs)
     sources = _sources(locality, segment)
@@ -162,9 +179,28 @@ def build_stream(
     schedule = _Schedule(locality, segment, saved, compile_tiles)
     recomputed = plan.tile_count - plan.kept
     calls = tuple(schedule.call(tile, i >= recomputed) for i, tile in enumerate(plan.tiles()))
+    planned = _shared(locality, plan, calls, ranks.count) if ranks is not None else ()
+    own = planned[ranks.rank] if ranks is not None else calls
     footprints = [locality.footprint(output) for output in segment.outputs]
     combined = {k: f.reduction.combine for k, f in enumerate(footprints) if f.reduction is not None}
-    return Stream(plan, schedule.programs, calls, shapes, combined, labels, sources, schedule)
+    stream = Stream(plan, schedule.programs, own, shapes, combined, labels, sources, schedule)
+    stream.ranks, stream.planned = ranks, planned
+    return stream
+
+
+KEPT = 0.75
+"""The time of a tile that is not recomputed over that of one that is."""
+
+
+def _shared(
+    locality: Locality, plan: SegmentPlan, calls: Sequence[TileCall], count: int
+) -> tuple[tuple[TileCall, ...], ...]:
+    """The tiles of each rank, in order, balanced by their arithmetic."""
+    work = tile_arithmetic(locality, plan)
+    costs = [cost * (KEPT if call.is_kept else 1) for cost, call in zip(work, calls, strict=True)]
+    ranks = assigned(costs, count)
+    pairs = list(zip(calls, ranks, strict=True))
+    return tuple(tuple(call for call, owner in pairs if owner == rank) for rank in range(count))
 
 
 def _whole_call(plan: SegmentPlan) -> TileCall:

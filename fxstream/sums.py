@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+from fxstream.sharing import Ranks
 from fxstream.source import Source
 from fxstream.stream import Subscript
 
@@ -55,7 +56,10 @@ class Sums:
         else:
             total += gradient
 
-    def gradients(self) -> Iterator[torch.Tensor | None]:
-        """The sums in the type of their input; None where nothing was asked for or nothing flowed."""
-        for given, wants, total in zip(self._inputs, self._wanted, self._sums, strict=True):
-            yield total.to(given.dtype) if wants and total is not None else None
+    def gradients(self, ranks: Ranks | None = None) -> list[torch.Tensor | None]:
+        """The sums, over all ranks, in the type of their input; None where nothing was asked for or flowed."""
+        sums = self._sums if ranks is None else ranks.add_up(self._sums, self._inputs)
+        return [
+            total.to(given.dtype) if wants and total is not None else None
+            for given, wants, total in zip(self._inputs, self._wanted, sums, strict=True)
+        ]

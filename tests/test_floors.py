@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "fxstream"
 FLOORS = (
     ("errors", "box", "allocation"),
     ("units", "operators", "source"),
-    ("receptive_field", "sink"),
+    ("receptive_field", "sink", "sharing"),
     ("interpolation",),
     ("rules", "functional", "sizes", "freeze", "zoo"),
     ("mode", "inputs"),
