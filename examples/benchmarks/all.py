@@ -17,6 +17,7 @@ for command in (
     [here / "memory.py", *(["--sizes", "1024"] if quick else [])],
     [here / "growth.py", *(["--sizes", "256", "512"] if quick else [])],
     [here / "tiles.py", *(["--quick"] if quick else [])],
+    [here / "table1.py", *([] if quick else ["--sizes", "2048"])],
     [here / "batch_statistics.py", *(["--size", "512", "--budgets", "300MiB,100MiB"] if quick else [])],
     [*bench, "torchvision/resnet50", "--memory", "40%,25%,15%"],
     [*bench, "torchvision/densenet121", "--memory", "40%,20%,10%"],

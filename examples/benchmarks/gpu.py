@@ -12,7 +12,7 @@ import warnings
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from table1 import table_one_network
 
 import fxstream
 from fxstream.bench import measure
@@ -28,10 +28,6 @@ options = parser.parse_args()
 warnings.simplefilter("ignore", fxstream.StreamingWarning)
 device = torch.device("cuda")
 torch.manual_seed(0)
-
-
-def table_one_network():
-    return nn.Sequential(*(nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 3), (3, 64), (64, 3))))
 
 
 def run(module, model, image, autocast):

@@ -1,6 +1,6 @@
 """Streamed time over plain time, forward and forward + backward, for 1, 4, 9 and 16 tiles.
 
-The network of the paper's Table I (three convolutions, 3 -> 64 -> 3 channels), ResNet-18 and ResNet-50 with
+The network of the paper's Table I (`table1.py` has the paper's tiles and figures), ResNet-18 and ResNet-50 with
 frozen BatchNorm (the planner's segments). Plain and streamed runs alternate; printed are medians of their ratio,
 and the arithmetic that the overlap adds, so that what the tile loop itself costs can be read off. One tile takes
 the plain path.
@@ -14,7 +14,7 @@ import warnings
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from table1 import table_one_network
 
 import fxstream
 from fxstream.planning import make_plan
@@ -30,11 +30,6 @@ repeats = 1 if options.quick else options.repeats
 scale = 2 if options.quick else 1
 warnings.simplefilter("ignore", fxstream.StreamingWarning)
 torch.manual_seed(0)
-
-
-def table_one_network():
-    """The paper's Table I: every convolution has a kernel of 3 and padding 1."""
-    return nn.Sequential(*(nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 3), (3, 64), (64, 3))))
 
 
 def resnet(name):
