@@ -189,7 +189,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
     options = parser.parse_args(arguments)
     history = compare(options)
     draw(history, options.plot)
-    Console().print(table_of(history))
+    console = Console()
+    console.print(table_of(history))
+    console.print(f"picture: {options.plot}")
     return history
 
 

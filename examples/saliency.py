@@ -166,6 +166,7 @@ def main(arguments: list[str] | None = None) -> dict[str, tuple[float, ...]]:
         f"streamed and plain input gradient of {tuple(corner.shape)} differ by {found['difference'][0]:.0e}"
     )
     console.print(plan, highlight=False)
+    console.print(f"picture: {options.plot}")
     return found
 
 

@@ -10,8 +10,8 @@ of the image and the parameters are not. On CUDA the peak is the allocator's and
 it is the sum of all tensors, without workspaces.
 
     python examples/benchmarks/table1.py                                            # 1024 alone: a minute
-    python examples/benchmarks/table1.py --sizes 1024 2048 4096 --repeats 3
-    python examples/benchmarks/table1.py --device cuda --sizes 1024 2048 4096 8192 --plain-up-to 8192 --repeats 20
+    python examples/benchmarks/table1.py --sizes 2048 4096
+    python examples/benchmarks/table1.py --device cuda --sizes 2048 4096 8192 --repeats 20
 """
 
 from __future__ import annotations
