@@ -30,14 +30,11 @@ def is_picture(path):
 def test_imagenette_trains_the_same(tmp_path, capsys):
     """In float64 every loss of both networks is the same, on the photographs."""
     plot = tmp_path / "curves.png"
-    arguments = ["--per-class", "1", "--epochs", "2", "--batch", "5", "--double", "--plot", str(plot)]
-    history = load("imagenette.py").main(arguments)
-    assert len(history) == 2
-    for row in history:
-        assert row["streamed"] == pytest.approx(row["plain"], rel=1e-10)
-        assert row["streamed, held out"] == pytest.approx(row["plain, held out"], rel=1e-10)
-    assert history[0]["plain"] != history[1]["plain"]
-    assert f"{history[1]['plain']:.6f}" in capsys.readouterr().out
+    arguments = ["--per-class", "1", "--epochs", "1", "--batch", "5", "--double", "--plot", str(plot)]
+    (row,) = load("imagenette.py").main(arguments)
+    assert row["streamed"] == pytest.approx(row["plain"], rel=1e-10)
+    assert row["streamed, held out"] == pytest.approx(row["plain, held out"], rel=1e-10)
+    assert f"{row['plain']:.6f}" in capsys.readouterr().out
     assert is_picture(plot)
 
 
