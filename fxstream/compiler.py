@@ -30,6 +30,7 @@ from fxstream.mode import attributes, mode_key
 from fxstream.passes import streamable_parts
 from fxstream.planning import Plan, make_plan
 from fxstream.probe import ProbeReport, probe
+from fxstream.progress import Bar
 from fxstream.request import Request
 from fxstream.rewrite import read_whole, rewrite
 from fxstream.rules import Kind
@@ -57,6 +58,7 @@ def compile(
     verify: bool = True,
     compile_tiles: bool = False,
     mesh: Any = None,
+    progress: bool = False,
 ) -> StreamedModule:
     """The model as a drop-in module that streams its large part tile by tile, with the same results.
 
@@ -76,8 +78,8 @@ def compile(
     With `verify` the probe measures once per capture, on the real operators, what the rules claim. `compile_tiles`
     passes what a tile computes through `torch.compile`: the first step of a size takes minutes, the others less
     time. `mesh`, one dimension of a DeviceMesh, shares the tiles of each image among its ranks, which all get
-    the same image and have the same results and gradients. The model itself is not changed and its parameters are
-    shared.
+    the same image and have the same results and gradients. `progress` shows a bar for each pass on a terminal. The
+    model itself is not changed and its parameters are shared.
 
     Raises `InputError` for a tile that is not a positive integer or tuple of them, for a memory that is no
     positive amount and for both at once; at the first call `CaptureError`, `PlanError` or `ProbeError`.
@@ -85,7 +87,7 @@ def compile(
     if not isinstance(model, nn.Module):
         raise InputError(f"compile needs an nn.Module, found {type(model).__name__}")
     request = checked_request(tile, segments, cut, memory, global_ops)
-    return StreamedModule(model, request, verify, compile_tiles, mesh)
+    return StreamedModule(model, request, verify, compile_tiles, mesh, progress)
 
 
 def plan(
@@ -185,6 +187,7 @@ class StreamedModule(nn.Module):
     verify: bool
     compile_tiles: bool
     mesh: Any
+    progress: bool
     _captures: dict[Any, Captured]
     _lowered: dict[fx.Graph, Captured]
     _saved: dict[fx.Graph, dict[str, Saved]]
@@ -201,24 +204,28 @@ class StreamedModule(nn.Module):
         verify: bool = True,
         compile_tiles: bool = False,
         mesh: Any = None,
+        progress: bool = False,
     ) -> None:
         super().__init__()
         shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
         # Not registered as a submodule: the model's parts are ours under their own names.
         self.__dict__ |= {parts: model.__dict__[parts] for parts in shared} | {"model": model}
         self.request, self.verify, self.compile_tiles, self.mesh = request, verify, compile_tiles, mesh
+        self.progress, self._watch = progress, Bar() if progress else None
         self._ranks = None if mesh is None else Ranks(mesh)
         self.training = model.training
         self._captures, self._lowered, self._saved, self._probed, self._prepared = {}, {}, {}, {}, {}
         self._last = None
         self._told, self._volatile = set(), set()
 
+    def _options(self) -> tuple[Any, ...]:
+        return self.request, self.verify, self.compile_tiles, self.mesh, self.progress
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return StreamedModule, (self.model, self.request, self.verify, self.compile_tiles, self.mesh)
+        return StreamedModule, (self.model, *self._options())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamedModule:
-        model = copy.deepcopy(self.model, memo)
-        return StreamedModule(model, self.request, self.verify, self.compile_tiles, self.mesh)
+        return StreamedModule(copy.deepcopy(self.model, memo), *self._options())
 
     def train(self, mode: bool = True) -> StreamedModule:
         """Training mode of the model and of this module."""
@@ -344,7 +351,7 @@ class StreamedModule(nn.Module):
             return Prepared(analysis, plan, (), None)
         reports = self._verified(analysis, plan)
         known = self._saved[captured.graph]
-        streamed = rewrite(captured, analysis.locality, plan, known, self.compile_tiles, self._ranks)
+        streamed = rewrite(captured, analysis.locality, plan, known, self.compile_tiles, self._ranks, self._watch)
         return Prepared(analysis, plan, reports, streamed)
 
     def _analysed(self, captured: Captured, tensors: list[torch.Tensor]) -> Analysis:

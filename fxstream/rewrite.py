@@ -17,7 +17,7 @@ from fxstream.runtime import stream_map
 from fxstream.saved import Saved
 from fxstream.sharing import Ranks
 from fxstream.sizes import fold_integers
-from fxstream.stream import Stream, build_stream
+from fxstream.stream import Stream, Watch, build_stream
 
 __all__ = ["StreamedSegment", "read_whole", "rewrite"]
 
@@ -45,11 +45,13 @@ def rewrite(
     saved: Mapping[str, Saved] | None = None,
     compile_tiles: bool = False,
     ranks: Ranks | None = None,
+    watch: Watch | None = None,
 ) -> fx.GraphModule:
     """The graph at one image size with its segments streamed; takes and returns what the captured one does.
 
     With `saved`, what autograd keeps of each operator, memory is reused where that changes nothing (`economy`).
-    `compile_tiles` passes tile programs through `torch.compile`; `ranks` share the tiles.
+    `compile_tiles` passes tile programs through `torch.compile`; `ranks` share the tiles;
+    `watch` is told of each.
     """
     segments = {plan.segment.name: plan for plan in plan.segments}
     labels = _labels(captured)
@@ -58,7 +60,10 @@ def rewrite(
     modules: dict[str, nn.Module] = {}
     for name in execution_order(locality, [plan.segment for plan in plan.segments]):
         if name in segments:
-            modules[name] = _streamed(locality, segments[name], labels, saved, compile_tiles, ranks)
+            inputs = tuple(labels.get(given, given) for given in segments[name].segment.inputs)
+            stream = build_stream(locality, segments[name], inputs, saved, compile_tiles, ranks)
+            stream.watch = watch
+            modules[name] = StreamedSegment(stream)
             _call_segment(graph, env, segments[name])
         else:
             _copy(graph, env, locality.nodes[name], locality)
@@ -81,18 +86,6 @@ def read_whole(streamed: fx.GraphModule) -> frozenset[str]:
         found |= {given.name for given in node.all_input_nodes if given not in leaves}
         found |= {given.name for given in node.args[boxes:] if isinstance(given, fx.Node)}
     return frozenset(found)
-
-
-def _streamed(
-    locality: Locality,
-    plan: SegmentPlan,
-    labels: Mapping[str, str],
-    saved: Mapping[str, Saved] | None,
-    compile_tiles: bool,
-    ranks: Ranks | None,
-) -> StreamedSegment:
-    named = tuple(labels.get(name, name) for name in plan.segment.inputs)
-    return StreamedSegment(build_stream(locality, plan, named, saved, compile_tiles, ranks))
 
 
 def _labels(captured: Captured) -> dict[str, str]:

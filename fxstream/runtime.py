@@ -150,13 +150,15 @@ class _Forward:
         return tuple(output for _, output in sorted(self._outputs.items()))
 
     def _run_tiles(self, calls: list[TileCall]) -> None:
-        with Reader(self._inputs.leaves, calls, self._inputs.device) as reader:
+        reading = Reader(self._inputs.leaves, calls, self._inputs.device)
+        with reading as reader, self._stream.watched("forward") as tell:
             while len(self.turns) < len(calls):
                 done = attempt(functools.partial(self._turn, reader, *calls[len(self.turns) :][:2]))
                 if isinstance(done, Exhausted):
                     self._relieve(calls, done)
                 else:
                     self.turns.append(done)
+                    tell(len(self.turns), len(calls))
 
     def _exchange(self, ranks: Ranks) -> None:
         """Complete the maps of which this rank has some tiles; partial results of the others."""
@@ -396,7 +398,9 @@ class _Backward:
 
     def _pull_back_all(self, turns: list[_Turn], grads: Sequence[torch.Tensor | None]) -> None:
         waiting = [turn.call for turn in reversed(turns) if turn.recorded is None]
-        with Reader(self._inputs.leaves, waiting, self._inputs.device) as reader:
+        count = 0
+        reading = Reader(self._inputs.leaves, waiting, self._inputs.device)
+        with reading as reader, self._stream.watched("backward") as tell:
             while turns:
                 following = turns[-2].call if len(turns) > 1 and turns[-2].recorded is None else None
                 done = attempt(functools.partial(self._pulled_back, turns[-1], grads, reader, following))
@@ -406,6 +410,8 @@ class _Backward:
                 turns.pop().recorded = None
                 while done:
                     _persistent(self._stream, done.pop())
+                count += 1
+                tell(count, count + len(turns))
 
     def _relieve(self, turns: list[_Turn], reader: Reader, exhausted: Exhausted) -> None:
         """Rule 9: give up kept graphs, or put two halves in the place of the last tile."""

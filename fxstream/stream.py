@@ -7,8 +7,9 @@ half of its outputs each. Any partition of the outputs gives the same results.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,9 +26,11 @@ from fxstream.sink import Sink
 from fxstream.sizes import Shape
 from fxstream.tile_program import TileProgram, tile_program, whole_program
 
-__all__ = ["Stream", "Subscript", "TileCall", "build_stream"]
+__all__ = ["Stream", "Subscript", "TileCall", "Watch", "build_stream"]
 
 Subscript = tuple[slice, ...]
+Watch = Callable[[str, int, int], None]
+"""Is told what runs, how many of its tiles are done, and of how many."""
 Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -119,7 +122,8 @@ class Stream:
     `labels` name the leaves and the small tensors, in that order, in the user's words; `sources` are the places of
     the inputs that each output can send a gradient to. `calls` is replaced, and `is_reduced` set, when tiles had
     to be made smaller. `sinks` take outputs of a call without gradients, by their places, instead of a tensor.
-    Where `ranks` share the tiles, `planned` are those of each rank and `calls` this one's.
+    Where `ranks` share the tiles, `planned` are those of each rank and `calls` this one's. `watch` is told of
+    every tile.
     """
 
     plan: SegmentPlan
@@ -134,6 +138,7 @@ class Stream:
     sinks: dict[int, Sink] = field(default_factory=dict)
     ranks: Ranks | None = None
     planned: tuple[tuple[TileCall, ...], ...] = ()
+    watch: Watch | None = None
 
     @property
     def leaf_count(self) -> int:
@@ -152,9 +157,23 @@ class Stream:
         """What ranks do apart: behind it all have done it, or all raise."""
         return contextlib.nullcontext() if self.ranks is None else self.ranks.settled()
 
+    @contextlib.contextmanager
+    def watched(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """What to tell how many tiles of a pass are done; who watches is told its end, whatever it is."""
+        watch = self.watch if self.plan.axes else None
+        tell = functools.partial(watch or _nobody, f"{self.plan.segment.name} {what}")
+        try:
+            yield tell
+        finally:
+            tell(1, 1)
+
     def tables(self, call: TileCall, device: torch.device) -> list[torch.Tensor]:
         """What one tile takes from tables."""
         return [tensor for lookup in call.lookups for tensor in lookup.tensors(device)]
+
+
+def _nobody(what: str, done: int, total: int) -> None:
+    """Nobody watches."""
 
 
 def build_stream(

@@ -31,6 +31,7 @@ FLOORS = (
     ("strip",),
     ("poison", "tile_values"),
     ("probe",),
+    ("progress",),
     ("compiler", "summary"),
     ("check", "bench", "target", "inference"),
     ("comparison",),
@@ -39,7 +40,7 @@ FLOORS = (
     ("__main__",),
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
-HOMES = {"sympy": {"closed_form"}, "rich": {"report", "__main__"}}
+HOMES = {"sympy": {"closed_form"}, "rich": {"report", "progress", "__main__"}}
 
 
 def imports(source: str) -> set[str]:

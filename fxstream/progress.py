@@ -1,0 +1,49 @@
+"""Progress of long passes on a terminal (standard error): tiles done, tiles per second, time left."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+__all__ = ["Bar"]
+
+
+class _Rate(TextColumn):
+    """Tiles per second."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: object) -> Text:
+        speed = getattr(task, "finished_speed", None) or getattr(task, "speed", None)
+        return Text("" if not speed else f"{speed:.2f} tiles/s")
+
+
+class Bar:
+    """One bar for the pass that runs now; it leaves nothing behind."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._shown: Progress | None = None
+        self._task = TaskID(0)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show that so many tiles of a pass are done; the last one ends it."""
+        if done >= total:
+            if self._shown is not None:
+                self._shown.stop()
+            self._shown = None
+            return
+        if self._shown is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
+            self._shown = Progress(
+                *columns,
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+                disable=not self._console.is_terminal,
+            )
+            self._task = self._shown.add_task(what, total=total)
+            self._shown.start()
+        self._shown.update(self._task, completed=done, total=total)
