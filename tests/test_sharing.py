@@ -19,7 +19,10 @@ from torch.utils.flop_counter import flop_registry
 import fxstream
 from fxstream.sharing import assigned
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"),
+    pytest.mark.xdist_group("sharing"),
+]
 
 
 def network(normalised=False):

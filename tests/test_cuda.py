@@ -1,0 +1,72 @@
+"""What only a GPU shows: images in host memory, allocations that really fail."""
+
+import pytest
+import torch
+from torch import nn
+
+import fxstream
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def network():
+    layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1)).double().cuda()
+
+
+def step(module, model, image):
+    model.zero_grad()
+    image.grad = None
+    output = module(image)
+    output.square().sum().backward()
+    return [output.detach(), image.grad, *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("request_", [{"tile": 60}, {"memory": "1MiB"}])
+def test_an_image_in_host_memory_goes_tile_by_tile(request_):
+    model = fxstream.freeze_batch_norm(network())
+    image = torch.randn(2, 3, 150, 170, dtype=torch.float64, requires_grad=True)
+    found = step(fxstream.compile(model, **request_), model, image)
+    assert found[0].is_cuda
+    assert not found[1].is_cuda
+    there = image.detach().cuda().requires_grad_()
+    for mine, wanted in zip(found, step(model, model, there), strict=True):
+        torch.testing.assert_close(mine.cuda(), wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_bytes_in_an_array():
+    class Bytes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network()
+
+        def forward(self, image):
+            return self.network(image.double() / 255)
+
+    model = Bytes().eval()
+    image = torch.randint(0, 255, (150, 170, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        found = fxstream.compile(model, tile=60)(fxstream.source(image.numpy(), layout="HWC"))
+        torch.testing.assert_close(found, model(image.permute(2, 0, 1)[None].cuda()), rtol=1e-10, atol=1e-12)
+
+
+def test_memory_that_runs_out():
+    model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 3, 3, padding=1)).cuda()
+    image = torch.randn(1, 3, 3000, 3000, device="cuda")
+    module, small = (fxstream.compile(model, tile=tile, segments=1) for tile in (2000, 200))
+    small(image).square().sum().backward()
+    wanted = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    module(image[..., :2001, :2001]).sum().backward()
+    model.zero_grad()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    limit = torch.cuda.memory_allocated() + 600 * 2**20
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    try:
+        with pytest.warns(fxstream.StreamingWarning, match="smaller"):
+            module(image).square().sum().backward()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    for parameter, gradient in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
