@@ -16,6 +16,7 @@ from fxstream.errors import (
 )
 from fxstream.freeze import freeze_batch_norm
 from fxstream.inference import infer
+from fxstream.lsuv import lsuv_
 from fxstream.probe import ProbeReport
 from fxstream.rules import register_rule
 from fxstream.source import Source, openslide_array, pyvips_array, source
@@ -39,6 +40,7 @@ __all__ = [
     "compile",
     "freeze_batch_norm",
     "infer",
+    "lsuv_",
     "openslide_array",
     "plan",
     "pyvips_array",

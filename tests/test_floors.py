@@ -33,7 +33,7 @@ FLOORS = (
     ("probe",),
     ("progress",),
     ("compiler", "summary"),
-    ("check", "bench", "target", "inference"),
+    ("check", "bench", "target", "inference", "lsuv"),
     ("comparison",),
     ("report", "json_form"),
     ("page", "plot"),
