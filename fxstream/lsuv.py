@@ -10,13 +10,15 @@ by it exactly, and one measurement is enough. Count, mean and variance of an out
 are streamed like any other operator, and combined over tiles and batches in 64 bits with the term between them,
 ``var = sum n_i (var_i + (mean_i - mean)**2) / sum n_i``, which does not cancel as ``E[x**2] - mean**2`` does.
 
-Cost: a layer can be measured only when all before it are scaled. So each layer takes a capture of the model, and a
-forward of every batch up to that layer: about half as many forwards of the network as it has layers, per batch.
+Cost: a layer can be measured only when all before it are scaled. So each layer takes a capture of the model, with
+its analysis and probe, some seconds whatever the size of the images, and a forward of every batch up to that
+layer: about half as many forwards of the network as it has layers, per batch. A copy of the weights is held.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
@@ -27,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fxstream.compiler import StreamedModule, compile
-from fxstream.errors import InputError
+from fxstream.errors import InputError, StreamingWarning
 from fxstream.export import export
 from fxstream.request import belongs
 
@@ -70,8 +72,7 @@ def lsuv_(
             nn.init.orthogonal_(layer.weight)
     with torch.no_grad():
         for path in _order(scaled, layers, _arguments(next(iter(batches)))):
-            streamed = compile(_UpToLayer(scaled, path), tile=tile, memory=memory, verify=verify)
-            found = [streamed(*_arguments(batch)) for batch in batches]
+            found = _measured(compile(_UpToLayer(scaled, path), tile=tile, memory=memory, verify=verify), batches)
             mean, variance = _combined(found, per_channel)
             _check_moments(path, mean, variance, torch.finfo(found[0][1].dtype).eps)
             _scale(layers[path], mean if center else torch.zeros_like(mean), variance.sqrt())
@@ -124,6 +125,13 @@ def _check_arguments(model: object, batches: Iterable[Any], skip: Collection[str
 
 def _arguments(batch: Any) -> tuple[Any, ...]:
     return (batch,) if isinstance(batch, torch.Tensor) else tuple(batch)
+
+
+def _measured(streamed: nn.Module, batches: Iterable[Any]) -> list[tuple[torch.Tensor, ...]]:
+    """The moments of every batch; how much of each capture is streamed is not told, there are many."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StreamingWarning)
+        return [streamed(*_arguments(batch)) for batch in batches]
 
 
 def _without_running_statistics(model: nn.Module) -> nn.Module:
