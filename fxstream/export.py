@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._export.wrappers import allow_in_pre_dispatch_graph
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from fxstream.errors import CaptureError
 from fxstream.sizes import is_library_file, stream_dims
@@ -117,6 +119,30 @@ def _refuse_shared_statistics(model: nn.Module) -> None:
             )
 
 
+@contextlib.contextmanager
+def _opaque_functions() -> Iterator[None]:
+    """Each autograd function of the user is one node that calls it: its operators alone have not its backward.
+
+    A reentrant checkpoint is one too, whose operators are those of what it runs.
+    """
+    function = torch.autograd.Function
+    original = function.__dict__["apply"]
+    opaque = allow_in_pre_dispatch_graph(original.__func__)
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls is CheckpointFunction:
+            run, _, *inputs = args
+            return run(*inputs)
+        is_own = torch.is_grad_enabled() and not cls.__module__.startswith("torch.")
+        return (opaque if is_own else original.__func__)(cls, *args, **kwargs)
+
+    try:
+        function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+        yield
+    finally:
+        function.apply = original  # type: ignore[method-assign]
+
+
 def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
@@ -140,7 +166,7 @@ def export(
 
     _refuse_shared_statistics(model)
     try:
-        with _neutral(), _cumulative_averages(model):
+        with _neutral(), _cumulative_averages(model), _opaque_functions():
             fake_args, fake_kwargs = pytree.tree_map(fake, (tuple(args), dict(kwargs)))
             program = torch.export.export(model, fake_args, fake_kwargs, strict=False)
     except Exception as error:

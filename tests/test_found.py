@@ -9,6 +9,7 @@ from compare import assert_same, assert_streams, integer_image, make_integer, re
 from test_cases import Function, conv
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 import fxstream
@@ -277,3 +278,39 @@ def test_sizes_inside_the_stream_do_not_end_a_region():
     analysis = fxstream.analyze(Shuffle(), 40)
     assert len(analysis.regions) == 1
     assert_streams(make_integer(Shuffle()), integer_image(2, 3, 31, 27), tile=12, tolerance=0.0)
+
+
+class Reversal(torch.autograd.Function):
+    """A gradient that is not the derivative of its forward, and an argument that is no tensor."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -ctx.factor * grad, None
+
+
+class Reversed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(2, 2, 3) for _ in range(3))
+
+    def forward(self, x):
+        return self.c(Reversal.apply(self.b(torch.relu(self.a(x))), 3.0))
+
+
+class ReentrantCheckpoint(Reversed):
+    def forward(self, x):
+        return self.c(checkpoint(self.b, torch.relu(self.a(x)), use_reentrant=True))
+
+
+@pytest.mark.parametrize("model", [Reversed, ReentrantCheckpoint])
+def test_autograd_functions_keep_their_backward(model):
+    """Their operators alone were captured: a gradient that the user wrote became another, or none."""
+    for grad in (True, False):
+        assert_streams(
+            make_integer(model()), integer_image(2, 2, 30, 31, requires_grad=grad), tile=16, tolerance=0
+        )
