@@ -1,6 +1,6 @@
 """Exact streaming of convolutional networks over images larger than memory."""
 
-from fxstream import rules
+from fxstream import backend, rules
 from fxstream.analysis import Analysis, analyze
 from fxstream.check import CheckReport, check
 from fxstream.compiler import StreamedModule, compile, plan
@@ -36,6 +36,7 @@ __all__ = [
     "StreamedModule",
     "StreamingWarning",
     "analyze",
+    "backend",
     "check",
     "compile",
     "freeze_batch_norm",

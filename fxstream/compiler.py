@@ -9,9 +9,10 @@ per image size.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -217,6 +218,7 @@ class StreamedModule(nn.Module):
         self._captures, self._lowered, self._saved, self._probed, self._prepared = {}, {}, {}, {}, {}
         self._last = None
         self._told, self._volatile = set(), set()
+        self._untraced_run = _untraced_run()
 
     def _options(self) -> tuple[Any, ...]:
         return self.request, self.verify, self.compile_tiles, self.mesh, self.progress
@@ -260,7 +262,13 @@ class StreamedModule(nn.Module):
         return self._last
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns for these arguments, of which images may be arrays (`fxstream.source`)."""
+        """What the model returns for these arguments, of which images may be arrays (`fxstream.source`).
+
+        A `torch.compile` around it does not look inside.
+        """
+        return self._untraced_run(self, args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         inputs = inputs_of(self.model, args, kwargs)
         if self._ranks is None:
             prepared = self._at_size(inputs)
@@ -409,6 +417,15 @@ def _common(prepared: Prepared) -> dict[str, str]:
         "plan": f"{len(prepared.plan.segments)} segments #{digest(plan.encode())}",
         "random state": digest(torch.get_rng_state().numpy().tobytes()) if draws else "",
     }
+
+
+@functools.cache
+def _untraced_run() -> Callable[..., Any]:
+    """`StreamedModule._run`, which no `torch.compile` around it looks into. Loads dynamo, as the capture does."""
+    reason = (
+        "fxstream compiles this module by itself: without fullgraph=True, it is one call in the graph around it"
+    )
+    return torch.compiler.disable(StreamedModule._run, reason=reason)  # type: ignore[no-any-return]
 
 
 def _records(model: nn.Module, tensors: list[torch.Tensor]) -> bool:

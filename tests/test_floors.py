@@ -33,7 +33,7 @@ FLOORS = (
     ("probe",),
     ("progress",),
     ("compiler", "summary"),
-    ("check", "bench", "target", "inference", "lsuv"),
+    ("check", "bench", "target", "inference", "lsuv", "backend"),
     ("comparison",),
     ("report", "json_form"),
     ("page", "plot"),
