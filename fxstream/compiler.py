@@ -229,6 +229,12 @@ class StreamedModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamedModule:
         return StreamedModule(copy.deepcopy(self.model, memo), *self._options())
 
+    def _replicate_for_data_parallel(self) -> StreamedModule:
+        raise InputError(
+            "nn.DataParallel copies a module in every call, and the plan is the original's: use"
+            " DistributedDataParallel around the compiled module"
+        )
+
     def train(self, mode: bool = True) -> StreamedModule:
         """Training mode of the model and of this module."""
         self.training = mode

@@ -33,6 +33,7 @@ __all__ = ["CUMULATIVE", "SizeReads", "export"]
 CUMULATIVE = -1.0
 """Stands for the momentum of a BatchNorm that averages over all batches so far."""
 READS = {torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel, torch.Tensor.__len__}  # type: ignore[attr-defined]
+GRADIENT_HOOKS = {torch.Tensor.register_hook, torch.Tensor.retain_grad}
 MACHINERY = tuple(f"{torch.__path__[0]}/{part}" for part in ("_", "fx/", "overrides", "export/"))
 
 
@@ -106,6 +107,27 @@ def _cumulative_averages(model: nn.Module) -> Iterator[None]:
             module.momentum = None
 
 
+class _RefuseHooks(TorchFunctionMode):
+    """Raises `CaptureError` where the model's code asks for the gradient of a tensor that it computes."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in GRADIENT_HOOKS:
+            raise CaptureError(f"{func.__name__} on a tensor that the model computes would be lost in a stream")
+        return func(*args, **(kwargs or {}))
+
+
+def _refuse_backward_hooks(model: nn.Module) -> None:
+    """Raises `CaptureError` where a module waits for its gradient: a stream calls operators, not modules."""
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise CaptureError(
+                f"`{name}` ({type(module).__name__}) has a backward hook, which a stream would not call: remove"
+                " it, or register it on the compiled module or on the parameters"
+            )
+
+
 def _refuse_shared_statistics(model: nn.Module) -> None:
     """Raises `CaptureError` where statistics are taken over several processes."""
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -165,8 +187,9 @@ def export(
             return torch.empty(next(shifted), dtype=leaf.dtype, device=leaf.device)
 
     _refuse_shared_statistics(model)
+    _refuse_backward_hooks(model)
     try:
-        with _neutral(), _cumulative_averages(model), _opaque_functions():
+        with _neutral(), _cumulative_averages(model), _opaque_functions(), _RefuseHooks():
             fake_args, fake_kwargs = pytree.tree_map(fake, (tuple(args), dict(kwargs)))
             program = torch.export.export(model, fake_args, fake_kwargs, strict=False)
     except Exception as error:

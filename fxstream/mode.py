@@ -20,7 +20,7 @@ from fxstream.sizes import stream_dims
 __all__ = ["attributes", "mode_key"]
 
 SIMPLE = (bool, int, float, str, type(None))
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def mode_key(

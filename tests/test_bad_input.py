@@ -172,3 +172,32 @@ def test_double_backward_refused_leaves_the_graph_usable():
         torch.autograd.grad(y, x, create_graph=True)
     y = fxstream.compile(model, tile=14)(x).sum()
     assert torch.equal(torch.autograd.grad(y, x)[0], torch.autograd.grad(model(x).sum(), x)[0])
+
+
+class Hooked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 5), nn.Conv2d(4, 2, 5)
+
+    def forward(self, x):
+        y = self.a(x)
+        if y.requires_grad:
+            y.register_hook(lambda grad: 3 * grad)
+        return self.b(y)
+
+
+def test_gradients_that_a_stream_does_not_have():
+    x = torch.randn(1, 3, 30, 30)
+    with pytest.raises(CaptureError, match=r"y\.register_hook.*register_hook on a tensor that the model computes"):
+        fxstream.compile(Hooked(), tile=14)(x)
+    model = network()
+    compiled = fxstream.compile(model, tile=14)
+    compiled(x)
+    model[2].register_full_backward_hook(lambda *_: None)
+    with pytest.raises(CaptureError, match=r"`2` \(Conv2d\) has a backward hook"):
+        compiled(x)
+
+
+def test_data_parallel(model):
+    with pytest.raises(InputError, match="use DistributedDataParallel"):
+        fxstream.compile(model, tile=14)._replicate_for_data_parallel()  # what it calls on several devices
