@@ -6,7 +6,9 @@ NOTE [the affine map]
    backward.
 2. `c` is the mean without its gradient. That of the mean goes through ``shift = bias - (mean - c) * scale``, whose
    value is the bias, and whose derivative by the mean is that of the whole.
-3. Running statistics are updated in the ordinary part of the graph, once per call.
+3. Statistics of less than 32 bits are wide (`fxstream::moments`), and so is what is made of them: the result takes
+   the type of the operator's at the end.
+4. Running statistics are updated in the ordinary part of the graph, once per call.
 """
 
 from __future__ import annotations
@@ -76,7 +78,8 @@ def _per_sample(writer: Writer, image: fx.Node, mean: fx.Node, variance: fx.Node
     shift = writer.call(aten.mul.Tensor, writer.call(aten.sub.Tensor, centre, mean), scale)
     if writer["bias"] is not None:
         shift = writer.call(aten.add.Tensor, shift, _before_space(writer, writer["bias"], axes))
-    return writer.call(aten.addcmul.default, shift, writer.call(aten.sub.Tensor, image, centre), scale)
+    centred = writer.call(aten.sub.Tensor, image, centre)
+    return writer.narrowed(writer.call(aten.addcmul.default, shift, centred, scale))
 
 
 def _before_space(writer: Writer, vector: fx.Node, axes: int) -> fx.Node:
@@ -100,16 +103,17 @@ def _weighted(writer: Writer, result: fx.Node) -> fx.Node:
         result = writer.call(aten.mul.Tensor, result, writer["weight"])
     if writer.given.get("bias") is not None:
         result = writer.call(aten.add.Tensor, result, writer["bias"])
-    return result
+    return writer.narrowed(result)
 
 
 def _rms_norm(writer: Writer) -> fx.Node:
     image, dims = writer["input"], len(writer["normalized_shape"])
     meta = writer.meta(image)
-    rank = len(meta.shape)
+    wide, rank = torch.promote_types(meta.dtype, torch.float32), len(meta.shape)
+    image = image if meta.dtype == wide else writer.call(aten.to.dtype, image, wide)
     squares = writer.call(aten.mul.Tensor, image, image)
     mean = writer.call(aten.mean.dim, squares, list(range(rank - dims, rank)), True)
-    eps = writer["eps"] if writer["eps"] is not None else torch.finfo(meta.dtype).eps
+    eps = writer["eps"] if writer["eps"] is not None else torch.finfo(wide).eps
     return _weighted(writer, writer.call(aten.mul.Tensor, image, _scale(writer, mean, eps, None)))
 
 
@@ -126,7 +130,7 @@ def _momentum(writer: Writer) -> fx.Node | float:
 
 
 def _update(writer: Writer, buffer: fx.Node, value: fx.Node, momentum: fx.Node | float) -> None:
-    """Rule 3: a running statistic moved towards a value."""
+    """Rule 4: a running statistic moved towards a value."""
     fresh = writer.call(aten.mul.Tensor, writer.call(aten.detach.default, value), momentum)
     rest = writer.call(aten.rsub.Scalar, momentum, 1) if isinstance(momentum, fx.Node) else 1 - momentum
     kept = writer.call(aten.mul.Tensor, buffer, rest)

@@ -97,6 +97,11 @@ class Writer:
         dtype = self.meta(image).dtype
         return tensor if dtype.itemsize >= 4 else self.call(aten.to.dtype, tensor, dtype)
 
+    def narrowed(self, tensor: fx.Node) -> fx.Node:
+        """A wide tensor in the type of the operator's result where that is of less than 32 bits."""
+        own = self.result.dtype
+        return tensor if own.itemsize >= 4 else self.call(aten.to.dtype, tensor, own)
+
     def statistics(self, image: fx.Node, dims: Sequence[int]) -> list[fx.Node]:
         """Mean, variance and sample variance over some dims."""
         found = self.call(overload("moments"), image, list(dims))
