@@ -31,6 +31,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ class BoundGraph(nn.Module):
         self._tensors = {i: paths[i] for i, node in enumerate(nodes) if _is_model_tensor(node, examples[i])}
         others = [i for i in range(len(nodes)) if i not in self._tensors]
         self._sizes = {i: found for i in others if (found := _size_of(examples[i], others, examples)) is not None}
-        self._given = {i: "_".join(paths[i]) for i in others if i not in self._sizes}
+        self._given = {i: _argument(paths[i], nodes[i]) for i in others if i not in self._sizes}
         self._numbers = {i for i in self._given if _takes_number(nodes[i])}
         self.has_image = any(isinstance(examples[i], torch.Tensor) and is_image(examples[i]) for i in self._given)
         _name_modules(traced.graph)
@@ -225,6 +226,11 @@ def _paths(inputs: Sequence[fx.Node]) -> list[Path]:
             path = (node.name,)
         paths.append(path)
     return paths
+
+
+def _argument(path: Path, node: fx.Node) -> str:
+    """The name of a real input as an argument."""
+    return path[0] if len(path) == 1 and path[0].isidentifier() and not iskeyword(path[0]) else node.name
 
 
 def _name_modules(graph: fx.Graph) -> None:

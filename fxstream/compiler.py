@@ -42,6 +42,7 @@ from fxstream.units import parse_bytes
 __all__ = ["GLOBAL_OPS", "StreamedModule", "checked_request", "compile", "plan"]
 
 logger = logging.getLogger("fxstream")
+logger.addHandler(logging.NullHandler())
 
 GLOBAL_OPS = ("auto", "stream", "cut")
 SMALL_SHARE = 0.5

@@ -138,6 +138,35 @@ def test_functions_and_weights_from_anywhere(plans):
     assert "100% of the activations" in plans()[0]
 
 
+def test_several_images_in_a_list_and_a_mask():
+    conv = nn.Conv2d(3, 3, 3, padding=1).double()
+
+    def network(given, mask=None):
+        x = torch.relu(conv(given["images"][0])) + conv(given["images"][1])
+        return conv(x) * mask.unsqueeze(1)
+
+    compiled = streamed(network)
+    for size in (33, 40):
+        images, mask = [image(size, size), image(size, size)], torch.rand(2, size, size) > 0.5
+        found, wanted = (net({"images": images}, mask=mask) for net in (compiled, network))
+        assert relative_error(found.detach(), wanted.detach()) < 1e-12
+
+
+def test_modes_types_and_replaced_weights():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    plain, x = copy.deepcopy(model), image().float()
+    compiled = streamed(model)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert relative_error(compiled(x), plain(x)) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(compiled(x).detach(), plain(x).detach()) < 0.03
+    other = {name: 2 * tensor for name, tensor in plain.double().state_dict().items()}
+    for net in (model.double(), plain):
+        net.load_state_dict(other, assign=True)
+    assert relative_error(compiled(x.double()).detach(), plain(x.double()).detach()) < 1e-12
+
+
 def test_what_has_no_image_runs_as_it_is(plans):
     model = nn.Linear(4, 3).double()
     x = torch.randn(5, 4, dtype=torch.double)

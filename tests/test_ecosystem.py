@@ -160,3 +160,15 @@ def test_hooks_on_the_compiled_module_and_on_its_parameters():
     assert_same(step(module, module, [x]), step(plain, plain, [x]), 1e-10)
     assert sorted(map(str, seen[0])) == sorted(map(str, seen[1]))
     assert len(seen[0]) == 3
+
+
+def test_the_logger_is_silent_until_asked(caplog, capsys):
+    _, module, _ = pair()
+    x = loader().dataset.tensors[0]
+    module(x)
+    assert capsys.readouterr() == ("", "")
+    caplog.set_level(logging.INFO, "fxstream")
+    module(x[:, :, 1:])
+    told = [record.getMessage() for record in caplog.records if record.name == "fxstream"]
+    assert ["segments, " in message for message in told] == [True]
+    assert any(isinstance(handler, logging.NullHandler) for handler in logging.getLogger("fxstream").handlers)
