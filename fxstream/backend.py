@@ -12,8 +12,7 @@ that call several modules, and for models whose control flow depends on values, 
 graph cannot.
 
 The name is an entry point, found where the package is installed. `register` makes it known otherwise; importing
-fxstream does so only where dynamo is loaded already, since loading it takes longer than fxstream and torch's
-modules that it needs.
+fxstream does so only where dynamo is loaded already, since loading dynamo takes longer than loading fxstream.
 
 NOTE [dynamo's graphs]
 1. Parameters and buffers are inputs of the graph, next to the image. They are bound to a module, so that no weight
