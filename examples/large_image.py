@@ -6,8 +6,8 @@
 The first reads 12 MiB in half a minute; the second 12.9 GB in minutes to an hour.
 
 The network is the first stages of torchvision's ResNet-18 with frozen BatchNorm. Its tiles are read from disk
-while the tile before computes; the prediction is written into a zarr array tile by tile, and goes on where it was if
-the script is killed and started again with the same folder. `--limit` is what the process may allocate at all.
+while the tile before computes; the prediction is written into a zarr array tile by tile, and goes on where it was
+if the script is killed and started again with the same folder. `--limit` is what the process may allocate at all.
 """
 
 from __future__ import annotations
