@@ -74,18 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     console, folder = Console(), Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
-    network = slide_network(
-        options.layers,
-        options.classes or 1,
-        width=options.width,
-        dropout=options.dropout,
-        norm=not options.no_norm,
-    ).to(options.device)
-    model = fxstream.compile(network, memory=options.memory, tile=options.tile)  # the one line
+    model = fxstream.compile(network_of(options), memory=options.memory, tile=options.tile)  # the one line
     optimiser = torch.optim.Adam(model.parameters(), options.rate, weight_decay=options.weight_decay)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimiser, options.decay)
-    train, tune = image_sets(options)
     parts = {"model": model, "optimiser": optimiser, "scheduler": scheduler}
+    train, tune = image_sets(options)
     history: list[dict[str, Any]] = []
     if (folder / "last.pt").exists():
         history = resume(folder / "last.pt", parts, train, options)
@@ -99,17 +92,23 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         if not history:
             console.print(str(model.plan), highlight=False)
         scheduler.step()
-        scores = evaluate(model, tune, options)
-        history.append({"epoch": epoch + 1, "loss": loss, **scores})
+        history.append({"epoch": epoch + 1, "loss": loss, **evaluate(model, tune, options)})
         console.print("  ".join(f"{name} {value:.4g}" for name, value in history[-1].items()), highlight=False)
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"history": history, "moments": train.moments, "options": vars(options)}
-        state["random"] = checkpoint.random_state()
-        if len(history) == best(history):
-            checkpoint.write(folder / "best.pt", state)
-        checkpoint.write(folder / "last.pt", state)
+        save(folder, parts, train, options, history)
     console.print(f"best epoch {best(history)}, {folder / 'best.pt'}", highlight=False)
     return history
+
+
+def network_of(options: argparse.Namespace) -> nn.Module:
+    """The network that the options describe, on their device."""
+    network = slide_network(
+        options.layers,
+        options.classes or 1,
+        width=options.width,
+        dropout=options.dropout,
+        norm=not options.no_norm,
+    )
+    return network.to(options.device)
 
 
 def image_sets(options: argparse.Namespace) -> tuple[SlideImages, SlideImages]:
@@ -121,6 +120,22 @@ def image_sets(options: argparse.Namespace) -> tuple[SlideImages, SlideImages]:
         for s in ("train", "tune")
     )
     return train, tune
+
+
+def save(
+    folder: Path,
+    parts: dict[str, Any],
+    train: SlideImages,
+    options: argparse.Namespace,
+    history: list[dict[str, Any]],
+) -> None:
+    """Write the checkpoint of the epoch that ended, and before it the best one if this is it."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"history": history, "moments": train.moments, "options": vars(options)}
+    state["random"] = checkpoint.random_state()
+    if len(history) == best(history):
+        checkpoint.write(folder / "best.pt", state)
+    checkpoint.write(folder / "last.pt", state)
 
 
 def resume(
