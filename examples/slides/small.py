@@ -13,28 +13,21 @@ from pathlib import Path
 from make_slides import make_slides
 from train import main
 
-SETTING = [
-    "--size",
-    "256",
-    "--spacing",
-    "2",
-    "--width",
-    "8",
-    "--epochs",
-    "12",
-    "--batch",
-    "4",
-    "--rate",
-    "1e-3",
-    "--dropout",
-    "0.2",
-    "--memory",
-    "8MiB",
-]
+SETTING = {
+    "size": 256,
+    "spacing": 2,
+    "width": 8,
+    "epochs": 20,
+    "batch": 4,
+    "rate": 1e-3,
+    "dropout": 0.2,
+    "memory": "8MiB",
+}
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         given = sys.argv[1:]
         folder = Path(given.pop(0) if given and not given[0].startswith("-") else temporary)
         labels = make_slides(folder, count=24, size=640)
-        main([str(labels), "--folder", str(folder / "run"), "--cache", str(folder / "tissue"), *SETTING, *given])
+        setting = SETTING | {"folder": folder / "run", "cache": folder / "tissue"}
+        main([str(labels), *(f"--{name}={value}" for name, value in setting.items()), *given])
