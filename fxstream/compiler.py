@@ -394,10 +394,11 @@ class StreamedModule(nn.Module):
         return self._probed[key]
 
     def _tell_what_stops_the_stream(self, analysis: Analysis, plan: Plan) -> None:
-        if plan.streamed_share >= SMALL_SHARE or self.request.cut is not None:
-            return
         barriers = analysis.barriers
-        first = f": {barriers[0]}" if barriers else ""
+        fits = plan.is_trivial and self.request.tile is None
+        if plan.streamed_share >= SMALL_SHARE or self.request.cut is not None or fits or not barriers:
+            return
+        first = f": {barriers[0]}"
         statistics = [v for v in barriers if v.operator == "aten::batch_norm" and v.kind is Kind.REDUCE]
         advice = ". fxstream.freeze_batch_norm(model) makes them local" if statistics else ""
         if statistics:

@@ -125,25 +125,36 @@ class Ranks:
                 continue
             total = torch.zeros(given.shape, dtype=dtype, device=given.device) if total is None else total
             total = total.contiguous()
-            dist.all_reduce(total, group=self._group)
+            with _reaching():
+                dist.all_reduce(total, group=self._group)
             found.append(total)
         return found
 
     def _told(self, mine: Any) -> list[Any]:
-        """What every rank tells. Raises `StreamError` where a rank is gone."""
+        """What every rank tells."""
         everyone: list[Any] = [None] * self.count
-        try:
+        with _reaching():
             dist.all_gather_object(everyone, mine, group=self._group)
-        except RuntimeError as error:
-            raise StreamError(f"a rank of the mesh is gone: {str(error).splitlines()[0]}") from error
         return everyone
 
     def _broadcast(self, values: torch.Tensor, rank: int) -> None:
-        dist.broadcast(values, dist.get_global_rank(self._group, rank), group=self._group)
+        with _reaching():
+            dist.broadcast(values, dist.get_global_rank(self._group, rank), group=self._group)
 
     def _device(self) -> torch.device:
         on_cuda = "nccl" in dist.get_backend(self._group)
         return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def _reaching() -> Iterator[None]:
+    """Raises `StreamError` where a rank cannot be reached any more."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise StreamError(
+            f"a rank of the mesh is gone, its own output says why: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def assigned(costs: Sequence[float], count: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -244,6 +245,23 @@ def test_each_rank_does_half_of_the_work(of_two):
     first, second = of_two["shares_of_the_work"]
     assert 0.45 < first / (first + second) < 0.55
     assert 0.45 < first < 1.0  # of the plain network's, with recomputation
+
+
+def dies(rank, count):
+    module = compiled(network(), tile=30, segments=1, mesh=init_device_mesh("cpu", (count,)))
+    module(image())
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    module(image())
+
+
+@pytest.mark.campaign
+def test_a_killed_rank_is_told():
+    with tempfile.TemporaryDirectory() as folder:
+        started = processes.start_processes(_process, (2, (dies,), folder), nprocs=2, join=False)
+        started.processes[0].join(120)
+        assert not started.processes[0].is_alive()
+        assert "a rank of the mesh is gone" in json.loads(Path(folder, "0.json").read_text())["dies"]
 
 
 def test_a_mesh_of_two_dimensions_is_refused():

@@ -34,7 +34,7 @@ def main() -> None:
     given = parser.parse_args()
     console = Console()
     for name in given.networks:
-        table = Table("ranks", "segments", "tiles", "MACs", "peak", "seconds", "speed-up", "efficiency")
+        table = Table("ranks", "segments", "tiles", "MACs", "peak", "seconds", "speed-up", "efficient")
         table.title = f"{name}, {given.size} x {given.size}, {given.memory} on every rank, predicted"
         model = fxstream.freeze_batch_norm(build(name)).train()
         locality = analyze(model, given.size).locality
