@@ -113,7 +113,7 @@ class _RefuseHooks(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in GRADIENT_HOOKS:
+        if func in GRADIENT_HOOKS and _is_called_by_the_user():
             raise CaptureError(f"{func.__name__} on a tensor that the model computes would be lost in a stream")
         return func(*args, **(kwargs or {}))
 

@@ -91,7 +91,7 @@ class _Inputs:
         self, stream: Stream, call: TileCall, tiles: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor | None, ...]:
         """The results of one tile, without recording."""
-        return stream.programs[call.program].forward(*tiles, *self.smalls, *stream.tables(call, self.device))
+        return stream.programs[call.program].run(*tiles, *self.smalls, *stream.tables(call, self.device))
 
     def recorded(
         self,
@@ -187,7 +187,7 @@ class _Forward:
         recorded = None
         results: Sequence[torch.Tensor | None]
         if call.is_kept and self._wanted is not None:
-            program = stream.programs[call.program].forward
+            program = stream.programs[call.program].run
             recorded = self._inputs.recorded(stream, call, given, self._wanted, program)
             results = recorded.results
         else:
@@ -467,7 +467,7 @@ class _Backward:
             return []
         recorded = turn.recorded
         if recorded is None:
-            given, program = reader.read(call, following), stream.programs[call.program].recomputation
+            given, program = reader.read(call, following), stream.programs[call.program].run_again
             recorded = self._inputs.recorded(stream, call, given, self._wanted, program)
         results = recorded.results
         for k, grad in flowing:

@@ -41,11 +41,23 @@ class TileProgram:
     forward: Callable[..., tuple[torch.Tensor, ...]]
     recomputation: Callable[..., tuple[torch.Tensor, ...]]
 
+    def run(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The results of a tile; not as a call of a module, whose hooks are about the user's modules."""
+        return _bare(self.forward)(*tensors)
+
+    def run_again(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The results for a backward, some of them without values."""
+        return _bare(self.recomputation)(*tensors)
+
     def compiled(self) -> TileProgram:
         """The same program through `torch.compile`, for its fixed shapes; compiled when it first runs."""
         forward = torch.compile(self.forward, dynamic=False)
         same = self.recomputation is self.forward
         return TileProgram(forward, forward if same else torch.compile(self.recomputation, dynamic=False))
+
+
+def _bare(program: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    return program.forward if isinstance(program, fx.GraphModule) else program
 
 
 def tile_program(

@@ -314,3 +314,18 @@ def test_autograd_functions_keep_their_backward(model):
         assert_streams(
             make_integer(model()), integer_image(2, 2, 30, 31, requires_grad=grad), tile=16, tolerance=0
         )
+
+
+def test_torchs_counter_of_operations_works_around_a_step():
+    """Its hooks on modules refuse inputs that are leaves, as a recomputed tile's are."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    module = fxstream.compile(model, tile=12, segments=1, verify=False)
+    image = torch.randn(1, 2, 20, 20)
+    module(image)
+    with FlopCounterMode(display=False) as plain:
+        model(image).sum().backward()
+    with FlopCounterMode(display=False) as streamed:
+        module(image).sum().backward()
+    assert plain.get_total_flops() < streamed.get_total_flops() < 2 * plain.get_total_flops()
