@@ -28,6 +28,7 @@ import torch
 from fxstream.cost import Costs, Machine, bytes_of
 from fxstream.locality import Locality
 from fxstream.order import execution_order
+from fxstream.padding import padded_copies
 from fxstream.request import output_extents
 from fxstream.saved import Saved
 from fxstream.segment_plan import SegmentPlan
@@ -295,9 +296,15 @@ class Forecast:
             read = [leaf for leaf, _ in plan.segment.leaves]
             leaves = [leaf for leaf in read if leaf in self._basis.saved or leaf in self._basis.wanted]
             outer = {leaf: _box_bytes(self._basis.locality, plan, leaf) for leaf in leaves}
+        recorded, held = part.profile(shares, outer), float(part.held(shares))
+        unrecorded = part.profile_unrecorded(shares)
+        for name, size in padded_copies(self._basis.locality, cost.nodes, plan.axes if plan else ()).items():
+            i, is_kept = cost.place[name], 0 in self._basis.saved[name].inputs
+            recorded[i : 2 * part.turn - i if is_kept else i + 1] += size
+            unrecorded[i] += size
+            held += size * is_kept
         read_ahead = self._read_ahead(plan)
-        recorded, held = part.profile(shares, outer) + read_ahead, float(part.held(shares))
-        unrecorded = float(part.profile_unrecorded(shares).max()) + read_ahead
+        recorded, unrecorded = recorded + read_ahead, unrecorded + read_ahead
         is_recorded = plan is None and self._basis.training
         forward, backward = map(float, part.seconds(shares))
         return _Unit(
@@ -306,7 +313,7 @@ class Forecast:
             made=made,
             holds=(held if plan is not None else held - made) if self._basis.training else 0.0,
             there_forward=sum(value.bytes for value in crossing if value.in_forward(k)),
-            forward=float(recorded[: part.turn].max()) if is_recorded else unrecorded,
+            forward=float((recorded[: part.turn] if is_recorded else unrecorded).max()),
             forward_seconds=forward,
             there_backward=sum(value.bytes for value in crossing if value.in_backward(k)),
             gradients=gradients,

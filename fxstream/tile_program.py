@@ -8,7 +8,6 @@ reduction. It is an ordinary `fx.GraphModule`: it can be printed, linted, and co
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,8 @@ from fxstream.economy import reuse_inputs, without_unneeded
 from fxstream.errors import StreamError
 from fxstream.interpolation import Lookup, resampled_tile
 from fxstream.locality import Locality
-from fxstream.rules import Border, Evaluation, Footprint, Read, TileSize
+from fxstream.padding import OwnPadding, own_padding
+from fxstream.rules import Border, Footprint, Read, TileSize
 from fxstream.saved import Saved
 from fxstream.sizes import Shape, fold_integers
 
@@ -136,10 +136,7 @@ class _Builder:
         """The call of one node on its crops and pads, cropped to the box that the tile holds."""
         footprint = self._locality.footprint(name)
         before = len(self.graph.nodes)
-        (read, *_) = footprint.reads
-        meta = self._locality.metas[name]
-        grows = isinstance(meta, Shape) and meta.elements > math.prod(read.value.shape)
-        own = _own_padding(footprint, steps, 0.0 if grows else MOST_EXTRA)
+        own = [own_padding(self._locality, name, axis, step) for axis, step in enumerate(steps)]
         served = [
             self._serve(footprint, read, [_unpadded(step.reads[i], p) for step, p in zip(steps, own, strict=True)])
             for i, read in enumerate(footprint.reads)
@@ -265,50 +262,11 @@ class _Builder:
         return self.graph.call_function(average_windows, (served, windows))
 
 
-@dataclass(frozen=True, slots=True)
-class _OwnPadding:
-    """The operator's own padding along one axis, and the cut of what it then yields."""
-
-    width: int
-    result: Cut
-
-
-MOST_EXTRA = 1 / 8
-"""An operator may compute this share of a tile's result in vain to save a padded copy of its input.
-
-Only where its result is no larger than the input: the backward of the cut is a copy of the gradient of the result.
-"""
-
-
-def _own_padding(footprint: Footprint, steps: Sequence[AxisStep], most_extra: float) -> list[_OwnPadding | None]:
-    """Along which axes a window operator pads by itself, instead of reading a padded copy.
-
-    It pads both sides, so that on a side where the image goes on it yields pixels too many, which are cut away: a
-    share of the result up to `most_extra`.
-    """
-    is_window = footprint.evaluation is Evaluation.WINDOWED and footprint.average is None
-    if not is_window or "padding" not in footprint.overrides:
-        return [None] * len(steps)
-    (read,) = footprint.reads
-    found: list[_OwnPadding | None] = []
-    for axis_map, step in zip(read.maps, steps, strict=True):
-        width, stride, (served,) = -axis_map.first, axis_map.num, step.reads
-        before, after = width - served.before, width - served.after
-        pads = served.before > 0 or served.after > 0
-        if not pads or before < 0 or after < 0 or before % stride or not served.cut.length:
-            found.append(None)
-            continue
-        held = (served.cut.length + 2 * width - (axis_map.last - axis_map.first) - 1) // stride + 1
-        result = Cut(before // stride + step.result.start, step.result.length, held)
-        found.append(_OwnPadding(width, result) if held - result.length <= most_extra * held else None)
-    return found
-
-
-def _unpadded(step: ReadStep, own: _OwnPadding | None) -> ReadStep:
+def _unpadded(step: ReadStep, own: OwnPadding | None) -> ReadStep:
     return ReadStep(step.cut, 0, 0) if own else step
 
 
-def _padding_argument(footprint: Footprint, own: Sequence[_OwnPadding | None]) -> dict[str, list[int]]:
+def _padding_argument(footprint: Footprint, own: Sequence[OwnPadding | None]) -> dict[str, list[int]]:
     """The padding of the call, in the order of the operator's dims; nothing where it has none of its own."""
     if not any(own):
         return {}

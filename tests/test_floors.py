@@ -17,7 +17,7 @@ FLOORS = (
     ("capture",),
     ("locality",),
     ("demand", "request", "algebra", "saved", "device"),
-    ("grid", "excerpt", "closed_form", "cost", "lowering"),
+    ("grid", "excerpt", "closed_form", "cost", "lowering", "padding"),
     ("segment_plan", "economy"),
     ("order", "passes"),
     ("prediction",),
