@@ -309,7 +309,7 @@ class StreamedModule(nn.Module):
         """What a call without gradients would run, whose results at these places are written as they come."""
         mode = mode_key(self.model, inputs.args, inputs.kwargs, self._volatile)
         captured = self._captured(mode, inputs.args, inputs.kwargs, inputs.tensors)
-        self._last = self._prepare(captured, inputs, self.request.tile is not None, written)
+        self._last = self._prepare(captured, inputs, False, written)
         return self._last
 
     def _captured(
