@@ -15,7 +15,7 @@ for command in (
     [here / "capture.py", *(["--networks", "resnet18"] if quick else [])],
     [here / "planner.py"],
     [here / "memory.py", *(["--sizes", "1024"] if quick else [])],
-    [here / "growth.py", *(["--sizes", "256", "512"] if quick else [])],
+    [here / "growth.py", *(["--sizes", "1024"] if quick else [])],
     [here / "tiles.py", *(["--quick"] if quick else [])],
     [here / "table1.py", *([] if quick else ["--sizes", "2048"])],
     [here / "batch_statistics.py", *(["--size", "512", "--budgets", "300MiB,100MiB"] if quick else [])],
