@@ -7,7 +7,8 @@ The first reads 12 MiB in half a minute; the second 12.9 GB in minutes to an hou
 
 The network is the first stages of torchvision's ResNet-18 with frozen BatchNorm. Its tiles are read from disk
 while the tile before computes; the prediction is written into a zarr array tile by tile, and goes on where it was
-if the script is killed and started again with the same folder. `--limit` is what the process may allocate at all.
+if the script is killed and started again with the same folder. `--limit` is what the process may allocate at all,
+and `--plot` draws the tiles of the training step and what is predicted where four of them meet.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import zarr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import nn
 
 import fxstream
+from fxstream.segment_plan import SegmentPlan
 from fxstream.units import bytes_text, parse_bytes
 from fxstream.zoo import build
 
@@ -77,6 +82,39 @@ def peak() -> str:
     return bytes_text(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
+def draw(path: Path, image: zarr.Array, scores: zarr.Array, part: SegmentPlan) -> None:
+    """What the tiles of the training step read, and the corner of four tiles: image and predicted scores there."""
+    figure = Figure(figsize=(8, 3.3), layout="constrained")
+    grid, corner, result = figure.subplots(1, 3)
+    stride, leaf = round(image.shape[0] / scores.shape[2]), part.segment.leaves[0][0]
+    y, x = (min(tile.boxes[leaf].stop for tile in tiles) // stride for tiles in part.axes)
+    half = min(20, y, x)
+    near = (x - half) * stride, (x + half) * stride, (y + half) * stride, (y - half) * stride
+    corner.imshow(image[near[3] : near[2], near[0] : near[1]], extent=near)
+    result.imshow(scores[0, 0, y - half : y + half, x - half : x + half], extent=near)
+    grid.set_xlim(0, image.shape[1])
+    grid.set_ylim(image.shape[0], 0)
+    draw_tiles(grid, part, 0.7)
+    draw_tiles(corner, part, 2.0)
+    grid.set_title(f"{image.shape[0]} x {image.shape[1]} pixels:\n{part.tile_count} tiles", fontsize=10)
+    corner.set_title("where four of them meet:\nthey overlap", fontsize=10)
+    result.set_title("the scores there,\nfrom the array on disk", fontsize=10)
+    for axes in (grid, corner, result):
+        axes.set(xticks=[], yticks=[], aspect="equal")
+    figure.savefig(path, dpi=90)
+
+
+def draw_tiles(axes: Axes, part: SegmentPlan, linewidth: float) -> None:
+    """The box of the image that every tile reads, the first one filled."""
+    leaf = part.segment.leaves[0][0]
+    for k, (rows, columns) in enumerate(part.tiles()):
+        y, x = rows.boxes[leaf], columns.boxes[leaf]
+        box = (x.start, y.start), len(x), len(y)
+        axes.add_patch(Rectangle(*box, fill=False, edgecolor="black", linewidth=linewidth))
+        if k == 0:
+            axes.add_patch(Rectangle(*box, color="#d9622b", alpha=0.4, linewidth=0))
+
+
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Train one step and predict; prints times and peaks, returns the loss and the mean of the prediction."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -86,6 +124,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--limit", help="what the process may allocate, such as 6GB")
     parser.add_argument("--folder", type=Path, help="where image and prediction lie; a temporary one by default")
     parser.add_argument("--progress", action="store_true")
+    parser.add_argument("--plot", type=Path, help="where the picture is written")
     given = parser.parse_args(arguments)
     if given.limit:
         resource.setrlimit(resource.RLIMIT_DATA, (parse_bytes(given.limit),) * 2)
@@ -123,6 +162,9 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, float]:
     print(scores.plan)
     mean = float(np.mean([out[:, :, row].mean() for row in range(extent)]))
     print(f"predicted in {time.perf_counter() - start:.0f} s, mean {mean:.6f}, peak of the process {peak()}")
+    tiled = [part for part in diagnosis.plan.segments if part.axes]
+    if given.plot and tiled:
+        draw(given.plot, array, out, tiled[0])
     return {"loss": loss.item(), "mean": mean}
 
 

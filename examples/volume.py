@@ -4,7 +4,7 @@ The volume is synthetic: blobs of scikit-image, blurred and drowned in noise, to
 its statistics over the whole volume and Dice is a sum over it: both are streamed, so that the network sees one
 volume and no patches. Printed are how far a streamed step is from the plain one on a small volume, predicted and
 measured memory, the loss, and Dice on a volume that the network has not seen, beside that of a threshold of the
-smoothed volume. A small setting: --size 48 --memory 24MiB --steps 8.
+smoothed volume; with --plot FILE its middle slice is drawn. A small setting: --size 48 --memory 24MiB --steps 8.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import copy
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from rich.console import Console
 from skimage import data, filters
 from torch import nn
@@ -86,6 +87,16 @@ def thresholded(volume: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(smooth > filters.threshold_otsu(smooth))[None, None]
 
 
+def draw(path: str, volume: torch.Tensor, masks: dict[str, torch.Tensor]) -> None:
+    """The middle slice of a volume and of masks of it."""
+    figure = Figure(figsize=(8, 2.4), layout="constrained")
+    for axes, (title, shown) in zip(figure.subplots(1, 1 + len(masks)), {"volume": volume, **masks}.items()):
+        axes.imshow(shown[0, 0, shown.shape[2] // 2], cmap="gray")
+        axes.set_title(title, fontsize=9)
+        axes.set_axis_off()
+    figure.savefig(path, dpi=100)
+
+
 def difference_to_plain(model: nn.Module, memory: str, *pair: torch.Tensor) -> float:
     """The largest relative difference of loss and gradients to the plain ones, in float64, within a memory.
 
@@ -113,6 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--memory", default="160MiB", help="what a step may allocate at its peak")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--width", type=int, default=8)
+    parser.add_argument("--plot", metavar="FILE", help="where the picture is written")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     model = UNet3d(options.width)
@@ -133,8 +145,12 @@ def main(arguments: list[str] | None = None) -> None:
     volume, target = volume_of(options.size, 1)
     with torch.no_grad():
         measured = measure(lambda: streamed(volume) > 0)
-    found, simple = (dice(mask, target) for mask in (measured.result, thresholded(volume)))
+    masks = {"network": measured.result, "threshold": thresholded(volume)}
+    found, simple = (dice(mask, target) for mask in masks.values())
     console.print(f"held-out volume: Dice {found:.3f}, of a threshold {simple:.3f}; {measured.seconds:.1f} s")
+    if options.plot:
+        titles = {f"{name}: Dice {dice(mask, target):.2f}": mask for name, mask in masks.items()}
+        draw(options.plot, volume, {"blobs": target, **titles})
 
 
 if __name__ == "__main__":

@@ -72,13 +72,16 @@ def test_table_one_has_the_papers_tiles():
         assert [segment.tile_count for segment in plan.segments] == [setting.tiles]
 
 
-def test_table_one_compares_with_plain(capsys, monkeypatch):
+def test_table_one_compares_with_plain(tmp_path, capsys, monkeypatch):
     """Peaks of the network on 64 and 128 pixels; the larger plain one is scaled, and the paper's ratios are printed."""
     example = load("benchmarks/table1.py")
     paper = [setting.paper for setting in example.PAPER]
     small = ((64, 64, 1, paper[0]), (64, 38, 4, paper[1]), (128, 38, 16, paper[4]))
     monkeypatch.setattr(example, "PAPER", tuple(example.Setting(*given) for given in small))
-    plain, tiled, larger = example.main(["--sizes", "128", "--plain-up-to", "64", "--repeats", "1"])
+    plain, tiled, larger = example.main(
+        ["--sizes", "128", "--plain-up-to", "64", "--repeats", "1", "--plot", str(tmp_path / "a.png")]
+    )
+    assert is_picture(tmp_path / "a.png")
     assert (plain.is_scaled, tiled.is_scaled, larger.is_scaled) == (False, False, True)
     assert plain.found == plain.plain == tiled.plain
     maps = 64 * 64 * (3 + 64 + 3) * 4 / example.MEGABYTE

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import fxstream
 
@@ -14,10 +15,11 @@ import large_image  # noqa: E402
 
 
 def test_values_and_resumption(tmp_path, capsys):
-    arguments = ["--size", "301", "--memory", "3MiB", "--folder", str(tmp_path)]
+    arguments = ["--size", "301", "--memory", "3MiB", "--folder", str(tmp_path), "--plot", str(tmp_path / "a.png")]
     found = large_image.main(arguments)
     told = capsys.readouterr().out
     assert "tiles, largest read" in told
+    assert Image.open(tmp_path / "a.png").size > (100, 100)
     torch.manual_seed(0)
     image = torch.from_numpy(zarr.open_array(str(tmp_path / "image.zarr"), mode="r")[:]).permute(2, 0, 1)[None]
     stages = fxstream.freeze_batch_norm(large_image.Stages(0))

@@ -209,6 +209,8 @@ def test_synthetic_slides_are_seeded_and_show_their_label(labels, tmp_path):
     dark = [(slides.data.read_tissue(row.path, 1.0).float().mean(0) < 110).double().mean().item() for row in rows]
     assert slides.metrics.spearman(torch.tensor(dark), torch.tensor([row.label for row in rows])) > 0.9
     assert [row.split for row in rows] == ["train", "train", "tune"] * 2
+    slides.make_slides.draw_slides(labels, str(tmp_path / "slides.png"))
+    assert (tmp_path / "slides.png").stat().st_size > 10_000
 
 
 def test_moments_are_those_of_all_pixels(labels):

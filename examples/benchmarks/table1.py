@@ -22,6 +22,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -155,6 +156,21 @@ def table_of(rows: list[Row]) -> Table:
     return table
 
 
+def draw(rows: list[Row], path: str) -> None:
+    """Time and memory over the plain network's by the number of tiles, at the smallest size."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    same = [row for row in rows if row.setting.image == PAPER[0].image]
+    tiles = [row.setting.tiles for row in same]
+    for axes, name, place in zip(figure.subplots(1, 2), ("forward and backward", "memory"), (2, 3), strict=True):
+        axes.plot(tiles, [row.found.over(row.plain)[place] for row in same], "o-", label="fxstream, here")
+        paper = [row.setting.paper.over(PAPER[0].paper)[place] for row in same]
+        axes.plot(tiles, paper, "s--", label="the paper, RTX 2080 Ti")
+        axes.set(xticks=tiles, xlabel="tiles", ylim=(0, None), title=f"{name}, over plain")
+        axes.axhline(1, color="black", linewidth=0.8)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
 def main(arguments: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024], help="1024 is always run")
@@ -163,6 +179,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--plot", metavar="FILE", help="where the picture is written")
     options = parser.parse_args(arguments)
     settings = [setting for setting in PAPER if setting.image in (PAPER[0].image, *options.sizes)]
     rows = run(settings, options.plain_up_to, options.repeats, options.device)
@@ -173,6 +190,8 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     console.print(
         f"ratios to plain: here / paper. torch {torch.__version__}, {where}, medians of {options.repeats}"
     )
+    if options.plot:
+        draw(rows, options.plot)
     return rows
 
 

@@ -1,10 +1,10 @@
 """Synthetic slides: small pyramidal TIFFs with tissue-like texture, and a CSV with a label that is in the image.
 
-    python examples/slides/make_slides.py FOLDER [--count 12]
+    python examples/slides/make_slides.py FOLDER [--count 12] [--plot FILE]
 
 Each slide is a blob of tissue, tiled from scikit-image's photograph of stained tissue, on a white background, with
 dark nuclei painted into it. The label is their density: nuclei per 1000 square micrometres of tissue. All is drawn
-from the seed.
+from the seed. The picture shows the slides with the lowest and the highest label and the boxes of their tissue.
 """
 
 import argparse
@@ -13,6 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
+from data import read_rows, tissue_box
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from pyramid import open_slide
 from skimage import data, draw
 from skimage.filters import gaussian
 from skimage.transform import downscale_local_mean
@@ -93,14 +97,33 @@ def make_slides(folder: str | Path, count: int = 12, size: int = 1024, seed: int
     return folder / "labels.csv"
 
 
+def draw_slides(labels: Path, path: str) -> None:
+    """The slides with the lowest and the highest label, and the box that encloses their tissue."""
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    rows = sorted(read_rows(labels), key=lambda row: row.label)
+    for axes, row in zip(figure.subplots(1, 2), (rows[0], rows[-1]), strict=True):
+        slide = open_slide(row.path)
+        pixels = slide.read(3 * SPACING).permute(1, 2, 0)
+        top, left, bottom, right = (s * n for s, n in zip(tissue_box(slide), pixels.shape[:2] * 2))
+        axes.imshow(pixels)
+        axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="C0", linewidth=2))
+        axes.set_title(f"{row.path.name}: label {row.label:.2f}", fontsize=10)
+        axes.set_axis_off()
+    figure.savefig(path, dpi=72)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--count", type=int, default=12)
     parser.add_argument("--size", type=int, default=1024, help="pixels of the longest side that a slide may have")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", metavar="FILE", help="where the picture is written")
     options = parser.parse_args()
-    print(make_slides(options.folder, options.count, options.size, options.seed))
+    labels = make_slides(options.folder, options.count, options.size, options.seed)
+    if options.plot:
+        draw_slides(labels, options.plot)
+    print(labels)
 
 
 if __name__ == "__main__":
