@@ -1,0 +1,76 @@
+"""The pages beside the examples: their links lead somewhere, their blocks for fxstream run."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fxstream
+from fxstream.zoo import define_missing_torchvision_schemas
+
+define_missing_torchvision_schemas()
+from torchvision.models import resnet18  # noqa: E402
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PAGES = sorted(EXAMPLES.glob("*.md"))
+
+
+def anchors(page):
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_blocks_for_fxstream(tmp_path, monkeypatch):
+    """In order, within a memory that makes small images stream; a step's loss is the plain network's."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    page = (EXAMPLES / "coming_from.md").read_text()
+    blocks = re.findall(r"```python\n(# with fxstream.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
+    array = np.random.default_rng(0).integers(0, 256, (250, 230, 3), dtype=np.uint8)
+    names = {"fxstream": fxstream, "torch": torch, "nn": nn, "resnet18": resnet18, "network": network}
+    names |= {"criterion": nn.CrossEntropyLoss(), "labels": torch.tensor([1]), "array": array}
+    names |= {"image": torch.randn(1, 3, 257, 300), "scores": np.zeros((1, 1, 250, 230), np.float32)}
+
+    exec(blocks[0].replace("8GiB", "60MiB"), names)
+    assert not names["model"].plan.is_trivial
+    exec(blocks[1].replace("8GiB", "2MiB"), names)
+    assert not names["network"].plan.is_trivial
+    torch.testing.assert_close(names["logits"], network(names["image"]), rtol=1e-4, atol=1e-5)
+    names["network"] = network
+    exec(blocks[2].replace("8GiB", "2MiB"), names)
+    assert not names["predict"].plan.is_trivial
+    wanted = network(torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255)
+    torch.testing.assert_close(torch.from_numpy(names["scores"]), wanted.detach(), rtol=1e-4, atol=1e-5)
+    names["model"] = plain = fxstream.freeze_batch_norm(resnet18(num_classes=2))
+    exec(blocks[3].replace("8GiB", "60MiB"), names)
+    assert names["loss"].item() == pytest.approx(names["criterion"](plain(names["image"]), names["labels"]).item())
+
+
+def test_batch_norm_counts_a_step_once():
+    """What the page says of checkpoints: there a block, and its BatchNorm, runs twice in a step."""
+    block = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)
+    )
+    image = torch.randn(1, 3, 256, 256)
+    checkpoint(block, image, use_reentrant=False).sum().backward()
+    assert block[1].num_batches_tracked == 2
+    block[1].reset_running_stats()
+    streamed = fxstream.compile(block, memory="9MiB")
+    streamed(image).sum().backward()
+    assert not streamed.plan.is_trivial
+    assert block[1].num_batches_tracked == 1
