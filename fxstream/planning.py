@@ -155,7 +155,7 @@ def _within_memory(basis: Basis, request: Request, memory: int) -> tuple[tuple[S
     verdict = locality.verdicts[binding]
     source = f" ({verdict.source})" if verdict.source else ""
     raise PlanError(
-        f"no plan fits into {bytes_text(memory)}: the least that works is {bytes_text(prediction.bytes)}, which"
+        f"no plan fits into {bytes_text(memory)}: the least that works is {bytes_text(prediction.bytes, up=True)}, which"
         f" `{verdict.module or verdict.node}`{source} needs; give that much, or a smaller image or batch",
         least_bytes=prediction.bytes,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from fxstream.errors import InputError
@@ -28,21 +29,17 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * units[match[2].lower()])
 
 
-def bytes_text(count: float) -> str:
-    """Bytes with a binary unit and three digits.
+def bytes_text(count: float, *, up: bool = False) -> str:
+    """Bytes with a binary unit and three digits, rounded; `up` for an amount that must suffice.
 
-    >>> bytes_text(3.3 * 2**30), bytes_text(1023)
-    ('3.30 GiB', '1023 B')
+    >>> bytes_text(3.3 * 2**30), bytes_text(1023), bytes_text(2**20 + 1, up=True)
+    ('3.30 GiB', '1023 B', '1.01 MiB')
     """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return (
-                f"{count:.0f} B"
-                if unit == "B"
-                else f"{count:.{2 if count < 10 else 1 if count < 100 else 0}f} {unit}"
-            )
-        count /= 1024
-    raise AssertionError
+    power = next((power for power in range(3) if count < 1024 ** (power + 1)), 3)
+    scaled = count / 1024**power
+    digits = 0 if power == 0 or scaled >= 100 else 1 if scaled >= 10 else 2
+    shown = math.ceil(scaled * 10**digits) / 10**digits if up else scaled
+    return f"{shown:.{digits}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def macs_text(count: float) -> str:

@@ -224,6 +224,11 @@ def test_ten_steps_of_training():
     losses, found = ten_steps(torch.double, True)
     torch.testing.assert_close(losses, exact, rtol=1e-8, atol=0)
     torch.testing.assert_close(found, statistics, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.campaign
+def test_ten_steps_of_training_in_single_precision():
+    exact, statistics = ten_steps(torch.double, False)
     (plain, plain_statistics), (single, single_statistics) = (
         ten_steps(torch.float, False),
         ten_steps(torch.float, True),
