@@ -154,8 +154,9 @@ def _within_memory(basis: Basis, request: Request, memory: int) -> tuple[tuple[S
             return segments, prediction
     verdict = locality.verdicts[binding]
     source = f" ({verdict.source})" if verdict.source else ""
+    least = bytes_text(prediction.bytes, up=True)
     raise PlanError(
-        f"no plan fits into {bytes_text(memory)}: the least that works is {bytes_text(prediction.bytes, up=True)}, which"
+        f"no plan fits into {bytes_text(memory)}: the least that works is {least}, which"
         f" `{verdict.module or verdict.node}`{source} needs; give that much, or a smaller image or batch",
         least_bytes=prediction.bytes,
     )
