@@ -92,7 +92,7 @@ def of_four():
 def equal_to_one_process(rank, count):
     mesh = init_device_mesh("cpu", (count,), mesh_dim_names=("tiles",))
     for normalised in (True,) if count > 2 else (False, True):
-        for request in ({"tile": 30, "segments": 1}, {"memory": "300KiB"})[: 1 if count > 2 else 2]:
+        for request in ({"tile": 30, "segments": 1}, {"memory": "400KiB"})[: 1 if count > 2 else 2]:
             plain, model = network(normalised), network(normalised)
             module = compiled(model, mesh=mesh["tiles"], **request)
             wanted = step(plain, plain, image())
