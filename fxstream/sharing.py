@@ -27,8 +27,8 @@ __all__ = ["Ranks", "Rows", "assigned", "digest", "fingerprint"]
 
 Subscript = tuple[slice, ...]
 Rows = list[tuple[torch.Tensor, int]]
-SAMPLES = 4096
-"""Values of an image that are compared between ranks."""
+SAMPLES = 16
+"""Values of an image along each axis that are compared between ranks."""
 
 
 class Ranks:
@@ -174,15 +174,12 @@ def assigned(costs: Sequence[float], count: int) -> tuple[int, ...]:
 
 def fingerprint(image: torch.Tensor | Source) -> str:
     """Shape, type and a sample of the values of an image, in few characters."""
-    shape = tuple(image.shape)
     if isinstance(image, Source):
-        extents = (min(size, 16) for size in shape[2:])
-        sample = image.read((slice(0, 1), slice(None), *(slice(0, extent) for extent in extents)))
+        sample = image.read(tuple(slice(0, min(size, SAMPLES)) for size in image.shape))
     else:
-        flat = image.detach().reshape(-1) if image.is_contiguous() else image.detach()[:1].reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLES)].cpu()
-    values = sample.contiguous().view(torch.uint8).numpy().tobytes() if sample.numel() else b""
-    return f"{list(shape)} {image.dtype} #{digest(values)}"
+        sample = image.detach()[tuple(slice(None, None, -(-size // SAMPLES)) for size in image.shape)].cpu()
+    values = sample.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return f"{list(image.shape)} {image.dtype} #{digest(values)}"
 
 
 def digest(values: bytes) -> str:
