@@ -361,7 +361,7 @@ class StreamedModule(nn.Module):
             ranks=ranks,
         )
         logger.info("%s", plan)
-        self._tell_what_stops_the_stream(analysis, plan)
+        self._tell_what_stops_the_stream(analysis, plan, tensors[0].device)
         if plan.is_trivial:
             return Prepared(analysis, plan, (), None)
         reports = self._verified(analysis, plan)
@@ -393,10 +393,10 @@ class StreamedModule(nn.Module):
             self._probed[key] = reports
         return self._probed[key]
 
-    def _tell_what_stops_the_stream(self, analysis: Analysis, plan: Plan) -> None:
-        barriers = analysis.barriers
-        fits = plan.is_trivial and self.request.tile is None
-        if plan.streamed_share >= SMALL_SHARE or self.request.cut is not None or fits or not barriers:
+    def _tell_what_stops_the_stream(self, analysis: Analysis, plan: Plan, device: torch.device) -> None:
+        barriers, request = analysis.barriers, self.request
+        fits = request.tile is None and plan.prediction.plain_bytes <= budget_of(request.memory, device)
+        if plan.streamed_share >= SMALL_SHARE or request.cut is not None or fits or not barriers:
             return
         first = f": {barriers[0]}"
         statistics = [v for v in barriers if v.operator == "aten::batch_norm" and v.kind is Kind.REDUCE]

@@ -4,7 +4,9 @@ NOTE [the cost model]
 1. Time. An operator takes its multiply-accumulates over the machine's rate, plus the bytes that it reads and
    writes over the machine's bandwidth, plus a constant for the call. A backward costs twice its forward. Weights
    are read per tile, and their gradients written and added per tile: many small tiles of a layer with large
-   weights are slow.
+   weights are slow. Memory that the operating system hands out afresh costs more than traffic: on the CPU that
+   are results above the size that the allocator reuses, and the copies of its input and result that
+   a convolution lays out for itself. Small tiles can be faster than the plain network for that alone.
 2. Memory is a sum of lifetimes on a line of moments: operator `n` of `N` runs forward at moment `n` and backward
    at moment `2N - 1 - n`. A result lives until its last reader has run, and if autograd keeps it, until the
    backward of the first reader that needs it; the gradient of a value from the backward of its last reader to its
@@ -37,6 +39,8 @@ MATRIX_PRODUCTS = {
 }
 """Products and which of their tensors ends in the dim that is summed over."""
 CONVOLUTIONS = {f"aten::conv{n}d" for n in (1, 2, 3)}
+REUSED = 32 * 2**20
+"""Bytes of the largest allocation that the C library takes from what was freed before (M_MMAP_THRESHOLD)."""
 BACKWARD = 2
 """Cost of a backward over that of its forward."""
 WEIGHTS_BACKWARD = 5
@@ -62,19 +66,28 @@ def macs_of(locality: Locality, node: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Multiply-accumulates and bytes per second, seconds per operator, bytes per second between ranks."""
+    """Multiply-accumulates and bytes per second, seconds per operator, bytes per second between ranks.
+
+    `fresh` are bytes per second of memory that is new to the process: every allocation above `REUSED`.
+    """
 
     macs: float
     bandwidth: float
     call: float
     link: float = 1e9
+    fresh: float = math.inf
 
     @classmethod
     def of(cls, device: torch.device) -> Machine:
         """A typical machine of this kind. Only ratios matter: they weigh recomputation against traffic."""
         if device.type == "cuda":
             return cls(2e13, 1.5e12, 8e-6, 2e11)
-        return cls(5e10 * torch.get_num_threads(), 1e10, 1e-5)
+        threads = torch.get_num_threads()
+        return cls(5e10 * threads, 1.25e10 * threads, 1e-5, fresh=1.25e9 * threads)
+
+    def writing(self, count: float) -> float:
+        """Seconds to fill a buffer of so many bytes."""
+        return count / self.bandwidth + (count / self.fresh if count > REUSED else 0.0)
 
 
 class Costs:
@@ -143,6 +156,7 @@ class Costs:
         """
         count, locality = len(self.nodes), self._locality
         inputs, users, roots = self._edges()
+        self.allocated = self._allocated(inputs, roots)
         leaves = [is_read_outside(locality, name, self.place) for name in self.nodes]
         last, keeper, first = list(range(count + 1)), [count] * (count + 1), list(range(count))
         for i, name in enumerate(self.nodes):
@@ -187,6 +201,15 @@ class Costs:
             torch.tensor(gradients, dtype=torch.int64).view(-1, 4),
             torch.tensor(temporaries, dtype=torch.int64).view(-1, 3),
         )
+
+    def _allocated(self, inputs: list[list[int]], roots: list[int]) -> torch.Tensor:
+        """What each operator allocates, as rows: its place, the place of the value as large as that, its bytes."""
+        rows = []
+        for i, name in enumerate(self.nodes):
+            rows += [(i, i, self.sizes[i])] * (roots[i] == i)
+            if self._locality.verdicts[name].operator in CONVOLUTIONS:
+                rows += [(i, j, self.sizes[j]) for j in (i, *inputs[i]) if j >= 0]
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
 
     def _edges(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
         """Per node the places of its inputs (-1 outside) and its readers, and the place whose memory it is."""
@@ -235,6 +258,8 @@ class Part:
         read = moment(results[:, 1], forward, never)
         kept_until = torch.maximum(read, moment(results[:, 2], backward, torch.tensor(0)))
         self._results, self._read_until = results, read
+        allocated = costs.allocated
+        self._allocated = allocated[(allocated[:, 0] >= start) & (allocated[:, 0] < stop)]
         self._owner = torch.cat([results[:, 0], gradients[:, 0], temporaries[:, 0], weights])
         self._bytes = torch.cat([results[:, 3], gradients[:, 3], temporaries[:, 2]]).double()
         self._scaled = len(self._bytes)
@@ -293,6 +318,10 @@ class Part:
         present = (held > 0).double()
         work = held @ (self.costs.macs[stretch] / machine.macs + self.costs.moved[stretch] / machine.bandwidth)
         work = work + present @ self.costs.calls[stretch] * machine.call
+        if machine.fresh < math.inf:
+            by, like, size = self._allocated.unbind(-1)
+            allocated = size * shares[..., like] * (shares[..., by] > 0)
+            work = work + (allocated * (allocated > REUSED)).sum(-1) / machine.fresh
         read = present @ self.costs.weights[stretch] / machine.bandwidth
         return work + read, BACKWARD * work + WEIGHTS_BACKWARD * read
 

@@ -11,8 +11,9 @@ with multi-megapixel images", sections III-A and III-C.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,6 +43,8 @@ MANY_PASSES = 16
 """Passes over a stretch where boundaries enough to do with few do not fit."""
 MOST_ATTEMPTS = 6
 """How often the search is repeated with less where its estimate was too low."""
+FASTER = 0.8
+"""Where the plain network fits too, a plan is chosen that is predicted to take less than this part of its time."""
 LESS = 0.02
 """The least part of the budget that it is given less, twice as much each time."""
 
@@ -137,7 +140,7 @@ def _within_memory(basis: Basis, request: Request, memory: int) -> tuple[tuple[S
     The search estimates a little; where its plan needs too much it is asked for less, a few times.
     """
     plain, locality = predict(basis, ()), basis.locality
-    if plain.bytes <= memory and request.segments is None and basis.ranks == 1:
+    if plain.bytes <= memory and request.segments is None and not _may_be_faster(basis, plain):
         return (), plain
     parts = _parts(basis, request)
     stages = max(locality.stages.values(), default=0) + 1
@@ -145,7 +148,7 @@ def _within_memory(basis: Basis, request: Request, memory: int) -> tuple[tuple[S
         search = Search(basis, parts, request, most_passes)
         fitting = _fitting(basis, search, request, memory)
         if fitting is not None:
-            is_slower = fitting[1].seconds >= plain.seconds and plain.bytes <= memory
+            is_slower = fitting[1].seconds >= FASTER * plain.seconds and plain.bytes <= memory
             return ((), plain) if is_slower and request.segments is None else fitting
         found, binding = search.smallest()
         segments = _segments(locality, request, found)
@@ -160,6 +163,12 @@ def _within_memory(basis: Basis, request: Request, memory: int) -> tuple[tuple[S
         f" `{verdict.module or verdict.node}`{source} needs; give that much, or a smaller image or batch",
         least_bytes=prediction.bytes,
     )
+
+
+def _may_be_faster(basis: Basis, plain: Prediction) -> bool:
+    """Whether a plan may be faster than the plain network: it computes no less, but may allocate less afresh."""
+    reused = replace(basis, machine=replace(basis.machine, fresh=math.inf))
+    return basis.ranks > 1 or predict(reused, ()).seconds < FASTER * plain.seconds
 
 
 def _fitting(

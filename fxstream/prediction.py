@@ -119,9 +119,10 @@ class Basis:
         """How many of so many tiles the rank that has most of them runs."""
         return -(-tiles // self.ranks)
 
-    def exchange(self, made: float, summed: float = 0.0) -> float:
-        """Seconds to complete results of so many bytes on all ranks, and to sum gradients of so many."""
-        return (self.ranks - 1) / self.ranks * (made + 2 * summed) / self.machine.link
+    def collecting(self, made: float, weights: float = 0.0) -> float:
+        """Seconds to put so many bytes of tiles together, or of gradients beside weights', on all ranks."""
+        exchanged = 2 * (made + weights) if weights else made
+        return self.machine.writing(made) + (self.ranks - 1) / self.ranks * exchanged / self.machine.link
 
     @functools.cached_property
     def plain(self) -> tuple[int, float]:
@@ -173,7 +174,8 @@ class _Crossing:
 class _Unit:
     """What one unit needs, in bytes and seconds of one of its tiles, whatever is kept elsewhere.
 
-    `tiles` is 0 for ordinary operators. `holds` is what it keeps until its backward (per kept tile), apart from
+    `tiles` is 0 for ordinary operators. `made` are the bytes of what it makes, `read` of the gradients of what it
+    reads. `holds` is what it keeps until its backward (per kept tile), apart from
     what other units read; `forward`, `backward` and `pulled` are the peaks of a forward, of a forward with its
     backward, and of the backward of a kept tile beyond what is held. `weights` are the gradients of all of its
     weights, `more_weights` of those that no later unit reads too: others are added to these.
@@ -182,6 +184,7 @@ class _Unit:
     name: str
     tiles: int
     made: float
+    read: float
     holds: float
     there_forward: float
     forward: float
@@ -220,7 +223,9 @@ class Forecast:
             holds = unit.holds * self._basis.turns(kept[unit.name]) if unit.tiles else unit.holds
             here = held + holds if unit.tiles else held
             made = unit.made if unit.tiles else 0.0
-            seconds = self._basis.turns(max(1, unit.tiles)) * unit.forward_seconds + self._basis.exchange(made)
+            seconds = self._basis.turns(max(1, unit.tiles)) * unit.forward_seconds
+            if unit.tiles > 1 or self._basis.ranks > 1:
+                seconds += self._basis.collecting(made)
             yield unit.name, Moment(unit.there_forward + made, 0.0, here, unit.forward, 0.0), seconds
             held += holds
         weights = 0.0
@@ -229,9 +234,8 @@ class Forecast:
             recomputed = self._basis.turns(max(1, unit.tiles)) - tiles
             both = weights + unit.weights if unit.tiles else weights
             moment = Moment(unit.there_backward, unit.gradients, earlier, unit.backward, both)
-            if unit.tiles:
-                summed = self._basis.exchange(0.0, unit.gradients + unit.weights)
-                yield unit.name, replace(moment, unit=0.0), summed
+            if unit.tiles > 1 or (unit.tiles and self._basis.ranks > 1):
+                yield unit.name, replace(moment, unit=0.0), self._basis.collecting(unit.read, unit.weights)
             if recomputed:
                 again = unit.forward_seconds if unit.tiles else 0.0
                 yield unit.name, moment, recomputed * (again + unit.backward_seconds)
@@ -311,6 +315,7 @@ class Forecast:
             name=plan.segment.name if plan is not None else "",
             tiles=plan.tile_count if plan is not None else 0,
             made=made,
+            read=sum(value.gradient for value in crossing if value.maker < k and k in value.holders),
             holds=(held if plan is not None else held - made) if self._basis.training else 0.0,
             there_forward=sum(value.bytes for value in crossing if value.in_forward(k)),
             forward=float((recorded[: part.turn] if is_recorded else unrecorded).max()),

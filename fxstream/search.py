@@ -290,8 +290,8 @@ class _Region:
         for stage in self._places.stages(start, end):
             forward, backward = part.seconds(grids.shares * (self._stages <= stage))
             tile_forward, tile_backward = tile_forward + forward, tile_backward + backward
-        copies = (made + self._training * (made + inputs)) / self._basis.machine.bandwidth
-        copies += self._basis.exchange(made, self._training * (inputs + self._own_weights(start, end)))
+        copies = self._basis.collecting(made)
+        copies += self._training * self._basis.collecting(inputs, self._own_weights(start, end))
         turns = (grids.tiles / self._basis.ranks).ceil()
         if self._training:
             boxes = sum(
