@@ -93,7 +93,6 @@ def _parser() -> argparse.ArgumentParser:
     _model_arguments(bench)
     _tile_arguments(bench, f"budgets, in bytes or as a share of the plain network's peak ({BUDGETS})")
     bench.add_argument("--rounds", type=int, default=3, help="processes per way; medians are given (3)")
-    bench.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (cpu)")
     bench.add_argument("--plot", metavar="FILE", help="draw time over memory (needs matplotlib)")
     command("rules", "the operators that have a rule", _rules)
     return parser
@@ -123,6 +122,8 @@ def _tile_arguments(
     parser.add_argument("--memory", help=memory.replace("%", "%%"))
     parser.add_argument("--segments", type=int, help="segments per region; 1 is a single stream")
     parser.add_argument("--no-grad", action="store_true", help="plan a call without gradients")
+    parser.add_argument("--device", default="cpu", help="what to plan for or measure on: cpu, cuda, cuda:1 (cpu)")
+    parser.add_argument("--offload", action="store_true", help="boundaries in host memory, away from the device")
     parser.add_argument("--cut", metavar="MODULE", help="stream nothing behind this module")
     parser.add_argument(
         "--global-ops",
@@ -174,12 +175,22 @@ def _request(options: argparse.Namespace) -> Request | None:
     if not options.tile and not options.memory:
         return None
     memory = parse_bytes(options.memory) if options.memory else None
-    return checked_request(_tile(options), options.segments, options.cut, memory, options.global_ops)
+    bounds = _tile(options), options.segments, options.cut, memory
+    return checked_request(*bounds, options.global_ops, options.offload)
 
 
 def _planned(options: argparse.Namespace, analysis: Analysis) -> Plan | None:
-    request = _request(options)
-    return None if request is None else make_plan(analysis.locality, request, training=not options.no_grad)
+    request, device = _request(options), _device(options)
+    if request is None:
+        return None
+    return make_plan(analysis.locality, request, training=not options.no_grad, device=device)
+
+
+def _device(options: argparse.Namespace) -> torch.device:
+    try:
+        return torch.device(options.device)
+    except RuntimeError:
+        raise InputError(f"--device {options.device!r} is no device: cpu, cuda, cuda:1") from None
 
 
 def _analysis(options: argparse.Namespace) -> Analysis:
@@ -286,11 +297,12 @@ def _bench(options: argparse.Namespace) -> int:
         segments=options.segments,
         cut=options.cut,
         global_ops=options.global_ops,
+        offload=options.offload,
     )
     with progress(Console(stderr=True)) as bar, contextlib.redirect_stdout(sys.stderr):
         task = bar.add_task("plan", total=None)
         analysis = _analysis(options)
-        device = torch.device(options.device)
+        device = _device(options)
         plain = make_plan(analysis.locality, Request(None, memory=2**62), device=device).prediction.plain_bytes
         ways = _ways(options, plain)
         too_large = plain > free_bytes(device)

@@ -48,6 +48,7 @@ class Setting:
     segments: int | None = None
     cut: str | None = None
     global_ops: str = "auto"
+    offload: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +141,9 @@ def _measured(setting: Setting, way: Way) -> dict[str, Any]:
     if way.kind == "checkpoint":
         module = checkpointed(model)
     if way.kind == "fxstream":
-        options = {"segments": setting.segments, "cut": setting.cut, "global_ops": setting.global_ops}
-        module = compile(model, tile=way.tile, memory=way.memory, **options)  # type: ignore[arg-type]
+        names = ("segments", "cut", "global_ops", "offload")
+        options = {name: getattr(setting, name) for name in names}
+        module = compile(model, tile=way.tile, memory=way.memory, **options)
     step = partial(one_step, module, model, image)
     before = _resident()
     step()

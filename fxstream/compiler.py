@@ -59,6 +59,7 @@ def compile(
     global_ops: str = "auto",
     verify: bool = True,
     compile_tiles: bool = False,
+    offload: bool = False,
     mesh: Any = None,
     progress: bool = False,
 ) -> StreamedModule:
@@ -79,16 +80,20 @@ def compile(
 
     With `verify` the probe measures once per capture, on the real operators, what the rules claim. `compile_tiles`
     passes what a tile computes through `torch.compile`: the first step of a size takes minutes, the others less
-    time. `mesh`, one dimension of a DeviceMesh, shares the tiles of each image among its ranks, which all get
+    time. With `offload` boundaries between segments, and their gradients, lie in host memory; on a CPU they do in
+    any case. `mesh`, one dimension of a DeviceMesh, shares the tiles of each image among its ranks, which all get
     the same image and have the same results and gradients. `progress` shows a bar for each pass on a terminal. The
     model itself is not changed and its parameters are shared.
 
     Raises `InputError` for a tile that is not a positive integer or tuple of them, for a memory that is no
-    positive amount and for both at once; at the first call `CaptureError`, `PlanError` or `ProbeError`.
+    positive amount, for both at once, and for `offload` with a `mesh`; at the first call `CaptureError`,
+    `PlanError` or `ProbeError`.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"compile needs an nn.Module, found {type(model).__name__}")
-    request = checked_request(tile, segments, cut, memory, global_ops)
+    if offload and mesh is not None:
+        raise InputError("offload and mesh exclude each other: ranks exchange boundaries on the device")
+    request = checked_request(tile, segments, cut, memory, global_ops, offload)
     return StreamedModule(model, request, verify, compile_tiles, mesh, progress)
 
 
@@ -104,27 +109,36 @@ def plan(
     channels: int = 3,
     batch: int = 1,
     training: bool = True,
+    offload: bool = False,
+    device: torch.device | str | None = None,
 ) -> Plan:
     """How `compile` would stream the model for an image [batch, channels, *size]; runs nothing.
 
-    `training` plans for a call with its backward. Raises what `analyze` and the first call of a compiled module
-    raise.
+    `training` plans for a call with its backward. `device` is what to plan for, by default where the model is; it
+    need not exist where the memory is given in bytes. Raises what `analyze` and the first call of a compiled
+    module raise.
     """
-    request = checked_request(tile, segments, cut, memory, global_ops)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    request = checked_request(tile, segments, cut, memory, global_ops, offload)
+    there = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     locality = analyze(model, size, channels=channels, batch=batch, global_ops=global_ops).locality
-    return make_plan(locality, request, training=training, device=device)
+    return make_plan(locality, request, training=training, device=torch.device(device or there))
 
 
 def checked_request(
-    tile: object, segments: object, cut: str | None, memory: object = None, global_ops: str = "auto"
+    tile: object,
+    segments: object,
+    cut: str | None,
+    memory: object = None,
+    global_ops: str = "auto",
+    offload: bool = False,
 ) -> Request:
     """The user's request. Raises `InputError` for a tile, a memory or segments that make no sense."""
     if global_ops not in GLOBAL_OPS:
         raise InputError(f"global_ops must be one of {', '.join(map(repr, GLOBAL_OPS))}; found {global_ops!r}")
     if tile is not None and memory is not None:
         raise InputError("give a tile or a memory, not both: within a memory the planner chooses the tiles")
-    return Request(_checked_tile(tile), _checked_segments(segments), cut, _checked_memory(memory), global_ops)
+    bounds = _checked_tile(tile), _checked_segments(segments), cut, _checked_memory(memory)
+    return Request(*bounds, global_ops, offload)
 
 
 def _checked_memory(memory: object) -> float | None:

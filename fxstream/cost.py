@@ -68,7 +68,8 @@ def macs_of(locality: Locality, node: str) -> int:
 class Machine:
     """Multiply-accumulates and bytes per second, seconds per operator, bytes per second between ranks.
 
-    `fresh` are bytes per second of memory that is new to the process: every allocation above `REUSED`.
+    `fresh` are bytes per second of memory that is new to the process: every allocation above `REUSED`. `host` are
+    bytes per second between the device and host memory.
     """
 
     macs: float
@@ -76,12 +77,13 @@ class Machine:
     call: float
     link: float = 1e9
     fresh: float = math.inf
+    host: float = math.inf
 
     @classmethod
     def of(cls, device: torch.device) -> Machine:
         """A typical machine of this kind. Only ratios matter: they weigh recomputation against traffic."""
         if device.type == "cuda":
-            return cls(2e13, 1.5e12, 8e-6, 2e11)
+            return cls(2e13, 1.5e12, 8e-6, 2e11, host=1e10)
         threads = torch.get_num_threads()
         return cls(5e10 * threads, 1.25e10 * threads, 1e-5, fresh=1.25e9 * threads)
 

@@ -140,6 +140,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "kept": round(plan.prediction.peak.kept),
             "unit": round(plan.prediction.peak.unit),
             "weights": round(plan.prediction.peak.weights),
+            "offloaded": plan.prediction.offloaded,
         },
         "segments": [
             {

@@ -29,7 +29,7 @@ from fxstream.request import Request, place_of_module
 from fxstream.rules import Kind
 from fxstream.saved import Saved, saved_by
 from fxstream.search import Search
-from fxstream.segment_plan import SegmentPlan, arithmetic, plan_segment, plan_whole
+from fxstream.segment_plan import SegmentPlan, arithmetic, offloadable, plan_segment, plan_whole
 from fxstream.units import bytes_text
 
 __all__ = ["Plan", "SegmentPlan", "make_plan", "streamable_share", "total_bytes", "worthwhile"]
@@ -51,9 +51,9 @@ LESS = 0.02
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Plan:
-    """The segments to stream, in the order of the graph, why no more, and what that is predicted to cost.
+    """The segments to stream, in the order of the graph, and what that is predicted to cost.
 
-    A plan `is_trivial` where the plain network does the same.
+    A plan `is_trivial` where the plain network does the same. `offloaded` are the boundaries in host memory.
     """
 
     segments: tuple[SegmentPlan, ...]
@@ -62,6 +62,7 @@ class Plan:
     arithmetic: int
     is_trivial: bool
     prediction: Prediction
+    offloaded: frozenset[str] = frozenset()
 
     @property
     def streamed_share(self) -> float:
@@ -114,7 +115,8 @@ def make_plan(
     fits into the memory, naming the least that one needs, and where a module path in the request matches nothing.
     """
     known = saved_by(locality) if saved is None else saved
-    basis = Basis(locality, known, Machine.of(device), training, wanted, outside, written, ranks)
+    offload = request.offload and device.type != "cpu"
+    basis = Basis(locality, known, Machine.of(device), training, wanted, outside, written, ranks, offload)
     if request.tile is None:
         segments, prediction = _within_memory(basis, request, budget_of(request.memory, device))
         is_trivial = not segments
@@ -124,7 +126,9 @@ def make_plan(
         prediction = predict(basis, () if is_trivial else segments)
     nodes = list({name: None for segment in segments for name in segment.segment.nodes})
     plain = sum(arithmetic(locality, name) for name in nodes)
-    return Plan(segments, locality.activation_bytes(nodes), total_bytes(locality), plain, is_trivial, prediction)
+    away = offloadable(locality, segments) if offload and not is_trivial else frozenset[str]()
+    streamed, total = locality.activation_bytes(nodes), total_bytes(locality)
+    return Plan(segments, streamed, total, plain, is_trivial, prediction, away)
 
 
 def _with_tiles(basis: Basis, request: Request) -> tuple[SegmentPlan, ...]:

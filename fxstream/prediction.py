@@ -13,6 +13,7 @@ unit has a moment in forward and, with recording, one in backward. At every mome
 
 The peak is that of the moment that needs most. Not counted: the image, the weights, what an optimiser holds.
 An image from outside of the device's memory counts where ordinary operators read it, for they read it whole.
+Of offloaded boundaries and their gradients the boxes of a tile count alone.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from fxstream.order import execution_order
 from fxstream.padding import padded_copies
 from fxstream.request import output_extents
 from fxstream.saved import Saved
-from fxstream.segment_plan import SegmentPlan
+from fxstream.segment_plan import SegmentPlan, offloadable
 from fxstream.units import bytes_text
 
 __all__ = ["Basis", "Moment", "Prediction", "keep_graphs", "predict", "shares_along"]
@@ -58,7 +59,8 @@ class Prediction:
     """Predicted for one call, with its backward where `training`: bytes at the peak, seconds, the plain network's.
 
     Seconds are those of a typical machine: compare them with `plain_seconds` only. `binding` is the unit at the
-    peak: a segment's name, or empty for the ordinary operators.
+    peak: a segment's name, or empty for the ordinary operators. `offloaded` are the bytes of boundaries in host
+    memory, where their gradients come to be too.
     """
 
     training: bool
@@ -67,6 +69,7 @@ class Prediction:
     seconds: float
     plain_bytes: int
     plain_seconds: float
+    offloaded: int = 0
 
     @property
     def bytes(self) -> int:
@@ -89,10 +92,12 @@ class Prediction:
             ("gradients of weights", peak.weights),
         )
         told = ", ".join(f"{what} {bytes_text(count)}" for what, count in parts if count)
+        away = [f"  in host memory: boundaries {bytes_text(self.offloaded)}"] if self.offloaded else []
         return [
             f"predicted for {step}: {self.time_ratio:.2f}x the plain time, {bytes_text(self.bytes)} instead of"
             f" {bytes_text(self.plain_bytes)}",
             f"  at the peak: {told}",
+            *away,
         ]
 
 
@@ -103,7 +108,7 @@ class Basis:
     `saved` is what autograd keeps of each operator, `wanted` the images whose gradient is asked for, `training`
     whether there is a backward at all. `outside` are images that are not in the device's memory, of which segments
     read boxes, `written` results that a segment writes elsewhere tile by tile. `ranks` share the
-    tiles; seconds and kept tiles are those of one.
+    tiles; seconds and kept tiles are those of one. With `offload` boundaries lie in host memory.
     """
 
     locality: Locality
@@ -114,6 +119,7 @@ class Basis:
     outside: frozenset[str] = frozenset()
     written: frozenset[str | None] = frozenset()
     ranks: int = 1
+    offload: bool = False
 
     def turns(self, tiles: int) -> int:
         """How many of so many tiles the rank that has most of them runs."""
@@ -203,6 +209,7 @@ class Forecast:
 
     def __init__(self, basis: Basis, plans: Sequence[SegmentPlan]) -> None:
         self._basis = basis
+        self._offloaded = offloadable(basis.locality, plans) if basis.offload else frozenset[str]()
         units = list(_units(basis, plans))
         costs = [Costs(basis.locality, basis.machine, basis.saved, nodes) for nodes, _ in units]
         crossing = list(self._crossing(units, costs))
@@ -250,7 +257,8 @@ class Forecast:
         moments = list(self.moments(kept))
         name, peak, _ = max(moments, key=lambda moment: moment[1].bytes)
         seconds = sum(spent for *_, spent in moments)
-        return Prediction(self._basis.training, peak, name, seconds, plain_bytes, plain_seconds)
+        away = sum(bytes_of(self._basis.locality, boundary) for boundary in self._offloaded)
+        return Prediction(self._basis.training, peak, name, seconds, plain_bytes, plain_seconds, away)
 
     def peak(self, kept: Mapping[str, int]) -> int:
         """The bytes at the peak."""
@@ -282,7 +290,8 @@ class Forecast:
             if not others and not is_result:
                 continue
             last = len(units) if is_result else max(others)
-            size = bytes_of(locality, name) * (made < 0 or saved[name].views is None)
+            is_away = name in self._offloaded
+            size = bytes_of(locality, name) * (made < 0 or (saved[name].views is None and not is_away))
             is_written = name in self._basis.written and made >= 0 and units[made][1] is not None
             is_there = not is_written if made >= 0 else name in self._basis.outside & whole
             gradient = size if made >= 0 or name in self._basis.wanted else 0
@@ -296,10 +305,10 @@ class Forecast:
         # What this unit is the last to read gets its gradient only here: at once, or as a sum over tiles.
         gradients = sum(v.gradient for v in crossing if v.has_gradient(k) and not (whole and v.last == k))
         outer = {value.name: float(value.gradient) for value in crossing if value.last == k}
-        if plan is not None and not whole:
-            read = [leaf for leaf, _ in plan.segment.leaves]
+        if plan is not None:
+            read = [leaf for leaf, _ in plan.segment.leaves if not whole or leaf in self._offloaded]
             leaves = [leaf for leaf in read if leaf in self._basis.saved or leaf in self._basis.wanted]
-            outer = {leaf: _box_bytes(self._basis.locality, plan, leaf) for leaf in leaves}
+            outer = (outer if whole else {}) | {leaf: self._leaf_bytes(plan, leaf) for leaf in leaves}
         recorded, held = part.profile(shares, outer), float(part.held(shares))
         unrecorded = part.profile_unrecorded(shares)
         for name, size in padded_copies(self._basis.locality, cost.nodes, plan.axes if plan else ()).items():
@@ -309,8 +318,10 @@ class Forecast:
             held += size * is_kept
         read_ahead = self._read_ahead(plan)
         recorded, unrecorded = recorded + read_ahead, unrecorded + read_ahead
+        coming, going = self._transfers(plan)
+        recorded[part.turn :] += going
         is_recorded = plan is None and self._basis.training
-        forward, backward = map(float, part.seconds(shares))
+        forward, backward = (s + (coming + going) / cost.machine.host for s in map(float, part.seconds(shares)))
         return _Unit(
             name=plan.segment.name if plan is not None else "",
             tiles=plan.tile_count if plan is not None else 0,
@@ -331,10 +342,25 @@ class Forecast:
 
     def _read_ahead(self, plan: SegmentPlan | None) -> float:
         """Bytes of this tile's and the next one's boxes of what lies outside."""
-        leaves = (
-            [leaf for leaf, _ in plan.segment.leaves if leaf in self._basis.outside] if plan is not None else []
+        if plan is None:
+            return 0.0
+        outside = self._basis.outside | self._offloaded
+        return sum(2 * self._leaf_bytes(plan, leaf) for leaf, _ in plan.segment.leaves if leaf in outside)
+
+    def _transfers(self, plan: SegmentPlan | None) -> tuple[float, float]:
+        """Bytes of a tile's boxes of offloaded boundaries: those that it reads, those that it writes."""
+        if plan is None or not self._offloaded:
+            return 0.0, 0.0
+        read = (self._leaf_bytes(plan, leaf) for leaf, _ in plan.segment.leaves if leaf in self._offloaded)
+        made = (
+            _box_bytes(self._basis.locality, plan, output, self._basis.locality.value(output).dims)
+            for output in plan.segment.outputs
+            if output in self._offloaded
         )
-        return sum(2 * _box_bytes(self._basis.locality, plan, leaf) for leaf in leaves if plan is not None)
+        return sum(read), sum(made)
+
+    def _leaf_bytes(self, plan: SegmentPlan, leaf: str) -> float:
+        return _box_bytes(self._basis.locality, plan, leaf, dict(plan.segment.leaves)[leaf])
 
 
 def _units(basis: Basis, plans: Sequence[SegmentPlan]) -> Iterator[tuple[tuple[str, ...], SegmentPlan | None]]:
@@ -376,11 +402,11 @@ def _shares(locality: Locality, plan: SegmentPlan | None, cost: Costs) -> torch.
     return shares
 
 
-def _box_bytes(locality: Locality, plan: SegmentPlan, leaf: str) -> float:
-    """Bytes of the largest box that a tile reads of a leaf."""
-    dims, shape = dict(plan.segment.leaves)[leaf], locality.value(leaf).shape
-    shares = (length / shape[dim] for dim, length in zip(dims, plan.largest(leaf), strict=True))
-    return bytes_of(locality, leaf) * math.prod(shares)
+def _box_bytes(locality: Locality, plan: SegmentPlan, name: str, dims: tuple[int, ...]) -> float:
+    """Bytes of the largest box that a tile holds of a leaf or an output with these stream dims."""
+    shape = locality.value(name).shape
+    shares = (length / shape[dim] for dim, length in zip(dims, plan.largest(name), strict=True))
+    return bytes_of(locality, name) * math.prod(shares)
 
 
 def keep_graphs(

@@ -32,7 +32,8 @@ class Request:
     Without a tile, tiles are as large as the plan wants them within `memory`: bytes, a share of the device below
     one, or None for what the device has free. `segments` is how many segments each region gets (at most, within
     a memory), or the module paths that each end one, or None for the planner's choice. `global_ops` says whether
-    reductions over space are streamed: "stream", "cut", or "auto" for the planner's choice.
+    reductions over space are streamed: "stream", "cut", or "auto" for the planner's choice. With `offload`
+    boundaries lie in host memory.
     """
 
     tile: int | tuple[int, ...] | None
@@ -40,6 +41,7 @@ class Request:
     cut: str | None = None
     memory: float | None = None
     global_ops: str = "auto"
+    offload: bool = False
 
     def tile_along(self, axis: int, axes: int) -> int | None:
         """The bound along one axis, in pixels of the model's input; None for no bound."""

@@ -63,6 +63,8 @@ def rewrite(
             inputs = tuple(labels.get(given, given) for given in segments[name].segment.inputs)
             stream = build_stream(locality, segments[name], inputs, saved, compile_tiles, ranks)
             stream.watch = watch
+            places = enumerate(segments[name].segment.outputs)
+            stream.offloaded = frozenset(k for k, output in places if output in plan.offloaded)
             modules[name] = StreamedSegment(stream)
             _call_segment(graph, env, segments[name])
         else:

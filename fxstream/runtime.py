@@ -21,6 +21,8 @@ NOTE [the stream as one differentiable function]
    halves in its place, and the gradients of these.
 10. Where ranks share the tiles, each runs its own; maps, partial results and summed gradients are exchanged at the
    end of a pass (`sharing`), after all have told that they came that far.
+11. Offloaded outputs lie in host memory, and so do their gradients: tiles write their rectangles there, the reader
+   brings boxes back, as of an image in host memory.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from fxstream.sums import Sums
 __all__ = ["stream_map"]
 
 T = TypeVar("T")
+HOST = torch.device("cpu")
 
 
 def stream_map(stream: Stream, tensors: Sequence[Leaf]) -> tuple[torch.Tensor, ...]:
@@ -200,11 +203,12 @@ class _Forward:
                 stream.sinks[k].write(Box.of(owned, stream.outputs[k].shape), tile)
             elif k in stream.combined:
                 partials[k] = tile.detach()
-            elif tile.shape == stream.outputs[k].shape:
+            elif tile.shape == stream.outputs[k].shape and k not in stream.offloaded:
                 self._outputs[k] = tile.detach()
             else:
                 if k not in self._outputs:
-                    self._outputs[k] = _allocate(tile, stream.outputs[k].shape)
+                    place = HOST if k in stream.offloaded else tile.device
+                    self._outputs[k] = _allocate(tile, stream.outputs[k].shape, place)
                 self._outputs[k][owned] = tile
         return _Turn(call, partials, recorded)
 
@@ -286,14 +290,14 @@ def _find_gradients(
         turn.gradients = gradients
 
 
-def _allocate(tile: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """An output of the type, device and memory format of its first tile."""
+def _allocate(tile: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """An output of the type and memory format of its first tile."""
     layout = torch.contiguous_format
     for channels_last in (torch.channels_last, torch.channels_last_3d):
         rank = 4 if channels_last is torch.channels_last else 5
         if tile.ndim == rank and not tile.is_contiguous() and tile.is_contiguous(memory_format=channels_last):
             layout = channels_last
-    return torch.empty(shape, dtype=tile.dtype, device=tile.device, memory_format=layout)
+    return torch.empty(shape, dtype=tile.dtype, device=device, memory_format=layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -470,6 +474,7 @@ class _Backward:
             given, program = reader.read(call, following), stream.programs[call.program].run_again
             recorded = self._inputs.recorded(stream, call, given, self._wanted, program)
         results = recorded.results
+        flowing = [(k, grad.to(self._inputs.device)) for k, grad in flowing]
         for k, grad in flowing:
             same_type = k in stream.combined or results[k].dtype == self._dtypes[k]
             if not same_type or results[k].shape != grad.shape:

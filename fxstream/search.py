@@ -11,6 +11,7 @@ NOTE [the search]
    <= budget.
 3. The time of a stretch is forward, recomputation and backward of its tiles, by the cost model (`cost`).
 4. Without recording nothing is held, and a stretch needs its inputs, its outputs and one tile.
+5. Offloaded boundaries are not held, a tile needs its boxes of them alone; what is not streamed holds its inputs.
 """
 
 from __future__ import annotations
@@ -271,47 +272,51 @@ class _Region:
         part, grids = self._costs.part(start + 1, end + 1), self._grids_at(end)
         ones = torch.ones(len(self._nodes), dtype=torch.float64)
         behind = [name for name in self._live[end] if self._of[name] > start]
-        made = sum(self._bytes(name) for name in behind if name not in self._written)
+        made = float(sum(self._bytes(name) for name in behind if name not in self._written))
         images = self._read_from_outside(start, end)
-        inputs = sum(self._bytes(name) for name in self._live[start])
+        inputs = float(sum(self._bytes(name) for name in self._live[start]))
+        offload = self._basis.offload
+        brought, boundaries, gone = (inputs, 0.0, made) if offload else (0.0, made, 0.0)
         forward, backward = part.seconds(ones)
         plain = float(forward + backward * self._training)
         if self._training:
             gradients = self._images + inputs + sum(self._bytes(name) for name in self._live[end])
             own = self._own_weights(start, end)
-            needs_whole = float(part.profile(ones).max()) + gradients + images
-            yield _Option(None, needs_whole, float(part.held(ones)) + images, plain)
+            needs_whole = float(part.profile(ones).max()) + gradients + images + brought
+            yield _Option(None, needs_whole, float(part.held(ones)) + images + brought, plain)
             if self._runs_whole(start, end):
                 checkpoint = self._nodes[start + 1 : end + 1], ()
-                yield _Option(checkpoint, needs_whole + own, made, plain + float(forward))
+                yield _Option(checkpoint, needs_whole + own, made + brought, plain + float(forward))
         else:
             yield _Option(None, float(part.profile_unrecorded(ones).max()) + inputs + images, 0.0, plain)
         tile_forward, tile_backward = torch.zeros(len(grids.counts)), torch.zeros(len(grids.counts))
         for stage in self._places.stages(start, end):
             forward, backward = part.seconds(grids.shares * (self._stages <= stage))
             tile_forward, tile_backward = tile_forward + forward, tile_backward + backward
-        copies = self._basis.collecting(made)
-        copies += self._training * self._basis.collecting(inputs, self._own_weights(start, end))
+        collected = self._basis.collecting(boundaries)
+        collected += self._training * self._basis.collecting(inputs - brought, self._own_weights(start, end))
         turns = (grids.tiles / self._basis.ranks).ceil()
+        boxes = sum((grids.shares[:, self._of[n]] * self._bytes(n) for n in self._live[start]), torch.zeros(()))
+        ahead = 2 * boxes * offload
+        transferred = (1 + self._training) * gone + (1 + 2 * self._training) * turns * boxes
+        copies = collected + offload * transferred / self._basis.machine.host
         if self._training:
-            boxes = sum(
-                (grids.shares[:, self._of[n]] * self._bytes(n) for n in self._live[start]), torch.zeros(())
-            )
-            needs = part.profile(grids.shares).amax(-1) + boxes + gradients + own
+            whole = self._images if offload else gradients
+            needs = part.profile(grids.shares).amax(-1) + boxes + ahead + whole + own
             seconds = turns * (2 * tile_forward + tile_backward) + copies
             if self._basis.ranks > 1:  # on one alone, what is kept is better left unstreamed
                 held = turns * part.held(grids.shares)
                 again = seconds - turns * tile_forward
                 for counts, *kept in zip(grids.counts, needs + held, held, again, strict=True):
                     need, holds, spent = map(float, kept)
-                    yield _Option((self._nodes[start + 1 : end + 1], counts), need, made + holds, spent)
+                    yield _Option((self._nodes[start + 1 : end + 1], counts), need, boundaries + holds, spent)
         else:
-            needs = part.profile_unrecorded(grids.shares).amax(-1) + inputs + made
+            needs = part.profile_unrecorded(grids.shares).amax(-1) + inputs - brought + boundaries + ahead
             seconds = turns * tile_forward + copies
         for counts, need, spent in zip(grids.counts, needs.tolist(), seconds.tolist(), strict=True):
             if spent <= LARGEST_OVERHEAD * plain:
                 stretch = self._nodes[start + 1 : end + 1], counts
-                yield _Option(stretch, need, made if self._training else 0.0, spent)
+                yield _Option(stretch, need, boundaries if self._training else 0.0, spent)
 
     def _read_from_outside(self, start: int, end: int) -> float:
         """Bytes of the images from outside that a stretch reads."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from fxstream.locality import Locality
 from fxstream.request import Request, image_extents, leaf_extents, output_extents
 from fxstream.sizes import Shape
 
-__all__ = ["SegmentPlan", "arithmetic", "plan_segment", "plan_whole", "tile_arithmetic"]
+__all__ = ["SegmentPlan", "arithmetic", "offloadable", "plan_segment", "plan_whole", "tile_arithmetic"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -104,6 +105,24 @@ def plan_segment(
     )
     ends = _ends(locality, segment)
     return SegmentPlan(segment, tuple(tiles), sum(costs.values()), streamed, overlap, *ends)
+
+
+def offloadable(locality: Locality, plans: Sequence[SegmentPlan]) -> frozenset[str]:
+    """The maps that only tiles write and only tiles read, which need not lie where they are computed.
+
+    A segment computes where its small tensors are, so one that has none keeps its leaves there too.
+    """
+    tiled = [plan.segment for plan in plans if plan.axes]
+    inside = {name for segment in tiled for name in segment.nodes}
+    read = Counter(leaf for segment in tiled if segment.smalls for leaf, _ in segment.leaves)
+    every = Counter(name for plan in plans for name in plan.segment.inputs)
+    found = set()
+    for name in (output for segment in tiled for output in segment.outputs):
+        users = {user.name for user in locality.nodes[name].users if user.name not in locality.unread}
+        users = {user for user in users if not isinstance(locality.metas.get(user), int)}
+        if users <= inside and read[name] == every[name] > 0:
+            found.add(name)
+    return frozenset(found)
 
 
 def arithmetic(locality: Locality, name: str) -> int:

@@ -123,7 +123,7 @@ class Stream:
     the inputs that each output can send a gradient to. `calls` is replaced, and `is_reduced` set, when tiles had
     to be made smaller. `sinks` take outputs of a call without gradients, by their places, instead of a tensor.
     Where `ranks` share the tiles, `planned` are those of each rank and `calls` this one's. `watch` is told of
-    every tile.
+    every tile. `offloaded` are the places of the outputs that lie in host memory.
     """
 
     plan: SegmentPlan
@@ -139,6 +139,7 @@ class Stream:
     ranks: Ranks | None = None
     planned: tuple[tuple[TileCall, ...], ...] = ()
     watch: Watch | None = None
+    offloaded: frozenset[int] = frozenset()
 
     @property
     def leaf_count(self) -> int:

@@ -1,0 +1,56 @@
+"""Predicted peak of a training step beside the measured one, over networks and budgets; frozen BatchNorm.
+
+Measured are the tensors that are alive at the peak, on CUDA the allocator's peak, and what the process as a whole
+grew by, in which workspaces and what allocators hold back are too. Every row is a process of its own.
+
+    python examples/benchmarks/predictions.py
+"""
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+import fxstream
+from fxstream.comparison import Setting, Way, compare
+from fxstream.target import load
+from fxstream.units import bytes_text
+
+NETWORKS = (
+    "torchvision/resnet18",
+    "torchvision/resnet50",
+    "torchvision/densenet121",
+    "torchvision/vgg11_bn",
+    "torchvision/mobilenet_v2",
+    "torchvision/inception_v3",
+    "torchvision/efficientnet_b0",
+    "timm/convnext_atto",
+    "timm/regnetx_002",
+)
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--networks", nargs="+", default=NETWORKS)
+parser.add_argument("--size", type=int, default=1024)
+parser.add_argument("--shares", type=float, nargs="+", default=[0.6, 0.3], help="budgets, of plain's activations")
+parser.add_argument("--device", default="cpu")
+options = parser.parse_args()
+
+table = Table("network", "way", "predicted", "measured", "predicted / measured", "process grew by")
+for name in options.networks:
+    model = fxstream.freeze_batch_norm(load(name)).train()
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    plain = fxstream.plan(model, options.size, memory=2**62, device=options.device).prediction.plain_bytes
+    ways = [Way("plain", label="plain")]
+    for share in options.shares:
+        memory = int(share * (plain - weights)) + 2 * weights
+        ways.append(Way("fxstream", memory=memory, label=f"{share:.0%}"))
+    shape = (1, 3, options.size, options.size)
+    setting = Setting(name, shape, train=True, freeze_batch_norm=True, device=options.device)
+    for row in compare(setting, ways, rounds=1):
+        predicted = row.predicted_bytes or plain
+        measured = row.failure or bytes_text(row.peak_bytes)
+        ratio = f"{predicted / row.peak_bytes:.2f}" if row.peak_bytes else ""
+        table.add_row(name, row.way.label, bytes_text(predicted), measured, ratio, bytes_text(row.resident_bytes))
+    table.add_section()
+console = Console(width=110)
+console.print(table)
