@@ -286,6 +286,9 @@ def _check(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     if options.rounds < 1:
         raise InputError(f"--rounds {options.rounds} must be positive")
+    device = _device(options)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: torch finds no GPU here; plan works without one")
     place = _writable(options.plot) if options.plot else None
     extents, channels, batch = _shape(options)
     setting = Setting(
@@ -302,7 +305,6 @@ def _bench(options: argparse.Namespace) -> int:
     with progress(Console(stderr=True)) as bar, contextlib.redirect_stdout(sys.stderr):
         task = bar.add_task("plan", total=None)
         analysis = _analysis(options)
-        device = _device(options)
         plain = make_plan(analysis.locality, Request(None, memory=2**62), device=device).prediction.plain_bytes
         ways = _ways(options, plain)
         too_large = plain > free_bytes(device)

@@ -5,8 +5,9 @@ NOTE [the cost model]
    writes over the machine's bandwidth, plus a constant for the call. A backward costs twice its forward. Weights
    are read per tile, and their gradients written and added per tile: many small tiles of a layer with large
    weights are slow. Memory that the operating system hands out afresh costs more than traffic: on the CPU that
-   are results above the size that the allocator reuses, and the copies of its input and result that
-   a convolution lays out for itself. Small tiles can be faster than the plain network for that alone.
+   are results above the size that the C library reuses, and the copies of its input and result that
+   a convolution lays out for itself. Small tiles can be faster than the plain network for that alone. Whether the
+   process has an allocator that reuses large memory too is tried out once.
 2. Memory is a sum of lifetimes on a line of moments: operator `n` of `N` runs forward at moment `n` and backward
    at moment `2N - 1 - n`. A result lives until its last reader has run, and if autograd keeps it, until the
    backward of the first reader that needs it; the gradient of a value from the backward of its last reader to its
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from fxstream.demand import is_read_outside
+from fxstream.device import REUSED, allocates_afresh
 from fxstream.functional import WAS_IN_PLACE
 from fxstream.locality import Locality
 from fxstream.saved import Saved, takes_over
@@ -39,8 +41,6 @@ MATRIX_PRODUCTS = {
 }
 """Products and which of their tensors ends in the dim that is summed over."""
 CONVOLUTIONS = {f"aten::conv{n}d" for n in (1, 2, 3)}
-REUSED = 32 * 2**20
-"""Bytes of the largest allocation that the C library takes from what was freed before (M_MMAP_THRESHOLD)."""
 BACKWARD = 2
 """Cost of a backward over that of its forward."""
 WEIGHTS_BACKWARD = 5
@@ -85,7 +85,8 @@ class Machine:
         if device.type == "cuda":
             return cls(2e13, 1.5e12, 8e-6, 2e11, host=1e10)
         threads = torch.get_num_threads()
-        return cls(5e10 * threads, 1.25e10 * threads, 1e-5, fresh=1.25e9 * threads)
+        fresh = 1.25e9 * threads if allocates_afresh() else math.inf
+        return cls(5e10 * threads, 1.25e10 * threads, 1e-5, fresh=fresh)
 
     def writing(self, count: float) -> float:
         """Seconds to fill a buffer of so many bytes."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from fxstream.box import EMPTY
-from fxstream.demand import AxisTile, Segment
+from fxstream.demand import AxisTile, Segment, is_read_outside
 from fxstream.errors import PlanError
 from fxstream.grid import Grid
 from fxstream.locality import Locality
@@ -116,13 +116,9 @@ def offloadable(locality: Locality, plans: Sequence[SegmentPlan]) -> frozenset[s
     inside = {name for segment in tiled for name in segment.nodes}
     read = Counter(leaf for segment in tiled if segment.smalls for leaf, _ in segment.leaves)
     every = Counter(name for plan in plans for name in plan.segment.inputs)
-    found = set()
-    for name in (output for segment in tiled for output in segment.outputs):
-        users = {user.name for user in locality.nodes[name].users if user.name not in locality.unread}
-        users = {user for user in users if not isinstance(locality.metas.get(user), int)}
-        if users <= inside and read[name] == every[name] > 0:
-            found.add(name)
-    return frozenset(found)
+    made = (output for segment in tiled for output in segment.outputs)
+    passed = (name for name in made if read[name] == every[name] > 0)
+    return frozenset(name for name in passed if not is_read_outside(locality, name, inside))
 
 
 def arithmetic(locality: Locality, name: str) -> int:

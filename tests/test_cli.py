@@ -132,6 +132,14 @@ def test_plan(model, capsys):
     assert found["predicted"]["bytes"] <= 1.5 * 2**20 < found["predicted"]["plain_bytes"]
 
 
+def test_plan_for_a_device_that_is_elsewhere(model, capsys):
+    arguments = ["plan", f"{model}:build", "--size", 400, "--memory", "1.5MiB", "--json", "--device", "cuda"]
+    found = [json.loads(run(capsys, *arguments, *more)[1])["predicted"] for more in ([], ["--offload"])]
+    assert found[0]["offloaded"] == 0
+    assert all(plan["bytes"] <= 1.5 * 2**20 < plan["plain_bytes"] for plan in found)
+    assert found[0]["time_ratio"] != json.loads(run(capsys, *arguments[:-2])[1])["predicted"]["time_ratio"]
+
+
 def test_check(model, capsys):
     code, out, _ = run(capsys, "check", f"{model}:build", "--size", "61x50", "--tile", 24, "--batch", 2)
     assert code == 0
@@ -244,7 +252,16 @@ BAD = {
     ),
     "a directory": (["report", "model.py:build", "--size", "64", "--html", "."], "cannot be written"),
     "no such picture": (["report", "model.py:build", "--size", "64", "--plot", "a.docx"], "cannot be written"),
+    "no such device": (
+        ["plan", "model.py:build", "--size", "99", "--memory", "1MB", "--device", "gpu 1"],
+        "--device 'gpu 1' is no device: cpu, cuda, cuda:1",
+    ),
 }
+if not torch.cuda.is_available():
+    BAD["no GPU"] = (
+        ["bench", "model.py:build", "--size", "99", "--memory", "1MB", "--device", "cuda"],
+        "--device cuda: torch finds no GPU here; plan works without one",
+    )
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -34,6 +34,15 @@ def test_an_image_in_host_memory_goes_tile_by_tile(request_):
         torch.testing.assert_close(mine.cuda(), wanted, rtol=1e-10, atol=1e-12)
 
 
+def test_boundaries_in_host_memory():
+    model = fxstream.freeze_batch_norm(network())
+    image = torch.randn(2, 3, 150, 170, dtype=torch.float64, device="cuda", requires_grad=True)
+    module = fxstream.compile(model, tile=60, segments=("2",), offload=True)
+    for mine, wanted in zip(step(module, model, image), step(model, model, image), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-10, atol=1e-12)
+    assert len(module.plan.offloaded) == 1
+
+
 def test_bytes_in_an_array():
     class Bytes(nn.Module):
         def __init__(self):

@@ -1,7 +1,10 @@
 """Plans within a memory: they fit, they are exact, they say what they cost; and the cost model itself."""
 
 import itertools
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -286,3 +289,29 @@ def test_checkpointed_is_the_same_network():
     other = checkpointed(model)
     assert_same(step(other, other, [image]), wanted, 1e-10)
     assert measure(lambda: backward_step(other, other, image)).peak_bytes < 0.95 * peak
+
+
+ALLOCATES = "from fxstream.device import allocates_afresh; print(allocates_afresh())"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of the C library of Linux")
+def test_an_allocator_that_reuses_large_memory_is_seen():
+    keeps = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36)}
+    for settings, afresh in (({}, "True"), (keeps, "False")):
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | settings
+        command = [sys.executable, "-c", ALLOCATES]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == afresh
+
+
+def test_plain_where_large_memory_is_reused_and_tiles_where_it_is_new(monkeypatch):
+    """The same budget: only memory that is cleared each time makes recomputation in small tiles the faster way."""
+    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.ReLU(), nn.Conv2d(32, 1, 1)]
+    locality = fxstream.analyze(nn.Sequential(*layers), 2048).locality
+    found = {}
+    for afresh in (True, False):
+        monkeypatch.setattr("fxstream.cost.allocates_afresh", lambda afresh=afresh: afresh)
+        found[afresh] = make_plan(locality, Request(None, memory=2**40))
+    assert found[False].is_trivial
+    assert not found[True].is_trivial
+    assert found[True].prediction.time_ratio < 0.8

@@ -1,12 +1,13 @@
 """On a CUDA device: the paper's Table I network, and ResNet-50 and DenseNet-121 with bfloat16 autocast.
 
-Plain where it fits, streamed within budgets, eager and with compiled tiles. Time is over the plain network's where
-that fits; memory is the peak of the allocator.
+Plain where it fits, streamed within budgets, eager and with compiled tiles, with boundaries on the device and in
+host memory. Time is over the plain network's where that fits; memory is the peak of the allocator. A second table
+has the time of a tile's forward and backward replayed as a CUDA graph, over the same launched one by one.
 """
 
 import argparse
+import collections
 import statistics
-import time
 import warnings
 
 import torch
@@ -16,18 +17,27 @@ from table1 import table_one_network
 
 import fxstream
 from fxstream.bench import measure
+from fxstream.rewrite import StreamedSegment
 from fxstream.units import bytes_text
 from fxstream.zoo import build
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--sizes", type=int, nargs="+", default=[8192, 16384])
+parser.add_argument("--table-sizes", type=int, nargs="*", default=[2048, 4096, 8192], help="of Table I's network")
 parser.add_argument("--budgets", nargs="+", default=["8GiB", "16GiB", "32GiB"])
 parser.add_argument("--compiled", action="store_true", help="also with compile_tiles=True")
+parser.add_argument("--graphs", action="store_true", help="also the table of CUDA graphs")
+parser.add_argument("--device", default="cuda", help="cpu, with small --sizes, only shows that the script runs")
 parser.add_argument("--repeats", type=int, default=5)
 options = parser.parse_args()
 warnings.simplefilter("ignore", fxstream.StreamingWarning)
-device = torch.device("cuda")
+device = torch.device(options.device)
 torch.manual_seed(0)
+
+
+def seconds(step):
+    """Median seconds of a step."""
+    return statistics.median(measure(step, device).seconds for _ in range(options.repeats))
 
 
 def run(module, model, image, autocast):
@@ -35,24 +45,17 @@ def run(module, model, image, autocast):
 
     def step():
         model.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            loss = module(image).float().sum()
-        loss.backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            output = module(image).float()
+        output.backward(torch.ones_like(output))
 
     try:
         step()
         peak = measure(step, device).peak_bytes
-        times = []
-        for _ in range(options.repeats):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            step()
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-    except torch.cuda.OutOfMemoryError:
+        return seconds(step), peak
+    except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return None
-    return statistics.median(times), peak
 
 
 table = Table("network", "image", "way", "seconds", "time", "peak", "predicted")
@@ -72,20 +75,82 @@ def compare(name, model, size, ways, autocast):
             table.add_row(name, str(size), label, "out of memory", "", "", "")
             continue
         ratio = f"{found[0] / plain[0]:.2f}x" if plain else ""
-        predicted = bytes_text(module.plan.prediction.bytes) if arguments else ""
+        predicted = bytes_text(module.plan.prediction.bytes) if arguments is not None else ""
         table.add_row(name, str(size), label, f"{found[0]:.3f}", ratio, bytes_text(found[1]), predicted)
 
 
 network = table_one_network().to(device)
-for size, tiles in ((1024, (518, 350, 265)), (2048, (1039,)), (4096, (1039,)), (8192, (1039,))):
+for size, tiles in ((1024, (518, 350, 265)), *((size, (1039,)) for size in options.table_sizes)):
     compare("Table I", network, size, [(f"tile {t}", {"tile": t, "segments": 1}) for t in tiles], autocast=False)
 for name in ("resnet50", "densenet121"):
     model = fxstream.freeze_batch_norm(build(f"torchvision/{name}")).train().to(device)
     for size in options.sizes:
         ways = [(f"memory {budget}", {"memory": budget}) for budget in options.budgets]
+        ways += [(f"{label}, offload", {**given, "offload": True}) for label, given in ways[:1]]
         if options.compiled:
             ways += [(f"{label}, compiled", {**given, "compile_tiles": True}) for label, given in ways]
         compare(name, model, size, ways, autocast=True)
+
+
+def arguments_of(stream, call, inputs):
+    """What the tile program of a call is given: its boxes of the leaves, then the small tensors and tables."""
+    boxes = [leaf[box] for leaf, box in zip(inputs, call.leaves, strict=False)]
+    smalls = inputs[stream.leaf_count :]
+    tiles = [box.detach().clone().requires_grad_() for box in boxes]
+    others = [small.detach().clone().requires_grad_(small.requires_grad) for small in smalls]
+    return [*tiles, *others, *stream.tables(call, device)]
+
+
+def tile_step(program, given):
+    """Forward and backward of one tile."""
+    wanted = [t for t in given if t.requires_grad]
+
+    def step():
+        results = [r for r in program(*given) if r is not None and r.requires_grad]
+        torch.autograd.grad(results, wanted, [torch.ones_like(r) for r in results], allow_unused=True)
+
+    return step
+
+
+def graphed(program, given):
+    """The program with its forward and backward as CUDA graphs."""
+    if device.type == "cpu":
+        return program
+    return torch.cuda.make_graphed_callables(program, tuple(given), allow_unused_input=True)
+
+
+def compare_graphs(name, model, size, memory):
+    """The most frequent tile of every segment, launched and replayed."""
+    module = fxstream.compile(model, memory=memory)
+    seen = {}
+    module(torch.randn(1, 3, size, size, device=device))
+    segments = {n: m for n, m in module._last.streamed.named_modules() if isinstance(m, StreamedSegment)}
+    for segment_name, segment in segments.items():
+        segment.register_forward_pre_hook(lambda _, given, n=segment_name: seen.update({n: given}))
+    with torch.no_grad():
+        module._last.streamed(
+            *module._last.analysis.captured.model_tensors(model), torch.randn(1, 3, size, size, device=device)
+        )
+    for segment_name, segment in segments.items():
+        stream = segment.stream
+        most, _ = collections.Counter(call.program for call in stream.calls).most_common(1)[0]
+        call = next(call for call in stream.calls if call.program == most)
+        given = arguments_of(stream, call, seen[segment_name])
+        program = stream.programs[most].run_again
+        launched, replayed = tile_step(program, given), tile_step(graphed(program, given), given)
+        launched(), replayed()
+        box = "x".join(map(str, given[0].shape[2:]))
+        ratio = seconds(replayed) / seconds(launched)
+        graphs.add_row(name, memory, segment_name, box, f"{1000 * seconds(launched):.1f}", f"{ratio:.2f}x")
+
+
 console = Console()
 console.print(table)
-console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, medians of {options.repeats}")
+if options.graphs:
+    graphs = Table("network", "memory", "segment", "tile reads", "milliseconds", "as a graph")
+    for name in ("resnet50", "densenet121"):
+        model = fxstream.freeze_batch_norm(build(f"torchvision/{name}")).train().to(device)
+        compare_graphs(name, model, options.sizes[0], options.budgets[0])
+    console.print(graphs)
+where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+console.print(f"{where}, torch {torch.__version__}, medians of {options.repeats}")

@@ -1,4 +1,4 @@
-"""What the planner predicts at 8192 x 8192, frozen BatchNorm, one training step; nothing is run.
+"""What the planner predicts for a GPU at 8192 x 8192, frozen BatchNorm, one training step; nothing is run.
 
 For each network: a budget, the least that any plan needs, and the least at which tiles compute less than 1.5 times
 the plain network's arithmetic. Seconds are what planning itself takes.
@@ -7,6 +7,7 @@ the plain network's arithmetic. Seconds are what planning itself takes.
 import argparse
 import time
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +21,7 @@ from fxstream.zoo import build
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--size", type=int, default=8192)
 parser.add_argument("--overhead", type=float, default=1.5)
+parser.add_argument("--device", default="cuda", help="what to plan for; it need not be there")
 options = parser.parse_args()
 
 table = Table("network", "plain", "budget", "segments", "MACs", "time", "planned in")
@@ -29,7 +31,7 @@ for name, budget in (("resnet18", "1.6GB"), ("resnet50", "5GiB"), ("densenet121"
     saved = saved_by(locality)
 
     def plan(memory, locality=locality, saved=saved):
-        return make_plan(locality, Request(None, memory=memory), saved=saved)
+        return make_plan(locality, Request(None, memory=memory), saved=saved, device=torch.device(options.device))
 
     try:
         plan(1)

@@ -2,9 +2,9 @@
 
     python examples/pictures/pareto.py
 
-ResNet-50 and DenseNet-121 with frozen BatchNorm, planned within budgets from the least that works up to most of
-what the plain network takes; then ResNet-50 with batch statistics. Time is over the plain network's on a machine
-that could hold it.
+ResNet-50 and DenseNet-121 with frozen BatchNorm, planned for a GPU within budgets from the least that works up to
+most of what the plain network takes; then ResNet-50 with batch statistics. Time is over the plain network's on a
+GPU that could hold it.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +36,7 @@ def plans(model: nn.Module, size: int, count: int, most: float = 0.6) -> list[Pl
     saved = saved_by(locality)
 
     def plan(memory: int) -> Plan:
-        return make_plan(locality, Request(None, memory=memory), saved=saved)
+        return make_plan(locality, Request(None, memory=memory), saved=saved, device=torch.device("cuda"))
 
     try:
         plan(1)
