@@ -118,8 +118,9 @@ def make_plan(
     offload = request.offload and device.type != "cpu"
     basis = Basis(locality, known, Machine.of(device), training, wanted, outside, written, ranks, offload)
     if request.tile is None:
-        segments, prediction = _within_memory(basis, request, budget_of(request.memory, device))
+        segments, prediction = _fastest(basis, request, budget_of(request.memory, device))
         is_trivial = not segments
+        offload = prediction.offloaded > 0
     else:
         segments = _with_tiles(basis, request)
         is_trivial = all(segment.tile_count == 1 for segment in segments)
@@ -136,6 +137,20 @@ def _with_tiles(basis: Basis, request: Request) -> tuple[SegmentPlan, ...]:
     parts = _parts(basis, request)
     chosen = [run for part in parts for run in RegionPlanner(basis, part, request).segments()]
     return _segments(basis.locality, request, [(run, None) for run in chosen])
+
+
+def _fastest(basis: Basis, request: Request, memory: int) -> tuple[tuple[SegmentPlan, ...], Prediction]:
+    """The fastest plan within the memory; boundaries are offloaded where that is faster, or where it must be."""
+    if not basis.offload:
+        return _within_memory(basis, request, memory)
+    try:
+        near = _within_memory(replace(basis, offload=False), request, memory)
+    except PlanError:
+        return _within_memory(basis, request, memory)
+    try:
+        return min(near, _within_memory(basis, request, memory), key=lambda found: found[1].seconds)
+    except PlanError:
+        return near
 
 
 def _within_memory(basis: Basis, request: Request, memory: int) -> tuple[tuple[SegmentPlan, ...], Prediction]:

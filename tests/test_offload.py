@@ -74,6 +74,15 @@ def test_less_memory_is_needed_where_boundaries_are_elsewhere():
     assert "in host memory: boundaries" in str(plan)
 
 
+@pytest.mark.parametrize("memory", ["300MiB", "1GiB"])
+def test_boundaries_move_only_where_that_is_faster(memory):
+    model = fxstream.freeze_batch_norm(build("torchvision/resnet18")).train()
+    near, away = (fxstream.plan(model, 6000, memory=memory, offload=o, device="cuda") for o in (False, True))
+    assert away.prediction.seconds <= near.prediction.seconds
+    assert (away.prediction.offloaded > 0) == (away.prediction.seconds < near.prediction.seconds)
+    assert (len(away.offloaded) > 0) == (away.prediction.offloaded > 0)
+
+
 def test_on_a_cpu_nothing_changes():
     model, image = network(), integer_image(1, 2, 32, 64)
     module = fxstream.compile(model, tile=20, segments=2, offload=True)

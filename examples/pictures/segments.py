@@ -14,17 +14,15 @@ from fxstream.segment_plan import SegmentPlan
 from fxstream.units import bytes_text
 from fxstream.zoo import build
 
-STAGES = ("maxpool", "layer1", "layer2", "layer3")
-
 
 def segments(size: int = 2048, tile: int = 640) -> None:
     """Both plans, drawn and printed, and that of one segment within the memory of five."""
     model = fxstream.freeze_batch_norm(build("torchvision/resnet18"))
     locality = fxstream.analyze(model, size).locality
-    one = fxstream.plan(model, size, tile=tile, segments=1, device="cuda")
-    several = fxstream.plan(model, size, tile=tile, segments=STAGES, device="cuda")
+    one = fxstream.plan(model, size, tile=tile, segments=1)
+    several = fxstream.plan(model, size, tile=tile, segments=("maxpool", "layer1", "layer2", "layer3"))
     print(f"ResNet-18, {size} x {size}, tile {tile}:", one, several, sep="\n")
-    within = fxstream.plan(model, size, memory=several.prediction.bytes, segments=1, device="cuda")
+    within = fxstream.plan(model, size, memory=several.prediction.bytes, segments=1)
     print("one segment within the memory of five:", within, sep="\n")
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
