@@ -80,10 +80,11 @@ def compile(
 
     With `verify` the probe measures once per capture, on the real operators, what the rules claim. `compile_tiles`
     passes what a tile computes through `torch.compile`: the first step of a size takes minutes, the others less
-    time. With `offload` boundaries between segments, and their gradients, may lie in host memory: within a tile
-    they do, within a memory where that is predicted to be faster. `mesh`, one dimension of a DeviceMesh, shares the tiles of each image among its ranks, which all get
-    the same image and have the same results and gradients. `progress` shows a bar for each pass on a terminal. The
-    model itself is not changed and its parameters are shared.
+    time. With `offload` boundaries between segments, and their gradients, may lie in host memory: with a tile they
+    do, within a memory where that is predicted to be faster. `mesh`, one dimension of a DeviceMesh, shares the
+    tiles of each image among its ranks, which all get the same image and have the same results and gradients.
+    `progress` shows a bar for each pass on a terminal. The model itself is not changed and its parameters are
+    shared.
 
     Raises `InputError` for a tile that is not a positive integer or tuple of them, for a memory that is no
     positive amount, for both at once, and for `offload` with a `mesh`; at the first call `CaptureError`,
