@@ -13,7 +13,11 @@ from fxstream.request import Request
 from fxstream.rewrite import StreamedSegment, rewrite
 from fxstream.saved import saved_by
 
-PLACE = elsewhere()
+
+@pytest.fixture(autouse=True)
+def place():
+    """The device; not made known on import, for pytest imports every file to look for doctests."""
+    return elsewhere()
 
 
 def there(tensor):
@@ -66,9 +70,9 @@ def test_on_a_second_device_the_same(on_host, offload):
         assert isinstance(value.grad, Elsewhere) != offload
 
 
-def test_the_second_device_refuses_what_a_device_refuses():
+def test_the_second_device_refuses_what_a_device_refuses(place):
     a, b = Elsewhere(torch.ones(2)), torch.ones(2)
-    assert a.device == PLACE
+    assert a.device == place
     with pytest.raises(RuntimeError, match="same device"):
         a + b
     assert torch.equal((a + b.to(a.device)).cpu(), 2 * b)
