@@ -57,7 +57,9 @@ def test_written_is_what_the_model_returns(request_):
 def test_the_result_is_never_held(monkeypatch):
     allocated = []
     allocate = runtime._allocate
-    monkeypatch.setattr(runtime, "_allocate", lambda tile, shape: allocated.append(shape) or allocate(tile, shape))
+    monkeypatch.setattr(
+        runtime, "_allocate", lambda tile, shape, place: allocated.append(shape) or allocate(tile, shape, place)
+    )
     model, image = decoder(), integer_image(1, 3, 38, 46, requires_grad=False)
     module = fxstream.compile(model, tile=15, segments=1)
     fxstream.infer(module, image, out=np.zeros((1, 2, 38, 46)))
