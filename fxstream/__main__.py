@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", "receptive field, cost, verdict of every layer; regions and cuts", _report)
     _model_arguments(report)
     _tile_arguments(report)
+    _device_arguments(report, "what to plan for")
     report.add_argument("--depth", type=int, default=2, help="group layers by this many parts of the path (2)")
     report.add_argument("--all", action="store_true", help="every operator on a line of its own")
     report.add_argument("--no-probe", action="store_true", help="do not measure on the real operators")
@@ -85,13 +86,16 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", "segments, tiles and predicted memory", _plan)
     _model_arguments(plan)
     _tile_arguments(plan)
+    _device_arguments(plan, "what to plan for")
     compare = command("check", "streamed against plain, tensor by tensor; exit code 1 if they differ", _check)
     _model_arguments(compare)
     _tile_arguments(compare)
+    compare.set_defaults(offload=False)
     compare.add_argument("--native", action="store_true", help="in the model's own type instead of float64")
     bench = command("bench", "time and peak memory of a training step: plain, checkpoint, streamed", _bench)
     _model_arguments(bench)
     _tile_arguments(bench, f"budgets, in bytes or as a share of the plain network's peak ({BUDGETS})")
+    _device_arguments(bench, "what to measure on")
     bench.add_argument("--rounds", type=int, default=3, help="processes per way; medians are given (3)")
     bench.add_argument("--plot", metavar="FILE", help="draw time over memory (needs matplotlib)")
     command("rules", "the operators that have a rule", _rules)
@@ -122,8 +126,6 @@ def _tile_arguments(
     parser.add_argument("--memory", help=memory.replace("%", "%%"))
     parser.add_argument("--segments", type=int, help="segments per region; 1 is a single stream")
     parser.add_argument("--no-grad", action="store_true", help="plan a call without gradients")
-    parser.add_argument("--device", default="cpu", help="what to plan for or measure on: cpu, cuda, cuda:1 (cpu)")
-    parser.add_argument("--offload", action="store_true", help="boundaries in host memory, away from the device")
     parser.add_argument("--cut", metavar="MODULE", help="stream nothing behind this module")
     parser.add_argument(
         "--global-ops",
@@ -131,6 +133,11 @@ def _tile_arguments(
         default="auto",
         help="stream reductions over space (batch statistics, pooling), cut there, or as the planner finds (auto)",
     )
+
+
+def _device_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--device", default="cpu", help=f"{what}: cpu, cuda, cuda:1 (cpu)")
+    parser.add_argument("--offload", action="store_true", help="boundaries in host memory, where that is faster")
 
 
 def _extents(text: str, what: str) -> tuple[int, ...]:

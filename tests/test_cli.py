@@ -357,3 +357,11 @@ def test_a_check_of_nothing_says_so(model, capsys):
     code, out, _ = run(capsys, "check", f"{model}:build", "--size", 60, "--tile", 400)
     assert code == 0
     assert "nothing was cut into tiles" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("flag", ["--offload", "--device=cuda"])
+def test_check_refuses_what_it_would_ignore(flag, model, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["check", f"{model}:build", "--size", "61", "--tile", "24", flag])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err

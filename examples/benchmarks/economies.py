@@ -15,13 +15,17 @@ import warnings
 from dataclasses import replace
 
 import torch
+from budget import budget_of_share
 from rich.console import Console
 from rich.table import Table
 
 import fxstream
-from fxstream import planning, tile_program
+from fxstream import tile_program
 from fxstream.bench import measure
+from fxstream.planning import make_plan
+from fxstream.request import Request
 from fxstream.rewrite import rewrite
+from fxstream.saved import saved_by
 from fxstream.target import load
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,7 +42,7 @@ def streamed(model, image, memory, without=""):
     """A streamed graph of the model, as a function of the image, without one of the economies."""
     analysis = fxstream.analyze(model, image.shape[-1])
     locality, captured = analysis.locality, analysis.captured
-    plan = planning.make_plan(locality, planning.Request(None, memory=memory))
+    plan = make_plan(locality, Request(None, memory=memory))
     if without == "kept graphs":
         plan = replace(plan, segments=tuple(replace(segment, kept=0) for segment in plan.segments))
     before = tile_program.without_unneeded, tile_program.reuse_inputs
@@ -46,7 +50,7 @@ def streamed(model, image, memory, without=""):
         tile_program.without_unneeded = lambda program, *_: program
     if without == "operators in place":
         tile_program.reuse_inputs = lambda *_: None
-    graph = rewrite(captured, locality, plan, planning.saved_by(locality))
+    graph = rewrite(captured, locality, plan, saved_by(locality))
     tile_program.without_unneeded, tile_program.reuse_inputs = before
     return plan, lambda x: graph(*captured.model_tensors(model), x)[0]
 
@@ -55,12 +59,12 @@ table = Table("network", "without", "time", "memory")
 for name in options.networks:
     model, image = load(name, weights=True), torch.randn(1, 3, options.size, options.size)
     fxstream.freeze_batch_norm(model).eval()  # no dropout
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    plain = fxstream.plan(model, options.size, memory=2**62).prediction.plain_bytes
-    memory = int(options.share * (plain - weights)) + 2 * weights
+    memory, _ = budget_of_share(model, options.size, options.share)
     steps = {}
     for without in ("", "kept graphs", "skipped convolutions", "operators in place", "no gradient of the image"):
         plan, run = streamed(model, image, memory, without)
+        if not plan.segments:
+            parser.error(f"{name} streams nothing within --share {options.share}: give a larger --size or less")
         given = image.clone().requires_grad_(without == "no gradient of the image")
 
         def step(run=run, model=model, given=given):

@@ -10,6 +10,7 @@ import time
 import warnings
 
 import torch
+from budget import budget_of_share
 from rich.console import Console
 from rich.table import Table
 
@@ -28,12 +29,11 @@ warnings.simplefilter("ignore", fxstream.StreamingWarning)
 torch.manual_seed(0)
 
 model = fxstream.freeze_batch_norm(build(options.network)).train()
-weights = sum(parameter.nbytes for parameter in model.parameters())
 table = Table("image", "seconds per megapixel", "peak", "predicted", "plain, predicted", "MACs")
 for size in options.sizes:
     image = torch.randn(1, 3, size, size)
-    plain = fxstream.plan(model, size, memory=2**62).prediction.plain_bytes
-    streamed = fxstream.compile(model, memory=int(options.share * (plain - weights)) + 2 * weights)
+    memory, plain = budget_of_share(model, size, options.share)
+    streamed = fxstream.compile(model, memory=memory)
 
     def step(streamed=streamed, image=image):
         model.zero_grad()

@@ -8,6 +8,7 @@ grew by, in which workspaces and what allocators hold back are too. Every row is
 
 import argparse
 
+from budget import budget_of_share
 from rich.console import Console
 from rich.table import Table
 
@@ -38,11 +39,9 @@ options = parser.parse_args()
 table = Table("network", "way", "predicted", "measured", "predicted / measured", "process grew by")
 for name in options.networks:
     model = fxstream.freeze_batch_norm(load(name)).train()
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    plain = fxstream.plan(model, options.size, memory=2**62, device=options.device).prediction.plain_bytes
     ways = [Way("plain", label="plain")]
     for share in options.shares:
-        memory = int(share * (plain - weights)) + 2 * weights
+        memory, plain = budget_of_share(model, options.size, share, options.device)
         ways.append(Way("fxstream", memory=memory, label=f"{share:.0%}"))
     shape = (1, 3, options.size, options.size)
     setting = Setting(name, shape, train=True, freeze_batch_norm=True, device=options.device)
