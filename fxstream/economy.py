@@ -93,13 +93,19 @@ def uncomputed_convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> torch.Tensor:
-    """Zeros in place of the result of a convolution, with its gradients. Under autocast the convolution itself."""
-    axes = weight.ndim - 2
-    if torch.is_autocast_enabled(image.device.type):
-        result: torch.Tensor = CONVOLUTIONS[axes](image, weight, bias, stride, padding, dilation, groups)
-        return result
-    numbers = (list(per_axis(given, axes)) for given in (stride, padding, dilation))
+    """Zeros in place of the result of a convolution, with its gradients, in the types that autocast gives both."""
+    image, weight = _as_autocast(image), _as_autocast(weight)
+    bias = _as_autocast(bias) if bias is not None else None
+    numbers = (list(per_axis(given, weight.ndim - 2)) for given in (stride, padding, dilation))
     return _Uncomputed.apply(image, weight, bias, *numbers, groups)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _as_autocast(tensor: torch.Tensor) -> torch.Tensor:
+    """What a convolution computes with in the place of a tensor; float64 is left as it is."""
+    kind = tensor.device.type
+    if not torch.is_autocast_enabled(kind) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
 
 
 class _Uncomputed(torch.autograd.Function):
