@@ -148,11 +148,12 @@ class RegionPlanner:
         self._request = request
         self._places = Places(locality, nodes)
         self._place = {name: i for i, name in enumerate(nodes)}
-        self._costs = Costs(locality, basis.machine, basis.saved, nodes)
+        self._costs = basis.tiled(nodes)
         self._bytes = max(1, locality.activation_bytes(nodes))
         self._reads = [[(r.value.name, r.dims) for r in locality.footprint(n).reads] for n in nodes]
-        plain = self._both(0, len(nodes), torch.ones(len(nodes), dtype=torch.float64))
-        self._seconds = plain or 1.0  # nothing but views takes no time
+        plain = Costs(locality, basis.machine, basis.saved, nodes).part()
+        self._seconds = sum(map(float, plain.seconds(torch.ones(len(nodes), dtype=torch.float64)))) or 1.0
+        """Those of the plain region; nothing but views takes none."""
         extents = [output_extents(locality, name) for name in nodes]
         self._extents = torch.tensor(extents, dtype=torch.float64)
         self._stages = torch.tensor([locality.stages[name] for name in nodes])

@@ -9,7 +9,8 @@ unit has a moment in forward and, with recording, one in backward. At every mome
 - gradients of boundaries: from the backward of their last reader to that of the unit that made them;
 - kept: what autograd keeps of the ordinary operators, and the graphs of kept tiles, of units up to this one;
 - the unit itself: one of its tiles, with what is read ahead, or its ordinary operators;
-- gradients of the weights of this and later units, twice for a streamed unit (one tile's, and their sum).
+- gradients of the weights of this and later units, twice for a streamed unit (one tile's, and their sum);
+- folded weights of this and earlier segments.
 
 The peak is that of the moment that needs most. Not counted: the image, the weights, what an optimiser holds.
 An image from outside of the device's memory counts where ordinary operators read it, for they read it whole.
@@ -27,6 +28,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from fxstream.cost import Costs, Machine, bytes_of
+from fxstream.folding import folds_in, saved_with_folds
 from fxstream.locality import Locality
 from fxstream.order import execution_order
 from fxstream.padding import padded_copies
@@ -47,6 +49,7 @@ class Moment:
     kept: float
     unit: float
     weights: float
+    folded: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -90,6 +93,7 @@ class Prediction:
             ("kept graphs", peak.kept),
             (f"a tile of {self.binding}" if self.binding else "ordinary operators", peak.unit),
             ("gradients of weights", peak.weights),
+            ("folded weights", peak.folded),
         )
         told = ", ".join(f"{what} {bytes_text(count)}" for what, count in parts if count)
         away = [f"  in host memory: boundaries {bytes_text(self.offloaded)}"] if self.offloaded else []
@@ -120,6 +124,17 @@ class Basis:
     written: frozenset[str | None] = frozenset()
     ranks: int = 1
     offload: bool = False
+
+    def tiled(self, nodes: Sequence[str]) -> Costs:
+        """The costs of a run of operators that is streamed, its frozen BatchNorms folded."""
+        return Costs(self.locality, self.machine, saved_with_folds(self.locality, self.saved, nodes), nodes)
+
+    def folded(self, nodes: Sequence[str]) -> torch.Tensor:
+        """Bytes of the weight of the fold into each operator of a streamed run."""
+        folds = folds_in(self.locality, nodes)
+        made = [self.locality.nodes[folds[name]] if name in folds else None for name in nodes]
+        sizes = [bytes_of(self.locality, node.all_input_nodes[1].name) if node else 0 for node in made]
+        return torch.tensor(sizes, dtype=torch.float64)
 
     def turns(self, tiles: int) -> int:
         """How many of so many tiles the rank that has most of them runs."""
@@ -184,7 +199,8 @@ class _Unit:
     reads. `holds` is what it keeps until its backward (per kept tile), apart from
     what other units read; `forward`, `backward` and `pulled` are the peaks of a forward, of a forward with its
     backward, and of the backward of a kept tile beyond what is held. `weights` are the gradients of all of its
-    weights, `more_weights` of those that no later unit reads too: others are added to these.
+    weights, `more_weights` of those that no later unit reads too: others are added to these. `folded` are the
+    weights of its folds, which are there from its forward to its backward.
     """
 
     name: str
@@ -202,6 +218,7 @@ class _Unit:
     backward_seconds: float
     weights: float
     more_weights: float
+    folded: float
 
 
 class Forecast:
@@ -211,7 +228,10 @@ class Forecast:
         self._basis = basis
         self._offloaded = offloadable(basis.locality, plans) if basis.offload else frozenset[str]()
         units = list(_units(basis, plans))
-        costs = [Costs(basis.locality, basis.machine, basis.saved, nodes) for nodes, _ in units]
+        costs = [
+            Costs(basis.locality, basis.machine, basis.saved, nodes) if plan is None else basis.tiled(nodes)
+            for nodes, plan in units
+        ]
         crossing = list(self._crossing(units, costs))
         self._last = {name: k for k, cost in enumerate(costs) for name in cost.weight_bytes}
         self._units = [
@@ -224,23 +244,26 @@ class Forecast:
 
         `kept` are the numbers of kept tiles by the name of the segment.
         """
-        held, before = 0.0, []
+        held, folded, before = 0.0, 0.0, []
         for unit in self._units:
-            before.append(held)
+            folded = unit.folded + folded * self._basis.training
+            before.append((held, folded))
             holds = unit.holds * self._basis.turns(kept[unit.name]) if unit.tiles else unit.holds
             here = held + holds if unit.tiles else held
             made = unit.made if unit.tiles else 0.0
             seconds = self._basis.turns(max(1, unit.tiles)) * unit.forward_seconds
             if unit.tiles > 1 or self._basis.ranks > 1:
                 seconds += self._basis.collecting(made)
-            yield unit.name, Moment(unit.there_forward + made, 0.0, here, unit.forward, 0.0), seconds
+            yield unit.name, Moment(unit.there_forward + made, 0.0, here, unit.forward, 0.0, folded), seconds
             held += holds
         weights = 0.0
-        for unit, earlier in reversed([*zip(self._units, before, strict=True)] if self._basis.training else []):
+        for unit, (earlier, folded) in reversed(
+            [*zip(self._units, before, strict=True)] if self._basis.training else []
+        ):
             tiles = self._basis.turns(kept.get(unit.name, 0))
             recomputed = self._basis.turns(max(1, unit.tiles)) - tiles
             both = weights + unit.weights if unit.tiles else weights
-            moment = Moment(unit.there_backward, unit.gradients, earlier, unit.backward, both)
+            moment = Moment(unit.there_backward, unit.gradients, earlier, unit.backward, both, folded)
             if unit.tiles > 1 or (unit.tiles and self._basis.ranks > 1):
                 yield unit.name, replace(moment, unit=0.0), self._basis.collecting(unit.read, unit.weights)
             if recomputed:
@@ -338,6 +361,7 @@ class Forecast:
             backward_seconds=backward,
             weights=float(cost.weight_gradients.sum()),
             more_weights=float(sum(size for name, size in cost.weight_bytes.items() if self._last[name] == k)),
+            folded=float(self._basis.folded(cost.nodes).sum()) if plan is not None else 0.0,
         )
 
     def _read_ahead(self, plan: SegmentPlan | None) -> float:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import fx, nn
 
 from fxstream.capture import Captured
 from fxstream.economy import reuse_inputs
+from fxstream.folding import saved_with_folds, segment_with_folds, write_weights
 from fxstream.locality import Locality
 from fxstream.order import execution_order
 from fxstream.planning import Plan, SegmentPlan
@@ -49,23 +51,30 @@ def rewrite(
 ) -> fx.GraphModule:
     """The graph at one image size with its segments streamed; takes and returns what the captured one does.
 
-    With `saved`, what autograd keeps of each operator, memory is reused where that changes nothing (`economy`).
-    `compile_tiles` passes tile programs through `torch.compile`; `ranks` share the tiles;
-    `watch` is told of each.
+    With `saved`, what autograd keeps of each operator, memory is reused where that changes nothing (`economy`) and
+    frozen BatchNorms are folded (`folding`). `compile_tiles` passes tile programs through `torch.compile`; `ranks`
+    share the tiles; `watch` is told of each.
     """
     segments = {plan.segment.name: plan for plan in plan.segments}
+    if saved is not None:
+        for name, own in segments.items():
+            segments[name] = replace(own, segment=segment_with_folds(locality, own.segment))
     labels = _labels(captured)
     graph = fx.Graph()
     env: dict[str, fx.Node] = {}
     modules: dict[str, nn.Module] = {}
     for name in execution_order(locality, [plan.segment for plan in plan.segments]):
         if name in segments:
-            inputs = tuple(labels.get(given, given) for given in segments[name].segment.inputs)
-            stream = build_stream(locality, segments[name], inputs, saved, compile_tiles, ranks)
+            segment = segments[name].segment
+            inputs = tuple(labels.get(given, given) for given in segment.inputs)
+            known = None if saved is None else saved_with_folds(locality, saved, segment.nodes)
+            stream = build_stream(locality, segments[name], inputs, known, compile_tiles, ranks)
             stream.watch = watch
-            places = enumerate(segments[name].segment.outputs)
+            places = enumerate(segment.outputs)
             stream.offloaded = frozenset(k for k, output in places if output in plan.offloaded)
             modules[name] = StreamedSegment(stream)
+            if saved is not None:
+                write_weights(graph, env, locality, segment.nodes)
             _call_segment(graph, env, segments[name])
         else:
             _copy(graph, env, locality.nodes[name], locality)

@@ -27,7 +27,8 @@ class Saved:
 
     `between` are those of the extra bytes that are values between its input and its result, which have gradients.
     `views` is the place of the input whose memory the result shares, None for new memory. `passes_on` says that
-    the gradients of its inputs are views of that of its result.
+    the gradients of its inputs are views of that of its result. `folded` is the convolution that it is a part of
+    (`folding`), if any.
     """
 
     inputs: frozenset[int]
@@ -36,6 +37,7 @@ class Saved:
     views: int | None = None
     passes_on: bool = False
     between: float = 0.0
+    folded: str = ""
 
 
 def saved_by(locality: Locality) -> dict[str, Saved]:
@@ -151,5 +153,5 @@ def takes_over(locality: Locality, saved: Mapping[str, Saved], name: str) -> boo
     metas = locality.metas[name], locality.metas.get(given.name)
     types = {meta.dtype for meta in metas if isinstance(meta, Shape)}
     made = saved.get(given.name)
-    fresh = made is not None and made.views is None and not made.result
+    fresh = made is not None and (made.views is None or bool(made.folded)) and not made.result
     return fresh and given is node.args[0] and len(given.users) == 1 and len(types) == 1

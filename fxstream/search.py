@@ -38,8 +38,6 @@ MOST_STATES = 40
 """States kept per place of the search."""
 STEP = 1.3
 """Ratio of one number of tiles along an axis that is tried to the next."""
-LARGEST_OVERHEAD = 6.0
-"""Grids that cost more than this many times the seconds of the plain stretch are not tried."""
 
 
 Stretch = tuple[tuple[str, ...], tuple[int, ...]]
@@ -208,6 +206,22 @@ class _Grids:
     shares: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Around:
+    """Bytes around a stretch: what it reads of its region and of images outside, what it makes that others read.
+
+    `gradients` are those of wanted images and of what is there before and behind it, `weights` the gradients of
+    its weights, `folded` the weights of its folds.
+    """
+
+    inputs: float
+    images: float
+    made: float
+    gradients: float
+    weights: float
+    folded: float
+
+
 class _Region:
     """A region with the costs of all of its stretches."""
 
@@ -215,7 +229,8 @@ class _Region:
         locality, training = basis.locality, basis.training
         self._locality, self._nodes, self._training = locality, nodes, training
         self._request, self._most_passes = Request(None), most_passes
-        self._costs = Costs(locality, basis.machine, basis.saved, nodes)
+        self._plain = Costs(locality, basis.machine, basis.saved, nodes)
+        self._costs = basis.tiled(nodes)
         self._basis = basis
         extents = [output_extents(locality, name) for name in nodes]
         self._extents = torch.tensor(extents, dtype=torch.float64)
@@ -231,12 +246,13 @@ class _Region:
         live[-1] = list(make_segment(locality, "", nodes).outputs)
         self._live = {end: live[end] for end in self.ends} | {-1: []}
         read = {n.name for name in nodes for n in locality.nodes[name].all_input_nodes}
-        self._images = sum(self._bytes(name) for name in basis.wanted if name in read)
+        self._images = self._bytes(*basis.wanted & read)
         self._outside, self._written = basis.outside, basis.written
         self._of = {name: i for i, name in enumerate(nodes)}
         gradients = self._costs.weight_gradients * training
         self.weights = float(gradients.sum())
         self._weights_up_to = torch.cat([torch.zeros(1, dtype=torch.float64), gradients.cumsum(0)])
+        self._folded_up_to = torch.cat([torch.zeros(1, dtype=torch.float64), basis.folded(nodes).cumsum(0)])
         self._grids: dict[int, _Grids] = {}
         self._options: dict[tuple[int, int], list[_Option]] = {}
 
@@ -248,10 +264,6 @@ class _Region:
         """Whether a stretch can be one checkpoint."""
         nodes = self._nodes[start + 1 : end + 1]
         return self._all_runs_whole or whole_segment(self._locality, "", nodes) is not None
-
-    def _own_weights(self, start: int, end: int) -> float:
-        """Bytes of the gradients of the weights of a stretch."""
-        return float(self._weights_up_to[end + 1] - self._weights_up_to[start + 1])
 
     def weights_behind(self, end: int) -> float:
         """Bytes of the gradients of the weights behind a place."""
@@ -269,63 +281,80 @@ class _Region:
         return self._options[start, end]
 
     def _ways(self, start: int, end: int) -> Iterator[_Option]:
-        part, grids = self._costs.part(start + 1, end + 1), self._grids_at(end)
+        around = self._around(start, end)
+        yield from self._untiled(start, end, around)
+        yield from self._tiled(start, end, around)
+
+    def _around(self, start: int, end: int) -> _Around:
+        inputs, outputs = self._live[start], self._live[end]
+        made = (name for name in outputs if self._of[name] > start and name not in self._written)
+        return _Around(
+            inputs=self._bytes(*inputs),
+            images=self._read_from_outside(start, end),
+            made=self._bytes(*made),
+            gradients=self._images + self._bytes(*inputs, *outputs),
+            weights=float(self._weights_up_to[end + 1] - self._weights_up_to[start + 1]),
+            folded=float(self._folded_up_to[end + 1] - self._folded_up_to[start + 1]),
+        )
+
+    def _untiled(self, start: int, end: int, around: _Around) -> Iterator[_Option]:
+        """The stretch in the ordinary graph, and as one checkpoint."""
+        plain, folded = (costs.part(start + 1, end + 1) for costs in (self._plain, self._costs))
         ones = torch.ones(len(self._nodes), dtype=torch.float64)
-        behind = [name for name in self._live[end] if self._of[name] > start]
-        made = float(sum(self._bytes(name) for name in behind if name not in self._written))
-        images = self._read_from_outside(start, end)
-        inputs = float(sum(self._bytes(name) for name in self._live[start]))
-        offload = self._basis.offload
-        brought, boundaries, gone = (inputs, 0.0, made) if offload else (0.0, made, 0.0)
-        forward, backward = part.seconds(ones)
-        plain = float(forward + backward * self._training)
-        if self._training:
-            gradients = self._images + inputs + sum(self._bytes(name) for name in self._live[end])
-            own = self._own_weights(start, end)
-            needs_whole = float(part.profile(ones).max()) + gradients + images + brought
-            yield _Option(None, needs_whole, float(part.held(ones)) + images + brought, plain)
-            if self._runs_whole(start, end):
-                checkpoint = self._nodes[start + 1 : end + 1], ()
-                yield _Option(checkpoint, needs_whole + own, made + brought, plain + float(forward))
-        else:
-            yield _Option(None, float(part.profile_unrecorded(ones).max()) + inputs + images, 0.0, plain)
-        tile_forward, tile_backward = torch.zeros(len(grids.counts)), torch.zeros(len(grids.counts))
+        forward, backward = map(float, plain.seconds(ones))
+        brought = around.inputs if self._basis.offload else 0.0
+        read = around.images + brought
+        if not self._training:
+            needs = float(plain.profile_unrecorded(ones).max()) + around.inputs + around.images
+            yield _Option(None, needs, 0.0, forward)
+            return
+        needs, others = float(plain.profile(ones).max()), around.gradients + read
+        yield _Option(None, needs + others, float(plain.held(ones)) + read, forward + backward)
+        if self._runs_whole(start, end):
+            needs = float(folded.profile(ones).max()) + others + around.weights + around.folded
+            holds = around.made + brought + around.folded
+            forward, backward = map(float, folded.seconds(ones))
+            yield _Option((self._nodes[start + 1 : end + 1], ()), needs, holds, 2 * forward + backward)
+
+    def _tiled(self, start: int, end: int, around: _Around) -> Iterator[_Option]:
+        """The stretch in every grid."""
+        part, grids = self._costs.part(start + 1, end + 1), self._grids_at(end)
+        nodes, offload, training = self._nodes[start + 1 : end + 1], self._basis.offload, self._training
+        inputs, made = (0.0, 0.0) if offload else (around.inputs, around.made)
+        forward, backward = torch.zeros(len(grids.counts)), torch.zeros(len(grids.counts))
         for stage in self._places.stages(start, end):
-            forward, backward = part.seconds(grids.shares * (self._stages <= stage))
-            tile_forward, tile_backward = tile_forward + forward, tile_backward + backward
-        collected = self._basis.collecting(boundaries)
-        collected += self._training * self._basis.collecting(inputs - brought, self._own_weights(start, end))
+            ahead, back = part.seconds(grids.shares * (self._stages <= stage))
+            forward, backward = forward + ahead, backward + back
         turns = (grids.tiles / self._basis.ranks).ceil()
         boxes = sum((grids.shares[:, self._of[n]] * self._bytes(n) for n in self._live[start]), torch.zeros(()))
-        ahead = 2 * boxes * offload
-        transferred = (1 + self._training) * gone + (1 + 2 * self._training) * turns * boxes
-        copies = collected + offload * transferred / self._basis.machine.host
-        if self._training:
-            whole = self._images if offload else gradients
-            needs = part.profile(grids.shares).amax(-1) + boxes + ahead + whole + own
-            seconds = turns * (2 * tile_forward + tile_backward) + copies
-            if self._basis.ranks > 1:  # on one alone, what is kept is better left unstreamed
-                held = turns * part.held(grids.shares)
-                again = seconds - turns * tile_forward
-                for counts, *kept in zip(grids.counts, needs + held, held, again, strict=True):
-                    need, holds, spent = map(float, kept)
-                    yield _Option((self._nodes[start + 1 : end + 1], counts), need, boundaries + holds, spent)
+        collected = self._basis.collecting(made) + training * self._basis.collecting(inputs, around.weights)
+        transferred = offload * ((1 + training) * around.made + (1 + 2 * training) * turns * boxes)
+        copies = collected + transferred / self._basis.machine.host
+        read_ahead = 2 * boxes * offload + around.folded
+        if training:
+            whole = self._images if offload else around.gradients
+            needs = part.profile(grids.shares).amax(-1) + boxes + read_ahead + whole + around.weights
+            seconds = turns * (2 * forward + backward) + copies
         else:
-            needs = part.profile_unrecorded(grids.shares).amax(-1) + inputs - brought + boundaries + ahead
-            seconds = turns * tile_forward + copies
+            needs = part.profile_unrecorded(grids.shares).amax(-1) + inputs + made + read_ahead
+            seconds = turns * forward + copies
+        holds = made + around.folded if training else 0.0
         for counts, need, spent in zip(grids.counts, needs.tolist(), seconds.tolist(), strict=True):
-            if spent <= LARGEST_OVERHEAD * plain:
-                stretch = self._nodes[start + 1 : end + 1], counts
-                yield _Option(stretch, need, boundaries if self._training else 0.0, spent)
+            yield _Option((nodes, counts), need, holds, spent)
+        if training and self._basis.ranks > 1:  # on one alone, what is kept is better left unstreamed
+            kept, again = turns * part.held(grids.shares), seconds - turns * forward
+            ways = zip(grids.counts, (needs + kept).tolist(), kept.tolist(), again.tolist(), strict=True)
+            for counts, need, held, spent in ways:
+                yield _Option((nodes, counts), need, holds + held, spent)
 
     def _read_from_outside(self, start: int, end: int) -> float:
         """Bytes of the images from outside that a stretch reads."""
         stretch = self._nodes[start + 1 : end + 1] if self._outside else ()
         read = {given.name for name in stretch for given in self._locality.nodes[name].all_input_nodes}
-        return float(sum(self._bytes(name) for name in read & self._outside))
+        return self._bytes(*read & self._outside)
 
-    def _bytes(self, name: str) -> int:
-        return bytes_of(self._locality, name)
+    def _bytes(self, *names: str) -> float:
+        return float(sum(bytes_of(self._locality, name) for name in names))
 
     def _grids_at(self, end: int) -> _Grids:
         """Grids of all sizes for the stretches that end at a place, and the shares of an inner tile."""

@@ -16,6 +16,7 @@ import torch
 
 from fxstream.box import EMPTY, Box, Interval
 from fxstream.demand import AxisTile, AxisWalk, Segment, lookups
+from fxstream.folding import names_of
 from fxstream.interpolation import Lookup
 from fxstream.locality import Locality
 from fxstream.rules import Footprint
@@ -240,8 +241,8 @@ def _sources(locality: Locality, segment: Segment) -> tuple[frozenset[int], ...]
     for place, name in enumerate(segment.inputs):
         known[name] |= {place}
     for name in segment.nodes:
-        given = (known.get(given.name, ()) for given in locality.nodes[name].all_input_nodes)
-        known[name] = frozenset().union(*given)
+        given = (*(given.name for given in locality.nodes[name].all_input_nodes), *names_of(name))
+        known[name] = frozenset().union(*(known.get(one, ()) for one in given))
         meta = locality.metas[name]
         if locality.verdicts[name].operator in CONSTANT or (isinstance(meta, Shape) and not meta.has_gradient):
             known[name] = frozenset()

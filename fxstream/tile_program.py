@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from fxstream.demand import AxisStep, AxisTile, Cut, ReadStep, Segment, lookups
 from fxstream.economy import reuse_inputs, without_unneeded
 from fxstream.errors import StreamError
+from fxstream.folding import names_of
 from fxstream.interpolation import Lookup, resampled_tile
 from fxstream.locality import Locality
 from fxstream.padding import OwnPadding, own_padding
@@ -70,7 +71,7 @@ def tile_program(
 
     With `saved`, what autograd keeps of each operator, it reuses memory and computes nothing in vain (`economy`).
     """
-    builder = _Builder(locality, segment, lookups(segment, tiles))
+    builder = _Builder(locality, segment, lookups(segment, tiles), _folds(segment, saved))
     for position, name in enumerate(segment.nodes):
         steps = [step for tile in tiles if (step := tile.steps[position]) is not None]
         if len(steps) == len(tiles):
@@ -88,16 +89,28 @@ def whole_program(locality: Locality, segment: Segment, saved: Mapping[str, Save
     graph = fx.Graph()
     env = {name: graph.placeholder(name) for name in segment.inputs}
     origin: dict[fx.Node, str] = {}
+    folds = _folds(segment, saved)
+    folded = {made: name for name, made in folds.items()}
     for name in segment.nodes:
         node = locality.nodes[name]
         args, kwargs = fold_integers(node, locality.metas)
-        given = map_arg((args, kwargs), lambda n: env[n.name])
-        env[name] = graph.create_node(node.op, node.target, *given)
-        env[name].meta = {k: v for k, v in node.meta.items() if k in TRACED}
+        if name in folds:
+            env[name] = env[folds[name]]
+        else:
+            if name in folded:
+                args = (args[0], *(env[small] for small in names_of(folded[name])), *args[3:])
+            given = map_arg((args, kwargs), lambda n: env.get(n.name, n))
+            env[name] = graph.create_node(node.op, node.target, *given)
+            env[name].meta = {k: v for k, v in node.meta.items() if k in TRACED}
         origin[env[name]] = name
     graph.output(tuple(env[name] for name in segment.outputs))
     graph.lint()
     return _economic(graph, origin, locality, segment, saved)
+
+
+def _folds(segment: Segment, saved: Mapping[str, Saved] | None) -> dict[str, str]:
+    """The BatchNorms of a segment that are folded, each with its convolution; their weights are small tensors."""
+    return {} if saved is None else {name: saved[name].folded for name in segment.nodes if saved[name].folded}
 
 
 def _economic(
@@ -117,7 +130,13 @@ def _economic(
 class _Builder:
     """The graph under construction; `env` maps a node of the model to its value on the tile."""
 
-    def __init__(self, locality: Locality, segment: Segment, tables: Mapping[tuple[str, int], Lookup]) -> None:
+    def __init__(
+        self,
+        locality: Locality,
+        segment: Segment,
+        tables: Mapping[tuple[str, int], Lookup],
+        folds: Mapping[str, str],
+    ) -> None:
         self.graph = fx.Graph()
         self.env: dict[str, fx.Node] = {}
         self.origin: dict[fx.Node, str] = {}
@@ -127,6 +146,7 @@ class _Builder:
         self._served: dict[tuple[object, ...], fx.Node] = {}
         self._leaves = {name: self.graph.placeholder(f"{name}_tile") for name, _ in segment.leaves}
         self._smalls = {name: self.graph.placeholder(name) for name in segment.smalls}
+        self._folds, self._folded = folds, {made: name for name, made in folds.items()}
         self._tables = {
             (name, axis): [self.graph.placeholder(f"{name}_{part}_{axis}") for part in lookup.parts]
             for (name, axis), lookup in tables.items()
@@ -141,7 +161,7 @@ class _Builder:
             self._serve(footprint, read, [_unpadded(step.reads[i], p) for step, p in zip(steps, own, strict=True)])
             for i, read in enumerate(footprint.reads)
         ]
-        if footprint.target is None:
+        if footprint.target is None or name in self._folds:
             (result,) = served
         elif footprint.reduction is not None:
             result = self.graph.call_function(footprint.target, (*served, *footprint.reduction.arguments))
@@ -150,8 +170,9 @@ class _Builder:
         elif footprint.average is not None and any(_is_ragged(footprint, steps)):
             result = self._average(footprint, served[0], steps)
         else:
-            result = self._call(name, footprint, served, steps, **_padding_argument(footprint, own))
-        if footprint.target is not None:
+            replaced = {**_padding_argument(footprint, own), **self._weights(name)}
+            result = self._call(name, footprint, served, steps, **replaced)
+        if footprint.target is not None and (name not in self._folds or result in self.origin):
             self.origin[result] = name
         cuts = [p.result if p else step.result for step, p in zip(steps, own, strict=True)]
         self.env[name] = self.cut(result, footprint.dims, cuts)
@@ -217,6 +238,13 @@ class _Builder:
         for argument, value in {**footprint.overrides, **replaced}.items():
             arguments[argument] = _sized(value, shape, footprint.dims)
         return self._schema_call(target, arguments)
+
+    def _weights(self, name: str) -> dict[str, fx.Node]:
+        """The arguments of a convolution that a BatchNorm is folded into; none of any other operator."""
+        if name not in self._folded:
+            return {}
+        weight, bias = names_of(self._folded[name])
+        return {"weight": self._smalls[weight], "bias": self._smalls[bias]}
 
     def _arguments(self, original: fx.Node) -> dict[str, Any]:
         """The node's arguments by schema name, small tensors as this program's own, reads left to fill in."""

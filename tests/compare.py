@@ -51,9 +51,9 @@ def make_integer(model: nn.Module, low: int = -1, high: int = 1) -> nn.Module:
             parameter.copy_(torch.randint(low, high + 1, parameter.shape))
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
-                module.eps = 0.0
+                module.eps = 1.0
                 module.running_mean.copy_(torch.randint(-2, 3, module.running_mean.shape))
-                module.running_var.copy_(torch.randint(0, 2, module.running_var.shape) * 3 + 1)
+                module.running_var.copy_(torch.randint(0, 2, module.running_var.shape) * 3)
     return model
 
 

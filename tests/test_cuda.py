@@ -1,10 +1,16 @@
-"""What only a GPU shows: images in host memory, allocations that really fail."""
+"""What only a GPU shows: its kernels, images in host memory, allocations that really fail."""
+
+import copy
 
 import pytest
 import torch
+from compare import assert_same, assert_streams, integer_image, make_integer, relative_error
+from compare import step as named_step
+from test_cases import CASES
 from torch import nn
 
 import fxstream
+from fxstream import zoo
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -79,3 +85,59 @@ def test_memory_that_runs_out():
         torch.cuda.set_per_process_memory_fraction(1.0)
     for parameter, gradient in zip(model.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_small_networks(name):
+    """To rounding: what cuDNN chooses may transform integers into fractions."""
+    model = make_integer(CASES[name]).eval()
+    first = model.a if name == "positional parameter" else next(m for m in model.modules() if hasattr(m, "groups"))
+    image = integer_image(2, first.in_channels, 21, 17)
+    assert_streams(copy.deepcopy(model).cuda(), image.detach().cuda().requires_grad_(), tile=13, segments=1)
+
+
+def large_network(name):
+    return fxstream.freeze_batch_norm(zoo.build(f"torchvision/{name}", num_classes=7)).train().cuda()
+
+
+def formats(model, image, channels_last):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return model.to(memory_format=layout), image.contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("request_", [{"tile": 96}, {"memory": 0.6}])
+@pytest.mark.parametrize("name", ["resnet50", "densenet121"])
+def test_networks(name, request_, channels_last):
+    model = large_network(name).double()
+    image = torch.randn(2, 3, 197, 235, dtype=torch.float64, device="cuda", requires_grad=True)
+    model, image = formats(model, image, channels_last)
+    image = image.detach().requires_grad_()
+    plain = named_step(model, model, [image])
+    if "memory" in request_:
+        everything = fxstream.compile(model, memory="40GiB")
+        everything(image)
+        request_ = {"memory": int(request_["memory"] * everything.plan.prediction.plain_bytes)}
+    module = fxstream.compile(model, **request_)
+    assert_same(named_step(module, model, [image]), plain, 1e-9)
+    assert not module.plan.is_trivial
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "compiled"])
+def test_autocast(name, channels_last):
+    """Gradients under bfloat16 are as close to those of float64 as the plain network's."""
+    layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)]
+    model = nn.Sequential(*layers).cuda() if name == "compiled" else large_network(name)
+    model, image = formats(model, torch.randn(1, 3, 320, 288, device="cuda"), channels_last)
+    exact, plain = copy.deepcopy(model).double(), copy.deepcopy(model)
+    module = fxstream.compile(model, tile=160, compile_tiles=name == "compiled")
+    for net, dtype in ((exact, torch.float64), (plain, torch.float32), (module, torch.float32)):
+        with torch.autocast("cuda", torch.bfloat16, enabled=net is not exact):
+            output = net(image.to(dtype))
+        output.double().square().sum().backward()
+    for (key, wanted), theirs, mine in zip(
+        exact.named_parameters(), plain.parameters(), model.parameters(), strict=True
+    ):
+        errors = [relative_error(p.grad.double(), wanted.grad) for p in (mine, theirs)]
+        assert errors[0] <= 1.5 * errors[1] + 0.02, f"{key}: {errors}"

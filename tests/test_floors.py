@@ -17,7 +17,7 @@ FLOORS = (
     ("capture",),
     ("locality",),
     ("demand", "request", "algebra", "saved", "device"),
-    ("grid", "excerpt", "closed_form", "cost", "lowering", "padding"),
+    ("grid", "excerpt", "closed_form", "cost", "folding", "lowering", "padding"),
     ("segment_plan", "economy"),
     ("order", "passes"),
     ("prediction",),

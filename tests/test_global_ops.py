@@ -154,6 +154,7 @@ def test_cumulative_averages(global_ops):
         assert_same(step(module, model, [x]), step(plain, plain, [x]), 1e-9)
     assert model.head.momentum is None
     assert int(model.head.num_batches_tracked) == 3
+    assert_same(step(module.eval(), model, [x]), step(plain.eval(), plain, [x]), 1e-9)  # it takes no average now
 
 
 def test_statistics_over_processes_are_refused(monkeypatch):

@@ -79,7 +79,8 @@ def test_boundaries_move_only_where_that_is_faster(memory):
     model = fxstream.freeze_batch_norm(build("torchvision/resnet18")).train()
     near, away = (fxstream.plan(model, 6000, memory=memory, offload=o, device="cuda") for o in (False, True))
     assert away.prediction.seconds <= near.prediction.seconds
-    assert (away.prediction.offloaded > 0) == (away.prediction.seconds < near.prediction.seconds)
+    if away.prediction.offloaded:
+        assert away.prediction.seconds < near.prediction.seconds
     assert (len(away.offloaded) > 0) == (away.prediction.offloaded > 0)
 
 

@@ -37,6 +37,10 @@ REDUCTIONS: dict[str, Lowering] = {
 """Per operator, what it is rewritten to where it works over space."""
 
 
+TRAINING = 5
+"""The place of that argument of a batch norm."""
+
+
 def lower(captured: Captured, locality: Locality, reductions: bool = True) -> Captured:
     """The same model with every feature-map-wide operator taken apart; without `reductions` only draws.
 
@@ -85,10 +89,10 @@ def _stream_dims(locality: Locality, node: fx.Node) -> tuple[int, ...]:
 
 
 def _lowering(locality: Locality, name: str, reductions: bool) -> Lowering | None:
-    verdict = locality.verdicts[name]
-    if verdict.reduction is not None or UNSTREAMED in locality.nodes[name].meta:
+    verdict, node = locality.verdicts[name], locality.nodes[name]
+    if verdict.reduction is not None or UNSTREAMED in node.meta:
         return None
-    if verdict.operator == "aten::batch_norm" and CUMULATIVE in locality.nodes[name].args:
+    if verdict.operator == "aten::batch_norm" and CUMULATIVE in node.args and node.args[TRAINING]:
         return REDUCTIONS[verdict.operator]
     if verdict.kind is Kind.GLOBAL:
         return DRAWS.get(verdict.operator)
