@@ -1,15 +1,19 @@
 """Networks of torchvision and timm by name.
 
-A CPU-only build of torch has no compiled torchvision operators, and `import torchvision` then fails on the
-fake-tensor rules that it registers for two of them. Defining their schemas is enough for the networks, which
-use neither; this is the one place where that happens, and only where they are missing.
+With a build of torch that its compiled operators do not go with, `import torchvision` fails on the fake-tensor
+rules that it registers for two of them. Defining their schemas is enough for the networks, which use neither; this
+is the one place where that happens, and only where loading the compiled operators fails: to define twice is fatal.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import importlib.machinery
+import importlib.util
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +27,14 @@ __all__ = ["build", "define_missing_torchvision_schemas"]
 @functools.cache
 def define_missing_torchvision_schemas() -> torch.library.Library | None:
     """Define `torchvision::nms` and `torchvision::qnms` where no compiled operators do; returns the library."""
-    if torch.cuda.is_available():
+    found = importlib.util.find_spec("torchvision")
+    if found is None:
         return None
+    folders = map(Path, found.submodule_search_locations or ())
+    files = [folder / f"_C{suffix}" for folder in folders for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    for file in filter(Path.is_file, files):
+        with contextlib.suppress(OSError):  # made for another build of torch
+            torch.ops.load_library(file)
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):

@@ -3,6 +3,9 @@
 The suite takes one or both ways through each network; the campaign (`-m campaign`) the whole matrix.
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torchvision
@@ -131,3 +134,23 @@ def test_campaign_of_whole_networks_in_one_segment(name, batch):
 def test_campaign_of_networks(name, size, batch):
     tile = tuple(extent * 6 // 7 for extent in size) if "convnext" in name else 96
     assert_streams(build(name), image(batch, *size), tile=tile, verify=False)
+
+
+COMPILED = """
+import torch
+from fxstream.zoo import define_missing_torchvision_schemas
+library, loaded = torch.library.Library("torchvision", "FRAGMENT"), []
+def load(path):
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    loaded.append(path)
+torch.ops.load_library = load
+define_missing_torchvision_schemas()
+print(len(loaded), torch.ops.torchvision.nms.default._schema.name)
+"""
+
+
+def test_compiled_operators_are_not_defined_again():
+    """On a machine without a GPU too: whoever defines an operator twice, python ends there."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=True)
+    assert done.stdout == "1 torchvision::nms\n"
