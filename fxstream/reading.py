@@ -17,6 +17,7 @@ from types import TracebackType
 import torch
 
 from fxstream.box import Box, Interval
+from fxstream.device import pinned
 from fxstream.source import Source
 from fxstream.stream import Subscript, TileCall
 
@@ -73,7 +74,7 @@ class Reader:
                 found.append(overlaps.read(box))
             else:
                 pins = outside and isinstance(leaf, torch.Tensor) and self._device.type == "cuda"
-                found.append(leaf[box].contiguous().pin_memory() if pins else leaf[box])
+                found.append(pinned(leaf[box]) if pins else leaf[box])
         return found
 
 

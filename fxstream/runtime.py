@@ -39,6 +39,7 @@ import torch
 
 from fxstream.allocation import Exhausted, attempt
 from fxstream.box import Box
+from fxstream.device import to_device
 from fxstream.errors import StreamError, StreamingWarning
 from fxstream.reading import Leaf, Reader
 from fxstream.sharing import Ranks, Rows
@@ -209,7 +210,7 @@ class _Forward:
                 if k not in self._outputs:
                     place = HOST if k in stream.offloaded else tile.device
                     self._outputs[k] = _allocate(tile, stream.outputs[k].shape, place)
-                self._outputs[k][owned] = tile
+                self._outputs[k][owned] = to_device(tile, self._outputs[k].device)
         return _Turn(call, partials, recorded)
 
     def _relieve(self, calls: list[TileCall], exhausted: Exhausted) -> None:

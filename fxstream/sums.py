@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fxstream.device import to_device
 from fxstream.sharing import Ranks
 from fxstream.source import Source
 from fxstream.stream import Subscript
@@ -40,11 +41,11 @@ class Sums:
         leaf, total = self._inputs[place], self._sums[place]
         assert isinstance(leaf, torch.Tensor)
         if self._is_single and gradient.shape == leaf.shape:
-            self._sums[place] = gradient.to(leaf.device)
+            self._sums[place] = to_device(gradient, leaf.device)
             return
         if total is None:
             total = self._sums[place] = torch.zeros_like(leaf)
-        total[box].add_(gradient.to(total.device))
+        total[box].add_(to_device(gradient, total.device))
 
     def _add_small(self, place: int, gradient: torch.Tensor) -> None:
         total = self._sums[place]

@@ -1,19 +1,20 @@
-"""On a CUDA device: the paper's Table I network, and ResNet-50 and DenseNet-121 with bfloat16 autocast.
+"""On a CUDA device: ResNet-50 and DenseNet-121 with bfloat16 autocast, in both memory formats.
 
 Plain where it fits, streamed within budgets, eager and with compiled tiles, with boundaries on the device and in
-host memory. Time is over the plain network's where that fits; memory is the peak of the allocator. A second table
-has the time of a tile's forward and backward replayed as a CUDA graph, over the same launched one by one.
+host memory. Time is over the plain network's in the same format where that fits; memory is the peak of the
+allocator. A second table has the time of a tile's forward and backward replayed as a CUDA graph, over the same
+launched one by one. The paper's Table I network is in `table1.py --device cuda`.
 """
 
 import argparse
 import collections
+import itertools
 import statistics
 import warnings
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from table1 import table_one_network
 
 import fxstream
 from fxstream.bench import measure
@@ -21,18 +22,23 @@ from fxstream.rewrite import StreamedSegment
 from fxstream.units import bytes_text
 from fxstream.zoo import build
 
+FORMATS = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
+
 parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--networks", nargs="+", default=["resnet50", "densenet121"])
 parser.add_argument("--sizes", type=int, nargs="+", default=[8192, 16384])
-parser.add_argument("--table-sizes", type=int, nargs="*", default=[2048, 4096, 8192], help="of Table I's network")
 parser.add_argument("--budgets", nargs="+", default=["8GiB", "16GiB", "32GiB"])
-parser.add_argument("--compiled", action="store_true", help="also with compile_tiles=True")
-parser.add_argument("--graphs", action="store_true", help="also the table of CUDA graphs")
+parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
+parser.add_argument("--offload", action="store_true", help="also with offload=True, within the first budget")
+parser.add_argument("--compiled", action="store_true", help="also with compile_tiles=True, within the last budget")
+parser.add_argument("--graphs", action="store_true", help="only the table of CUDA graphs")
 parser.add_argument("--device", default="cuda", help="cpu, with small --sizes, only shows that the script runs")
 parser.add_argument("--repeats", type=int, default=5)
 options = parser.parse_args()
 warnings.simplefilter("ignore", fxstream.StreamingWarning)
 device = torch.device(options.device)
 torch.manual_seed(0)
+console = Console()
 
 
 def seconds(step):
@@ -40,56 +46,50 @@ def seconds(step):
     return statistics.median(measure(step, device).seconds for _ in range(options.repeats))
 
 
-def run(module, model, image, autocast):
+def run(module, model, image):
     """Median seconds and peak bytes of a step; None where memory is not enough."""
 
     def step():
         model.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        with torch.autocast(device.type, torch.bfloat16):
             output = module(image).float()
         output.backward(torch.ones_like(output))
 
     try:
         step()
+        model.zero_grad()
         peak = measure(step, device).peak_bytes
         return seconds(step), peak
     except torch.OutOfMemoryError:
+        model.zero_grad()
         torch.cuda.empty_cache()
         return None
 
 
-table = Table("network", "image", "way", "seconds", "time", "peak", "predicted")
-
-
-def compare(name, model, size, ways, autocast):
-    image = torch.randn(1, 3, size, size, device=device)
-    plain = run(model, model, image, autocast)
-    for label, arguments in [("plain", None), *ways]:
+def compare(name, size, layout):
+    """The rows of one network at one size in one memory format."""
+    table = Table("network", "image", "format", "way", "seconds", "time", "peak", "predicted", "plan predicts")
+    model = fxstream.freeze_batch_norm(build(f"torchvision/{name}")).train()
+    model = model.to(device, memory_format=FORMATS[layout])
+    image = torch.randn(1, 3, size, size, device=device).contiguous(memory_format=FORMATS[layout])
+    plain = run(model, model, image)
+    ways = [(budget, {"memory": budget}) for budget in options.budgets]
+    extra = [(f"{label}, offload", {**given, "offload": True}) for label, given in ways[:1] if options.offload]
+    extra += [
+        (f"{label}, compiled", {**given, "compile_tiles": True}) for label, given in ways[-1:] if options.compiled
+    ]
+    for label, arguments in [("plain", None), *ways, *extra]:
         module = model if arguments is None else fxstream.compile(model, **arguments)
-        try:
-            found = plain if arguments is None else run(module, model, image, autocast)
-        except fxstream.PlanError as error:
-            table.add_row(name, str(size), label, str(error)[:60], "", "", "")
-            continue
+        found = plain if arguments is None else run(module, model, image)
         if found is None:
-            table.add_row(name, str(size), label, "out of memory", "", "", "")
+            table.add_row(name, str(size), layout, label, "out of memory")
             continue
-        ratio = f"{found[0] / plain[0]:.2f}x" if plain else ""
-        predicted = bytes_text(module.plan.prediction.bytes) if arguments is not None else ""
-        table.add_row(name, str(size), label, f"{found[0]:.3f}", ratio, bytes_text(found[1]), predicted)
-
-
-network = table_one_network().to(device)
-for size, tiles in ((1024, (518, 350, 265)), *((size, (1039,)) for size in options.table_sizes)):
-    compare("Table I", network, size, [(f"tile {t}", {"tile": t, "segments": 1}) for t in tiles], autocast=False)
-for name in ("resnet50", "densenet121"):
-    model = fxstream.freeze_batch_norm(build(f"torchvision/{name}")).train().to(device)
-    for size in options.sizes:
-        ways = [(f"memory {budget}", {"memory": budget}) for budget in options.budgets]
-        ways += [(f"{label}, offload", {**given, "offload": True}) for label, given in ways[:1]]
-        if options.compiled:
-            ways += [(f"{label}, compiled", {**given, "compile_tiles": True}) for label, given in ways]
-        compare(name, model, size, ways, autocast=True)
+        row = [f"{found[0]:.3f}", f"{found[0] / plain[0]:.2f}x" if plain else "", bytes_text(found[1])]
+        if arguments is not None:
+            predicted = module.plan.prediction
+            row += [bytes_text(predicted.bytes), f"{predicted.time_ratio:.2f}x"]
+        table.add_row(name, str(size), layout, label, *row)
+    console.print(table)
 
 
 def arguments_of(stream, call, inputs):
@@ -123,14 +123,13 @@ def compare_graphs(name, model, size, memory):
     """The most frequent tile of every segment, launched and replayed."""
     module = fxstream.compile(model, memory=memory)
     seen = {}
-    module(torch.randn(1, 3, size, size, device=device))
+    image = torch.randn(1, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    module(image)
     segments = {n: m for n, m in module._last.streamed.named_modules() if isinstance(m, StreamedSegment)}
     for segment_name, segment in segments.items():
         segment.register_forward_pre_hook(lambda _, given, n=segment_name: seen.update({n: given}))
     with torch.no_grad():
-        module._last.streamed(
-            *module._last.analysis.captured.model_tensors(model), torch.randn(1, 3, size, size, device=device)
-        )
+        module._last.streamed(*module._last.analysis.captured.model_tensors(model), image)
     for segment_name, segment in segments.items():
         stream = segment.stream
         most, _ = collections.Counter(call.program for call in stream.calls).most_common(1)[0]
@@ -144,13 +143,15 @@ def compare_graphs(name, model, size, memory):
         graphs.add_row(name, memory, segment_name, box, f"{1000 * seconds(launched):.1f}", f"{ratio:.2f}x")
 
 
-console = Console()
-console.print(table)
 if options.graphs:
     graphs = Table("network", "memory", "segment", "tile reads", "milliseconds", "as a graph")
-    for name in ("resnet50", "densenet121"):
-        model = fxstream.freeze_batch_norm(build(f"torchvision/{name}")).train().to(device)
-        compare_graphs(name, model, options.sizes[0], options.budgets[0])
+    for name in options.networks:
+        model = fxstream.freeze_batch_norm(build(f"torchvision/{name}")).train()
+        for budget in options.budgets:
+            compare_graphs(name, model.to(device, memory_format=torch.channels_last), options.sizes[0], budget)
     console.print(graphs)
+else:
+    for name, size, layout in itertools.product(options.networks, options.sizes, options.formats):
+        compare(name, size, layout)
 where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
 console.print(f"{where}, torch {torch.__version__}, medians of {options.repeats}")
