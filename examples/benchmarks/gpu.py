@@ -31,7 +31,7 @@ parser.add_argument("--budgets", nargs="+", default=["8GiB", "16GiB", "32GiB"])
 parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
 parser.add_argument("--offload", action="store_true", help="also with offload=True, within the first budget")
 parser.add_argument("--compiled", action="store_true", help="also with compile_tiles=True, within the last budget")
-parser.add_argument("--graphs", action="store_true", help="only the table of CUDA graphs")
+parser.add_argument("--graphs", type=int, nargs="+", metavar="TILE", help="only the table of CUDA graphs")
 parser.add_argument("--device", default="cuda", help="cpu, with small --sizes, only shows that the script runs")
 parser.add_argument("--repeats", type=int, default=5)
 options = parser.parse_args()
@@ -68,27 +68,28 @@ def run(module, model, image):
 
 def compare(name, size, layout):
     """The rows of one network at one size in one memory format."""
-    table = Table("network", "image", "format", "way", "seconds", "time", "peak", "predicted", "plan predicts")
+    title = f"{name}, {size} pixels, {layout}"
+    table = Table("way", "seconds", "time", "predicted", "peak", "predicted", title=title)
     model = fxstream.freeze_batch_norm(build(f"torchvision/{name}")).train()
     model = model.to(device, memory_format=FORMATS[layout])
     image = torch.randn(1, 3, size, size, device=device).contiguous(memory_format=FORMATS[layout])
     plain = run(model, model, image)
     ways = [(budget, {"memory": budget}) for budget in options.budgets]
-    extra = [(f"{label}, offload", {**given, "offload": True}) for label, given in ways[:1] if options.offload]
-    extra += [
-        (f"{label}, compiled", {**given, "compile_tiles": True}) for label, given in ways[-1:] if options.compiled
-    ]
-    for label, arguments in [("plain", None), *ways, *extra]:
+    first, last = ways[0], ways[-1]
+    if options.offload:
+        ways.append((f"{first[0]}, offload", {**first[1], "offload": True}))
+    if options.compiled:
+        ways.append((f"{last[0]}, compiled", {**last[1], "compile_tiles": True}))
+    for label, arguments in [("plain", None), *ways]:
         module = model if arguments is None else fxstream.compile(model, **arguments)
         found = plain if arguments is None else run(module, model, image)
         if found is None:
-            table.add_row(name, str(size), layout, label, "out of memory")
+            table.add_row(label, "none left")
             continue
-        row = [f"{found[0]:.3f}", f"{found[0] / plain[0]:.2f}x" if plain else "", bytes_text(found[1])]
-        if arguments is not None:
-            predicted = module.plan.prediction
-            row += [bytes_text(predicted.bytes), f"{predicted.time_ratio:.2f}x"]
-        table.add_row(name, str(size), layout, label, *row)
+        ratio = f"{found[0] / plain[0]:.2f}x" if plain else ""
+        predicted = module.plan.prediction if arguments is not None else None
+        told = (f"{predicted.time_ratio:.2f}x", bytes_text(predicted.bytes)) if predicted else ("", "")
+        table.add_row(label, f"{found[0]:.3f}", ratio, told[0], bytes_text(found[1]), told[1])
     console.print(table)
 
 
@@ -119,9 +120,9 @@ def graphed(program, given):
     return torch.cuda.make_graphed_callables(program, tuple(given), allow_unused_input=True)
 
 
-def compare_graphs(name, model, size, memory):
+def compare_graphs(name, model, tile):
     """The most frequent tile of every segment, launched and replayed."""
-    module = fxstream.compile(model, memory=memory)
+    module, size = fxstream.compile(model, tile=tile), 4 * tile
     seen = {}
     image = torch.randn(1, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     module(image)
@@ -140,15 +141,15 @@ def compare_graphs(name, model, size, memory):
         launched(), replayed()
         box = "x".join(map(str, given[0].shape[2:]))
         ratio = seconds(replayed) / seconds(launched)
-        graphs.add_row(name, memory, segment_name, box, f"{1000 * seconds(launched):.1f}", f"{ratio:.2f}x")
+        graphs.add_row(name, str(tile), segment_name, box, f"{1000 * seconds(launched):.1f}", f"{ratio:.2f}x")
 
 
 if options.graphs:
-    graphs = Table("network", "memory", "segment", "tile reads", "milliseconds", "as a graph")
+    graphs = Table("network", "tile", "segment", "tile reads", "milliseconds", "as a graph")
     for name in options.networks:
         model = fxstream.freeze_batch_norm(build(f"torchvision/{name}")).train()
-        for budget in options.budgets:
-            compare_graphs(name, model.to(device, memory_format=torch.channels_last), options.sizes[0], budget)
+        for tile in options.graphs:
+            compare_graphs(name, model.to(device, memory_format=torch.channels_last), tile)
     console.print(graphs)
 else:
     for name, size, layout in itertools.product(options.networks, options.sizes, options.formats):
