@@ -25,7 +25,15 @@ from fxstream.rules.windowed import CONVOLUTIONS
 from fxstream.saved import Saved
 from fxstream.sizes import Shape
 
-__all__ = ["folded_weights", "folds_in", "names_of", "saved_with_folds", "segment_with_folds", "write_weights"]
+__all__ = [
+    "fold_bytes",
+    "folded_weights",
+    "folds_in",
+    "names_of",
+    "saved_with_folds",
+    "segment_with_folds",
+    "write_weights",
+]
 
 aten = torch.ops.aten
 
@@ -72,6 +80,16 @@ def saved_with_folds(locality: Locality, saved: Mapping[str, Saved], nodes: Coll
     folds = folds_in(locality, nodes)
     nothing = Saved(frozenset(), False, 0.0, views=0, passes_on=True)
     return {name: replace(nothing, folded=folds[name]) if name in folds else of for name, of in saved.items()}
+
+
+def fold_bytes(locality: Locality, convolution: str) -> int:
+    """Bytes of the weight of the fold into a convolution, which has the type of its result."""
+    weight, result = (
+        locality.metas[n] for n in (locality.nodes[convolution].all_input_nodes[1].name, convolution)
+    )
+    assert isinstance(weight, Shape)
+    assert isinstance(result, Shape)
+    return weight.elements * result.dtype.itemsize
 
 
 def segment_with_folds(locality: Locality, segment: Segment) -> Segment:

@@ -28,7 +28,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from fxstream.cost import Costs, Machine, bytes_of
-from fxstream.folding import folds_in, saved_with_folds
+from fxstream.folding import fold_bytes, folds_in, saved_with_folds
 from fxstream.locality import Locality
 from fxstream.order import execution_order
 from fxstream.padding import padded_copies
@@ -132,8 +132,7 @@ class Basis:
     def folded(self, nodes: Sequence[str]) -> torch.Tensor:
         """Bytes of the weight of the fold into each operator of a streamed run."""
         folds = folds_in(self.locality, nodes)
-        made = [self.locality.nodes[folds[name]] if name in folds else None for name in nodes]
-        sizes = [bytes_of(self.locality, node.all_input_nodes[1].name) if node else 0 for node in made]
+        sizes = [fold_bytes(self.locality, folds[name]) if name in folds else 0 for name in nodes]
         return torch.tensor(sizes, dtype=torch.float64)
 
     def turns(self, tiles: int) -> int:

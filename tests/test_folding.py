@@ -136,6 +136,7 @@ def test_under_autocast_tiles_are_given_weights_that_are_cast():
         segment.register_forward_pre_hook(lambda _, given: seen.extend(t.dtype for t in given))
         found, wanted = step(module, model, [image]), step(plain, plain, [image])
     assert seen.count(torch.bfloat16) == 2
+    assert module.plan.prediction.peak.folded == 3 * 2 * 3 * 3 * 2
     for name, of in exact.items():
         if of is not None and "grad" in name:
             errors = [relative_error(s[name].double(), of) for s in (found, wanted)]
