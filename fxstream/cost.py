@@ -83,7 +83,7 @@ class Machine:
     def of(cls, device: torch.device) -> Machine:
         """A typical machine of this kind. Only ratios matter: they weigh recomputation against traffic."""
         if device.type == "cuda":
-            return cls(5e13, 2e12, 2e-5, 2e11, host=1e10)
+            return cls(5e13, 2e12, 3e-5, 2e11, host=2e10)
         threads = torch.get_num_threads()
         fresh = 1.25e9 * threads if allocates_afresh() else math.inf
         return cls(5e10 * threads, 1.25e10 * threads, 1e-5, fresh=fresh)

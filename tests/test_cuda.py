@@ -28,7 +28,7 @@ def step(module, model, image):
     return [output.detach(), image.grad, *(parameter.grad for parameter in model.parameters())]
 
 
-@pytest.mark.parametrize("request_", [{"tile": 60}, {"memory": "1MiB"}])
+@pytest.mark.parametrize("request_", [{"tile": 60}, {"memory": "2MiB"}])
 def test_an_image_in_host_memory_goes_tile_by_tile(request_):
     model = fxstream.freeze_batch_norm(network())
     image = torch.randn(2, 3, 150, 170, dtype=torch.float64, requires_grad=True)
