@@ -8,6 +8,7 @@ launched one by one. The paper's Table I network is in `table1.py --device cuda`
 
 import argparse
 import collections
+import contextlib
 import itertools
 import statistics
 import warnings
@@ -55,15 +56,14 @@ def run(module, model, image):
             output = module(image).float()
         output.backward(torch.ones_like(output))
 
-    try:
+    with contextlib.suppress(torch.OutOfMemoryError):
         step()
         model.zero_grad()
         peak = measure(step, device).peak_bytes
         return seconds(step), peak
-    except torch.OutOfMemoryError:
-        model.zero_grad()
-        torch.cuda.empty_cache()
-        return None
+    model.zero_grad()
+    torch.cuda.empty_cache()  # only now: the error held what it had been given
+    return None
 
 
 def compare(name, size, layout):

@@ -32,6 +32,7 @@ ADDITIONS = (
     "fill",
     "divide",
     "hardswish",
+    "leaky_relu",
     "log_sigmoid",
     "multiply",
     "subtract",
