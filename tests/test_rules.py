@@ -175,7 +175,7 @@ SAMPLES = {
     "binary_cross_entropy_with_logits": [(X2, lambda x: A.binary_cross_entropy_with_logits(x, x * 0, None, None, 0))],
     "subtract": [(X2, lambda x: A.subtract(x, x * 2))],
 }  # fmt: skip
-for name in ("alias", "clone", "contiguous", "detach", "lift_fresh_copy", "hardswish", "log_sigmoid"):
+for name in ("alias", "clone", "contiguous", "detach", "lift_fresh_copy", "hardswish", "leaky_relu", "log_sigmoid"):
     SAMPLES[name] = [(X2, getattr(A, name))]
 for name in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss"):
     SAMPLES[name] = [(X2, functools.partial(lambda loss, x: loss(x, x * 3, reduction=0), getattr(A, name)))]
@@ -184,7 +184,7 @@ for name in ("amax", "amin", "logsumexp", "mean", "sum"):
 # operators with the pointwise tag have no row of their own
 TAGGED = {
     "relu": A.relu, "gelu": A.gelu, "silu": A.silu, "sigmoid": A.sigmoid, "hardtanh": lambda x: A.hardtanh(x, -1, 9.0),
-    "add": lambda x: A.add(x, x), "mul broadcast": lambda x: A.mul(x, x[:, :1]), "leaky_relu": A.leaky_relu,
+    "add": lambda x: A.add(x, x), "mul broadcast": lambda x: A.mul(x, x[:, :1]),
     "clamp_min": lambda x: A.clamp_min(x, 0.1), "where": lambda x: A.where(x > 0, x, x * 2), "pow": lambda x: A.pow(x, 2),
 }  # fmt: skip
 LOCAL_FAMILIES = {row.operator for row in rules() if row.family not in ("map-wide", "reduction")}

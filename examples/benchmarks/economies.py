@@ -1,9 +1,9 @@
 """What each economy of a step is worth alone: time and peak memory without it, over those with all.
 
 A training step with frozen BatchNorm within one budget. Each economy is taken away in turn, with the same
-segments and tiles: graphs of tiles kept from forward to backward, convolutions that are not recomputed where no
-backward needs their result, operators in place, and the gradient of the image, which nobody asks for. Runs
-alternate.
+segments and tiles: BatchNorm folded into convolutions, graphs of tiles kept from forward to backward, convolutions
+that are not recomputed where no backward needs their result, operators in place, and the gradient of the image,
+which nobody asks for. Runs alternate.
 
     python examples/benchmarks/economies.py
 """
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fxstream
-from fxstream import tile_program
+from fxstream import folding, tile_program
 from fxstream.bench import measure
 from fxstream.planning import make_plan
 from fxstream.request import Request
@@ -28,10 +28,11 @@ from fxstream.rewrite import rewrite
 from fxstream.saved import saved_by
 from fxstream.target import load
 
+NETWORKS = ["torchvision/resnet50", "torchvision/densenet121", "torchvision/vgg11"]
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--networks", nargs="+", default=["torchvision/resnet18", "torchvision/vgg11"])
+parser.add_argument("--networks", nargs="+", default=NETWORKS)
 parser.add_argument("--size", type=int, default=1024)
-parser.add_argument("--share", type=float, default=0.5, help="the budget, of the plain network's activations")
+parser.add_argument("--share", type=float, default=0.4, help="the budget, of the plain network's activations")
 parser.add_argument("--repeats", type=int, default=5)
 options = parser.parse_args()
 warnings.simplefilter("ignore", fxstream.StreamingWarning)
@@ -45,23 +46,32 @@ def streamed(model, image, memory, without=""):
     plan = make_plan(locality, Request(None, memory=memory))
     if without == "kept graphs":
         plan = replace(plan, segments=tuple(replace(segment, kept=0) for segment in plan.segments))
-    before = tile_program.without_unneeded, tile_program.reuse_inputs
+    before = tile_program.without_unneeded, tile_program.reuse_inputs, folding.folds_in
     if without == "skipped convolutions":
         tile_program.without_unneeded = lambda program, *_: program
     if without == "operators in place":
         tile_program.reuse_inputs = lambda *_: None
+    if without == "folded BatchNorm":
+        folding.folds_in = lambda *_: {}
     graph = rewrite(captured, locality, plan, saved_by(locality))
-    tile_program.without_unneeded, tile_program.reuse_inputs = before
+    tile_program.without_unneeded, tile_program.reuse_inputs, folding.folds_in = before
     return plan, lambda x: graph(*captured.model_tensors(model), x)[0]
 
 
+ECONOMIES = (
+    "folded BatchNorm",
+    "kept graphs",
+    "skipped convolutions",
+    "operators in place",
+    "no gradient of the image",
+)
 table = Table("network", "without", "time", "memory")
 for name in options.networks:
     model, image = load(name, weights=True), torch.randn(1, 3, options.size, options.size)
     fxstream.freeze_batch_norm(model).eval()  # no dropout
     memory, _ = budget_of_share(model, options.size, options.share)
     steps = {}
-    for without in ("", "kept graphs", "skipped convolutions", "operators in place", "no gradient of the image"):
+    for without in ("", *ECONOMIES):
         plan, run = streamed(model, image, memory, without)
         if not plan.segments:
             parser.error(f"{name} streams nothing within --share {options.share}: give a larger --size or less")
