@@ -80,7 +80,7 @@ def draw(rows: dict[str, Sequence[Plan]], size: int, path: Path) -> None:
     axes.text(right, RECOMPUTED, "one forward more ", va="bottom", ha="right", fontsize=9)
     axes.text(right, 1, "plain ", va="top", ha="right", fontsize=9)
     axes.set(xscale="log", yscale="log", xlabel="memory of a step, GiB", ylabel="time over the plain network's")
-    for axis, ticks in ((axes.xaxis, (1, 2, 4, 8, 16, 32, 64)), (axes.yaxis, (1, 1.5, 2, 3, 4, 6))):
+    for axis, ticks in ((axes.xaxis, (0.5, 1, 2, 4, 8, 16, 32, 64)), (axes.yaxis, (1, 1.5, 2, 3, 4, 6))):
         axis.set_ticks(ticks, list(map(str, ticks)))
         axis.set_ticks([], minor=True)
     axes.set_title(f"predicted, one training step on an image of {size} x {size}", fontsize=10)
