@@ -2,9 +2,9 @@
 
     python examples/pictures/pareto.py
 
-ResNet-50 and DenseNet-121 with frozen BatchNorm, planned for a GPU within budgets from the least that takes no more
-than six times the plain time up to most of what the plain network takes; then ResNet-50 with batch statistics. Time is
-over the plain network's on a GPU that could hold it.
+ResNet-50 and DenseNet-121 with frozen BatchNorm, planned for a GPU within budgets from the least that takes no
+more than six times the plain time up to most of what the plain network takes; then ResNet-50 with batch
+statistics. Time is over the plain network's on a GPU that could hold it.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def draw(rows: dict[str, Sequence[Plan]], size: int, path: Path) -> None:
     for (name, found), marker in zip(rows.items(), "os^"):
         plain = bytes_text(found[0].prediction.plain_bytes)
         memory = [plan.prediction.bytes / 2**30 for plan in found]
-        axes.plot(memory, [p.prediction.time_ratio for p in found], marker + "-", label=f"{name} (plain: {plain})")
+        axes.plot(memory, [p.prediction.time_ratio for p in found], marker + "-", label=f"{name}: {plain}")
     axes.axhline(1, color="black", linewidth=0.8)
     axes.axhline(RECOMPUTED, color="black", linewidth=0.8, linestyle=":")
     right = axes.get_xlim()[1]
@@ -84,7 +84,7 @@ def draw(rows: dict[str, Sequence[Plan]], size: int, path: Path) -> None:
         axis.set_ticks(ticks, list(map(str, ticks)))
         axis.set_ticks([], minor=True)
     axes.set_title(f"predicted, one training step on an image of {size} x {size}", fontsize=10)
-    axes.legend(frameon=False, fontsize=9, loc="upper right", bbox_to_anchor=(0.55, 1))
+    axes.legend(frameon=False, fontsize=8, title_fontsize=8, loc="upper right", title="the plain network takes")
     figure.savefig(path, dpi=110)
 
 
