@@ -175,7 +175,16 @@ SAMPLES = {
     "binary_cross_entropy_with_logits": [(X2, lambda x: A.binary_cross_entropy_with_logits(x, x * 0, None, None, 0))],
     "subtract": [(X2, lambda x: A.subtract(x, x * 2))],
 }  # fmt: skip
-for name in ("alias", "clone", "contiguous", "detach", "lift_fresh_copy", "hardswish", "leaky_relu", "log_sigmoid"):
+for name in (
+    "alias",
+    "clone",
+    "contiguous",
+    "detach",
+    "lift_fresh_copy",
+    "hardswish",
+    "leaky_relu",
+    "log_sigmoid",
+):
     SAMPLES[name] = [(X2, getattr(A, name))]
 for name in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss"):
     SAMPLES[name] = [(X2, functools.partial(lambda loss, x: loss(x, x * 3, reduction=0), getattr(A, name)))]
