@@ -12,6 +12,7 @@ NOTE [folding]
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -110,11 +111,7 @@ def write_weights(graph: fx.Graph, env: dict[str, fx.Node], locality: Locality, 
         assert isinstance(result, Shape)
         both = graph.call_function(folded_weights, (*given, locality.nodes[fold].args[7], result.dtype))
         for place, name in enumerate(names_of(fold)):
-            env[name] = graph.call_function(_item, (both, place), name=name)
-
-
-def _item(pair: tuple[torch.Tensor, torch.Tensor], place: int) -> torch.Tensor:
-    return pair[place]
+            env[name] = graph.call_function(operator.getitem, (both, place), name=name)
 
 
 def folded_weights(

@@ -92,16 +92,17 @@ def whole_program(locality: Locality, segment: Segment, saved: Mapping[str, Save
     folds = _folds(segment, saved)
     folded = {made: name for name, made in folds.items()}
     for name in segment.nodes:
-        node = locality.nodes[name]
-        args, kwargs = fold_integers(node, locality.metas)
         if name in folds:
             env[name] = env[folds[name]]
-        else:
-            if name in folded:
-                args = (args[0], *(env[small] for small in names_of(folded[name])), *args[3:])
-            given = map_arg((args, kwargs), lambda n: env.get(n.name, n))
-            env[name] = graph.create_node(node.op, node.target, *given)
-            env[name].meta = {k: v for k, v in node.meta.items() if k in TRACED}
+            origin[env[name]] = name
+            continue
+        node = locality.nodes[name]
+        args, kwargs = fold_integers(node, locality.metas)
+        if name in folded:
+            args = (args[0], *(env[small] for small in names_of(folded[name])), *args[3:])
+        given = map_arg((args, kwargs), lambda n: env[n.name])
+        env[name] = graph.create_node(node.op, node.target, *given)
+        env[name].meta = {k: v for k, v in node.meta.items() if k in TRACED}
         origin[env[name]] = name
     graph.output(tuple(env[name] for name in segment.outputs))
     graph.lint()

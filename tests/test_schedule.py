@@ -66,6 +66,12 @@ def test_a_convolution_at_the_end_is_not_recomputed():
         assert program.forward.code.count("aten.conv2d.default") == 2
         assert program.recomputation.code.count("aten.conv2d.default") == 1
         assert program.recomputation.code.count("uncomputed_convolution(") == 1
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, wanted = module(image.float()), model(image.float())
+        (found,) = torch.autograd.grad(y.float().sum(), model[0].weight)
+        (wanted,) = torch.autograd.grad(wanted.float().sum(), model[0].weight)
+    assert torch.allclose(found, wanted, rtol=0.05, atol=8.0)
 
 
 @pytest.mark.parametrize("arguments", [(), (2,), ([2, 1], [1, 0]), (1, 2, [1, 2])])
