@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fxstream.cost import Costs
 from fxstream.demand import Segment, is_output, make_segment
 from fxstream.errors import PlanError
 from fxstream.grid import Grid
@@ -151,7 +150,7 @@ class RegionPlanner:
         self._costs = basis.tiled(nodes)
         self._bytes = max(1, locality.activation_bytes(nodes))
         self._reads = [[(r.value.name, r.dims) for r in locality.footprint(n).reads] for n in nodes]
-        plain = Costs(locality, basis.machine, basis.saved, nodes).part()
+        plain = basis.untiled(nodes).part()
         self._seconds = sum(map(float, plain.seconds(torch.ones(len(nodes), dtype=torch.float64)))) or 1.0
         """Those of the plain region; nothing but views takes none."""
         extents = [output_extents(locality, name) for name in nodes]

@@ -125,6 +125,10 @@ class Basis:
     ranks: int = 1
     offload: bool = False
 
+    def untiled(self, nodes: Sequence[str]) -> Costs:
+        """The costs of a run of operators that runs as the model has it."""
+        return Costs(self.locality, self.machine, self.saved, nodes)
+
     def tiled(self, nodes: Sequence[str]) -> Costs:
         """The costs of a run of operators that is streamed, its frozen BatchNorms folded."""
         return Costs(self.locality, self.machine, saved_with_folds(self.locality, self.saved, nodes), nodes)
@@ -227,10 +231,7 @@ class Forecast:
         self._basis = basis
         self._offloaded = offloadable(basis.locality, plans) if basis.offload else frozenset[str]()
         units = list(_units(basis, plans))
-        costs = [
-            Costs(basis.locality, basis.machine, basis.saved, nodes) if plan is None else basis.tiled(nodes)
-            for nodes, plan in units
-        ]
+        costs = [basis.untiled(nodes) if plan is None else basis.tiled(nodes) for nodes, plan in units]
         crossing = list(self._crossing(units, costs))
         self._last = {name: k for k, cost in enumerate(costs) for name in cost.weight_bytes}
         self._units = [

@@ -95,9 +95,7 @@ class Search:
         self._sequence: list[_Region | _Ordinary] = []
         for k, nodes in enumerate(ordinary):
             if nodes:
-                self._sequence.append(
-                    _Ordinary(Costs(self._locality, basis.machine, saved, nodes), basis.training)
-                )
+                self._sequence.append(_Ordinary(basis.untiled(nodes), basis.training))
             if k < len(regions):
                 self._sequence.append(regions[k])
 
@@ -229,7 +227,7 @@ class _Region:
         locality, training = basis.locality, basis.training
         self._locality, self._nodes, self._training = locality, nodes, training
         self._request, self._most_passes = Request(None), most_passes
-        self._plain = Costs(locality, basis.machine, basis.saved, nodes)
+        self._plain = basis.untiled(nodes)
         self._costs = basis.tiled(nodes)
         self._basis = basis
         extents = [output_extents(locality, name) for name in nodes]
