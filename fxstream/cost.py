@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import torch
 
 from fxstream.demand import is_read_outside
-from fxstream.device import REUSED, allocates_afresh
 from fxstream.functional import WAS_IN_PLACE
+from fxstream.host_memory import REUSED, allocates_afresh
 from fxstream.locality import Locality
 from fxstream.saved import Saved, takes_over
 from fxstream.sizes import Shape

@@ -1,19 +1,13 @@
-"""Memory of a device: how much there is, what a request means, whether allocations are new, ways into it."""
+"""Memory of a device: how much there is, and what a request for memory means."""
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
 
 import torch
 
-try:
-    import resource
-except ImportError:  # not on Windows
-    resource = None  # type: ignore[assignment]
-
-__all__ = ["REUSED", "allocates_afresh", "budget_of", "free_bytes", "pinned", "to_device", "total_bytes"]
+__all__ = ["budget_of", "free_bytes", "total_bytes"]
 
 FREE_SHARE = 0.8
 """Of what is free this share is used where the user names no amount: allocators round and fragment."""
@@ -22,8 +16,6 @@ LIMITS = (
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
 )
 """Limit and use of a container, in both forms that Linux knows."""
-REUSED = 32 * 2**20
-"""Bytes of the largest allocation that the C library takes from what was freed before (M_MMAP_THRESHOLD)."""
 
 
 def budget_of(memory: float | None, device: torch.device) -> int:
@@ -47,35 +39,6 @@ def total_bytes(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([installed, *(limit for limit, _ in _limits())])
-
-
-@functools.cache
-def allocates_afresh() -> bool:
-    """Whether host memory for a large tensor is new to the process each time, and cleared page by page.
-
-    So it is with the C library of Linux as it comes, and not with allocators that keep what was freed. Page faults
-    tell: a buffer that is allocated after equal ones were freed has one for every page each time, or not.
-    """
-    if resource is None:
-        return False
-    faults = []
-    for _ in range(4):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.empty(2 * REUSED, dtype=torch.uint8).fill_(1)
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    return min(faults) > REUSED / resource.getpagesize()
-
-
-def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory that a GPU reaches directly, several times faster than other host memory."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on a device; from a GPU into host memory by way of pinned memory."""
-    if device.type == "cpu" and tensor.is_cuda:
-        return pinned(tensor)
-    return tensor.to(device)
 
 
 def _available() -> int:

@@ -17,7 +17,7 @@ from types import TracebackType
 import torch
 
 from fxstream.box import Box, Interval
-from fxstream.device import pinned
+from fxstream.host_memory import pinned
 from fxstream.source import Source
 from fxstream.stream import Subscript, TileCall
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fxstream.device import to_device
+from fxstream.host_memory import to_device
 from fxstream.sharing import Ranks
 from fxstream.source import Source
 from fxstream.stream import Subscript

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fxstream"
 FLOORS = (
     ("errors", "box", "allocation"),
-    ("units", "operators", "source"),
+    ("units", "operators", "source", "device"),
     ("receptive_field", "sink", "sharing"),
     ("interpolation",),
     ("rules", "functional", "sizes", "freeze", "zoo"),
@@ -16,7 +16,7 @@ FLOORS = (
     ("export",),
     ("capture",),
     ("locality",),
-    ("demand", "request", "algebra", "saved", "device"),
+    ("demand", "request", "algebra", "saved", "host_memory"),
     ("grid", "excerpt", "closed_form", "cost", "folding", "lowering", "padding"),
     ("segment_plan", "economy"),
     ("order", "passes"),

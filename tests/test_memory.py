@@ -291,7 +291,7 @@ def test_checkpointed_is_the_same_network():
     assert measure(lambda: backward_step(other, other, image)).peak_bytes < 0.95 * peak
 
 
-ALLOCATES = "from fxstream.device import allocates_afresh; print(allocates_afresh())"
+ALLOCATES = "from fxstream.host_memory import allocates_afresh; print(allocates_afresh())"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of the C library of Linux")
@@ -302,6 +302,52 @@ def test_an_allocator_that_reuses_large_memory_is_seen():
         command = [sys.executable, "-c", ALLOCATES]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == afresh
+
+
+TILES = """
+import resource
+from pathlib import Path
+import torch
+from fxstream import host_memory
+
+def pages():  # resident now
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+def faults():  # of the second to the fifth tile, of twelve tensors of 8 MiB each
+    found = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tile = [torch.ones(2**20, dtype=torch.float64) for _ in range(12)]
+        del tile
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return sum(found[1:])
+
+faults()
+before, outside = pages(), faults()
+def told(plenty):
+    host_memory.PLENTY = plenty
+    with host_memory.held(torch.device("cpu")):
+        inside = faults()
+        during = pages()
+    return inside, during - before, pages() - before
+
+print(outside, *told(0.0), *told(1.0))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of the C library of Linux")
+def test_a_tile_has_the_memory_of_the_one_before_and_the_system_behind_the_pass_if_it_is_scarce():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    command = [sys.executable, "-c", TILES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    outside, *others = map(int, done.stdout.split())
+    (inside, during, behind), (inside_again, _, behind_when_scarce) = others[:3], others[3:]
+    tile = 12 * 2**23 // os.sysconf("SC_PAGE_SIZE")
+    assert outside > 3 * tile
+    assert max(inside, inside_again) < tile / 10
+    assert during > 0.9 * tile
+    assert behind <= during
+    assert behind_when_scarce < tile / 10
 
 
 def test_plain_where_large_memory_is_reused_and_tiles_where_it_is_new(monkeypatch):
