@@ -31,9 +31,9 @@ from fxstream.target import load
 NETWORKS = ["torchvision/resnet50", "torchvision/densenet121", "torchvision/vgg11"]
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--networks", nargs="+", default=NETWORKS)
-parser.add_argument("--size", type=int, default=1024)
-parser.add_argument("--share", type=float, default=0.4, help="the budget, of the plain network's activations")
-parser.add_argument("--repeats", type=int, default=5)
+parser.add_argument("--size", type=int, default=1536)
+parser.add_argument("--share", type=float, default=0.2, help="the budget, of the plain network's activations")
+parser.add_argument("--repeats", type=int, default=3)
 options = parser.parse_args()
 warnings.simplefilter("ignore", fxstream.StreamingWarning)
 torch.manual_seed(0)
