@@ -87,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     _model_arguments(plan)
     _tile_arguments(plan)
     _device_arguments(plan, "what to plan for")
+    for sub in (report, plan):
+        sub.add_argument("--no-grad", action="store_true", help="plan a call without gradients")
     compare = command("check", "streamed against plain, tensor by tensor; exit code 1 if they differ", _check)
     _model_arguments(compare)
     _tile_arguments(compare)
@@ -125,7 +127,6 @@ def _tile_arguments(
     parser.add_argument("--tile", help="largest box that a tile reads of the image: 2048, 2048x1024")
     parser.add_argument("--memory", help=memory.replace("%", "%%"))
     parser.add_argument("--segments", type=int, help="segments per region; 1 is a single stream")
-    parser.add_argument("--no-grad", action="store_true", help="plan a call without gradients")
     parser.add_argument("--cut", metavar="MODULE", help="stream nothing behind this module")
     parser.add_argument(
         "--global-ops",

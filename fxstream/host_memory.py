@@ -34,7 +34,7 @@ REUSED = 32 * 2**20
 """Bytes of the largest allocation that the C library takes from what was freed before (M_MMAP_THRESHOLD)."""
 HELD = 2**30
 """Bytes of address space that a pass holds on to: what tiles allocate in pieces up to `REUSED` fits in."""
-BLOCK = 2**23
+BLOCK = 2**24
 """Bytes of a block of these: well below what is mapped on its own."""
 PLENTY = 0.5
 """Where at least this share of the host's memory is free, a process may keep what it has freed."""

@@ -130,6 +130,10 @@ def test_plan(model, capsys):
     found = json.loads(out)
     assert found["segments"][0]["tiles"] > 1
     assert found["predicted"]["bytes"] <= 1.5 * 2**20 < found["predicted"]["plain_bytes"]
+    arguments = ("plan", f"{model}:build", "--size", 400, "--tile", 100, "--json")
+    step, call = (json.loads(run(capsys, *arguments, *more)[1])["predicted"] for more in ((), ("--no-grad",)))
+    assert call["bytes"] < step["bytes"]
+    assert call["plain_bytes"] < step["plain_bytes"]
 
 
 def test_plan_for_a_device_that_is_elsewhere(model, capsys):
@@ -359,9 +363,12 @@ def test_a_check_of_nothing_says_so(model, capsys):
     assert "nothing was cut into tiles" in " ".join(out.split())
 
 
-@pytest.mark.parametrize("flag", ["--offload", "--device=cuda"])
-def test_check_refuses_what_it_would_ignore(flag, model, capsys):
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [("check", "--offload"), ("check", "--device=cuda"), ("check", "--no-grad"), ("bench", "--no-grad")],
+)
+def test_a_command_refuses_what_it_would_ignore(command, flag, model, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["check", f"{model}:build", "--size", "61", "--tile", "24", flag])
+        main([command, f"{model}:build", "--size", "61", "--tile", "24", flag])
     assert stopped.value.code == 2
     assert "unrecognized arguments" in capsys.readouterr().err
