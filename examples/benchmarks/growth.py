@@ -54,7 +54,7 @@ for size in options.sizes:
         bytes_text(plain),
         f"{streamed.plan.overhead:.2f}x",
     )
-console = Console()
+console = Console(width=100)
 console.print(table)
 threads = torch.get_num_threads()
 console.print(f"{options.network}, torch {torch.__version__}, {threads} threads, medians of {options.repeats}")
