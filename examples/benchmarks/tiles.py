@@ -2,9 +2,8 @@
 
 The network of the paper's Table I (`table1.py` has the paper's tiles and figures), ResNet-18 and ResNet-50 with
 frozen BatchNorm (the planner's segments). Plain and streamed runs alternate; printed are medians of their ratio,
-and the arithmetic that the overlap adds, so that what the tile loop itself costs can be read off. Both are in one
-process, where the plain network too has the memory that tiles have freed; in a process of its own it may be slower
-(`table1.py`). One tile takes the plain path.
+and the arithmetic that the overlap adds, so that what the tile loop itself costs can be read off. One tile takes
+the plain path.
 """
 
 import argparse
