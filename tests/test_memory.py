@@ -313,12 +313,17 @@ from fxstream import host_memory
 def pages():  # resident now
     return int(Path("/proc/self/statm").read_text().split()[1])
 
+tensors = [torch.empty(2**20, dtype=torch.float64) for _ in range(12)]  # nothing small comes to lie behind a tile
+
 def faults():  # of the second to the fifth tile, of twelve tensors of 8 MiB each
     found = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        tile = [torch.ones(2**20, dtype=torch.float64) for _ in range(12)]
-        del tile
+        for tensor in tensors:
+            tensor.untyped_storage().resize_(2**23)
+            tensor.fill_(1)
+        for tensor in tensors:
+            tensor.untyped_storage().resize_(0)
         found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     return sum(found[1:])
 
