@@ -15,17 +15,7 @@ quick = parser.parse_args().quick
 here = Path(__file__).parent
 size = "512" if quick else "2048"
 peers = [[here / "peers.py"]] if importlib.util.find_spec("lightstream") and not quick else []
-bench = [
-    "-m",
-    "fxstream",
-    "bench",
-    "--freeze-batch-norm",
-    "--train",
-    "--size",
-    size,
-    "--rounds",
-    "1" if quick else "2",
-]
+bench = ["-m", "fxstream", "bench", "--size", size, "--rounds", "1" if quick else "2"]
 for command in (
     [here / "capture.py", *(["--networks", "resnet18"] if quick else [])],
     [here / "planner.py"],
@@ -34,8 +24,8 @@ for command in (
     [here / "tiles.py", *(["--quick"] if quick else [])],
     [here / "table1.py"],
     [here / "batch_statistics.py", *(["--size", "512", "--budgets", "300MiB,100MiB"] if quick else [])],
-    [here / "predictions.py", *(["--size", "256", "--networks", "torchvision/resnet18"] if quick else [])],
-    [here / "economies.py", *(["--size", "512", "--networks", "torchvision/vgg11"] if quick else [])],
+    [here / "predictions.py", *(["--size", "512", "--networks", "torchvision/resnet18"] if quick else [])],
+    [here / "economies.py", *(["--size", "768", "--networks", "torchvision/resnet18"] if quick else [])],
     *peers,
     [*bench, "torchvision/resnet50", "--memory", "39%,25%,15%"],
     [*bench, "torchvision/densenet121", "--memory", "43%,20%,10%"],
