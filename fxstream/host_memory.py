@@ -1,11 +1,12 @@
-"""Memory of the host: which allocations are new to the process, what a pass holds on to, ways from and to a GPU.
+"""Memory of the host: which allocations are new to the process, and the heap that a pass holds on to.
 
 NOTE [memory that is used again]
 1. The C library of Linux maps an allocation of more than `REUSED` bytes anew, whatever was freed before, and the
    kernel clears each of its pages at the first use. Smaller ones come from a heap that grows at its end.
 2. When the end of that heap is free it goes back to the kernel, so a loop of tiles pays for the same pages with
-   every tile, or does not: by what happens to lie at the end. `held` puts a block there that nothing uses; below
-   it the memory of one tile stays for the next. What the block lies on is address space until a tile writes to it.
+   every tile, or does not: by what happens to lie at the end. `heap_held` puts a block there that nothing uses;
+   below it the memory of one tile stays for the next. What the block lies on is address space until a tile writes
+   to it.
 3. How large an allocation may be to come from the heap is learned from what is freed, up to `REUSED`.
 4. What is free behind a pass stays with the process, in pieces, and is used again by whatever runs next; so the
    process may be larger than its tensors. Where memory is scarce, all of it goes back to the kernel: measured on
@@ -28,7 +29,7 @@ try:
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = ["REUSED", "allocates_afresh", "held", "pinned", "to_device"]
+__all__ = ["REUSED", "allocates_afresh", "heap_held"]
 
 REUSED = 32 * 2**20
 """Bytes of the largest allocation that the C library takes from what was freed before (M_MMAP_THRESHOLD)."""
@@ -58,7 +59,7 @@ def allocates_afresh() -> bool:
 
 
 @contextlib.contextmanager
-def held(device: torch.device) -> Iterator[None]:
+def heap_held(device: torch.device) -> Iterator[None]:
     """Within it, memory of the host that was freed is used again; rule 4 is for what comes behind it."""
     library = _c_library() if device.type == "cpu" and allocates_afresh() else None
     if library is None:
@@ -86,15 +87,3 @@ def _c_library() -> ctypes.CDLL | None:
     library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
     return library
-
-
-def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory that a GPU reaches directly, several times faster than other host memory."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on a device; from a GPU into host memory by way of pinned memory."""
-    if device.type == "cpu" and tensor.is_cuda:
-        return pinned(tensor)
-    return tensor.to(device)

@@ -17,9 +17,9 @@ from types import TracebackType
 import torch
 
 from fxstream.box import Box, Interval
-from fxstream.host_memory import pinned
 from fxstream.source import Source
 from fxstream.stream import Subscript, TileCall
+from fxstream.transfer import pinned
 
 __all__ = ["MOST_HELD", "Leaf", "Reader", "shared_boxes"]
 

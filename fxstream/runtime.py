@@ -40,11 +40,12 @@ import torch
 from fxstream.allocation import Exhausted, attempt
 from fxstream.box import Box
 from fxstream.errors import StreamError, StreamingWarning
-from fxstream.host_memory import held, to_device
+from fxstream.host_memory import heap_held
 from fxstream.reading import Leaf, Reader
 from fxstream.sharing import Ranks, Rows
 from fxstream.stream import Stream, TileCall
 from fxstream.sums import Sums
+from fxstream.transfer import to_device
 
 __all__ = ["stream_map"]
 
@@ -155,7 +156,7 @@ class _Forward:
 
     def _run_tiles(self, calls: list[TileCall]) -> None:
         reading = Reader(self._inputs.leaves, calls, self._inputs.device)
-        with reading as reader, held(self._inputs.device), self._stream.watched("forward") as tell:
+        with reading as reader, heap_held(self._inputs.device), self._stream.watched("forward") as tell:
             while len(self.turns) < len(calls):
                 done = attempt(functools.partial(self._turn, reader, *calls[len(self.turns) :][:2]))
                 if isinstance(done, Exhausted):
@@ -405,7 +406,7 @@ class _Backward:
         waiting = [turn.call for turn in reversed(turns) if turn.recorded is None]
         count = 0
         reading = Reader(self._inputs.leaves, waiting, self._inputs.device)
-        with reading as reader, held(self._inputs.device), self._stream.watched("backward") as tell:
+        with reading as reader, heap_held(self._inputs.device), self._stream.watched("backward") as tell:
             while turns:
                 following = turns[-2].call if len(turns) > 1 and turns[-2].recorded is None else None
                 done = attempt(functools.partial(self._pulled_back, turns[-1], grads, reader, following))

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fxstream.host_memory import to_device
 from fxstream.sharing import Ranks
 from fxstream.source import Source
 from fxstream.stream import Subscript
+from fxstream.transfer import to_device
 
 __all__ = ["Sums"]
 

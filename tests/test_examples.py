@@ -78,9 +78,7 @@ def test_table_one_compares_with_plain(tmp_path, capsys, monkeypatch):
     paper = [setting.paper for setting in example.PAPER]
     small = ((64, 64, 1, paper[0]), (64, 38, 4, paper[1]), (128, 38, 16, paper[4]))
     monkeypatch.setattr(example, "PAPER", tuple(example.Setting(*given) for given in small))
-    monkeypatch.setattr(
-        example, "in_a_process", example.cost_of
-    )  # another process could not import it by its name
+    monkeypatch.setattr(example, "in_a_process", example.cost_of)  # another process cannot import the example
     plain, tiled, larger = example.main(
         ["--sizes", "128", "--plain-up-to", "64", "--repeats", "1", "--plot", str(tmp_path / "a.png")]
     )

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fxstream"
 FLOORS = (
     ("errors", "box", "allocation"),
-    ("units", "operators", "source", "device"),
+    ("units", "operators", "source", "device", "transfer"),
     ("receptive_field", "sink", "sharing"),
     ("interpolation",),
     ("rules", "functional", "sizes", "freeze", "zoo"),

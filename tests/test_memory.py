@@ -332,7 +332,7 @@ def faults():  # of four tiles
 
 def told(plenty):
     host_memory.PLENTY = plenty
-    with host_memory.held(torch.device("cpu")):
+    with host_memory.heap_held(torch.device("cpu")):
         result = tile(2**20)
         return faults(), pages() - before, result
 

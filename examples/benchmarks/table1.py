@@ -3,8 +3,8 @@
 The network (3, 64 and 3 output channels, kernels of 3), the images and the tiles are the paper's. Milliseconds
 of another device say little, so every figure is also given as a ratio to the plain network of the same run, here
 and in the paper. Where plain has not run at a size (`*`; in the paper at all sizes above 1024), it is taken to
-cost as much per pixel as at 1024. Every row is measured in a process of its own, so that
-none has the memory that another has freed.
+cost as much per pixel as at 1024. Every row is measured in a process of its own, so that none has the memory that
+another has freed.
 
 A step is a forward that records gradients and a backward from a tensor of ones, whose bytes are counted; those
 of the image and the parameters are not. On CUDA the peak is the allocator's and times are synchronised; on the CPU
