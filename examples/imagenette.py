@@ -38,7 +38,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import fxstream
-from fxstream.zoo import define_missing_torchvision_schemas
+from fxstream.tools.zoo import define_missing_torchvision_schemas
 
 define_missing_torchvision_schemas()
 from torchvision import datasets, transforms  # noqa: E402

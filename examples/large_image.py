@@ -28,9 +28,9 @@ from matplotlib.patches import Rectangle
 from torch import nn
 
 import fxstream
-from fxstream.segment_plan import SegmentPlan
-from fxstream.units import bytes_text, parse_bytes
-from fxstream.zoo import build
+from fxstream.machine.units import bytes_text, parse_bytes
+from fxstream.tiling.segment_plan import SegmentPlan
+from fxstream.tools.zoo import build
 
 BLOCK = 1024
 """Pixels of a chunk along each axis."""

@@ -20,10 +20,10 @@ from rich.progress import track
 from rich.table import Table
 
 import fxstream
-from fxstream import zoo
-from fxstream.algebra import main_image, receptive_fields
-from fxstream.planning import streamable_share, worthwhile
-from fxstream.probe import probe
+from fxstream.graph.fields import main_image, receptive_fields
+from fxstream.planning.plan import streamable_share, worthwhile
+from fxstream.probe.probe import probe
+from fxstream.tools import zoo
 
 ATTEMPTS = ((512, False), (None, False), (None, True))
 """Image size (None is the network's own), and whether with real weights, for code that looks at their values."""

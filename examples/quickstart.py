@@ -15,8 +15,8 @@ from rich.table import Table
 from skimage import data
 
 import fxstream
-from fxstream.bench import measure
-from fxstream.zoo import build
+from fxstream.machine.meter import measure
+from fxstream.tools.zoo import build
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--size", type=int, default=1411, help="pixels of the image that are used, per side")

@@ -26,8 +26,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxstream
-from fxstream.bench import measure
-from fxstream.units import bytes_text
+from fxstream.machine.meter import measure
+from fxstream.machine.units import bytes_text
 
 FACTORS = {1: "full", 2: "half", 4: "quarter"}
 

@@ -20,9 +20,9 @@ from skimage import data, filters, morphology
 from torch import nn
 
 import fxstream
-from fxstream.bench import measure
-from fxstream.check import relative_error, step
-from fxstream.units import bytes_text
+from fxstream.machine.meter import measure
+from fxstream.machine.units import bytes_text
+from fxstream.tools.check import relative_error, step
 
 console = Console(highlight=False, soft_wrap=True)
 BLUE, RED = (40, 90, 255), (230, 40, 30)

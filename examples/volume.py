@@ -19,9 +19,9 @@ from skimage import data, filters
 from torch import nn
 
 import fxstream
-from fxstream.bench import measure
-from fxstream.check import least_norms, relative_error, step
-from fxstream.units import bytes_text
+from fxstream.machine.meter import measure
+from fxstream.machine.units import bytes_text
+from fxstream.tools.check import least_norms, relative_error, step
 
 console = Console(highlight=False, soft_wrap=True)
 

@@ -1,9 +1,8 @@
 """Exact streaming of convolutional networks over images larger than memory."""
 
 from fxstream import backend, rules
-from fxstream.analysis import Analysis, analyze
-from fxstream.check import CheckReport, check
-from fxstream.compiler import StreamedModule, compile, plan
+from fxstream.compiler.analysis import Analysis, analyze
+from fxstream.compiler.module import StreamedModule, compile, plan
 from fxstream.errors import (
     CaptureError,
     FxstreamError,
@@ -14,12 +13,13 @@ from fxstream.errors import (
     StreamError,
     StreamingWarning,
 )
-from fxstream.freeze import freeze_batch_norm
-from fxstream.inference import infer
-from fxstream.lsuv import lsuv_
-from fxstream.probe import ProbeReport
+from fxstream.io.source import Source, openslide_array, pyvips_array, source
+from fxstream.probe.probe import ProbeReport
 from fxstream.rules import register_rule
-from fxstream.source import Source, openslide_array, pyvips_array, source
+from fxstream.tools.check import CheckReport, check
+from fxstream.tools.freeze import freeze_batch_norm
+from fxstream.tools.infer import infer
+from fxstream.tools.lsuv import lsuv_
 
 __all__ = [
     "Analysis",

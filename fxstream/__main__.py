@@ -21,24 +21,24 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fxstream.analysis import Analysis, analyze
-from fxstream.check import check
-from fxstream.comparison import Row, Setting, Way, compare
-from fxstream.compiler import GLOBAL_OPS, checked_request
-from fxstream.device import free_bytes
+from fxstream.compiler.analysis import Analysis, analyze
+from fxstream.compiler.module import GLOBAL_OPS, checked_request
 from fxstream.errors import CaptureError, FxstreamError, InputError
-from fxstream.freeze import freeze_batch_norm
-from fxstream.json_form import SCHEMA, as_json, bench_json, check_json, plan_json
-from fxstream.page import html_page
-from fxstream.planning import Plan, make_plan, worthwhile
-from fxstream.plot import save_pareto, save_plot
-from fxstream.probe import ProbeReport, probe
-from fxstream.report import progress, show, show_bench, show_check, show_plan, show_rules
-from fxstream.request import Request
+from fxstream.machine.device import free_bytes
+from fxstream.machine.units import bytes_text, parse_bytes
+from fxstream.planning.plan import Plan, make_plan, worthwhile
+from fxstream.probe.probe import ProbeReport, probe
+from fxstream.report.as_json import SCHEMA, as_json, bench_json, check_json, plan_json
+from fxstream.report.html import html_page
+from fxstream.report.plot import save_pareto, save_plot
+from fxstream.report.summary import Summary, summarise
+from fxstream.report.terminal import progress, show, show_bench, show_check, show_plan, show_rules
 from fxstream.rules import rules
-from fxstream.summary import Summary, summarise
-from fxstream.target import load
-from fxstream.units import bytes_text, parse_bytes
+from fxstream.tiling.request import Request
+from fxstream.tools.benchmark import Row, Setting, Way, compare
+from fxstream.tools.check import check
+from fxstream.tools.freeze import freeze_batch_norm
+from fxstream.tools.model_spec import load
 
 __all__ = ["main"]
 

@@ -37,9 +37,9 @@ import torch
 from torch import fx, nn
 from torch.fx import traceback
 
-from fxstream.compiler import compile
+from fxstream.compiler.module import compile
 from fxstream.errors import CaptureError, InputError
-from fxstream.sizes import is_image
+from fxstream.graph.shapes import is_image
 
 __all__ = ["NAME", "BoundGraph", "backend", "register"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import fxstream
-from fxstream.check import least_norms, relative_error, step
-from fxstream.planning import Plan
+from fxstream.planning.plan import Plan
+from fxstream.tools.check import least_norms, relative_error, step
 
 
 def assert_same(found, wanted, tolerance: float) -> None:

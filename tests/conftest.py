@@ -6,7 +6,7 @@ The suite runs in two processes; more threads in each would only get into each o
 import pytest
 import torch
 
-from fxstream.zoo import define_missing_torchvision_schemas
+from fxstream.tools.zoo import define_missing_torchvision_schemas
 
 define_missing_torchvision_schemas()
 torch.set_num_threads(1)

@@ -9,9 +9,9 @@ from compare import integer_image
 from elsewhere import Elsewhere, elsewhere
 from test_offload import network, planned
 
-from fxstream.request import Request
-from fxstream.rewrite import StreamedSegment, rewrite
-from fxstream.saved import saved_by
+from fxstream.runtime.rewrite import StreamedSegment, rewrite
+from fxstream.tiling.autograd_saves import saved_by
+from fxstream.tiling.request import Request
 
 
 @pytest.fixture(autouse=True)

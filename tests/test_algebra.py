@@ -11,14 +11,14 @@ from test_fuzz import CHANNELS, RandomGraph, local_graphs
 from torch import nn
 
 import fxstream
-from fxstream import zoo
-from fxstream.algebra import demands, extent_chains, main_image, receptive_fields
-from fxstream.box import Interval
-from fxstream.closed_form import IMAGE, TILE, TILE_OUT, FieldForm, extent_form, tile_forms
-from fxstream.demand import AxisWalk, make_segment
 from fxstream.errors import CaptureError, RuleError
-from fxstream.receptive_field import AxisExtent, AxisMap, ReceptiveField
+from fxstream.geometry.box import Interval
+from fxstream.geometry.receptive_field import AxisExtent, AxisMap, ReceptiveField
+from fxstream.graph.fields import demands, extent_chains, main_image, receptive_fields
+from fxstream.report.closed_form import IMAGE, TILE, TILE_OUT, FieldForm, extent_form, tile_forms
 from fxstream.rules import Kind
+from fxstream.tiling.bounds import AxisWalk, make_segment
+from fxstream.tools import zoo
 
 maps = st.builds(
     lambda num, den, first, width: AxisMap(num, den, first, first + width),

@@ -9,8 +9,9 @@ from compare import assert_same, integer_image, make_integer, step
 from torch import nn
 
 import fxstream
-from fxstream import capture, compiler
-from fxstream.functional import mutated_inputs
+from fxstream.compiler import module as compiler
+from fxstream.graph import capture
+from fxstream.graph.functionalize import mutated_inputs
 
 
 class Sized(nn.Module):

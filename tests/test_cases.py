@@ -7,7 +7,7 @@ from compare import assert_streams, integer_image, make_integer
 from torch import nn
 
 import fxstream
-from fxstream.check import relative_error, step
+from fxstream.tools.check import relative_error, step
 
 
 class Function(nn.Module):

@@ -11,9 +11,9 @@ from torch import nn
 
 import fxstream
 from fxstream.__main__ import main
-from fxstream.check import check
-from fxstream.json_form import SCHEMA
-from fxstream.units import parse_bytes
+from fxstream.machine.units import parse_bytes
+from fxstream.report.as_json import SCHEMA
+from fxstream.tools.check import check
 
 MODEL = """
 import torch
@@ -349,7 +349,7 @@ def test_what_the_user_prints_stays_out_of_the_data(model, capsys, tmp_path):
 def test_products_of_the_head_are_counted():
     from torch.utils.flop_counter import FlopCounterMode
 
-    from fxstream.summary import summarise
+    from fxstream.report.summary import summarise
 
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1000))
     with FlopCounterMode(display=False) as counter:

@@ -10,7 +10,7 @@ from test_cases import CASES
 from torch import nn
 
 import fxstream
-from fxstream import zoo
+from fxstream.tools import zoo
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fxstream
-from fxstream.zoo import define_missing_torchvision_schemas
+from fxstream.tools.zoo import define_missing_torchvision_schemas
 
 define_missing_torchvision_schemas()
 from torchvision.models import resnet18  # noqa: E402

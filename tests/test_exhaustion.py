@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxstream
-from fxstream import runtime
+from fxstream.runtime import tile_loop as runtime
 
 
 class Failing(TorchDispatchMode):
@@ -104,7 +104,7 @@ def agree(found, wanted, tolerance):
 @pytest.mark.parametrize("build, tolerance", [(local, 0), (Normalised, 1e-10)])
 @pytest.mark.filterwarnings("ignore::fxstream.errors.StreamingWarning")
 def test_every_position(monkeypatch, build, tolerance, kept, count):
-    monkeypatch.setattr("fxstream.allocation.gc.collect", lambda: None)  # a second for each
+    monkeypatch.setattr("fxstream.machine.out_of_memory.gc.collect", lambda: None)  # a second for each
     torch.manual_seed(0)
     model = build().double()
     image = integer_image(1, 2, 13, 10)

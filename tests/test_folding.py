@@ -8,10 +8,10 @@ from compare import assert_same, integer_image, make_integer, relative_error, st
 from torch import nn
 
 import fxstream
-from fxstream import planning
-from fxstream.bench import measure
-from fxstream.folding import folds_in
-from fxstream.rewrite import StreamedSegment
+from fxstream.machine.meter import measure
+from fxstream.planning import plan as planning
+from fxstream.runtime.rewrite import StreamedSegment
+from fxstream.tiling.fold import folds_in
 
 
 def streamed(module) -> list[StreamedSegment]:

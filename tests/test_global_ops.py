@@ -10,11 +10,11 @@ from test_cases import Function
 from torch import nn
 
 import fxstream
-from fxstream.check import step
 from fxstream.errors import ProbeError
-from fxstream.passes import passes, streamable_parts
 from fxstream.rules import reductions
-from fxstream.target import load
+from fxstream.tiling.parts import passes, streamable_parts
+from fxstream.tools.check import step
+from fxstream.tools.model_spec import load
 
 
 def image(*shape):

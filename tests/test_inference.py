@@ -17,8 +17,10 @@ from compare import integer_image, make_integer
 from torch import nn
 
 import fxstream
-from fxstream import inference, runtime, sink
-from fxstream.box import Box, Interval
+from fxstream.geometry.box import Box, Interval
+from fxstream.io import sink
+from fxstream.runtime import tile_loop as runtime
+from fxstream.tools import infer as inference
 
 
 def decoder():

@@ -10,10 +10,10 @@ from test_cases import Function, conv
 from torch import nn
 
 import fxstream
-from fxstream.bench import measure
-from fxstream.capture import capture
-from fxstream.check import step
-from fxstream.sizes import stream_dims
+from fxstream.graph.capture import capture
+from fxstream.graph.shapes import stream_dims
+from fxstream.machine.meter import measure
+from fxstream.tools.check import step
 
 
 def image(*shape):

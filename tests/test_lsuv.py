@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxstream
-from fxstream.bench import measure
+from fxstream.machine.meter import measure
 
 
 def outputs(model, path, batches):

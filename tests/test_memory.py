@@ -14,15 +14,15 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxstream
-from fxstream.bench import measure
-from fxstream.comparison import checkpointed
-from fxstream.cost import Costs, Machine, macs_of
-from fxstream.planning import make_plan
-from fxstream.prediction import Basis
-from fxstream.request import Request
-from fxstream.saved import saved_by
-from fxstream.units import parse_bytes
-from fxstream.zoo import build
+from fxstream.machine.meter import measure
+from fxstream.machine.units import parse_bytes
+from fxstream.planning.cost import Costs, Machine, macs_of
+from fxstream.planning.estimate import Basis
+from fxstream.planning.plan import make_plan
+from fxstream.tiling.autograd_saves import saved_by
+from fxstream.tiling.request import Request
+from fxstream.tools.benchmark import checkpointed
+from fxstream.tools.zoo import build
 
 CPU = Machine.of(torch.device("cpu"))
 
@@ -122,7 +122,7 @@ def kept_everywhere(module):
     """The same plan with the graphs of all but the first tile of each segment kept."""
     import dataclasses
 
-    from fxstream.rewrite import rewrite
+    from fxstream.runtime.rewrite import rewrite
 
     last = module._last
     segments = tuple(dataclasses.replace(s, kept=s.tile_count - 1) for s in last.plan.segments)
@@ -291,7 +291,7 @@ def test_checkpointed_is_the_same_network():
     assert measure(lambda: backward_step(other, other, image)).peak_bytes < 0.95 * peak
 
 
-ALLOCATES = "from fxstream.host_memory import allocates_afresh; print(allocates_afresh())"
+ALLOCATES = "from fxstream.machine.heap import allocates_afresh; print(allocates_afresh())"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of the C library of Linux")
@@ -308,7 +308,7 @@ TILES = """
 import resource
 from pathlib import Path
 import torch
-from fxstream import host_memory
+from fxstream.machine import heap as host_memory
 
 def pages():  # resident now
     return int(Path("/proc/self/statm").read_text().split()[1])
@@ -364,7 +364,7 @@ def test_plain_where_large_memory_is_reused_and_tiles_where_it_is_new(monkeypatc
     locality = fxstream.analyze(nn.Sequential(*layers), 2048).locality
     found = {}
     for afresh in (True, False):
-        monkeypatch.setattr("fxstream.cost.allocates_afresh", lambda afresh=afresh: afresh)
+        monkeypatch.setattr("fxstream.planning.cost.allocates_afresh", lambda afresh=afresh: afresh)
         found[afresh] = make_plan(locality, Request(None, memory=2**40))
     assert found[False].is_trivial
     assert not found[True].is_trivial

@@ -12,7 +12,7 @@ import torchvision
 from compare import assert_same, assert_streams, randomise_statistics, step
 
 import fxstream
-from fxstream import zoo
+from fxstream.tools import zoo
 
 TORCHVISION = [
     "resnet18",
@@ -138,7 +138,7 @@ def test_campaign_of_networks(name, size, batch):
 
 COMPILED = """
 import torch
-from fxstream.zoo import define_missing_torchvision_schemas
+from fxstream.tools.zoo import define_missing_torchvision_schemas
 library, loaded = torch.library.Library("torchvision", "FRAGMENT"), []
 def load(path):
     for name in ("nms", "qnms"):

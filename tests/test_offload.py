@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils import backend_registration
 
 import fxstream
-from fxstream.analysis import analyze
-from fxstream.planning import make_plan
-from fxstream.request import Request
-from fxstream.zoo import build
+from fxstream.compiler.analysis import analyze
+from fxstream.planning.plan import make_plan
+from fxstream.tiling.request import Request
+from fxstream.tools.zoo import build
 
 
 def network():

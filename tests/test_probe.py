@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxstream
-from fxstream import receptive_field, zoo
 from fxstream.errors import ProbeError
-from fxstream.probe import probe
+from fxstream.geometry import receptive_field
+from fxstream.probe.probe import probe
 from fxstream.rules import register_rule, unregister_rule
+from fxstream.tools import zoo
 
 
 class Everything(nn.Module):
@@ -217,7 +218,7 @@ def test_compile_refuses_a_wrong_rule_of_the_user():
 
 def test_once_per_capture(monkeypatch):
     probed = []
-    monkeypatch.setattr("fxstream.compiler.probe", lambda *a: probed.append(a[2]) or probe(*a))
+    monkeypatch.setattr("fxstream.compiler.module.probe", lambda *a: probed.append(a[2]) or probe(*a))
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
     module = fxstream.compile(model, tile=20, segments=1)
     for size in (40, 41, 60):
@@ -351,7 +352,7 @@ def test_images_of_integers_masks_and_gates_of_a_batch():
 
 
 def test_a_stream_that_is_not_probed_is_told(monkeypatch):
-    monkeypatch.setattr("fxstream.probe.make_strip", lambda *a: 1 / 0)
+    monkeypatch.setattr("fxstream.probe.probe.make_strip", lambda *a: 1 / 0)
     module = fxstream.compile(Between(F.relu), tile=48, segments=1)
     with pytest.warns(
         fxstream.StreamingWarning, match=r"not probed, it fails .*ZeroDivisionError.* by its rules alone"

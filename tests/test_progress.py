@@ -8,7 +8,7 @@ from rich.console import Console
 from torch import nn
 
 import fxstream
-from fxstream import progress
+from fxstream.runtime import progress
 
 
 def test_each_pass_has_a_bar():

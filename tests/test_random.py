@@ -14,9 +14,9 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 import fxstream
-from fxstream.check import step
-from fxstream.rewrite import rewrite
-from fxstream.saved import saved_by
+from fxstream.runtime.rewrite import rewrite
+from fxstream.tiling.autograd_saves import saved_by
+from fxstream.tools.check import step
 
 ONCE = {
     "dropout of channels": nn.Dropout2d(0.5),

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import fxstream
-from fxstream.box import Interval
-from fxstream.receptive_field import BROADCAST, AxisExtent
+from fxstream.geometry.box import Interval
+from fxstream.geometry.receptive_field import BROADCAST, AxisExtent
 from fxstream.rules import Kind, register_rule, rules, unregister_rule
 
 A = torch.ops.aten

@@ -11,9 +11,13 @@ from compare import assert_same, assert_streams, integer_image, make_integer, st
 from torch import nn
 
 import fxstream
-from fxstream import box, demand, economy, planning, receptive_field, runtime
-from fxstream import stream as stream_module
-from fxstream.bench import PeakMemory, measure
+from fxstream.geometry import box, receptive_field
+from fxstream.machine.meter import PeakMemory, measure
+from fxstream.planning import plan as planning
+from fxstream.runtime import schedule as stream_module
+from fxstream.runtime import tile_loop as runtime
+from fxstream.tiling import bounds as demand
+from fxstream.tiling import reuse as economy
 
 
 def network() -> nn.Module:
@@ -208,7 +212,7 @@ def test_skipped_tile_is_caught(monkeypatch, when):
     )  # not a leftover of the right answer
     build = stream_module.build_stream
     if when == "forward":
-        monkeypatch.setattr("fxstream.rewrite.build_stream", lambda *a: without_last_tile(build(*a)))
+        monkeypatch.setattr("fxstream.runtime.rewrite.build_stream", lambda *a: without_last_tile(build(*a)))
     else:
         run = runtime._Backward.run
         monkeypatch.setattr(runtime._Backward, "run", lambda self, turns, *rest: run(self, turns[:-1], *rest))
@@ -218,7 +222,9 @@ def test_skipped_tile_is_caught(monkeypatch, when):
 def test_stale_plan_is_caught(monkeypatch):
     known = {}
     real = planning.make_plan
-    monkeypatch.setattr("fxstream.compiler.make_plan", lambda *a, **k: known.setdefault("plan", real(*a, **k)))
+    monkeypatch.setattr(
+        "fxstream.compiler.module.make_plan", lambda *a, **k: known.setdefault("plan", real(*a, **k))
+    )
     model = network()
     module = fxstream.compile(model, tile=15, segments=1)
     assert torch.equal(module(image := integer_image(1, 2, 31, 26)), model(image))

@@ -7,8 +7,8 @@ from compare import integer_image, make_integer
 from torch import nn
 
 import fxstream
-from fxstream import reading
-from fxstream.box import Box, Interval
+from fxstream.geometry.box import Box, Interval
+from fxstream.runtime import prefetch as reading
 
 
 class Counted:

@@ -13,9 +13,9 @@ import time
 import torch
 
 import fxstream
-from fxstream.bench import measure
-from fxstream.target import load
-from fxstream.units import bytes_text
+from fxstream.machine.meter import measure
+from fxstream.machine.units import bytes_text
+from fxstream.tools.model_spec import load
 
 WIDTHS = (8, 8, 5, 6, 6, 6, 9, 9, 8)
 

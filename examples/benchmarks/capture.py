@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 import fxstream
-from fxstream.analysis import analyse
-from fxstream.capture import capture
-from fxstream.planning import make_plan
-from fxstream.request import Request
-from fxstream.rewrite import rewrite
-from fxstream.zoo import build
+from fxstream.compiler.analysis import analyse
+from fxstream.graph.capture import capture
+from fxstream.planning.plan import make_plan
+from fxstream.runtime.rewrite import rewrite
+from fxstream.tiling.request import Request
+from fxstream.tools.zoo import build
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--networks", nargs="+", default=["resnet18", "resnet50", "densenet121", "densenet201"])

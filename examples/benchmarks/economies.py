@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 import fxstream
-from fxstream import folding, tile_program
-from fxstream.bench import measure
-from fxstream.planning import make_plan
-from fxstream.request import Request
-from fxstream.rewrite import rewrite
-from fxstream.saved import saved_by
-from fxstream.target import load
+from fxstream.machine.meter import measure
+from fxstream.planning.plan import make_plan
+from fxstream.runtime import tile_program
+from fxstream.runtime.rewrite import rewrite
+from fxstream.tiling import fold as folding
+from fxstream.tiling.autograd_saves import saved_by
+from fxstream.tiling.request import Request
+from fxstream.tools.model_spec import load
 
 NETWORKS = ["torchvision/resnet50", "torchvision/densenet121", "torchvision/vgg11"]
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 import fxstream
-from fxstream.bench import measure
-from fxstream.rewrite import StreamedSegment
-from fxstream.units import bytes_text
-from fxstream.zoo import build
+from fxstream.machine.meter import measure
+from fxstream.machine.units import bytes_text
+from fxstream.runtime.rewrite import StreamedSegment
+from fxstream.tools.zoo import build
 
 FORMATS = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
 

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 import fxstream
-from fxstream.bench import measure
-from fxstream.units import bytes_text
-from fxstream.zoo import build
+from fxstream.machine.meter import measure
+from fxstream.machine.units import bytes_text
+from fxstream.tools.zoo import build
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--network", default="torchvision/resnet18")

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 import fxstream
-from fxstream.bench import measure
-from fxstream.zoo import build
+from fxstream.machine.meter import measure
+from fxstream.tools.zoo import build
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--tile", type=int, default=768)

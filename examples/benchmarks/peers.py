@@ -35,9 +35,9 @@ from rich.table import Table
 from torch import nn
 
 import fxstream
-from fxstream.bench import measure
-from fxstream.units import bytes_text
-from fxstream.zoo import build, define_missing_torchvision_schemas
+from fxstream.machine.meter import measure
+from fxstream.machine.units import bytes_text
+from fxstream.tools.zoo import build, define_missing_torchvision_schemas
 
 
 @dataclass(frozen=True)

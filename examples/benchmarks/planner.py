@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 import fxstream
-from fxstream.planning import make_plan
-from fxstream.request import Request
-from fxstream.saved import saved_by
-from fxstream.units import bytes_text, parse_bytes
-from fxstream.zoo import build
+from fxstream.machine.units import bytes_text, parse_bytes
+from fxstream.planning.plan import make_plan
+from fxstream.tiling.autograd_saves import saved_by
+from fxstream.tiling.request import Request
+from fxstream.tools.zoo import build
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--size", type=int, default=8192)

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 import fxstream
-from fxstream.comparison import Setting, Way, compare
-from fxstream.target import load
-from fxstream.units import bytes_text
+from fxstream.machine.units import bytes_text
+from fxstream.tools.benchmark import Setting, Way, compare
+from fxstream.tools.model_spec import load
 
 NETWORKS = (
     "torchvision/resnet18",

@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 import fxstream
-from fxstream.analysis import analyze
-from fxstream.planning import make_plan
-from fxstream.request import Request
-from fxstream.units import bytes_text, parse_bytes
-from fxstream.zoo import build
+from fxstream.compiler.analysis import analyze
+from fxstream.machine.units import bytes_text, parse_bytes
+from fxstream.planning.plan import make_plan
+from fxstream.tiling.request import Request
+from fxstream.tools.zoo import build
 
 RANKS = (1, 2, 8, 64)
 

@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import nn
 
 import fxstream
-from fxstream.bench import measure
+from fxstream.machine.meter import measure
 
 MEGABYTE = 10**6
 

@@ -17,9 +17,9 @@ from rich.table import Table
 from table1 import table_one_network
 
 import fxstream
-from fxstream.planning import make_plan
-from fxstream.request import Request
-from fxstream.zoo import build
+from fxstream.planning.plan import make_plan
+from fxstream.tiling.request import Request
+from fxstream.tools.zoo import build
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--repeats", type=int, default=3)

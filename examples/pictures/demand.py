@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxstream
-from fxstream.box import Interval
-from fxstream.locality import Locality
-from fxstream.request import output_extents
-from fxstream.segment_plan import SegmentPlan
+from fxstream.geometry.box import Interval
+from fxstream.graph.typed_graph import Locality
+from fxstream.tiling.request import output_extents
+from fxstream.tiling.segment_plan import SegmentPlan
 
 LABELS = ("image", "stem: 3x3", "narrow: 1x1", "wide: 3x3,\ndilation 4", "sum", "pool: 2x2")
 HALF = 0.14

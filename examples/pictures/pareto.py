@@ -19,11 +19,11 @@ from rich.table import Table
 from torch import nn
 
 import fxstream
-from fxstream.planning import Plan, make_plan
-from fxstream.request import Request
-from fxstream.saved import saved_by
-from fxstream.units import bytes_text
-from fxstream.zoo import build
+from fxstream.machine.units import bytes_text
+from fxstream.planning.plan import Plan, make_plan
+from fxstream.tiling.autograd_saves import saved_by
+from fxstream.tiling.request import Request
+from fxstream.tools.zoo import build
 
 NETWORKS = {"ResNet-50": "resnet50", "DenseNet-121": "densenet121"}
 SLOWEST, STEP = 6, 1.1

@@ -11,7 +11,7 @@ from style import GREEN, ORANGE, save
 from torch import nn
 
 import fxstream
-from fxstream.box import Interval
+from fxstream.geometry.box import Interval
 
 WHITE = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
 BACKWARD = (

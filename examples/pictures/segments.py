@@ -7,12 +7,12 @@ from matplotlib.figure import Figure
 from style import GREEN, GREY, ORANGE, save
 
 import fxstream
-from fxstream.locality import Locality
-from fxstream.planning import Plan
-from fxstream.request import output_extents
-from fxstream.segment_plan import SegmentPlan
-from fxstream.units import bytes_text
-from fxstream.zoo import build
+from fxstream.graph.typed_graph import Locality
+from fxstream.machine.units import bytes_text
+from fxstream.planning.plan import Plan
+from fxstream.tiling.request import output_extents
+from fxstream.tiling.segment_plan import SegmentPlan
+from fxstream.tools.zoo import build
 
 
 def segments(size: int = 2048, tile: int = 640) -> None:

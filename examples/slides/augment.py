@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fxstream.zoo import define_missing_torchvision_schemas
+from fxstream.tools.zoo import define_missing_torchvision_schemas
 
 define_missing_torchvision_schemas()  # for a torchvision without its compiled operators
 

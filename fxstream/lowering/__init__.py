@@ -13,15 +13,15 @@ from dataclasses import replace
 
 from torch import fx
 
-from fxstream.capture import Captured
-from fxstream.export import CUMULATIVE
-from fxstream.functional import UNSTREAMED
-from fxstream.locality import Locality
+from fxstream.graph.capture import Captured
+from fxstream.graph.export import CUMULATIVE
+from fxstream.graph.functionalize import UNSTREAMED
+from fxstream.graph.shapes import Meta
+from fxstream.graph.typed_graph import Locality
 from fxstream.lowering import losses, normalisations, pooling, positions, randomness, statistics
 from fxstream.lowering.positions import with_positions
 from fxstream.lowering.writer import Lowering, Writer, copied
 from fxstream.rules import Kind, Value
-from fxstream.sizes import Meta
 
 __all__ = ["lower", "with_positions"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from fxstream.lowering.writer import Lowering, Writer
-from fxstream.operators import overload
 from fxstream.rules.classes import CLASS_LOSSES, PIXEL_LOSSES
+from fxstream.rules.ops import overload
 
 __all__ = ["LOWERINGS"]
 

@@ -26,16 +26,16 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from fxstream.capture import Captured
-from fxstream.functional import UNSTREAMED, is_random, remove_dead_nodes, updates_statistics
-from fxstream.locality import Locality
+from fxstream.graph.capture import Captured
+from fxstream.graph.functionalize import UNSTREAMED, is_random, remove_dead_nodes, updates_statistics
+from fxstream.graph.shapes import Meta, Shape
+from fxstream.graph.typed_graph import Locality
 from fxstream.lowering.twins import Twin, blocks
 from fxstream.lowering.writer import Lowering, Writer, copied
-from fxstream.operators import overload
 from fxstream.rules import Value, rule_of
 from fxstream.rules.channelwise import KEEPING, REDUCING, SPLITTING
 from fxstream.rules.classes import CLASS_LOSSES, PIXEL_LOSSES
-from fxstream.sizes import Meta, Shape
+from fxstream.rules.ops import overload
 
 __all__ = ["LOWERINGS", "with_positions"]
 

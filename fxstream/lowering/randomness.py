@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from fxstream.lowering.writer import Lowering, Writer
-from fxstream.operators import overload
+from fxstream.rules.ops import overload
 
 __all__ = ["LOWERINGS"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxstream.operators import overload
-from fxstream.sizes import Meta, Shape
+from fxstream.graph.shapes import Meta, Shape
+from fxstream.rules.ops import overload
 
 __all__ = ["Lowering", "Writer", "copied"]
 

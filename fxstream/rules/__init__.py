@@ -23,7 +23,6 @@ from fxstream.rules import (
     contractions,
     interpolated,
     mapwide,
-    pooled,
     reductions,
     resampled,
     shuffled,
@@ -80,7 +79,6 @@ FAMILIES = (
     classes,
     contractions,
     reductions,
-    pooled,
     mapwide,
 )
 for _family in FAMILIES:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fxstream.receptive_field import IDENTITY
+from fxstream.geometry.receptive_field import IDENTITY
 from fxstream.rules.pointwise import aligned_read
 from fxstream.rules.reductions import over_space
 from fxstream.rules.rule import Answer, Call, Evaluation, Footprint, Kind, Read, Refusal, RuleTable, Value

@@ -7,7 +7,7 @@ these operators claim to read more than has an influence.
 
 from __future__ import annotations
 
-from fxstream.receptive_field import IDENTITY
+from fxstream.geometry.receptive_field import IDENTITY
 from fxstream.rules.pointwise import pointwise
 from fxstream.rules.rule import Answer, Call, Evaluation, Footprint, Kind, Read, Refusal, RuleTable, Value
 

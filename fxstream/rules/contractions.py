@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from fxstream.operators import wide
-from fxstream.receptive_field import BROADCAST, IDENTITY
+from fxstream.geometry.receptive_field import BROADCAST, IDENTITY
+from fxstream.rules.ops import wide
 from fxstream.rules.reductions import reduced, sums_of_tiles
 from fxstream.rules.rule import Answer, Call, Evaluation, Footprint, Kind, Read, Refusal, RuleTable, Value
 

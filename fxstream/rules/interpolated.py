@@ -6,7 +6,7 @@ NOTE [how a box is evaluated]
 2. Made smaller by a whole number along every axis, in linear mode: the operator itself on the crop, which starts
    with the first of the pixels that become one.
 3. Otherwise, with aligned corners for example, the sources follow from the size of the image: each axis is looked
-   up in the table that `fxstream.interpolation` measures.
+   up in the table that `fxstream.rules.resample_table` measures.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from functools import partial
 
 import torch
 
-from fxstream.interpolation import Resample
-from fxstream.receptive_field import IDENTITY, AxisExtent, AxisMap
+from fxstream.geometry.receptive_field import IDENTITY, AxisExtent, AxisMap
+from fxstream.rules.resample_table import Resample
 from fxstream.rules.rule import (
     Answer,
     Border,

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from fxstream.receptive_field import BROADCAST, IDENTITY, AxisMap
+from fxstream.geometry.receptive_field import BROADCAST, IDENTITY, AxisMap
 from fxstream.rules.rule import Answer, Call, Evaluation, Footprint, Kind, Read, Refusal, RuleTable, Value
 
 __all__ = ["add_rules", "aligned_read", "pointwise", "random_draw"]

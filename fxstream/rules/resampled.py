@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from fxstream.receptive_field import AxisExtent, AxisMap
+from fxstream.geometry.receptive_field import AxisExtent, AxisMap
 from fxstream.rules.rule import (
     Answer,
     Call,

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from fxstream.box import Interval
 from fxstream.errors import RuleError
-from fxstream.interpolation import Resample
-from fxstream.receptive_field import AxisExtent, AxisMap
+from fxstream.geometry.box import Interval
+from fxstream.geometry.receptive_field import AxisExtent, AxisMap
+from fxstream.rules.resample_table import Resample
 
 __all__ = [
     "Average",

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from fxstream.receptive_field import IDENTITY
+from fxstream.geometry.receptive_field import IDENTITY
 from fxstream.rules.rule import (
     Answer,
     Call,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fxstream.receptive_field import IDENTITY, AxisExtent, AxisMap
+from fxstream.geometry.receptive_field import IDENTITY, AxisExtent, AxisMap
 from fxstream.rules.rule import (
     Answer,
     Average,

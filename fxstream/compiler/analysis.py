@@ -1,0 +1,146 @@
+"""What fxstream finds in a model at one image size: verdicts, regions and where the stream ends.
+
+`analyze` runs nothing and allocates nothing of the image's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxstream.errors import InputError
+from fxstream.graph.capture import Captured, capture
+from fxstream.graph.shapes import Meta, Shape, shapes_at, stream_dims
+from fxstream.graph.typed_graph import Locality, Region, Verdict, analyse_locality
+from fxstream.lowering import lower, with_positions
+
+__all__ = ["Analysis", "analyse", "analyze", "example_image", "image_dims", "lowered"]
+
+MOST_SHOWN = 8
+LARGEST = 2**31
+"""No extent of an image is larger."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Analysis:
+    """A captured model with the verdict on each of its nodes at one size; prints as a summary."""
+
+    captured: Captured
+    locality: Locality
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """The verdict on every node, in the order of the graph."""
+        return tuple(self.locality.verdicts.values())
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The parts of the graph that can be streamed in one piece each."""
+        return self.locality.regions
+
+    @property
+    def barriers(self) -> tuple[Verdict, ...]:
+        """The nodes that need the whole feature map, or have no rule."""
+        return self.locality.barriers()
+
+    @property
+    def cut(self) -> Verdict | None:
+        """The node that ends the first region; None where everything is local."""
+        return self.barriers[0] if self.barriers else None
+
+    def __str__(self) -> str:
+        total = max(1, self.locality.activation_bytes(list(self.locality.verdicts)))
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.locality.counts().items()))
+        lines = [f"{len(self.verdicts)} nodes: {counts}"]
+        regions = sorted(self.regions, key=lambda r: -self.locality.activation_bytes(r.nodes))
+        for region in regions[:MOST_SHOWN]:
+            first, last = (self.locality.verdicts[region.nodes[i]] for i in (0, -1))
+            share = self.locality.activation_bytes(region.nodes) / total
+            lines.append(
+                f"region {first.module or first.node} .. {last.module or last.node}:"
+                f" {len(region.nodes)} nodes, {share:.1%} of the activations"
+            )
+        if len(regions) > MOST_SHOWN:
+            lines.append(f"and {len(regions) - MOST_SHOWN} smaller regions")
+        if reductions := self.locality.reductions():
+            lines.append(f"{len(reductions)} reductions over space, combined from tiles")
+        lines += [str(verdict) for verdict in self.barriers[:MOST_SHOWN]]
+        if len(self.barriers) > MOST_SHOWN:
+            lines.append(f"and {len(self.barriers) - MOST_SHOWN} more barriers")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def analyse(captured: Captured, model: nn.Module, tensors: list[torch.Tensor], combines: bool = True) -> Analysis:
+    """The analysis of a captured model for these inputs (only their shapes are looked at).
+
+    With `combines` reductions over space may be combined from tiles.
+    """
+    metas = shapes_at(captured.module, [*captured.model_tensors(model), *tensors])
+    return Analysis(captured, analyse_locality(captured.graph, metas, image_dims(captured, metas), combines))
+
+
+def lowered(captured: Captured, model: nn.Module, tensors: list[torch.Tensor], combines: bool = True) -> Captured:
+    """The captured model with its feature-map-wide operators taken apart, where any can be (`lowering`).
+
+    Reductions over space only where they may be combined from tiles.
+    """
+    locality = analyse(captured, model, tensors, combines).locality
+    apart = with_positions(captured, locality) if combines else captured
+    if apart is not captured:
+        captured, locality = apart, analyse(apart, model, tensors).locality
+    return lower(captured, locality, combines)
+
+
+def image_dims(captured: Captured, metas: Mapping[str, Meta]) -> dict[str, tuple[int, ...]]:
+    """The stream dims of every input of the model."""
+    shapes = {name: meta.shape for name in captured.inputs if isinstance(meta := metas.get(name), Shape)}
+    return dict(zip(shapes, stream_dims(list(shapes.values())), strict=True))
+
+
+def example_image(model: nn.Module, size: int | tuple[int, ...], channels: int, batch: int) -> torch.Tensor:
+    """An image [batch, channels, *size] of the model's type on its device, without memory of its own.
+
+    `size` is one number for a square 2-D image, or one per axis. Raises `InputError` for anything but
+    positive ints.
+    """
+    extents = (size, size) if isinstance(size, int) else tuple(size)
+    if any(isinstance(n, int) and n >= LARGEST for n in (*extents, channels, batch)):
+        raise InputError(f"size, channels and batch must be below {LARGEST}, found {size!r}, {channels}, {batch}")
+    if not extents or any(
+        isinstance(e, bool) or not isinstance(e, int) or e < 1 for e in (*extents, channels, batch)
+    ):
+        raise InputError(f"size, channels and batch must be positive ints, found {size!r}, {channels}, {batch}")
+    floating = (weight for weight in model.parameters() if weight.is_floating_point())
+    weight = next(floating, torch.empty(0))
+    return torch.empty(1, dtype=weight.dtype, device=weight.device).expand(batch, channels, *extents)
+
+
+def analyze(
+    model: nn.Module,
+    size: int | tuple[int, ...],
+    *,
+    channels: int = 3,
+    batch: int = 1,
+    kwargs: Mapping[str, Any] | None = None,
+    global_ops: str = "auto",
+) -> Analysis:
+    """What fxstream finds in `model` for one image [batch, channels, *size], without running it.
+
+    `size` is in pixels, one number for a square 2-D image or one per axis; `global_ops` as in `compile`. Raises
+    `CaptureError` where the model cannot be captured and `InputError` where it cannot take the size.
+
+    >>> print(analyze(torch.nn.Conv2d(3, 8, 3), 64))
+    1 nodes: 1 local
+    region conv2d .. conv2d: 1 nodes, 100.0% of the activations
+    """
+    image = example_image(model, size, channels, batch)
+    captured = capture(model, (image,), kwargs or {})
+    tensors = [t for t in (kwargs or {}).values() if isinstance(t, torch.Tensor)]
+    combines, tensors = global_ops != "cut", [image, *tensors]
+    return analyse(lowered(captured, model, tensors, combines), model, tensors, combines)

@@ -1,0 +1,6 @@
+"""A model as one ATen graph that holds at every image size, with the type of each node at one size.
+
+Owns capture (`export`, `functionalize`, `capture`), what a capture depends on (`guards`), shapes at one size
+(`shapes`), and whether each node can be tiled (`typed_graph`). May import `rules` and below. Hands on a `Captured`
+model, and its typed graph at an image size.
+"""

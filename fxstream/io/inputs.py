@@ -1,0 +1,106 @@
+"""What a call is given: tensors on the model's device, tensors in host memory, arrays on disk.
+
+Capture, planning and the probe look at shapes, types and devices only. For an image that is not in the device's
+memory they are given a stand-in: a tensor of its shape on the device that holds one element. The tile loop then
+reads boxes of the image itself (`reading`); what is not streamed gets it whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxstream.errors import InputError
+from fxstream.graph.shapes import is_image
+from fxstream.io.source import LARGEST_AXES, Source, is_array, source
+
+__all__ = ["Inputs", "inputs_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The arguments of a call with stand-ins for images from outside, their tensors, and the real ones."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tensors: list[torch.Tensor]
+    given: list[torch.Tensor | Source]
+
+    @property
+    def outside(self) -> frozenset[int]:
+        """The places of the tensors that stand for something outside of the device's memory."""
+        pairs = enumerate(zip(self.tensors, self.given, strict=True))
+        return frozenset(i for i, (tensor, given) in pairs if tensor is not given)
+
+    def held(self, whole: Collection[int]) -> list[torch.Tensor | Source]:
+        """The real inputs, those at the places in `whole` read into the device's memory."""
+        return [
+            _whole(given, tensor.device) if i in whole else given
+            for i, (tensor, given) in enumerate(zip(self.tensors, self.given, strict=True))
+        ]
+
+    def plain(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments for the plain model, everything read into the device's memory."""
+        held = iter(self.held(self.outside))
+        leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
+        args, kwargs = pytree.tree_unflatten(
+            [next(held) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
+        )
+        return args, kwargs
+
+
+def inputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
+    """The inputs of a call, arrays as sources. Raises `InputError` for what no network takes."""
+    device = next((parameter.device for parameter in model.parameters()), None)
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    placed, tensors, given = [], [], []
+    for leaf in leaves:
+        if is_array(leaf) and not isinstance(leaf, Source) and 2 < len(leaf.shape) <= 2 + LARGEST_AXES:
+            leaf = source(leaf)
+        if isinstance(leaf, Source):
+            leaf = leaf.to(device or leaf.device)
+        if isinstance(leaf, (torch.Tensor, Source)):
+            given.append(leaf)
+            leaf = _stand_in(leaf, device)
+            tensors.append(leaf)
+        placed.append(leaf)
+    _check(model, tensors)
+    args, kwargs = pytree.tree_unflatten(placed, spec)
+    return Inputs(args, dict(kwargs), tensors, given)
+
+
+def _stand_in(given: torch.Tensor | Source, device: torch.device | None) -> torch.Tensor:
+    """The tensor itself where it is one on the device; else one of its shape and type that holds one element."""
+    if isinstance(given, torch.Tensor):
+        on_host = device is not None and given.device.type == "cpu" != device.type
+        if not on_host or not is_image(given):
+            return given
+        empty = torch.empty(1, dtype=given.dtype, device=device).expand(given.shape)
+        return empty.requires_grad_(given.requires_grad)
+    return torch.empty(1, dtype=given.dtype, device=device or given.device).expand(given.shape)
+
+
+def _whole(given: torch.Tensor | Source, device: torch.device) -> torch.Tensor:
+    return given[()] if isinstance(given, Source) else given.to(device)
+
+
+def _check(model: nn.Module, tensors: list[torch.Tensor]) -> None:
+    images = [tensor for tensor in tensors if is_image(tensor)]
+    if not images:
+        raise InputError("no image among the arguments: fxstream needs a tensor [N, C, spatial dims...]")
+    for image in images:
+        if image.is_complex():
+            raise InputError(
+                f"a complex image ({image.dtype}) cannot be streamed: pass real and imaginary channels"
+            )
+        if image.numel() == 0:
+            raise InputError(f"the image is empty: its shape is {list(image.shape)}")
+    devices = {tensor.device for tensor in tensors} | {p.device for p in model.parameters()}
+    if len(devices) > 1:
+        found = ", ".join(sorted(map(str, devices)))
+        raise InputError(f"image and model are on different devices ({found}): move them to one")

@@ -1,0 +1,231 @@
+"""Images that are arrays outside of the device's memory: on disk, compressed, larger than all of it.
+
+`Source` stands in the place of an input tensor [N, C, spatial dims...]. It wraps anything with `shape`, `dtype`
+and slices (numpy memmap, zarr, h5py, tifffile's zarr view, dask), or several of one shape as a batch. Values
+keep their type until they are on the device: normalisation belongs to the model.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fxstream.errors import InputError, StreamError
+from fxstream.geometry.box import Box
+
+__all__ = [
+    "LARGEST_AXES",
+    "Source",
+    "describe",
+    "is_array",
+    "openslide_array",
+    "pyvips_array",
+    "source",
+    "torch_dtype",
+]
+
+LARGEST_AXES = 3
+"""Stream axes that an image may have."""
+
+
+class Source:
+    """An array as an image [N, C, spatial dims...] of a torch type, of which boxes are read; made by `source`."""
+
+    def __init__(
+        self,
+        arrays: Sequence[Any],
+        layout: str,
+        batch: Sequence[int] | None,
+        dtype: torch.dtype | None,
+        device: torch.device,
+    ) -> None:
+        self._arrays, self._layout, self._batch = arrays, layout, batch
+        self._stored = torch_dtype(arrays[0].dtype)
+        self.dtype = dtype or self._stored
+        self.device = device
+        self._axes = ("N", "C", *(axis for axis in layout if axis not in "NC"))
+        extents = dict(zip(layout, arrays[0].shape, strict=True))
+        count = len(batch) if batch is not None else extents.get("N", 1)
+        extents |= {"N": len(arrays) * count} | {"C": extents.get("C", 1)}
+        self.shape = torch.Size(extents[axis] for axis in self._axes)
+
+    @property
+    def ndim(self) -> int:
+        """Number of dims, with batch and channels."""
+        return len(self.shape)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Never: an array has no gradient."""
+        return False
+
+    def to(self, device: torch.device) -> Source:
+        """The same image, whose boxes arrive on that device."""
+        return Source(self._arrays, self._layout, self._batch, self.dtype, device)
+
+    def __getitem__(self, box: tuple[slice, ...]) -> torch.Tensor:
+        """A box of the image as a tensor of its own, on the device; slices of all dims or of the first ones."""
+        return self.place(self.read(box))
+
+    def read(self, box: tuple[slice, ...]) -> torch.Tensor:
+        """A box as it is stored, in host memory. Raises `StreamError` where the array fails, naming both."""
+        samples, *bounds = (range(part.start, part.stop) for part in Box.of(box, self.shape))
+        parts = [self._read_one(sample, bounds) for sample in samples]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def place(self, stored: torch.Tensor) -> torch.Tensor:
+        """What was read, on the device and in the type that the model is given."""
+        if self.device.type == "cuda":
+            stored = stored.pin_memory()
+        return stored.to(self.device, non_blocking=True).to(self.dtype)
+
+    def _read_one(self, sample: int, bounds: Sequence[range]) -> torch.Tensor:
+        """A box [1, C, spatial dims...] of one sample of the batch."""
+        per_array = self.shape[0] // len(self._arrays)
+        array, row = self._arrays[sample // per_array], sample % per_array
+        row = row if self._batch is None else self._batch[row]
+        wanted = dict(zip(self._axes, (range(row, row + 1), *bounds), strict=True))
+        index = tuple(slice(wanted[axis].start, wanted[axis].stop) for axis in self._layout)
+        told = f"[{', '.join(f'{part.start}:{part.stop}' for part in index)}] of {describe(array)}"
+        try:
+            found = _as_tensor(array[index])
+        except Exception as error:
+            raise StreamError(f"reading {told} failed: {type(error).__name__}: {error}") from error
+        shape = [len(wanted[axis]) for axis in self._layout]
+        if list(found.shape) != shape:
+            raise StreamError(
+                f"reading {told} gave the shape {list(found.shape)}, needed {shape}: has the array shrunk?"
+            )
+        missing = [axis for axis in "NC" if axis not in self._layout]
+        order = [*missing, *self._layout]
+        turned = found[(None,) * len(missing)].permute([order.index(axis) for axis in self._axes])
+        return turned.clone(memory_format=torch.contiguous_format)
+
+    def __repr__(self) -> str:
+        return f"Source({describe(self._arrays[0])}, {list(self.shape)}, {self.dtype})"
+
+
+def source(
+    *arrays: Any,
+    layout: str | None = None,
+    batch: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Source:
+    """An array, or several of one shape as a batch, in the place of an image tensor.
+
+    `layout` names the array's axes in their order: N is the batch, C the channels, any other letter an axis of the
+    image (``"HWC"``, ``"CZYX"``, ``"NHWC"``, ``"YX"``). Without one the array is [N, C, spatial dims...] already.
+    `batch` picks entries along N. Values are of the array's type, converted to `dtype` once on the device.
+
+    Raises `InputError` for what has no shape, type or slices, for types that torch has not, and for layouts that
+    do not fit.
+
+    >>> source(torch.zeros(40, 60, 3, dtype=torch.uint8), layout="HWC").shape
+    torch.Size([1, 3, 40, 60])
+    """
+    if not arrays:
+        raise InputError("source needs an array")
+    for array in arrays:
+        if not _has_parts(array):
+            raise InputError(f"an image source needs shape, dtype and slicing; found {type(array).__name__}")
+        if tuple(array.shape) != tuple(arrays[0].shape) or array.dtype != arrays[0].dtype:
+            found = ", ".join(f"{list(array.shape)} {array.dtype}" for array in arrays)
+            raise InputError(f"the arrays of a batch need one shape and type; found {found}")
+    layout = _checked_layout(layout, tuple(arrays[0].shape))
+    rows = None if batch is None else [operator.index(row) for row in batch]
+    if rows is not None and ("N" not in layout or not rows):
+        raise InputError(f"batch={batch!r} picks entries along N, and the layout is {layout!r}")
+    if rows is not None and not all(0 <= row < arrays[0].shape[layout.index("N")] for row in rows):
+        raise InputError(f"batch={batch!r} is outside of {arrays[0].shape[layout.index('N')]} entries along N")
+    return Source(arrays, layout, rows, dtype, torch.device("cpu"))
+
+
+def _checked_layout(layout: str | None, shape: tuple[int, ...]) -> str:
+    """The layout of an array of this shape. Raises `InputError` for one that does not fit."""
+    if layout is None and 2 < len(shape) <= 2 + LARGEST_AXES:
+        layout = "NC" + "DHW"[-(len(shape) - 2) :]
+    axes = {*(layout or "")}
+    if not layout or not len(axes) == len(layout) == len(shape) or not 0 < len(axes - {*"NC"}) <= LARGEST_AXES:
+        raise InputError(
+            f"layout={layout!r} does not fit an array of shape {list(shape)}: give one letter per axis, N for the"
+            " batch, C for channels, others for one to three axes of the image"
+        )
+    return layout
+
+
+def is_array(given: Any) -> bool:
+    """Whether an argument can be read like an array and is no tensor."""
+    return _has_parts(given) and not isinstance(given, torch.Tensor)
+
+
+def _has_parts(given: Any) -> bool:
+    return all(hasattr(given, part) for part in ("shape", "dtype", "__getitem__")) and len(given.shape) > 0
+
+
+def _as_tensor(found: Any) -> torch.Tensor:
+    """What an array gave for a slice, in the machine's order of bytes; tensors as they are."""
+    if isinstance(found, torch.Tensor):
+        return found
+    values = found.__array__()
+    return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=not values.flags.writeable))
+
+
+def describe(array: Any) -> str:
+    """An array in words: what it is, and its file where it has one."""
+    name = next((found for part in ("filename", "path", "name") if (found := getattr(array, part, None))), None)
+    where = f" {name}" if isinstance(name, str) or hasattr(name, "__fspath__") else ""
+    return f"{type(array).__module__.split('.')[0]}.{type(array).__name__}{where} {list(array.shape)}"
+
+
+def torch_dtype(dtype: Any) -> torch.dtype:
+    """The torch type of an array's type. Raises `InputError` for one that torch has not."""
+    found = getattr(torch, str(getattr(dtype, "name", dtype)).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise InputError(f"an image of type {dtype} cannot be streamed: torch has no such type")
+    if found.is_complex:
+        raise InputError(f"a complex image ({dtype}) cannot be streamed: pass real and imaginary channels")
+    return found
+
+
+class _Regions:
+    """A [H, W, C] uint8 array of what gives the bytes of a region at left, top, width and height."""
+
+    dtype = torch.uint8
+
+    def __init__(
+        self, read: Callable[[int, int, int, int], bytes], shape: tuple[int, int, int], name: str
+    ) -> None:
+        self._read, self.shape, self.name = read, shape, name
+
+    def __getitem__(self, index: tuple[slice, slice, slice]) -> torch.Tensor:
+        rows, columns = (range(*part.indices(size)) for part, size in zip(index[:2], self.shape, strict=False))
+        region = self._read(columns.start, rows.start, len(columns), len(rows))
+        found = torch.frombuffer(bytearray(region), dtype=torch.uint8)
+        return found.view(len(rows), len(columns), self.shape[2])[:, :, index[2]]
+
+
+def openslide_array(slide: Any, level: int = 0) -> _Regions:
+    """A level of an `openslide.OpenSlide` as an array [H, W, 3]."""
+    width, height = slide.level_dimensions[level]
+    scale = slide.level_downsamples[level]
+
+    def read(left: int, top: int, columns: int, rows: int) -> bytes:
+        """Regions are asked for at level 0."""
+        origin = round(left * scale), round(top * scale)
+        found: bytes = slide.read_region(origin, level, (columns, rows)).convert("RGB").tobytes()
+        return found
+
+    return _Regions(read, (height, width, 3), str(getattr(slide, "_filename", "")))
+
+
+def pyvips_array(image: Any) -> _Regions:
+    """A `pyvips.Image` of 8-bit bands as an array [H, W, bands]."""
+
+    def read(left: int, top: int, columns: int, rows: int) -> bytes:
+        found: bytes = image.crop(left, top, columns, rows).write_to_memory()
+        return found
+
+    return _Regions(read, (image.height, image.width, image.bands), str(getattr(image, "filename", "")))

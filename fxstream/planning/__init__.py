@@ -1,0 +1,5 @@
+"""The fastest plan that fits: what operators cost, where regions are cut, which grid each segment gets.
+
+Owns the cost model (`cost`, `estimate`) and the searches over partitions (`partition`, `search`). May import
+`tiling` and below. Hands on a `Plan` with its predicted seconds and bytes.
+"""

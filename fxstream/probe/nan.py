@@ -1,0 +1,337 @@
+"""NaN around a tile, forward, and in half of the gradient, backward: rules 2, 3 and 5 of the NOTE in `probe`."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from fxstream.geometry.box import EMPTY, Interval
+from fxstream.geometry.receptive_field import ReceptiveField
+from fxstream.graph.shapes import Meta, Shape, fold_integers
+from fxstream.probe.findings import Findings
+from fxstream.probe.strip import Strip
+from fxstream.probe.subgraph import Excerpt
+from fxstream.rules import Evaluation
+from fxstream.tiling.bounds import AxisWalk
+
+__all__ = ["poison_backward", "poison_forward"]
+
+RAMPS = ((0.5, 1.0), (-1.0, -0.5), (2.0, 4.0), (-4.0, -2.0))
+"""Ranges of the ramps that windows are differentiated on; the later ones only where no gradient passed."""
+LEVELS = tuple((level, level) for level in (0.5, -0.5, 0.05, -0.05, 1.5, -1.5, 4.0, -4.0, 10.0, -10.0))
+"""The same for pointwise operators: at one level a gate is open or closed everywhere."""
+
+
+class _Runner(fx.Interpreter):
+    """Runs an excerpt and compares the value of every local node with its claim as soon as it is there."""
+
+    def __init__(self, strip: Strip, found: Findings) -> None:
+        super().__init__(strip.part.module)
+        self.extra_traceback = False
+        self._strip, self._found = strip, found
+        self._nodes = set(strip.part.segment.nodes)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self._nodes:
+            _compare_forward(self._strip, n, value, self._found)
+        return value
+
+
+@torch.no_grad()
+def poison_forward(strip: Strip, found: Findings) -> None:
+    """Rule 2: the valid interval of every node, for both tiles."""
+    inputs = []
+    for leaf, dims in strip.part.segment.leaves:
+        shape = strip.part.leaf_shape(leaf, 2, strip.leaf_extents[leaf])
+        if (dtype := strip.part.type_of(leaf)) != strip.part.dtype:
+            inputs.append(torch.ones(shape, dtype=dtype))
+            continue
+        image = torch.full(shape, math.nan, dtype=dtype)
+        for entry, tile in enumerate(strip.tiles):
+            own = strip.tile_of(leaf, tile)
+            image[entry].narrow(dims[strip.axis] - 1, own.start, len(own)).fill_(1.0)
+        inputs.append(image)
+    _Runner(strip, found).run(*inputs, *strip.weights.values())
+
+
+def _compare_forward(strip: Strip, node: fx.Node, value: Any, found: Findings) -> None:
+    name = node.name
+    fields = {leaf: fields[name] for leaf, fields in strip.fields.items() if name in fields}
+    if not isinstance(value, torch.Tensor):
+        return
+    known = [name for name in (given.name for given in node.all_input_nodes) if name in found.blurred_forward]
+    if known or not value.is_floating_point() or not fields or not strip.locality.footprint(name).tight:
+        found.blurred_forward.add(name)
+    if not value.is_floating_point() or not fields:
+        return
+    dim = strip.locality.value(name).dims[strip.axis]
+    poisoned = _poisoned(value, dim)
+    for entry, tile in enumerate(strip.tiles):
+        claimed = _claimed_valid(strip, fields, tile, value.shape[dim])
+        if not len(claimed):  # inputs of several sizes may leave no pixel that none of them poisons
+            found.blurred_forward.add(name)
+            continue
+        measured = _valid_around(poisoned[entry], (claimed.start + claimed.stop - 1) // 2)
+        if measured == claimed:
+            continue
+        smaller = measured.start > claimed.start or measured.stop < claimed.stop
+        # On a strip this narrow a dilated window may read padding only, though pixels lie between its taps; and
+        # crops may leave nothing of the NaN on one side.
+        before = measured.start in (claimed.start, 0)
+        after = measured.stop in (claimed.stop, value.shape[dim])
+        unseen = before and after
+        if not smaller and (unseen or name in found.blurred_forward or not _carries_nan(strip, node)):
+            found.blurred_forward.add(name)
+            return
+        lost = [(v.start, value.shape[dim] - v.stop) if len(v) else "all" for v in (claimed, measured)]
+        found.add(name, strip.axis, "forward", f"pixels invalid at the border of a tile {tile}", *lost)
+        found.blurred_forward.add(name)
+        return
+
+
+def _poisoned(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """For each of the two batch entries, which pixels along `dim` hold a NaN anywhere; a sum carries it along."""
+    entries = tensor.unflatten(0, (2, -1))
+    sums: torch.Tensor = entries.sum([d for d in range(1, entries.ndim) if d != dim + 1])
+    return sums.isnan()
+
+
+def _claimed_valid(
+    strip: Strip, fields: Mapping[str, tuple[ReceptiveField, ...]], tile: Interval, extent: int
+) -> Interval:
+    """The pixels whose receptive field lies in the tile, by the algebra."""
+    start, stop = 0, extent
+    for leaf, axes in fields.items():
+        own, of = strip.tile_of(leaf, tile), axes[strip.axis]
+        if not of.advance:
+            continue
+        if own.start > 0:  # otherwise nothing before the tile is NaN
+            first = (own.start - of.lows[0]) * of.period // of.advance - 2 * of.period
+            while of.low(first) < own.start:
+                first += 1
+            start = max(start, first)
+        if own.stop < strip.leaf_extents[leaf][strip.axis]:
+            last = (own.stop - 1 - of.highs[0]) * of.period // of.advance + 2 * of.period
+            while of.high(last) >= own.stop:
+                last -= 1
+            stop = min(stop, last + 1)
+    return Interval(start, stop) if start < stop else EMPTY
+
+
+def _valid_around(poisoned: torch.Tensor, middle: int) -> Interval:
+    """The run of valid pixels around `middle`; empty where `middle` itself is not valid."""
+    bad = poisoned.nonzero().flatten().tolist()
+    if middle in bad:
+        return EMPTY
+    before = [b for b in bad if b < middle]
+    after = [b for b in bad if b > middle]
+    return Interval(before[-1] + 1 if before else 0, after[0] if after else len(poisoned))
+
+
+def _carries_nan(strip: Strip, node: fx.Node) -> bool:
+    """Whether the operator, given nothing but NaN, returns nothing but NaN."""
+    poison = {
+        given.name: torch.full(strip.locality.value(given.name).shape, math.nan)
+        for given in node.all_input_nodes
+        if isinstance(strip.locality.metas[given.name], Shape) and strip.locality.value(given.name).dims
+    }
+    try:
+        with torch.no_grad():
+            results = pytree.tree_leaves(_call(strip, node, poison))
+    except RuntimeError:
+        return False
+    return all(bool(r.isnan().all()) for r in results if isinstance(r, torch.Tensor) and r.is_floating_point())
+
+
+def _call(strip: Strip, node: fx.Node, given: Mapping[str, Any]) -> Any:
+    """The operator on these tensors, with synthetic weights for the rest."""
+    args, kwargs = fold_integers(node, strip.locality.metas)
+
+    def tensor_of(n: fx.Node) -> Any:
+        return given[n.name] if n.name in given else strip.weights[n.name]
+
+    assert callable(node.target)
+    return node.target(*map_arg(args, tensor_of), **map_arg(kwargs, tensor_of))
+
+
+@torch.enable_grad()
+def poison_backward(strip: Strip, found: Findings) -> None:
+    """Rule 3: which pixels of every node the first half of the outputs depends on, and which the second half.
+
+    Entry 0 is NaN in the gradient of the first half and rises along the axis, entry 1 is NaN in that of the second
+    half and falls.
+    """
+    part, metas, axis = strip.part, strip.locality.metas, strip.axis
+    segment = part.segment
+    extents = {output: strip.extent(output) for output in segment.outputs}
+    halves = [Interval(0, e // 2) for e in extents.values()], [Interval(e // 2, e) for e in extents.values()]
+    walk = AxisWalk(strip.locality, segment, axis)
+    claims = [walk.boxes(half) for half in halves]
+    gradients: dict[str, Any] = {}
+    for output, extent in extents.items():
+        gradient = torch.ones(_shape(metas, output), dtype=part.dtype)
+        dim = strip.locality.value(output).dims[axis]
+        first, second = gradient.chunk(2)
+        first.narrow(dim, 0, extent // 2).fill_(math.nan)
+        second.narrow(dim, extent // 2, extent - extent // 2).fill_(math.nan)
+        gradients[output] = gradient
+    leaves = {leaf for leaf, _ in segment.leaves}
+    blurred: set[str] = set()
+    for node in reversed(part.module.graph.nodes):
+        if node.name not in leaves and node.name not in segment.nodes:
+            continue
+        gradient = gradients.pop(node.name, None)
+        meta = metas[node.name]
+        if gradient is None or (isinstance(meta, Shape) and not meta.dtype.is_floating_point):
+            blurred.add(node.name)
+        elif isinstance(meta, Shape):
+            claimed = [claim.get(node.name, EMPTY) for claim in claims]
+            poisoned = _poisoned(gradient, strip.locality.value(node.name).dims[axis])
+            _compare_backward(strip, node.name, poisoned, claimed, blurred, found)
+            gradient = _whole_box(gradient, poisoned, strip.locality.value(node.name).dims[axis])
+        if node.name in leaves:
+            continue
+        sent = _pulled_back(strip, node, gradient, metas) if gradient is not None else {}
+        for given in node.all_input_nodes:
+            if given.name in sent:
+                known = gradients.get(given.name)
+                gradients[given.name] = _summed(known, sent[given.name])
+            # Tiles hold the same box of every result of an operator: more than each of them needs.
+            several = isinstance(metas[node.name], tuple)
+            loose = several or node.name in blurred or not strip.locality.footprint(node.name).tight
+            if loose or given.name not in sent or _is_closed(gradient, sent[given.name]):
+                blurred.add(given.name)
+    found.blurred_backward |= blurred & set(segment.nodes)
+
+
+def _shape(metas: Mapping[str, Meta], name: str) -> tuple[int, ...]:
+    meta = metas[name]
+    assert isinstance(meta, Shape)
+    return meta.shape
+
+
+def _dtype(metas: Mapping[str, Meta], name: str) -> torch.dtype:
+    meta = metas[name]
+    assert isinstance(meta, Shape)
+    return meta.dtype
+
+
+def _compare_backward(
+    strip: Strip,
+    name: str,
+    poisoned: torch.Tensor,
+    claims: Sequence[Interval],
+    blurred: set[str],
+    found: Findings,
+) -> None:
+    extent = poisoned.shape[1]
+    reached = [entry.nonzero().flatten().tolist() for entry in poisoned]
+    measured = (reached[0][-1] + 1 if reached[0] else 0, reached[1][0] if reached[1] else extent)
+    claimed = (claims[0].stop, claims[1].start if len(claims[1]) else extent)
+    if (measured[0] == 0 and claimed[0] == 1) or measured[1] == extent == claimed[1] + 1:
+        # A half that reads nothing but padding: a tile then holds the nearest real pixel (`Interval.nearest`).
+        claimed = (min(claimed[0], measured[0]), max(claimed[1], measured[1]))
+    if measured == claimed or name not in strip.part.segment.nodes:
+        return
+    more = measured[0] > claimed[0] or measured[1] < claimed[1]
+    if _is_item(strip.part, name) and not more:
+        return  # a tile holds the same box of every result of one operator, the hull of what any is needed for
+    if more or name not in blurred:
+        halves = f"pixels that the first half of the outputs reads up to, and the second half from, of {extent}"
+        found.add(name, strip.axis, "backward", halves, claimed, measured)
+    blurred.add(name)
+
+
+def _whole_box(gradient: torch.Tensor, poisoned: torch.Tensor, dim: int) -> torch.Tensor:
+    """The gradient with NaN in every channel of a pixel that has it in one: tiles hold whole boxes."""
+    entries = gradient.unflatten(0, (2, -1))
+    shape = [extent if d in (0, dim + 1) else 1 for d, extent in enumerate(entries.shape)]
+    whole: torch.Tensor = entries.masked_fill(poisoned.view(shape), math.nan).flatten(0, 1)
+    return whole
+
+
+def _is_item(part: Excerpt, name: str) -> bool:
+    return part.locality.footprint(name).target is operator.getitem
+
+
+def _summed(known: Any, sent: Any) -> Any:
+    """The sum of two gradients, of one tensor or of several."""
+    if known is None:
+        return sent
+    if not isinstance(known, list):
+        return known + sent
+    return [b if a is None else a if b is None else a + b for a, b in zip(known, sent, strict=True)]
+
+
+def _pulled_back(strip: Strip, node: fx.Node, gradient: Any, metas: Mapping[str, Meta]) -> dict[str, Any]:
+    """The gradients that the operator sends to its spatial inputs; none where it is not differentiable.
+
+    A gate that is closed on one range of values sends nothing, so that further ranges are tried.
+    """
+    spatial = [n for n in node.all_input_nodes if _is_spatial(strip, n.name)]
+    if node.target is operator.getitem:
+        several, index = node.args
+        assert isinstance(several, fx.Node)
+        assert isinstance(index, int)
+        meta = metas[several.name]
+        return {several.name: [gradient if k == index else None for k in range(len(_several(meta)))]}
+    sent: dict[str, Any] = {}
+    pointwise = strip.locality.footprint(node.name).evaluation is Evaluation.POINTWISE
+    for low, high in LEVELS if pointwise else RAMPS:
+        ramps = {n.name: _ramp(strip, n.name, metas, low, high) for n in spatial}
+        wanted = {name: ramp for name, ramp in ramps.items() if ramp.requires_grad}
+        results = _call(strip, node, ramps)
+        pairs = [
+            (result, given)
+            for result, given in zip(
+                pytree.tree_leaves(results), gradient if isinstance(gradient, list) else [gradient], strict=False
+            )
+            if given is not None and isinstance(result, torch.Tensor) and result.requires_grad
+        ]
+        if not pairs or not wanted:
+            return sent
+        outputs, given = zip(*pairs, strict=True)
+        try:
+            found = torch.autograd.grad(outputs, list(wanted.values()), given, allow_unused=True)
+        except RuntimeError:  # an operator of the user without a gradient
+            return sent
+        for name, gradient_in in zip(wanted, found, strict=True):
+            if gradient_in is not None:
+                sent[name] = _summed(sent.get(name), gradient_in)
+        if all(name in sent and bool(sent[name].sum().isnan()) for name in wanted):
+            break
+    return sent
+
+
+def _is_closed(gradient: Any, sent: Any) -> bool:
+    """Whether nothing of a NaN gradient passed to an input, as at a gate that no range of values opens."""
+    given, passed = ([t for t in (g if isinstance(g, list) else [g]) if t is not None] for g in (gradient, sent))
+    return any(bool(t.sum().isnan()) for t in given) and not any(bool(t.sum().isnan()) for t in passed)
+
+
+def _several(meta: Meta) -> tuple[Any, ...]:
+    return meta if isinstance(meta, tuple) else (meta,)
+
+
+def _is_spatial(strip: Strip, name: str) -> bool:
+    return bool(strip.locality.values.get(name)) and bool(strip.locality.value(name).dims)
+
+
+def _ramp(strip: Strip, name: str, metas: Mapping[str, Meta], low: float, high: float) -> torch.Tensor:
+    """Values that rise along the axis in entry 0 and fall in entry 1; ones for a type without gradient."""
+    shape, dtype = _shape(metas, name), _dtype(metas, name)
+    if not dtype.is_floating_point:
+        return torch.ones(shape, dtype=dtype)
+    dim = strip.locality.value(name).dims[strip.axis]
+    line = torch.linspace(low, high, shape[dim], dtype=dtype)
+    lines = torch.stack([line, line.flip(0)])
+    lines = lines.view([2 if d == 0 else -1 if d == dim else 1 for d in range(len(shape))])
+    return lines.repeat_interleave(shape[0] // 2, 0).expand(shape).contiguous().requires_grad_()

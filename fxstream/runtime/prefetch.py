@@ -1,0 +1,176 @@
+"""What tiles read of the segment's inputs, in a thread ahead of the computation, each pixel once per pass.
+
+Tensors on the device are cut as views. For a `Source` and for tensors in host memory a thread reads the next
+tile's boxes while this tile computes. Adjacent tiles overlap: what a tile shares with the next one along an axis
+is held until that has taken it, so that a pass reads the pixels of a source once, as long as what is held stays
+below `MOST_HELD` bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from fxstream.geometry.box import Box, Interval
+from fxstream.io.source import Source
+from fxstream.machine.copies import pinned
+from fxstream.runtime.schedule import Subscript, TileCall
+
+__all__ = ["MOST_HELD", "Leaf", "Reader", "shared_boxes"]
+
+Leaf = torch.Tensor | Source
+
+MOST_HELD = 2**28
+"""Bytes of overlaps that are held to be read once."""
+
+
+class Reader:
+    """Reads the leaves' boxes for the calls of one pass, which come in this order; a context."""
+
+    def __init__(self, leaves: Sequence[Leaf], calls: Sequence[TileCall], device: torch.device) -> None:
+        self._leaves, self._device = leaves, device
+        self._outside = [isinstance(leaf, Source) or leaf.device != device for leaf in leaves]
+        self._threads = ThreadPoolExecutor(1, "fxstream-read") if any(self._outside) else None
+        self._ahead: dict[TileCall, Future[list[torch.Tensor]]] = {}
+        self._overlaps = [
+            _Overlaps(leaf, [call.leaves[k] for call in calls]) if isinstance(leaf, Source) else None
+            for k, leaf in enumerate(leaves)
+        ]
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def read(self, call: TileCall, following: TileCall | None = None) -> list[torch.Tensor]:
+        """What one tile reads of each leaf, on the device; starts to read for the one that follows."""
+        if self._threads is None:
+            return [leaf[box] for leaf, box in zip(self._leaves, call.leaves, strict=True)]
+        now = self._ahead.pop(call, None) or self._threads.submit(self._stored, call)
+        stored = now.result()
+        if following is not None and following not in self._ahead:
+            self._ahead[following] = self._threads.submit(self._stored, following)
+        return [
+            leaf.place(tensor) if isinstance(leaf, Source) else tensor.to(self._device, non_blocking=True)
+            for leaf, tensor in zip(self._leaves, stored, strict=True)
+        ]
+
+    def _stored(self, call: TileCall) -> list[torch.Tensor]:
+        """The boxes as they are stored; tensors of the host in pinned memory."""
+        found = []
+        for leaf, box, overlaps, outside in zip(
+            self._leaves, call.leaves, self._overlaps, self._outside, strict=True
+        ):
+            if overlaps is not None:
+                found.append(overlaps.read(box))
+            else:
+                pins = outside and isinstance(leaf, torch.Tensor) and self._device.type == "cuda"
+                found.append(pinned(leaf[box]) if pins else leaf[box])
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A slab of a box that was read before: its box and its pixels."""
+
+    box: Box
+    pixels: torch.Tensor
+
+
+class _Overlaps:
+    """Reads boxes of a source, and holds what a box shares with the next one along each axis until that comes."""
+
+    def __init__(self, source: Source, subscripts: Sequence[Subscript]) -> None:
+        self._source = source
+        self._dims = tuple(range(2, source.ndim))
+        self._sharing = shared_boxes([self._box(subscript) for subscript in subscripts])
+        self._held: dict[Box, list[_Piece]] = {}
+        self._bytes = 0
+
+    def _box(self, subscript: Subscript) -> Box:
+        """The box along the axes of the image."""
+        return Box(Box.of(subscript, self._source.shape).intervals[2:])
+
+    def read(self, subscript: Subscript) -> torch.Tensor:
+        """A box as it is stored: what is held of it, and the rest from the source."""
+        box = self._box(subscript)
+        pieces = self._held.pop(box, [])
+        rest = box
+        for piece in pieces:
+            rest = without(rest, piece.box)
+        found = self._assembled(box, rest, pieces)
+        self._bytes -= sum(piece.pixels.nbytes for piece in pieces)
+        for shared, following in self._sharing.get(box, ()):
+            size = math.prod(shared.shape) * math.prod(found.shape[:2]) * found.itemsize
+            if self._bytes + size <= MOST_HELD:
+                piece = _Piece(shared, found[self._inside(box, shared)].clone())
+                self._held.setdefault(following, []).append(piece)
+                self._bytes += size
+        return found
+
+    def _assembled(self, box: Box, rest: Box, pieces: Sequence[_Piece]) -> torch.Tensor:
+        if not pieces:
+            return self._source.read(box.index(self._dims, self._source.ndim))
+        sample = pieces[0].pixels
+        whole = sample.new_empty((*sample.shape[:2], *box.shape))
+        for piece in pieces:
+            whole[self._inside(box, piece.box)] = piece.pixels
+        if all(rest.shape):
+            whole[self._inside(box, rest)] = self._source.read(rest.index(self._dims, self._source.ndim))
+        return whole
+
+    def _inside(self, box: Box, part: Box) -> Subscript:
+        """The subscript of a part in a tensor that holds the box."""
+        moved = (Interval(p.start - b.start, p.stop - b.start) for p, b in zip(part, box, strict=True))
+        return Box(tuple(moved)).index(self._dims, self._source.ndim)
+
+
+def shared_boxes(boxes: Iterable[Box]) -> dict[Box, list[tuple[Box, Box]]]:
+    """What each box shares with the next one that differs from it along one axis only, and that next box.
+
+    >>> row = [Box((Interval(0, 4), Interval(start, start + 3))) for start in (0, 2)]
+    >>> [(str(shared), str(following)) for shared, following in shared_boxes(row)[row[0]]]
+    [('[0:4, 2:3]', '[0:4, 2:5]')]
+    """
+    found: dict[Box, list[tuple[Box, Box]]] = {}
+    last: dict[tuple[int, tuple[Interval, ...]], Box] = {}
+    for box in boxes:
+        for axis, along in enumerate(box):
+            others = (axis, (*box.intervals[:axis], *box.intervals[axis + 1 :]))
+            before = last.get(others)
+            last[others] = box
+            if before is None or before == box or not all(box.shape):
+                continue
+            other = before.intervals[axis]
+            shared = Interval(max(along.start, other.start), min(along.stop, other.stop))
+            if len(shared):
+                slab = Box((*box.intervals[:axis], shared, *box.intervals[axis + 1 :]))
+                found.setdefault(before, []).append((slab, box))
+    return found
+
+
+def without(box: Box, slab: Box) -> Box:
+    """The box less a slab at one of its ends; the box itself where the slab is none of it.
+
+    >>> print(without(Box((Interval(0, 4), Interval(2, 9))), Box((Interval(0, 9), Interval(0, 5)))))
+    [0:4, 5:9]
+    """
+    for axis, (whole, part) in enumerate(zip(box, slab, strict=True)):
+        others = zip(box, slab, strict=True)
+        covers = all(p.start <= b.start and p.stop >= b.stop for k, (b, p) in enumerate(others) if k != axis)
+        if not covers:
+            continue
+        if part.start <= whole.start < part.stop:
+            return Box((*box.intervals[:axis], Interval(part.stop, whole.stop), *box.intervals[axis + 1 :]))
+        if part.start < whole.stop <= part.stop:
+            return Box((*box.intervals[:axis], Interval(whole.start, part.start), *box.intervals[axis + 1 :]))
+    return box

@@ -1,0 +1,107 @@
+"""The grid of tiles of one segment along one axis.
+
+Tiles partition the outputs in intervals of equal length, the last one shorter: that gives the fewest tile
+classes, and no more arithmetic than any other partition into as many tiles. The grid is the coarsest whose tiles
+all read no more than the bound. Several outputs, at any resolution, are cut at the same fractions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fxstream.geometry.box import Interval
+from fxstream.graph.typed_graph import Locality
+from fxstream.tiling.bounds import AxisTile, AxisWalk, Segment
+from fxstream.tiling.request import Request, leaf_extents, output_extents, tile_bounds
+
+__all__ = ["Grid"]
+
+
+class Grid:
+    """The search for the fewest even tiles along one axis whose reads stay below the bound."""
+
+    def __init__(self, locality: Locality, segment: Segment, request: Request, axis: int) -> None:
+        self.axis = axis
+        self._segment = segment
+        self._walk = AxisWalk(locality, segment, axis)
+        self._extents = [output_extents(locality, output)[axis] for output in segment.outputs]
+        self.finest = max(self._extents)
+        """The number of tiles of one output pixel each."""
+        self.fullest = min(self._extents)
+        """The largest number of tiles of which each owns a pixel of every output."""
+        self._bounds = {}
+        for leaf, dims in segment.leaves:
+            self._bounds[leaf] = tile_bounds(locality, request, leaf_extents(locality, leaf, dims))[axis]
+
+    def outputs(self, count: int) -> list[tuple[Interval, ...]]:
+        """The intervals of every output that each tile owns, in tiles as long as `count` of them need."""
+        return [self._owned(count, i) for i in range(self.even(count))]
+
+    def even(self, count: int) -> int:
+        """How many tiles a grid of `count` really has, when all but the last are equally long."""
+        return -(-self.finest // -(-self.finest // count))
+
+    def _owned(self, count: int, i: int) -> tuple[Interval, ...]:
+        length = -(-self.finest // count)
+        start, stop = i * length, min((i + 1) * length, self.finest)
+        return tuple(Interval(start * e // self.finest, stop * e // self.finest) for e in self._extents)
+
+    def is_like(self, other: Grid) -> bool:
+        """Whether both axes have the same tiles."""
+        return self._extents == other._extents and self._walk.is_like(other._walk)
+
+    def inner(self, count: int) -> dict[str, int]:
+        """How many pixels the middle tile of a grid of `count` holds of each node and leaf."""
+        return self._walk.lengths(self._owned(count, self.even(count) // 2), {})[0]
+
+    def excess(self, outputs: tuple[Interval, ...]) -> tuple[int, str] | None:
+        """By how much of its bound, and of which leaf, the tile that owns `outputs` reads too much."""
+        lengths, _ = self._walk.lengths(outputs, {})
+        over = [(lengths[leaf], leaf) for leaf, bound in self._bounds.items() if lengths.get(leaf, 0) > bound]
+        return max(over) if over else None
+
+    def _fits(self, count: int, sampled: bool = False) -> bool:
+        outputs = self.outputs(count)
+        if sampled and len(outputs) > 5:
+            outputs = [outputs[i] for i in (0, 1, len(outputs) // 2, -2, -1)]
+        return all(self.excess(owned) is None for owned in outputs)
+
+    def count(self) -> int | None:
+        """The smallest number of tiles that fits, or None where single pixels do not fit."""
+        low, high = 0, 1
+        while not self._fits(high, sampled=True):
+            if high == self.finest:
+                return None
+            low, high = high, min(2 * high, self.finest)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._fits(middle, sampled=True) else (middle, high)
+        return next((count for count in range(high, self.finest + 1) if self._fits(count)), None)
+
+    def longest(
+        self, count: int, watched: Mapping[int, Sequence[str]]
+    ) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
+        """About the longest intervals, as `AxisWalk.lengths` gives them, over a few tiles of a grid of `count`."""
+        outputs = self.outputs(count)
+        lengths: dict[str, int] = {}
+        reads: dict[int, dict[str, int]] = {place: {} for place in watched}
+        for i in {0, len(outputs) // 2, len(outputs) - 1}:
+            of_tile, behind = self._walk.lengths(outputs[i], watched)
+            _keep_longest(lengths, of_tile)
+            for place, known in reads.items():
+                _keep_longest(known, behind[place])
+        return lengths, reads
+
+    def tiles(self, count: int) -> tuple[AxisTile, ...]:
+        """The tiles of a grid of `count`."""
+        return tuple(self._walk.tile(outputs) for outputs in self.outputs(count))
+
+    def least(self) -> tuple[int, str, int]:
+        """The largest read of a single output pixel: pixels, leaf, and the bound it breaks."""
+        worst = max(filter(None, map(self.excess, self.outputs(self.finest))))
+        return (*worst, self._bounds[worst[1]])
+
+
+def _keep_longest(known: dict[str, int], other: Mapping[str, int]) -> None:
+    for name, length in other.items():
+        known[name] = max(known.get(name, 0), length)

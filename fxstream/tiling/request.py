@@ -1,0 +1,98 @@
+"""What the user asked for, in the pixels of the model's input.
+
+`tile` bounds the box that a tile reads of the model's input, overlap included (the paper's meaning of tile
+size). A value further in is bounded by the same tile scaled to its own resolution, rounded up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fxstream.errors import PlanError
+from fxstream.graph.shapes import Shape
+from fxstream.graph.typed_graph import Locality
+
+__all__ = [
+    "Request",
+    "belongs",
+    "image_extents",
+    "leaf_extents",
+    "output_extents",
+    "place_of_module",
+    "tile_bounds",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for: a tile per axis (or one for all) or a memory, segments, where streaming ends.
+
+    Without a tile, tiles are as large as the plan wants them within `memory`: bytes, a share of the device below
+    one, or None for what the device has free. `segments` is how many segments each region gets (at most, within
+    a memory), or the module paths that each end one, or None for the planner's choice. `global_ops` says whether
+    reductions over space are streamed: "stream", "cut", or "auto" for the planner's choice. With `offload`
+    boundaries lie in host memory.
+    """
+
+    tile: int | tuple[int, ...] | None
+    segments: int | tuple[str, ...] | None = None
+    cut: str | None = None
+    memory: float | None = None
+    global_ops: str = "auto"
+    offload: bool = False
+
+    def tile_along(self, axis: int, axes: int) -> int | None:
+        """The bound along one axis, in pixels of the model's input; None for no bound."""
+        if self.tile is None or isinstance(self.tile, int):
+            return self.tile
+        if len(self.tile) != axes:
+            raise PlanError(f"tile={self.tile} has {len(self.tile)} axes, but the image has {axes}: give {axes}")
+        return self.tile[axis]
+
+
+def tile_bounds(locality: Locality, request: Request, extents: Sequence[int]) -> tuple[int, ...]:
+    """The tile scaled to the resolution of a value with these extents, rounded up; the extents without a tile."""
+    image = image_extents(locality, len(extents))
+    tiles = [request.tile_along(axis, len(extents)) for axis in range(len(extents))]
+    return tuple(
+        extent if tile is None else -(-tile * extent // full)
+        for tile, extent, full in zip(tiles, extents, image, strict=True)
+    )
+
+
+def image_extents(locality: Locality, axes: int) -> tuple[int, ...]:
+    """The extents of the largest image among the inputs with this many stream axes."""
+    return max((value.extents for value in locality.images if len(value.dims) == axes), key=math.prod)
+
+
+def leaf_extents(locality: Locality, leaf: str, dims: tuple[int, ...]) -> tuple[int, ...]:
+    """The extents of a value along the dims that are its stream axes."""
+    meta = locality.metas[leaf]
+    assert isinstance(meta, Shape)
+    return tuple(meta.shape[d] for d in dims)
+
+
+def output_extents(locality: Locality, output: str) -> tuple[int, ...]:
+    """The extents of a local node's result along its stream axes, or of the positions that a reduction reduces."""
+    footprint = locality.verdicts[output].reduction
+    return locality.value(output).extents if footprint is None else footprint.reads[0].extents
+
+
+def place_of_module(locality: Locality, path: str) -> int:
+    """The place in the graph of the last node that belongs to a module of the user."""
+    places = [
+        i
+        for i, node in enumerate(locality.graph.nodes)
+        if node.name in locality.verdicts and belongs(locality.verdicts[node.name].module, path)
+    ]
+    if not places:
+        known = sorted({v.module.split(".")[0] for v in locality.verdicts.values() if v.module})
+        raise PlanError(f"no module `{path}` runs in this model; its parts are {', '.join(known)}")
+    return places[-1]
+
+
+def belongs(module: str, path: str) -> bool:
+    """Whether a module lies at or below a path."""
+    return module == path or module.startswith(f"{path}.")

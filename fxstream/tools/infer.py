@@ -1,0 +1,128 @@
+"""Prediction whose result does not fit into memory: written into arrays tile by tile, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fxstream.compiler.module import Prepared, StreamedModule
+from fxstream.errors import InputError
+from fxstream.graph.shapes import Shape
+from fxstream.io.inputs import Inputs, inputs_of
+from fxstream.io.sink import Journal, Sink
+from fxstream.runtime.rewrite import StreamedSegment
+
+__all__ = ["infer"]
+
+
+def infer(
+    module: StreamedModule,
+    *args: Any,
+    out: Any,
+    journal: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The model's results for these arguments, written into `out`; without gradients.
+
+    `out` is an array of the result's shape (numpy memmap, zarr, h5py), or for several results such arrays in the
+    structure that the model returns, with None for those to be returned as tensors. What the last segment makes
+    is written tile by tile and never held. `journal` is a file that notes what is written: a prediction that was
+    killed and is started again with the same arrays goes on behind what is written. (HDF5 files may themselves be
+    broken by a kill; zarr stores and memory maps are not.)
+
+    Returns `out`, with tensors in the place of None. Raises `InputError` for an `out` of the wrong shape, type or
+    structure and for a journal of another prediction, `StreamError` where reading or writing fails.
+    """
+    if not isinstance(module, StreamedModule):
+        raise InputError(f"infer needs a module made by fxstream.compile, found {type(module).__name__}")
+    if module.mesh is not None:
+        raise InputError("infer cannot share tiles over a mesh: give every rank images, or arrays, of its own")
+    arrays, spec = pytree.tree_flatten(out, is_leaf=lambda given: given is None)
+    with torch.no_grad():
+        inputs = inputs_of(module.model, args, kwargs)
+        written = [place for place, array in enumerate(arrays) if array is not None]
+        prepared = module.prepared(inputs, written)
+        shapes = _shapes(prepared)
+        if len(arrays) != len(shapes):
+            raise InputError(f"out has {len(arrays)} arrays and the model returns {len(shapes)} tensors")
+        notes = None if journal is None else Journal(journal, _description(module.model, inputs, shapes, arrays))
+        sinks = {
+            place: Sink(arrays[place], shapes[place].shape, shapes[place].dtype, place, notes) for place in written
+        }
+        found = _run(module, prepared, inputs, sinks)
+    results = [given if array is None else array for given, array in zip(found, arrays, strict=True)]
+    return pytree.tree_unflatten(results, spec)
+
+
+def _shapes(prepared: Prepared) -> list[Shape]:
+    """Shape and type of every result. Raises `InputError` for a model that returns something else."""
+    analysis = prepared.analysis
+    found = [analysis.locality.metas.get(name or "") for name in analysis.captured.results]
+    shapes = [meta for meta in found if isinstance(meta, Shape)]
+    if len(shapes) != len(found):
+        raise InputError("infer needs a model that returns tensors only")
+    return shapes
+
+
+def _run(
+    module: StreamedModule, prepared: Prepared, inputs: Inputs, sinks: dict[int, Sink]
+) -> Sequence[torch.Tensor]:
+    """The flat results; those of the sinks are written, by their segment where one makes them for this alone."""
+    if prepared.streamed is None:
+        args, kwargs = inputs.plain()
+        flat = pytree.tree_leaves(module.model(*args, **kwargs))
+        streamed: set[int] = set()
+    else:
+        streamed = _attach(prepared.streamed, sinks)
+        flat = pytree.tree_leaves(prepared.run(module.model, inputs))
+    for place in sinks.keys() - streamed:
+        sinks[place].write_whole(flat[place])
+    return flat
+
+
+def _attach(streamed: fx.GraphModule, sinks: dict[int, Sink]) -> set[int]:
+    """Let segments write what they can; returns the places of these results."""
+    outputs: Any = streamed.graph.output_node().args[0]
+    found = set()
+    for place, sink in sinks.items():
+        node: Any = outputs[place]
+        call, k = node.args if node.target is operator.getitem else (node, 0)
+        segment = streamed.get_submodule(call.target) if call.op == "call_module" else None
+        is_read_once = len(node.users) == 1 and list(outputs).count(node) == 1
+        if not isinstance(segment, StreamedSegment) or not segment.stream.plan.axes or not is_read_once:
+            continue
+        if k not in segment.stream.combined:
+            segment.stream.sinks[k] = sink
+            found.add(place)
+    return found
+
+
+def _description(
+    model: nn.Module, inputs: Inputs, shapes: Sequence[Shape], arrays: Sequence[Any]
+) -> dict[str, Any]:
+    """What a journal must agree with: images by shape and type, results, the values of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return {
+        "inputs": [repr(given) if given is not own else _told(own) for own, given in _pairs(inputs)],
+        "results": [f"{shape.dtype} {list(shape.shape)}" for shape in shapes],
+        "arrays": [None if array is None else f"{array.dtype} {list(array.shape)}" for array in arrays],
+        "weights": digest.hexdigest(),
+    }
+
+
+def _pairs(inputs: Inputs) -> list[tuple[torch.Tensor, Any]]:
+    return list(zip(inputs.tensors, inputs.given, strict=True))
+
+
+def _told(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
