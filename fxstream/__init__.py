@@ -2,7 +2,8 @@
 
 from fxstream import backend, rules
 from fxstream.compiler.analysis import Analysis, analyze
-from fxstream.compiler.module import StreamedModule, compile, plan
+from fxstream.compiler.compile import compile, plan
+from fxstream.compiler.module import StreamedModule
 from fxstream.errors import (
     CaptureError,
     FxstreamError,

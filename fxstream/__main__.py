@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import nn
 
 from fxstream.compiler.analysis import Analysis, analyze
-from fxstream.compiler.module import GLOBAL_OPS, checked_request
+from fxstream.compiler.compile import GLOBAL_OPS, checked_request
 from fxstream.errors import CaptureError, FxstreamError, InputError
 from fxstream.machine.device import free_bytes
 from fxstream.machine.units import bytes_text, parse_bytes
@@ -191,7 +191,7 @@ def _planned(options: argparse.Namespace, analysis: Analysis) -> Plan | None:
     request, device = _request(options), _device(options)
     if request is None:
         return None
-    return make_plan(analysis.locality, request, training=not options.no_grad, device=device)
+    return make_plan(analysis.graph, request, training=not options.no_grad, device=device)
 
 
 def _device(options: argparse.Namespace) -> torch.device:
@@ -223,8 +223,8 @@ def _summary(options: argparse.Namespace, measure_it: bool) -> Summary:
         bar.update(task, advance=1, description="probe")
         reports: list[ProbeReport] = []
         if measure_it:
-            parts = worthwhile(analysis.locality)
-            reports = [probe(analysis.locality, part, f"region {i}") for i, part in enumerate(parts)]
+            parts = worthwhile(analysis.graph)
+            reports = [probe(analysis.graph, part, f"region {i}") for i, part in enumerate(parts)]
         bar.update(task, advance=1, description="done")
     return summarise(analysis, options.target, training=options.train, plan=plan, probe=reports)
 
@@ -313,7 +313,7 @@ def _bench(options: argparse.Namespace) -> int:
     with progress(Console(stderr=True)) as bar, contextlib.redirect_stdout(sys.stderr):
         task = bar.add_task("plan", total=None)
         analysis = _analysis(options)
-        plain = make_plan(analysis.locality, Request(None, memory=2**62), device=device).prediction.plain_bytes
+        plain = make_plan(analysis.graph, Request(None, memory=2**62), device=device).prediction.plain_bytes
         ways = _ways(options, plain)
         too_large = plain > free_bytes(device)
         rows = compare(

@@ -37,7 +37,7 @@ import torch
 from torch import fx, nn
 from torch.fx import traceback
 
-from fxstream.compiler.module import compile
+from fxstream.compiler.compile import compile
 from fxstream.errors import CaptureError, InputError
 from fxstream.graph.shapes import is_image
 
@@ -75,7 +75,7 @@ def backend(
     except InputError as error:
         return _refusal(error)
     # Dynamo traces each size that it does not keep symbolic: that such a graph is bound to it is no news.
-    streamed._told.add("bound")
+    streamed.pipeline.warned.add("bound")
     run = streamed if bound.has_image else bound
     return lambda *values: run(**bound.bind(values))
 

@@ -16,7 +16,7 @@ from fxstream.geometry.box import Interval
 from fxstream.geometry.receptive_field import AxisExtent, AxisMap, ReceptiveField
 from fxstream.graph.fields import demands, extent_chains, main_image, receptive_fields
 from fxstream.report.closed_form import IMAGE, TILE, TILE_OUT, FieldForm, extent_form, tile_forms
-from fxstream.rules import Kind
+from fxstream.rules import Tileability
 from fxstream.tiling.bounds import AxisWalk, make_segment
 from fxstream.tools import zoo
 
@@ -258,6 +258,6 @@ def test_what_follows_a_global_operator_depends_on_everything():
             return self.b(x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True))))
 
     locality, regions = region_of(Gated(), 32, 3)
-    every = [name for name, verdict in locality.verdicts.items() if verdict.kind is Kind.LOCAL]
+    every = [name for name, verdict in locality.verdicts.items() if verdict.kind is Tileability.LOCAL]
     fields = receptive_fields(locality, list(locality.verdicts), main_image(locality))
     assert set(fields) & set(every) == {regions[0].nodes[0]}

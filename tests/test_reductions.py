@@ -10,7 +10,7 @@ from test_cases import Function
 from torch import nn
 
 import fxstream
-from fxstream.rules import Kind
+from fxstream.rules import Tileability
 
 A = torch.ops.aten
 SPACE = [2, 3]
@@ -87,7 +87,7 @@ def test_other_corrections_stay_whole(correction):
     model = around(lambda h: h.var(SPACE, correction=correction, keepdim=True))
     assert_streams(model, torch.randn(1, 2, 17, 23).double(), tile=7, at_least_tiles=1)
     kinds = {v.operator: v.kind for v in fxstream.analyze(model, (17, 23), channels=2).barriers}
-    assert kinds == {"aten::var": Kind.REDUCE}
+    assert kinds == {"aten::var": Tileability.REDUCTION}
 
 
 @pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")

@@ -14,7 +14,7 @@ from torch import nn
 import fxstream
 from fxstream.geometry.box import Interval
 from fxstream.geometry.receptive_field import BROADCAST, AxisExtent
-from fxstream.rules import Kind, register_rule, rules, unregister_rule
+from fxstream.rules import Tileability, register_rule, rules, unregister_rule
 
 A = torch.ops.aten
 class_weights, contract = torch.ops.fxstream.class_weights, torch.ops.fxstream.contract
@@ -211,7 +211,7 @@ def test_read_set_equals_the_map(name, shape, function):
     image = torch.rand(shape, dtype=torch.double) + 0.5
     analysis = fxstream.analyze(model, shape[2:], channels=shape[1], batch=shape[0])
     assert analysis.barriers == (), f"not local: {analysis}"
-    local = [v for v in analysis.verdicts if v.kind is Kind.LOCAL]
+    local = [v for v in analysis.verdicts if v.kind is Tileability.LOCAL]
     image = image.to(next(iter(analysis.locality.values.values())).dtype)
     result = model(image)
     dims = local[-1].footprint.dims
@@ -229,7 +229,7 @@ def test_extents_follow_the_formula(name, shape, function):
     """At this size; whether the formula holds at others is what the windows' own test is for."""
     locality = fxstream.analyze(Call(function), shape[2:], channels=shape[1], batch=shape[0]).locality
     for verdict in locality.verdicts.values():
-        if verdict.kind is Kind.LOCAL:
+        if verdict.kind is Tileability.LOCAL:
             value, footprint = locality.values[verdict.node], verdict.footprint
             wide = next(read for read in footprint.reads if BROADCAST not in read.maps)
             found = [e.of(i) for e, i in zip(footprint.extents or [AxisExtent.changed(0)] * 3, wide.extents)]
@@ -276,7 +276,7 @@ def test_rule_of_the_user():
     library.impl("twice", lambda x: x * 2, "CompositeExplicitAutograd")
     model = nn.Sequential(nn.Conv2d(3, 3, 3), Call(lambda x: torch.ops.fxstream_test.twice(x)))
     unknown = fxstream.analyze(model, 16).cut
-    assert unknown.kind is Kind.NO_RULE
+    assert unknown.kind is Tileability.NO_RULE
     assert "fxstream.register_rule" in unknown.reason
     register_rule("fxstream_test::twice")(fxstream.rules.pointwise)
     try:

@@ -1,4 +1,4 @@
-"""What fxstream finds in a model at one image size: verdicts, regions and where the stream ends.
+"""What is known of a model at one image size: verdicts, regions and where the stream ends.
 
 `analyze` runs nothing and allocates nothing of the image's size.
 """
@@ -14,9 +14,13 @@ from torch import nn
 
 from fxstream.errors import InputError
 from fxstream.graph.capture import Captured, capture
-from fxstream.graph.shapes import Meta, Shape, shapes_at, stream_dims
-from fxstream.graph.typed_graph import Locality, Region, Verdict, analyse_locality
+from fxstream.graph.functionalize import UNSTREAMED
+from fxstream.graph.nodes import bind
+from fxstream.graph.shapes import Meta, Shape, Shapes, shapes_at, stream_dims
+from fxstream.graph.type_graph import type_graph
+from fxstream.graph.typed_graph import Region, TypedGraph, Verdict
 from fxstream.lowering import lower, with_positions
+from fxstream.lowering.writer import copied
 
 __all__ = ["Analysis", "analyse", "analyze", "example_image", "image_dims", "lowered"]
 
@@ -30,22 +34,22 @@ class Analysis:
     """A captured model with the verdict on each of its nodes at one size; prints as a summary."""
 
     captured: Captured
-    locality: Locality
+    graph: TypedGraph
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
         """The verdict on every node, in the order of the graph."""
-        return tuple(self.locality.verdicts.values())
+        return tuple(self.graph.verdicts.values())
 
     @property
     def regions(self) -> tuple[Region, ...]:
         """The parts of the graph that can be streamed in one piece each."""
-        return self.locality.regions
+        return self.graph.regions
 
     @property
     def barriers(self) -> tuple[Verdict, ...]:
         """The nodes that need the whole feature map, or have no rule."""
-        return self.locality.barriers()
+        return self.graph.barriers()
 
     @property
     def cut(self) -> Verdict | None:
@@ -53,20 +57,17 @@ class Analysis:
         return self.barriers[0] if self.barriers else None
 
     def __str__(self) -> str:
-        total = max(1, self.locality.activation_bytes(list(self.locality.verdicts)))
-        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.locality.counts().items()))
+        total = max(1, self.graph.activation_bytes(list(self.graph.verdicts)))
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.graph.counts().items()))
         lines = [f"{len(self.verdicts)} nodes: {counts}"]
-        regions = sorted(self.regions, key=lambda r: -self.locality.activation_bytes(r.nodes))
+        regions = sorted(self.regions, key=lambda r: -self.graph.activation_bytes(r.nodes))
         for region in regions[:MOST_SHOWN]:
-            first, last = (self.locality.verdicts[region.nodes[i]] for i in (0, -1))
-            share = self.locality.activation_bytes(region.nodes) / total
-            lines.append(
-                f"region {first.module or first.node} .. {last.module or last.node}:"
-                f" {len(region.nodes)} nodes, {share:.1%} of the activations"
-            )
+            first, last = (self.graph.verdicts[region.nodes[i]].place for i in (0, -1))
+            share = self.graph.activation_bytes(region.nodes) / total
+            lines.append(f"region {first} .. {last}: {len(region.nodes)} nodes, {share:.1%} of the activations")
         if len(regions) > MOST_SHOWN:
             lines.append(f"and {len(regions) - MOST_SHOWN} smaller regions")
-        if reductions := self.locality.reductions():
+        if reductions := self.graph.reductions():
             lines.append(f"{len(reductions)} reductions over space, combined from tiles")
         lines += [str(verdict) for verdict in self.barriers[:MOST_SHOWN]]
         if len(self.barriers) > MOST_SHOWN:
@@ -81,24 +82,38 @@ def analyse(captured: Captured, model: nn.Module, tensors: list[torch.Tensor], c
 
     With `combines` reductions over space may be combined from tiles.
     """
-    metas = shapes_at(captured.module, [*captured.model_tensors(model), *tensors])
-    return Analysis(captured, analyse_locality(captured.graph, metas, image_dims(captured, metas), combines))
+    shapes = shapes_at(captured.module, [*captured.model_tensors(model), *tensors])
+    return Analysis(captured, type_graph(captured.graph, shapes, image_dims(captured, shapes.metas), combines))
 
 
 def lowered(captured: Captured, model: nn.Module, tensors: list[torch.Tensor], combines: bool = True) -> Captured:
-    """The captured model with its feature-map-wide operators taken apart, where any can be (`lowering`).
+    """The captured model with its feature-map-wide operators decomposed, where any can be (`lowering`).
 
     Reductions over space only where they may be combined from tiles.
     """
-    locality = analyse(captured, model, tensors, combines).locality
-    apart = with_positions(captured, locality) if combines else captured
-    if apart is not captured:
-        captured, locality = apart, analyse(apart, model, tensors).locality
-    return lower(captured, locality, combines)
+    graph = analyse(captured, model, tensors, combines).graph
+    unflattened = with_positions(captured, graph) if combines else captured
+    if unflattened is not captured:
+        captured, graph = unflattened, analyse(unflattened, model, tensors).graph
+    return lower(captured, graph, combines)
+
+
+def with_frozen_batch_norm(analysis: Analysis) -> TypedGraph:
+    """The typed graph as it would be if every BatchNorm used its running statistics."""
+    graph, nodes = copied(analysis.captured.graph)
+    for node in nodes.values():
+        if node.target is torch.ops.aten.batch_norm.default:
+            arguments = bind(node) | {"training": False}
+            node.args, node.kwargs = tuple(arguments.values()), {}
+            for statistics in node.all_input_nodes[1:]:
+                statistics.meta.pop(UNSTREAMED, None)  # they are no longer updated
+    metas = analysis.graph.metas
+    shapes = Shapes(metas, {name: node.macs for name, node in analysis.graph.nodes.items()})
+    return type_graph(graph, shapes, image_dims(analysis.captured, metas))
 
 
 def image_dims(captured: Captured, metas: Mapping[str, Meta]) -> dict[str, tuple[int, ...]]:
-    """The stream dims of every input of the model."""
+    """The tiled dims of every input of the model."""
     shapes = {name: meta.shape for name in captured.inputs if isinstance(meta := metas.get(name), Shape)}
     return dict(zip(shapes, stream_dims(list(shapes.values())), strict=True))
 

@@ -138,7 +138,7 @@ def still_holds(
     if not _same_constants({n: program.constants.get(n) for n in captured.constants}, captured.constants):
         return False
     try:
-        metas = shapes_at(captured.module, [*captured.model_tensors(model), *tensors])
+        metas = shapes_at(captured.module, [*captured.model_tensors(model), *tensors]).metas
     except InputError:
         return False
     return _calls(captured.graph, metas) == _calls(fresh, {})

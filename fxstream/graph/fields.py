@@ -19,44 +19,36 @@ from collections.abc import Mapping, Sequence
 
 from fxstream.errors import RuleError
 from fxstream.geometry.receptive_field import BROADCAST, IDENTITY, AxisExtent, ReceptiveField, hull_of
-from fxstream.graph.typed_graph import Locality
-from fxstream.rules import Read, Value
+from fxstream.graph.typed_graph import TypedGraph
+from fxstream.rules import AccessPattern, Read
 
-__all__ = ["Demands", "ExtentChain", "Fields", "demands", "extent_chains", "main_image", "receptive_fields"]
+__all__ = ["ExtentChain", "Fields", "demands", "extent_chains", "main_image", "receptive_fields"]
 
 Fields = Mapping[str, tuple[ReceptiveField, ...]]
 """Per node, its receptive field in the source along each axis."""
-Demands = Fields
-"""Per node, what one pixel of the output needs of it along each axis."""
 ExtentChain = tuple[AxisExtent, ...]
 """Extent formulas to apply one after the other, first to the source's extent."""
 
 
-def main_image(locality: Locality) -> str | None:
-    """The input with the most pixels along its stream axes; None where no input has any."""
-    images: dict[str, int] = {}
-    for node in locality.graph.nodes:
-        value = locality.values.get(node.name)
-        if node.op == "placeholder" and isinstance(value, Value) and value.dims:
-            images[node.name] = math.prod(value.extents)
-    return max(images, key=images.__getitem__) if images else None
+def main_image(graph: TypedGraph) -> str | None:
+    """The input with the most pixels along its tiled dims; None where no input has any."""
+    return max(graph.images, key=lambda image: math.prod(image.extents)).name if graph.images else None
 
 
-def receptive_fields(locality: Locality, nodes: Sequence[str], source: str) -> Fields:
+def receptive_fields(graph: TypedGraph, nodes: Sequence[str], source: str) -> Fields:
     """The field of each of `nodes` (in the order of the graph) in pixels of `source`, where it has one.
 
-    What `nodes` leave out, other inputs of a region and small tensors, is taken as given; a global operator among
+    What `nodes` leave out, other inputs of a region and whole tensors, has no influence; a global operator among
     them takes the field away from all that depends on it.
     """
-    axes = _axes(locality, nodes)
+    axes = _axes(graph, nodes)
     known: dict[str, tuple[ReceptiveField, ...]] = {source: (ReceptiveField.of_map(IDENTITY),) * axes}
     lost: set[str] = set()
     for name in nodes:
-        footprint = locality.verdicts[name].footprint
-        inputs = [given.name for given in locality.nodes[name].all_input_nodes]
-        if any(given in lost for given in inputs) or (footprint is None and locality.depends_on_image(name)):
+        pattern = _pattern(graph, name)
+        if any(one in lost for one in graph[name].inputs) or (pattern is None and graph[name].depends_on_image):
             lost.add(name)
-        reads = [read for read in footprint.reads if read.value.name in known] if footprint else []
+        reads = [read for read in pattern.reads if read.value.name in known] if pattern else []
         if name in lost or not reads:
             continue
         try:
@@ -66,10 +58,14 @@ def receptive_fields(locality: Locality, nodes: Sequence[str], source: str) -> F
     return known
 
 
-def _axes(locality: Locality, nodes: Sequence[str]) -> int:
-    """How many stream axes the local ones of these nodes have."""
-    footprints = (locality.verdicts[name].footprint for name in nodes if name in locality.verdicts)
-    return max((len(footprint.dims) for footprint in footprints if footprint is not None), default=0)
+def _pattern(graph: TypedGraph, name: str) -> AccessPattern | None:
+    """The access pattern of a node that is local."""
+    return graph.pattern(name) if graph[name].is_local else None
+
+
+def _axes(graph: TypedGraph, nodes: Sequence[str]) -> int:
+    """How many tiled dims the local ones of these nodes have."""
+    return max((len(graph.pattern(name).dims) for name in nodes if graph[name].is_local), default=0)
 
 
 def _hull_over(
@@ -82,15 +78,15 @@ def _hull_over(
     )
 
 
-def demands(locality: Locality, nodes: Sequence[str], output: str) -> Demands:
+def demands(graph: TypedGraph, nodes: Sequence[str], output: str) -> Fields:
     """What one pixel of `output`, one of `nodes`, needs of every node before it and of the leaves."""
-    axes = len(locality.footprint(output).dims)
+    axes = len(graph.pattern(output).dims)
     known: dict[str, tuple[ReceptiveField, ...]] = {output: (ReceptiveField.of_map(IDENTITY),) * axes}
     lost: set[str] = set()
     for name in reversed(nodes):
         if name not in known or name in lost:
             continue
-        for read in locality.footprint(name).reads:
+        for read in graph.pattern(name).reads:
             producer = read.value.name
             try:
                 needed = tuple(known[name][k].then(ReceptiveField.of_map(read.maps[k])) for k in range(axes))
@@ -109,19 +105,19 @@ def _hulls(
     return tuple(a.hull(b) for a, b in zip(one, other, strict=True))
 
 
-def extent_chains(locality: Locality, nodes: Sequence[str], source: str) -> dict[str, tuple[ExtentChain, ...]]:
+def extent_chains(graph: TypedGraph, nodes: Sequence[str], source: str) -> dict[str, tuple[ExtentChain, ...]]:
     """Along each axis, the formulas that lead from the source's extent to each node's."""
-    axes = _axes(locality, nodes)
+    axes = _axes(graph, nodes)
     known: dict[str, tuple[ExtentChain, ...]] = {source: ((),) * axes}
     for name in nodes:
-        footprint = locality.verdicts[name].footprint
-        if footprint is None:
+        pattern = _pattern(graph, name)
+        if pattern is None:
             continue
-        reads = [read for read in footprint.reads if read.value.name in known]
+        reads = [read for read in pattern.reads if read.value.name in known]
         wide = [read for read in reads if BROADCAST not in read.maps] or reads
         if wide:
             before = known[wide[0].value.name]
-            steps = footprint.extents or (None,) * axes
+            steps = pattern.extents or (None,) * axes
             known[name] = tuple(_applied(chain, step) for chain, step in zip(before, steps, strict=True))
     return known
 

@@ -16,18 +16,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 from fxstream.errors import InputError
 
 __all__ = [
     "Shape",
+    "Shapes",
     "explain_sizes",
     "fold_integers",
     "is_image",
@@ -240,16 +242,27 @@ class _SizesOfTensors:
         return build
 
 
+class Shapes(NamedTuple):
+    """Of every node at one size: shape and type, and multiply-accumulates where it has any."""
+
+    metas: Mapping[str, Meta]
+    macs: Mapping[str, int]
+
+
 class _ShapeInterpreter(fx.Interpreter):
     """Runs a graph on fake tensors and keeps what is known of each node's value."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.metas: dict[str, Meta] = {}
+        self.macs: dict[str, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         try:
-            value = self._kept_shape(n) if n.target is torch.ops.aten.batch_norm.default else super().run_node(n)
+            if n.target is torch.ops.aten.batch_norm.default:
+                value = self._kept_shape(n)
+            else:
+                value = self._counted(n) if _may_multiply(n) else super().run_node(n)
         except Exception as error:
             place = source_line(n)
             raise InputError(
@@ -259,11 +272,24 @@ class _ShapeInterpreter(fx.Interpreter):
         self.metas[n.name] = _meta(value)
         return value
 
+    def _counted(self, n: fx.Node) -> Any:
+        """The value of a node whose multiply-accumulates count; a FLOP of torch's counter is half of one."""
+        with FlopCounterMode(display=False) as counter:
+            value = super().run_node(n)
+        self.macs[n.name] = counter.get_total_flops() // 2
+        return value
+
     def _kept_shape(self, n: fx.Node) -> Any:
         """BatchNorm without torch's decomposition, which takes most of the time of a run on fake tensors."""
         (image, *weights), _ = self.fetch_args_kwargs_from_env(n)
         fits = all(w.shape == image.shape[1:2] for w in weights[:4] if isinstance(w, torch.Tensor))
         return torch.empty_like(image) if fits and not n.args[5] else super().run_node(n)
+
+
+def _may_multiply(node: fx.Node) -> bool:
+    """Whether an operator takes several tensors and is not pointwise, as all products are."""
+    is_operator = isinstance(node.target, torch._ops.OpOverload)
+    return is_operator and len(node.all_input_nodes) > 1 and torch.Tag.pointwise not in node.target.tags  # type: ignore[union-attr]
 
 
 def _meta(value: Any) -> Meta:
@@ -276,8 +302,8 @@ def _meta(value: Any) -> Meta:
     return None
 
 
-def shapes_at(module: fx.GraphModule, tensors: Sequence[Any]) -> dict[str, Meta]:
-    """Shape and type of every node for these inputs of the lifted graph; computes nothing.
+def shapes_at(module: fx.GraphModule, tensors: Sequence[Any]) -> Shapes:
+    """Shape, type and arithmetic of every node for these inputs of the lifted graph; computes nothing.
 
     Raises `InputError`, naming node and source line, where an operator refuses the size.
     """
@@ -292,7 +318,7 @@ def shapes_at(module: fx.GraphModule, tensors: Sequence[Any]) -> dict[str, Meta]
     interpreter.extra_traceback = False
     with mode, torch.no_grad():
         interpreter.run(*fake)
-    return interpreter.metas
+    return Shapes(interpreter.metas, interpreter.macs)
 
 
 def fold_integers(node: fx.Node, metas: Mapping[str, Meta]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,8 +1,7 @@
-"""Verdicts on nodes, and the regions of the graph that can be streamed.
+"""A graph with the type of each of its nodes at one image size, and the regions of it that can be streamed.
 
-Every value is *spatial* (some of its dims are stream axes) or *small*. Every operator gets a `Verdict`: LOCAL
-with the boxes it reads, SMALL (no spatial input: computed once, outside the tile loop), REDUCE, GLOBAL or
-NO_RULE, with the reason in words.
+A `TypedNode` knows its results (shape, type, which dims are tiled), or the integer that it is, and for an operator
+the `Verdict`: an access pattern, or the reason why it cannot be tiled.
 
 NOTE [stages]
 1. A local node, or a reduction over space, is in the stage of its latest local input; a barrier on the way to it
@@ -16,52 +15,157 @@ connected parts, can be streamed in one piece. These parts are the `Region`s.
 
 from __future__ import annotations
 
-import operator
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import networkx as nx
-import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from fxstream.geometry.receptive_field import IDENTITY
-from fxstream.graph.capture import module_path
-from fxstream.graph.functionalize import UNSTREAMED, ordered_nodes
-from fxstream.graph.shapes import Meta, Shape, fold_integers, source_line
-from fxstream.rules import Call, Evaluation, Footprint, Kind, Read, Refusal, Value, rule_of
+from fxstream.graph.shapes import Meta, Shape
+from fxstream.rules import AccessPattern, NotTileable, Reason, Tileability, Value
 
-__all__ = ["Locality", "Region", "Values", "Verdict", "analyse_locality"]
-
-Values = dict[str, Value | tuple[Value, ...]]
-"""What is known of each node's result; several for an operator that returns several."""
-
-NO_AXIS = Refusal(Kind.SMALL, "has no stream axis")
-STARTS_AXES = ("windowed", "resampled")
-"""Families whose operators define what is space, so that a map without stream axes gets them there."""
+__all__ = ["Region", "Saves", "TypedGraph", "TypedNode", "Verdict"]
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a node can be computed box by box, and why (not).
-
-    `footprint` is that of a local node, `reduction` that of a reduction over space that is combined from boxes.
-    """
+    """Whether a node can be computed box by box, and why (not): `answer` is the pattern or the reason."""
 
     node: str
     operator: str
-    kind: Kind
-    reason: str
+    answer: AccessPattern | NotTileable
     module: str
     source: str
-    footprint: Footprint | None = None
-    reduction: Footprint | None = None
+
+    @property
+    def kind(self) -> Tileability:
+        """Local, a reduction over space, or what keeps it from being tiled."""
+        if isinstance(self.answer, NotTileable):
+            return self.answer.tileability
+        return Tileability.REDUCTION if self.answer.reduces else Tileability.LOCAL
+
+    @property
+    def reason(self) -> str:
+        """The answer in words."""
+        if isinstance(self.answer, NotTileable):
+            return str(self.answer)
+        return "reduces over space, tile by tile" if self.answer.reduces else type(self.answer).__name__.lower()
+
+    @property
+    def pattern(self) -> AccessPattern | None:
+        """The access pattern of a local node."""
+        return None if isinstance(self.answer, NotTileable) or self.answer.reduces else self.answer
+
+    @property
+    def reduction(self) -> AccessPattern | None:
+        """The access pattern of a reduction over space that is combined from tiles."""
+        return None if isinstance(self.answer, NotTileable) or not self.answer.reduces else self.answer
+
+    def not_tileable_for(self, reason: Reason) -> bool:
+        """Whether this is why it cannot be tiled."""
+        return isinstance(self.answer, NotTileable) and self.answer.reason is reason
+
+    @property
+    def place(self) -> str:
+        """The user's module, or the node where it belongs to none."""
+        return self.module or self.node
 
     def __str__(self) -> str:
         where = f" at {self.source}" if self.source else ""
-        return f"{self.kind.value}: `{self.module or self.node}` ({self.operator}) {self.reason}{where}"
+        return f"{self.kind.value}: `{self.place}` ({self.operator}) {self.reason}{where}"
+
+
+@dataclass(frozen=True, slots=True)
+class Saves:
+    """What autograd saves of one call: which of its inputs (by index), its result, extra bytes per result element.
+
+    `between` are those of the extra bytes that are values between its input and its result, which have gradients.
+    `views` is the index of the input whose memory the result shares, None for new memory. `passes_on` says that
+    the gradients of its inputs are views of that of its result.
+    """
+
+    inputs: frozenset[int]
+    result: bool
+    extra: float
+    views: int | None = None
+    passes_on: bool = False
+    between: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TypedNode:
+    """One node at one image size.
+
+    `values` are its results, one unless `is_tuple`; none of shape arithmetic, whose `integer` is known. `macs` are
+    its multiply-accumulates. `saves` is known of operators that depend on an image. `is_parameter` says that it is
+    a tensor of the model, or made of such alone. In a segment, `reuses` says that it may take over the memory of
+    its input, and `skips` that no backward needs its result.
+    """
+
+    node: fx.Node
+    index: int
+    values: tuple[Value, ...] = ()
+    is_tuple: bool = False
+    integer: int | None = None
+    verdict: Verdict | None = None
+    stage: int = -1
+    macs: int = 0
+    saves: Saves | None = None
+    is_parameter: bool = False
+    reuses: bool = False
+    skips: bool = False
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+        return self.node.name
+
+    @property
+    def inputs(self) -> list[str]:
+        """The names of the nodes that it reads, integers included, in the order of `fx.Node.all_input_nodes`."""
+        return [node.name for node in self.node.all_input_nodes]
+
+    @property
+    def pattern(self) -> AccessPattern:
+        """The access pattern of a local node, or of a reduction that is combined from tiles."""
+        assert self.verdict is not None
+        answer = self.verdict.answer
+        assert not isinstance(answer, NotTileable), self.name
+        return answer
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is computed box by box."""
+        return self.verdict is not None and self.verdict.pattern is not None
+
+    @property
+    def reduces(self) -> bool:
+        """Whether it is a reduction over space that is combined from tiles."""
+        return self.verdict is not None and self.verdict.reduction is not None
+
+    @property
+    def depends_on_image(self) -> bool:
+        """Whether any of its values depends on an image, tiled dims or not."""
+        return any(value.image for value in self.values)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its results."""
+        return sum(value.bytes for value in self.values)
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """Pixels of its result along each tiled dim; of a reduction, those of the positions that it reduces."""
+        return self.pattern.reads[0].extents if self.reduces else self.values[0].extents
+
+    @property
+    def arithmetic(self) -> int:
+        """Multiply-accumulates, and one per element written."""
+        elements = 0 if self.is_tuple or not self.values else self.values[0].elements
+        return self.macs + elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +177,25 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Locality:
-    """The verdicts of all operator nodes at one image size, the values and the regions.
+class TypedGraph:
+    """A graph and its typed nodes by name, in order; `images` are the inputs with tiled dims.
 
     `unread` are the nodes of which nothing but sizes is read, which need not be computed.
     """
 
     graph: fx.Graph
-    nodes: Mapping[str, fx.Node]
-    metas: Mapping[str, Meta]
-    values: Values
-    verdicts: Mapping[str, Verdict]
-    stages: Mapping[str, int]
-    regions: tuple[Region, ...]
-    images: tuple[Value, ...]
-    unread: frozenset[str]
+    nodes: Mapping[str, TypedNode]
+    regions: tuple[Region, ...] = ()
+    images: tuple[Value, ...] = ()
+    unread: frozenset[str] = frozenset()
+
+    def __getitem__(self, name: str) -> TypedNode:
+        return self.nodes[name]
+
+    @property
+    def verdicts(self) -> dict[str, Verdict]:
+        """The verdict on every operator, by name, in the order of the graph."""
+        return {name: node.verdict for name, node in self.nodes.items() if node.verdict is not None}
 
     def counts(self) -> Counter[str]:
         """How many nodes have each verdict."""
@@ -95,31 +203,92 @@ class Locality:
 
     def barriers(self) -> tuple[Verdict, ...]:
         """The verdicts that end streamed parts, in the order of the graph; no reductions combined from tiles."""
-        local = (Kind.LOCAL, Kind.SMALL)
+        local = (Tileability.LOCAL, Tileability.SMALL)
         return tuple(v for v in self.verdicts.values() if v.kind not in local and v.reduction is None)
 
     def reductions(self) -> tuple[Verdict, ...]:
         """The reductions over space that can be combined from tiles, in the order of the graph."""
         return tuple(v for v in self.verdicts.values() if v.reduction is not None)
 
-    def footprint(self, node: str) -> Footprint:
-        """The footprint of a local node, or of a reduction that can be combined from tiles."""
-        footprint = self.verdicts[node].footprint or self.verdicts[node].reduction
-        assert footprint is not None, node
-        return footprint
+    def pattern(self, name: str) -> AccessPattern:
+        """The access pattern of a local node, or of a reduction that can be combined from tiles."""
+        return self.nodes[name].pattern
 
-    def value(self, node: str) -> Value:
+    def value(self, name: str) -> Value:
         """The value of a node; the first of an operator that returns several."""
-        return _values_of(node, self.values)[0]
+        return self.nodes[name].values[0]
 
-    def depends_on_image(self, node: str) -> bool:
-        """Whether any of a node's values depends on an image, stream axes or not."""
-        return any(value.image for value in _values_of(node, self.values))
+    def is_integer(self, name: str) -> bool:
+        """Whether a node is shape arithmetic."""
+        return name in self.nodes and self.nodes[name].integer is not None
 
-    def activation_bytes(self, nodes: Sequence[str]) -> int:
-        """Bytes of the results of `nodes` at full size."""
-        metas = (self.metas[node] for node in nodes)
-        return sum(meta.bytes for meta in metas if isinstance(meta, Shape))
+    def inputs(self, name: str) -> list[str]:
+        """What a node reads, without integers."""
+        return [given for given in self.nodes[name].inputs if not self.is_integer(given)]
+
+    def users(self, name: str) -> list[str]:
+        """What reads a node's result, without integers and nodes that need not be computed."""
+        names = (user.name for user in self.nodes[name].node.users)
+        return [user for user in names if user not in self.unread and not self.is_integer(user)]
+
+    def is_read_outside(self, name: str, inside: Collection[str]) -> bool:
+        """Whether anything but the nodes `inside` reads a node's result."""
+        return any(user not in inside for user in self.users(name))
+
+    def is_output(self, name: str, inside: Collection[str]) -> bool:
+        """Whether a segment of the nodes `inside` yields a result: what is read outside, and every reduction.
+
+        What reads the result of a reduction reads it from outside, since it needs that of all tiles.
+        """
+        return self.is_read_outside(name, () if self.nodes[name].reduces else inside)
+
+    def is_result(self, name: str) -> bool:
+        """Whether the graph returns a node's result."""
+        return any(user.op == "output" for user in self.nodes[name].node.users)
+
+    def activation_bytes(self, names: Sequence[str]) -> int:
+        """Bytes of the results of `names` at full size; of several results their items count."""
+        return sum(self.nodes[name].bytes for name in names if not self.nodes[name].is_tuple)
+
+    def total_bytes(self) -> int:
+        """Bytes of all results that depend on an image."""
+        return self.activation_bytes([v.node for v in self.verdicts.values() if v.kind is not Tileability.SMALL])
+
+    def arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A node's arguments with every integer-valued node replaced by its value at this size."""
+
+        def folded(argument: fx.Node) -> Any:
+            typed = self.nodes.get(argument.name)
+            return argument if typed is None or typed.integer is None else typed.integer
+
+        return map_arg(node.args, folded), map_arg(dict(node.kwargs), folded)
+
+    def image_extents(self, axes: int) -> tuple[int, ...]:
+        """The extents of the largest image among the inputs with this many tiled dims."""
+        return max((image.extents for image in self.images if len(image.dims) == axes), key=math.prod)
+
+    @property
+    def metas(self) -> dict[str, Meta]:
+        """Shape and type of every node, or the integer that it is."""
+        shapes = {n: tuple(Shape(v.shape, v.dtype) for v in node.values) for n, node in self.nodes.items()}
+        return {
+            name: node.integer
+            if node.integer is not None
+            else shapes[name]
+            if node.is_tuple
+            else (*shapes[name], None)[0]
+            for name, node in self.nodes.items()
+        }
+
+    def with_saves(self, saves: Mapping[str, Saves]) -> TypedGraph:
+        """The same graph, with what autograd saves of each operator."""
+        nodes = {n: replace(t, saves=saves[n]) if n in saves else t for n, t in self.nodes.items()}
+        return replace(self, nodes=nodes)
+
+    @property
+    def costed(self) -> list[str]:
+        """The operators that depend on an image, whose saves are known, in order."""
+        return [name for name, node in self.nodes.items() if node.saves is not None]
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.counts().items()))
@@ -130,194 +299,3 @@ class Locality:
         return f"{len(self.verdicts)} nodes: {counts}\n{regions}"
 
     __repr__ = __str__
-
-
-def analyse_locality(
-    graph: fx.Graph,
-    metas: Mapping[str, Meta],
-    inputs: Mapping[str, tuple[int, ...]],
-    combines: bool = True,
-) -> Locality:
-    """The verdict of every node of the graph at the size that `metas` describes.
-
-    `inputs` are the placeholders that hold images, with their stream dims; the others are weights. With `combines`
-    reductions over space may be combined from tiles.
-    """
-    values: Values = {}
-    verdicts: dict[str, Verdict] = {}
-    alignments: dict[str, tuple[int, ...]] = {}
-    for node in graph.nodes:
-        meta = metas.get(node.name)
-        if node.op == "placeholder":
-            values[node.name] = _input_value(node.name, meta, inputs)
-        elif node.op == "call_function":
-            answer = _answer(node, meta, values, metas)
-            if node.target is operator.getitem and isinstance(answer, Footprint):
-                answer = _of_local(answer, verdicts)
-            if isinstance(answer, Footprint):
-                answer = _aligned_once(answer, alignments)
-            if isinstance(answer, Footprint) and answer.reduction is not None and not combines:
-                answer = Refusal(Kind.REDUCE, "reduces over space: its result needs the whole map")
-            verdicts[node.name] = _verdict(node, answer)
-            reduces = isinstance(answer, Footprint) and answer.reduction is not None
-            values[node.name] = _result(node, () if reduces else answer.dims, meta, values)
-        elif node.op == "get_attr":
-            values[node.name] = ()
-    stages = _stages(graph, verdicts, metas)
-    unread = _unread(graph, metas)
-    regions = _regions(graph, {n: v for n, v in verdicts.items() if n not in unread}, stages)
-    nodes = {node.name: node for node in graph.nodes}
-    images = tuple(value for name in inputs if isinstance(value := values[name], Value) and value.dims)
-    return Locality(graph, nodes, metas, values, verdicts, stages, regions, images, unread)
-
-
-def _input_value(name: str, meta: Meta, inputs: Mapping[str, tuple[int, ...]]) -> Value | tuple[Value, ...]:
-    if not isinstance(meta, Shape):
-        return ()
-    return Value(name, meta.shape, meta.dtype, inputs.get(name, ()), name in inputs)
-
-
-def _values_of(name: str, values: Values) -> tuple[Value, ...]:
-    value = values[name]
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _answer(node: fx.Node, meta: Meta, values: Values, metas: Mapping[str, Meta]) -> Footprint | Refusal:
-    """The rule's answer, after the questions that need no rule."""
-    if isinstance(meta, int):
-        return Refusal(Kind.SMALL, "shape arithmetic")
-    inputs = [value for given in node.all_input_nodes for value in _values_of(given.name, values)]
-    if not any(value.image for value in inputs):
-        return Refusal(Kind.SMALL, "does not depend on an image")
-    if node.target is operator.getitem:
-        return _item(node, values)
-    rule = rule_of(node.target)
-    has_axes = any(value.dims for value in inputs)
-    if rule is None or not isinstance(node.target, torch._ops.OpOverload):
-        reason = f"`{node.target}` has no rule; add one with fxstream.register_rule"
-        return Refusal(Kind.NO_RULE, reason) if has_axes else NO_AXIS
-    if not has_axes and rule.family not in STARTS_AXES:
-        return NO_AXIS
-    answer = rule.rule(_call(node, node.target, meta, values, metas))
-    if not (answer.dims if isinstance(answer, Footprint) else has_axes):
-        return NO_AXIS
-    shapes = [m.shape for m in (meta if isinstance(meta, tuple) else (meta,)) if isinstance(m, Shape)]
-    if any(0 in shape for shape in (*shapes, *(value.extents for value in inputs))):
-        return Refusal(Kind.GLOBAL, "reads or writes a map without pixels", answer.dims)
-    marked = next((n.meta[UNSTREAMED] for n in (node, *node.all_input_nodes) if UNSTREAMED in n.meta), None)
-    if marked is None or isinstance(answer, Refusal):
-        return answer
-    return Refusal(Kind.GLOBAL, marked, () if answer.reduction is not None else answer.dims)
-
-
-def _call(
-    node: fx.Node,
-    target: torch._ops.OpOverload,
-    meta: Meta,
-    values: Values,
-    metas: Mapping[str, Meta],
-) -> Call:
-    """The node as a rule sees it: schema names, defaults, values for tensors, integers for sizes."""
-    args, kwargs = fold_integers(node, metas)
-    arguments: dict[str, Any] = {}
-    for i, argument in enumerate(target._schema.arguments):
-        given = args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
-        arguments[argument.name] = map_arg(given, lambda n: values[n.name])  # type: ignore[arg-type,return-value]
-    results = meta if isinstance(meta, tuple) else (meta,)
-    return Call(node.name, target, arguments, tuple(m.shape for m in results if isinstance(m, Shape)))
-
-
-def _item(node: fx.Node, values: Values) -> Footprint | Refusal:
-    """One result of an operator that returns several: the same box of it."""
-    several, index = node.args
-    assert isinstance(several, fx.Node)
-    assert isinstance(index, int)
-    value = _values_of(several.name, values)[index]
-    if not value.dims:
-        return NO_AXIS
-    read = Read("0", value, value.dims, (IDENTITY,) * len(value.dims))
-    return Footprint(Evaluation.SHUFFLED, value.dims, (read,), operator.getitem)
-
-
-def _of_local(item: Footprint, verdicts: Mapping[str, Verdict]) -> Footprint | Refusal:
-    """The footprint of one of several results, if the operator that returns them is local itself."""
-    several = item.reads[0].value.name
-    if verdicts[several].kind is Kind.LOCAL:
-        return item
-    return Refusal(Kind.GLOBAL, f"is one of several results of `{several}`", item.dims)
-
-
-def _aligned_once(answer: Footprint, alignments: dict[str, tuple[int, ...]]) -> Footprint | Refusal:
-    """The footprint, unless it cuts a value along other dims than an earlier operator did."""
-    for read in answer.reads:
-        if alignments.setdefault(read.value.name, read.dims) != read.dims:
-            return Refusal(Kind.GLOBAL, f"reads `{read.value.name}` along other dims than before", answer.dims)
-    return answer
-
-
-def _verdict(node: fx.Node, answer: Footprint | Refusal) -> Verdict:
-    place = (module_path(node), source_line(node))
-    name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
-    if isinstance(answer, Footprint):
-        if answer.reduction is not None:
-            reason = "reduces over space, tile by tile"
-            return Verdict(node.name, name, Kind.REDUCE, reason, *place, reduction=answer)
-        return Verdict(node.name, name, Kind.LOCAL, answer.evaluation.value, *place, answer)
-    return Verdict(node.name, name, answer.kind, answer.reason, *place)
-
-
-def _result(node: fx.Node, dims: tuple[int, ...], meta: Meta, values: Values) -> Value | tuple[Value, ...]:
-    """The value of a node with the stream axes that its footprint or refusal leaves it."""
-    image = any(v.image for given in node.all_input_nodes for v in _values_of(given.name, values))
-    if isinstance(meta, Shape):
-        return Value(node.name, meta.shape, meta.dtype, dims, image)
-    if isinstance(meta, tuple):
-        shapes = [m for m in meta if isinstance(m, Shape)]
-        return tuple(Value(node.name, m.shape, m.dtype, dims, image) for m in shapes)
-    return ()
-
-
-def _stages(graph: fx.Graph, verdicts: Mapping[str, Verdict], metas: Mapping[str, Meta]) -> dict[str, int]:
-    """The stage of every node, by the rules of the NOTE; integers are known before anything runs."""
-    ordered = ordered_nodes(graph)
-    predecessor = dict(zip(ordered[1:], ordered, strict=False))
-    local = {name for name, verdict in verdicts.items() if verdict.kind is Kind.LOCAL}
-    stages: dict[str, int] = {}
-    for node in graph.nodes:
-        inputs = [given for given in node.all_input_nodes if not isinstance(metas.get(given.name), int)]
-        inputs += [predecessor[node]] if node in predecessor else []
-        if node.name in local or (node.name in verdicts and verdicts[node.name].reduction is not None):
-            stages[node.name] = max((stages[n.name] + (n.name not in local) for n in inputs), default=0)
-        else:
-            stages[node.name] = max((stages[n.name] for n in inputs), default=-1)
-    return stages
-
-
-def _unread(graph: fx.Graph, metas: Mapping[str, Meta]) -> frozenset[str]:
-    """The operators without an effect that only integers, and others like them, read."""
-    ordered = set(ordered_nodes(graph))
-    unread: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        is_value = node.op == "call_function" and not isinstance(metas.get(node.name), int)
-        if is_value and node not in ordered:
-            others = [u for u in node.users if not isinstance(metas.get(u.name), int) and u not in unread]
-            if not others:
-                unread.add(node)
-    return frozenset(node.name for node in unread)
-
-
-def _regions(graph: fx.Graph, verdicts: Mapping[str, Verdict], stages: Mapping[str, int]) -> tuple[Region, ...]:
-    """The connected parts of each stage's local nodes, in the order of the graph."""
-    order = {node.name: i for i, node in enumerate(graph.nodes)}
-    parts = nx.Graph()
-    for node in graph.nodes:
-        verdict = verdicts.get(node.name)
-        if verdict is None or verdict.footprint is None:
-            continue
-        parts.add_node(node.name)
-        for read in verdict.footprint.reads:
-            if stages[read.value.name] == stages[node.name] and read.value.name in parts:
-                parts.add_edge(read.value.name, node.name)
-    found = [tuple(sorted(part, key=order.__getitem__)) for part in nx.connected_components(parts)]
-    found.sort(key=lambda nodes: order[nodes[0]])
-    return tuple(Region(stages[nodes[0]], nodes) for nodes in found)

@@ -17,11 +17,11 @@ from fxstream.graph.capture import Captured
 from fxstream.graph.export import CUMULATIVE
 from fxstream.graph.functionalize import UNSTREAMED
 from fxstream.graph.shapes import Meta
-from fxstream.graph.typed_graph import Locality
+from fxstream.graph.typed_graph import TypedGraph
 from fxstream.lowering import losses, normalisations, pooling, positions, randomness, statistics
 from fxstream.lowering.positions import with_positions
 from fxstream.lowering.writer import Lowering, Writer, copied
-from fxstream.rules import Kind, Value
+from fxstream.rules import Tileability
 
 __all__ = ["lower", "with_positions"]
 
@@ -41,25 +41,23 @@ TRAINING = 5
 """The place of that argument of a batch norm."""
 
 
-def lower(captured: Captured, locality: Locality, reductions: bool = True) -> Captured:
+def lower(captured: Captured, typed: TypedGraph, reductions: bool = True) -> Captured:
     """The same model with every feature-map-wide operator taken apart; without `reductions` only draws.
 
     The model itself where it has none.
     """
-    known = {
-        name: found for name in locality.verdicts if (found := _lowering(locality, name, reductions)) is not None
-    }
+    known = {name: found for name in typed.verdicts if (found := _lowering(typed, name, reductions)) is not None}
     if not known:
         return captured
     graph, copies = copied(captured.graph)
-    metas = dict(locality.metas)
+    metas = dict(typed.metas)
     for original in captured.graph.nodes:
         if original not in copies:
             continue
         node, lowering = copies[original], known.get(original.name)
         if lowering is None:
             continue
-        lowered = lowering(Writer(graph, node, metas, _stream_dims(locality, original)))
+        lowered = lowering(Writer(graph, node, metas, _stream_dims(typed, original)))
         if lowered is not None:
             _put_in_place(node, lowered, metas)
             graph.erase_node(node)
@@ -82,18 +80,18 @@ def _put_in_place(node: fx.Node, lowered: fx.Node | tuple[fx.Node, ...], metas: 
         node.graph.erase_node(item)
 
 
-def _stream_dims(locality: Locality, node: fx.Node) -> tuple[int, ...]:
+def _stream_dims(typed: TypedGraph, node: fx.Node) -> tuple[int, ...]:
     """The stream dims of the first map that a node reads."""
-    values = (locality.values[given.name] for given in node.all_input_nodes)
-    return next((value.dims for value in values if isinstance(value, Value) and value.dims), ())
+    values = (value for given in node.all_input_nodes for value in typed[given.name].values)
+    return next((value.dims for value in values if value.dims), ())
 
 
-def _lowering(locality: Locality, name: str, reductions: bool) -> Lowering | None:
-    verdict, node = locality.verdicts[name], locality.nodes[name]
+def _lowering(typed: TypedGraph, name: str, reductions: bool) -> Lowering | None:
+    verdict, node = typed.verdicts[name], typed[name].node
     if verdict.reduction is not None or UNSTREAMED in node.meta:
         return None
     if verdict.operator == "aten::batch_norm" and CUMULATIVE in node.args and node.args[TRAINING]:
         return REDUCTIONS[verdict.operator]
-    if verdict.kind is Kind.GLOBAL:
+    if verdict.kind is Tileability.GLOBAL:
         return DRAWS.get(verdict.operator)
-    return REDUCTIONS.get(verdict.operator) if verdict.kind is Kind.REDUCE and reductions else None
+    return REDUCTIONS.get(verdict.operator) if verdict.kind is Tileability.REDUCTION and reductions else None

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxstream.lowering.writer import Lowering, Writer
-from fxstream.rules.classes import CLASS_LOSSES, PIXEL_LOSSES
+from fxstream.rules.channelwise import CLASS_LOSSES, PIXEL_LOSSES
 from fxstream.rules.ops import overload
 
 __all__ = ["LOWERINGS"]

@@ -29,12 +29,11 @@ from torch.fx.node import map_arg
 from fxstream.graph.capture import Captured
 from fxstream.graph.functionalize import UNSTREAMED, is_random, remove_dead_nodes, updates_statistics
 from fxstream.graph.shapes import Meta, Shape
-from fxstream.graph.typed_graph import Locality
+from fxstream.graph.typed_graph import TypedGraph
 from fxstream.lowering.twins import Twin, blocks
 from fxstream.lowering.writer import Lowering, Writer, copied
-from fxstream.rules import Value, rule_of
-from fxstream.rules.channelwise import KEEPING, REDUCING, SPLITTING
-from fxstream.rules.classes import CLASS_LOSSES, PIXEL_LOSSES
+from fxstream.rules import rule_of
+from fxstream.rules.channelwise import CLASS_LOSSES, KEEPING, PIXEL_LOSSES, REDUCING, SPLITTING
 from fxstream.rules.ops import overload
 
 __all__ = ["LOWERINGS", "with_positions"]
@@ -47,10 +46,10 @@ Found = Twin | fx.Node | None
 """The twin of a result, or the result itself where it is not flat; None where the operator stays as it is."""
 
 
-def with_positions(captured: Captured, locality: Locality) -> Captured:
+def with_positions(captured: Captured, typed: TypedGraph) -> Captured:
     """The same model with its positions apart wherever that is possible; the same object where nothing changes."""
     graph, _ = copied(captured.graph)
-    rewriting = _Rewriting(graph, locality, captured.bound)
+    rewriting = _Rewriting(graph, typed, captured.bound)
     for node in list(graph.nodes):
         rewriting.visit(node)
     if not rewriting.changed:
@@ -64,11 +63,11 @@ def with_positions(captured: Captured, locality: Locality) -> Captured:
 class _Rewriting:
     """The walk over the graph, node by node; `twins` are those of the flat tensors so far."""
 
-    def __init__(self, graph: fx.Graph, locality: Locality, bound: bool) -> None:
+    def __init__(self, graph: fx.Graph, typed: TypedGraph, bound: bool) -> None:
         self.changed = False
         self._graph, self._bound = graph, bound
-        self._metas: dict[str, Meta] = dict(locality.metas)
-        self._values = locality.values
+        self._metas: dict[str, Meta] = dict(typed.metas)
+        self._typed = typed
         self._twins: dict[fx.Node, Twin] = {}
         self._apart: dict[fx.Node, tuple[int, ...]] = {}
 
@@ -126,8 +125,8 @@ class _Rewriting:
 
     def _dims(self, node: fx.Node) -> tuple[int, ...]:
         """The stream dims of a tensor that is not flat."""
-        value = self._values.get(node.name)
-        return self._apart.get(node, value.dims if isinstance(value, Value) else ())
+        values = self._typed.nodes[node.name].values if node.name in self._typed.nodes else ()
+        return self._apart.get(node, values[0].dims if len(values) == 1 else ())
 
     def _item(self, node: fx.Node) -> Found:
         several, index = node.args

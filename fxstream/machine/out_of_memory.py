@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["Exhausted", "attempt"]
+__all__ = ["OutOfMemory", "catch_oom"]
 
 T = TypeVar("T")
 
@@ -25,30 +25,30 @@ MESSAGES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Exhausted:
+class OutOfMemory:
     """An allocation that failed, in the allocator's words."""
 
     message: str
 
 
-def attempt(function: Callable[[], T]) -> T | Exhausted:
-    """The function's result, or `Exhausted` where it ran out of memory; then nothing of its frames is held.
+def catch_oom(function: Callable[[], T]) -> T | OutOfMemory:
+    """The function's result, or `OutOfMemory` where it ran out of memory; then nothing of its frames is held.
 
     >>> def fails():
     ...     raise torch.OutOfMemoryError("CUDA out of memory")
-    >>> attempt(fails)
-    Exhausted(message='CUDA out of memory')
+    >>> catch_oom(fails)
+    OutOfMemory(message='CUDA out of memory')
     """
     try:
         return function()
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        exhausted = Exhausted((str(error) or type(error).__name__).splitlines()[0])
+        failure = OutOfMemory((str(error) or type(error).__name__).splitlines()[0])
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    return exhausted
+    return failure
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -4,12 +4,12 @@ NOTE [the cost model]
 1. Time. An operator takes its multiply-accumulates over the machine's rate, plus the bytes that it reads and
    writes over the machine's bandwidth, plus a constant for the call. A backward costs twice its forward. Weights
    are read per tile, and their gradients written and added per tile: many small tiles of a layer with large
-   weights are slow. Memory that the operating system hands out afresh costs more than traffic: on the CPU that
+   weights are slow. Memory that the operating system maps anew costs more than traffic: on the CPU that
    are results above the size that the C library reuses, and the copies of its input and result that
    a convolution lays out for itself. Small tiles can be faster than the plain network for that alone. Whether the
    process has an allocator that reuses large memory too is tried out once.
-2. Memory is a sum of lifetimes on a line of moments: operator `n` of `N` runs forward at moment `n` and backward
-   at moment `2N - 1 - n`. A result lives until its last reader has run, and if autograd keeps it, until the
+2. Memory is a sum of lifetimes on a line of steps: operator `n` of `N` runs forward at step `n` and backward
+   at step `2N - 1 - n`. A result lives until its last reader has run, and if autograd keeps it, until the
    backward of the first reader that needs it; the gradient of a value from the backward of its last reader to its
    own; gradients of weights from there to the end.
 3. Results that are views of an input, and gradients that are views of another (of a sum, a concatenation), are no
@@ -27,41 +27,16 @@ from dataclasses import dataclass
 import torch
 
 from fxstream.graph.functionalize import WAS_IN_PLACE
-from fxstream.graph.shapes import Shape
-from fxstream.graph.typed_graph import Locality
+from fxstream.graph.typed_graph import Saves, TypedGraph
 from fxstream.machine.heap import REUSED, allocates_afresh
-from fxstream.tiling.autograd_saves import Saved, takes_over
-from fxstream.tiling.bounds import is_read_outside
 
-__all__ = ["Costs", "Machine", "Part", "bytes_of", "macs_of"]
+__all__ = ["Costs", "Machine", "Part"]
 
-MATRIX_PRODUCTS = {
-    f"aten::{name}": place
-    for name, place in (("linear", 0), ("mm", 0), ("matmul", 0), ("bmm", 0), ("addmm", 1), ("baddbmm", 1))
-}
-"""Products and which of their tensors ends in the dim that is summed over."""
 CONVOLUTIONS = {f"aten::conv{n}d" for n in (1, 2, 3)}
 BACKWARD = 2
 """Cost of a backward over that of its forward."""
 WEIGHTS_BACKWARD = 5
 """How often a backward moves the weights: read, their gradient written, read and added to the sum."""
-
-
-def macs_of(locality: Locality, node: str) -> int:
-    """Multiply-accumulates of an operator at full size: local ones by their rule, others if they are products."""
-    footprint, meta = locality.verdicts[node].footprint, locality.metas[node]
-    if footprint is not None or not isinstance(meta, Shape):
-        return footprint.macs if footprint is not None else 0
-    operator = locality.verdicts[node].operator
-    original = locality.nodes[node]
-    shapes = [m.shape for n in original.all_input_nodes if isinstance(m := locality.metas.get(n.name), Shape)]
-    if operator in MATRIX_PRODUCTS and len(shapes) > 1:
-        return meta.elements * shapes[MATRIX_PRODUCTS[operator]][-1]
-    if operator in CONVOLUTIONS and len(shapes) > 1:
-        return meta.elements * math.prod(shapes[1][1:])
-    if operator == "aten::scaled_dot_product_attention" and len(shapes) > 2:
-        return (math.prod(shapes[0]) + meta.elements) * shapes[1][-2]
-    return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,157 +69,150 @@ class Machine:
 
 
 class Costs:
-    """The costs of a run of operators, in the order of the graph; `part` gives those of a stretch of it.
+    """The costs of a run of operators, in the order of the graph; `part` gives those of a span of it.
 
-    With `plain` operators take over their input's memory where the model calls them in place, else where they may.
+    The operators take over their input's memory as the graph's passes found (`TypedNode.reuses`); with `plain`,
+    where the model calls them in place.
     """
 
-    def __init__(
-        self,
-        locality: Locality,
-        machine: Machine,
-        saved: Mapping[str, Saved],
-        nodes: Sequence[str],
-        plain: bool = False,
-    ) -> None:
+    def __init__(self, graph: TypedGraph, machine: Machine, nodes: Sequence[str], plain: bool = False) -> None:
         self.machine = machine
         self.nodes = tuple(nodes)
         self.place = {name: i for i, name in enumerate(self.nodes)}
-        self._locality, self._saved, self._plain = locality, saved, plain
-        self.macs = _vector(macs_of(locality, name) for name in self.nodes)
-        self.sizes = [bytes_of(locality, name) for name in self.nodes]
-        self.calls = _vector(saved[name].views is None for name in self.nodes)
+        self._graph, self._plain = graph, plain
+        self.macs = _vector(graph[name].macs for name in self.nodes)
+        self.sizes = [graph[name].bytes for name in self.nodes]
+        self.calls = _vector(self._saves(name).views is None for name in self.nodes)
         self.weights = _vector(sum(self._weights(name).values()) for name in self.nodes)
         self.moved = _vector(self._moved(name) for name in self.nodes) * self.calls
-        self.results, self.gradients, self.temporaries = self._lifetimes()
+        self._inputs, self._users, self._roots = self._edges()
+        self.allocated = self._allocated()
+        self.results, self.kept = self._results()
+        self.gradients, self.temporaries = self._gradients(), self._temporaries()
         self.outer: dict[str, int] = {}
-        """The values that the run reads from outside, and the place of the last operator that reads each."""
+        """The values that the run reads from outside, and the index of the last operator that reads each."""
         for i, name in enumerate(self.nodes):
-            for given in locality.nodes[name].all_input_nodes:
-                if given.name not in self.place and locality.depends_on_image(given.name):
-                    self.outer[given.name] = i
-        first: dict[str, str] = {}
+            outside = (one for one in graph[name].inputs if one not in self.place and graph[one].depends_on_image)
+            self.outer |= dict.fromkeys(outside, i)
         self.weight_bytes: dict[str, int] = {}
         """The parameters that the run reads."""
+        gradients = []
         for name in self.nodes:
-            for weight, size in self._weights(name).items():
-                first.setdefault(weight, name)
-                self.weight_bytes[weight] = size
-        self.weight_gradients = _vector(
-            sum(size for weight, size in self._weights(name).items() if first[weight] == name)
-            for name in self.nodes
-        )
+            weights = self._weights(name)
+            gradients.append(sum(size for weight, size in weights.items() if weight not in self.weight_bytes))
+            self.weight_bytes |= weights
+        self.weight_gradients = _vector(gradients)
 
     def part(self, start: int = 0, stop: int | None = None) -> Part:
         """The operators from `start` up to, not including, `stop`."""
         return Part(self, start, len(self.nodes) if stop is None else stop)
 
+    def _saves(self, name: str) -> Saves:
+        saves = self._graph[name].saves
+        assert saves is not None, name
+        return saves
+
     def _weights(self, name: str) -> dict[str, int]:
         """The parameters that a node reads and their bytes; running statistics count too, and are small."""
-        return {
-            given.name: bytes_of(self._locality, given.name)
-            for given in self._locality.nodes[name].all_input_nodes
-            if given.op == "placeholder" and not self._locality.depends_on_image(given.name)
-        }
+        inputs = (self._graph[one] for one in self._graph[name].inputs)
+        return {one.name: one.bytes for one in inputs if one.is_parameter}
 
     def _moved(self, name: str) -> int:
-        given = self._locality.nodes[name].all_input_nodes
-        return sum(bytes_of(self._locality, n) for n in (name, *(g.name for g in given)))
+        return sum(self._graph[one].bytes for one in (name, *self._graph[name].inputs))
 
-    def _lifetimes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The three kinds of lifetimes of note 2 as rows of node places, bytes last.
-
-        Results: owner, last reader, first reader that keeps it. Gradients: owner, last reader, first value that
-        has a view of it. Gradients that are new memory until they are added to another: owner, reader.
-        """
-        count, locality = len(self.nodes), self._locality
-        inputs, users, roots = self._edges()
-        self.allocated = self._allocated(inputs, roots)
-        leaves = [is_read_outside(locality, name, self.place) for name in self.nodes]
-        last, keeper, first = list(range(count + 1)), [count] * (count + 1), list(range(count))
+    def _results(self) -> tuple[torch.Tensor, frozenset[str]]:
+        """Lifetimes of results as rows: owner, last reader, first reader that saves it, bytes; and those saved."""
+        count = len(self.nodes)
+        last, saver = list(range(count + 1)), [count] * (count + 1)
         for i, name in enumerate(self.nodes):
-            if leaves[i]:
-                last[roots[i]] = count
-            saved = self._saved[name]
-            for j in (*(inputs[i][k] for k in saved.inputs if k < len(inputs[i])), *[i] * saved.result):
-                keeper[roots[j]] = min(keeper[roots[j]], i)
-            for j in inputs[i]:
-                last[roots[j]] = max(last[roots[j]], i)
-        groups = list(range(count))
+            saves, inputs = self._saves(name), self._inputs[i]
+            if self._leaves(name):
+                last[self._roots[i]] = count
+            for j in (*(inputs[k] for k in saves.inputs if k < len(inputs)), *[i] * saves.result):
+                saver[self._roots[j]] = min(saver[self._roots[j]], i)
+            for j in inputs:
+                last[self._roots[j]] = max(last[self._roots[j]], i)
+        rows = [(i, last[i], saver[i], self.sizes[i]) for i in range(count) if self._roots[i] == i]
+        rows += [(i, i, i, size) for i, size in self._extra("extra")]
+        saved = (name for i, name in enumerate(self.nodes) if saver[self._roots[i]] < count)
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 4), frozenset(saved)
+
+    def _extra(self, kind: str) -> list[tuple[int, int]]:
+        """Which operators make extra values of this kind, and their bytes."""
+        rates = [getattr(self._saves(name), kind) for name in self.nodes]
+        elements = (sum(value.elements for value in self._graph[name].values) for name in self.nodes)
+        return [
+            (i, round(rate * count)) for i, (rate, count) in enumerate(zip(rates, elements, strict=True)) if rate
+        ]
+
+    def _leaves(self, name: str) -> bool:
+        """Whether a result is read outside of the run."""
+        return self._graph.is_read_outside(name, self.place)
+
+    def _gradients(self) -> torch.Tensor:
+        """Lifetimes of gradients as rows: owner, last reader, first value that has a view of it, bytes."""
+        count, users = len(self.nodes), self._users
+        groups, first = list(range(count)), list(range(count))
         for i in reversed(range(count)):
-            if len(users[i]) == 1 and self._saved[self.nodes[users[i][0]]].passes_on:
+            if len(users[i]) == 1 and self._saves(self.nodes[users[i][0]]).passes_on:
                 groups[i] = groups[users[i][0]]
             first[groups[i]] = min(first[groups[i]], i)
-        sizes = self.sizes
-        results = [(i, last[i], keeper[i], sizes[i]) for i in range(count) if roots[i] == i]
-        for i, name in enumerate(self.nodes):
-            if extra := self._saved[name].extra:
-                elements = sum(shape.elements for shape in _shapes_of(locality, name))
-                results.append((i, i, i, round(extra * elements)))
-        floats = [self._has_gradient(name) for name in self.nodes]
-        gradients = [
-            (i, count if leaves[i] else users[i][-1], first[i], sizes[i])
-            for i in range(count)
-            if groups[i] == i and floats[i] and (users[i] or leaves[i])
-        ]
-        temporaries = [
-            (j, i, sizes[j])
-            for i, name in enumerate(self.nodes)
-            for j in inputs[i]
-            if j >= 0 and floats[j] and users[j][-1] != i and not self._saved[name].passes_on
-        ]
-        for i, name in enumerate(self.nodes):
-            if between := self._saved[name].between:
-                elements = sum(shape.elements for shape in _shapes_of(locality, name))
-                temporaries.append((i, i, round(between * elements)))
-        self.kept = frozenset(name for i, name in enumerate(self.nodes) if keeper[roots[i]] < count)
-        """The nodes whose results autograd keeps for some operator of the run."""
-        return (
-            torch.tensor(results, dtype=torch.int64).view(-1, 4),
-            torch.tensor(gradients, dtype=torch.int64).view(-1, 4),
-            torch.tensor(temporaries, dtype=torch.int64).view(-1, 3),
-        )
-
-    def _allocated(self, inputs: list[list[int]], roots: list[int]) -> torch.Tensor:
-        """What each operator allocates, as rows: its place, the place of the value as large as that, its bytes."""
         rows = []
         for i, name in enumerate(self.nodes):
-            rows += [(i, i, self.sizes[i])] * (roots[i] == i)
-            if self._locality.verdicts[name].operator in CONVOLUTIONS:
-                rows += [(i, j, self.sizes[j]) for j in (i, *inputs[i]) if j >= 0]
+            leaves = self._leaves(name)
+            if groups[i] == i and self._has_gradient(name) and (users[i] or leaves):
+                rows.append((i, count if leaves else users[i][-1], first[i], self.sizes[i]))
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+
+    def _temporaries(self) -> torch.Tensor:
+        """Gradients that are new memory until they are added to another, as rows: owner, reader, bytes."""
+        rows = []
+        for i, name in enumerate(self.nodes):
+            for j in self._inputs[i] if not self._saves(name).passes_on else ():
+                if j >= 0 and self._has_gradient(self.nodes[j]) and self._users[j][-1] != i:
+                    rows.append((j, i, self.sizes[j]))
+        rows += [(i, i, size) for i, size in self._extra("between")]
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+
+    def _allocated(self) -> torch.Tensor:
+        """What each operator allocates, as rows: its index, the index of the value as large as that, its bytes."""
+        rows = []
+        for i, name in enumerate(self.nodes):
+            rows += [(i, i, self.sizes[i])] * (self._roots[i] == i)
+            verdict = self._graph[name].verdict
+            if verdict is not None and verdict.operator in CONVOLUTIONS:
+                rows += [(i, j, self.sizes[j]) for j in (i, *self._inputs[i]) if j >= 0]
         return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
 
     def _edges(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
-        """Per node the places of its inputs (-1 outside) and its readers, and the place whose memory it is."""
+        """Per node the indices of its inputs (-1 outside) and its readers, and the index whose memory it is."""
         users: list[list[int]] = [[] for _ in self.nodes]
         inputs, roots = [], list(range(len(self.nodes) + 1))
         for i, name in enumerate(self.nodes):
-            node = self._locality.nodes[name]
-            inputs.append([self.place.get(n.name, -1) for n in node.all_input_nodes])
+            node, saves = self._graph[name], self._saves(name)
+            inputs.append([self.place.get(one, -1) for one in node.inputs])
             for j in inputs[i]:
                 if j >= 0:
                     users[j].append(i)
-            saved = self._saved[name]
-            # Autograd copies what an operator keeps and then changes in place.
-            was = WAS_IN_PLACE in node.meta and 0 not in saved.inputs
-            in_place = was if self._plain else takes_over(self._locality, self._saved, name)
-            viewed = 0 if in_place else saved.views
+            # Autograd copies what an operator saves and then changes in place.
+            was = WAS_IN_PLACE in node.node.meta and 0 not in saves.inputs
+            viewed = 0 if (was if self._plain else node.reuses) else saves.views
             if viewed is not None and viewed < len(inputs[i]):
                 roots[i] = roots[inputs[i][viewed]]
         return inputs, users, roots
 
     def _has_gradient(self, name: str) -> bool:
-        meta = self._locality.metas[name]
-        return not isinstance(meta, Shape) or meta.has_gradient
+        node = self._graph[name]
+        return node.is_tuple or node.values[0].has_gradient
 
 
 class Part:
-    """A stretch of a run. Shares are a vector over the nodes of the whole run: what a tile holds of each."""
+    """A span of a run. Shares are a vector over the nodes of the whole run: what a tile holds of each."""
 
     def __init__(self, costs: Costs, start: int, stop: int) -> None:
         self.costs, self.start, self.stop = costs, start, stop
         self.turn = stop - start
-        """The moment between forward and backward."""
+        """The step between forward and backward."""
         results, gradients, temporaries = (
             rows[(rows[:, 0] >= start) & (rows[:, 0] < stop)]
             for rows in (costs.results, costs.gradients, costs.temporaries)
@@ -255,11 +223,11 @@ class Part:
         forward, backward = weights - start, 2 * self.turn - 1 - (weights - start)
         never = torch.tensor(2 * self.turn)
 
-        def moment(places: torch.Tensor, of: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+        def step(places: torch.Tensor, of: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
             return torch.where(places < stop, of[(places - start).clamp(0, self.turn - 1)], otherwise)
 
-        read = moment(results[:, 1], forward, never)
-        kept_until = torch.maximum(read, moment(results[:, 2], backward, torch.tensor(0)))
+        read = step(results[:, 1], forward, never)
+        kept_until = torch.maximum(read, step(results[:, 2], backward, torch.tensor(0)))
         self._results, self._read_until = results, read
         allocated = costs.allocated
         self._allocated = allocated[(allocated[:, 0] >= start) & (allocated[:, 0] < stop)]
@@ -270,22 +238,22 @@ class Part:
         self._begin = torch.cat(
             [
                 results[:, 0] - start,
-                moment(gradients[:, 1], backward, never),
-                moment(temporaries[:, 1], backward, never),
+                step(gradients[:, 1], backward, never),
+                step(temporaries[:, 1], backward, never),
                 backward,
             ]
         )
         self._until = torch.cat(
             [
                 kept_until,
-                moment(gradients[:, 2].clamp(min=start), backward, never),
-                moment(temporaries[:, 1], backward, never),
+                step(gradients[:, 2].clamp(min=start), backward, never),
+                step(temporaries[:, 1], backward, never),
                 never.expand(len(weights)),
             ]
         )
 
     def profile(self, shares: torch.Tensor, outer: Mapping[str, float] | None = None) -> torch.Tensor:
-        """Bytes at each moment of one forward and backward of a tile with these shares, recorded.
+        """Bytes at each step of one forward and backward of a tile with these shares, recorded.
 
         `shares` may have further dims in front, one tile each; so has the result. `outer` are bytes of gradients
         of values from outside, which are there from the backward of their last reader on.
@@ -316,27 +284,17 @@ class Part:
 
     def seconds(self, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predicted seconds of one forward and of one backward of a tile with these shares (note 1)."""
-        stretch, machine = slice(self.start, self.stop), self.costs.machine
-        held = shares[..., stretch]
+        span, machine = slice(self.start, self.stop), self.costs.machine
+        held = shares[..., span]
         present = (held > 0).double()
-        work = held @ (self.costs.macs[stretch] / machine.macs + self.costs.moved[stretch] / machine.bandwidth)
-        work = work + present @ self.costs.calls[stretch] * machine.call
+        work = held @ (self.costs.macs[span] / machine.macs + self.costs.moved[span] / machine.bandwidth)
+        work = work + present @ self.costs.calls[span] * machine.call
         if machine.fresh < math.inf:
             by, like, size = self._allocated.unbind(-1)
             allocated = size * shares[..., like] * (shares[..., by] > 0)
             work = work + (allocated * (allocated > REUSED)).sum(-1) / machine.fresh
-        read = present @ self.costs.weights[stretch] / machine.bandwidth
+        read = present @ self.costs.weights[span] / machine.bandwidth
         return work + read, BACKWARD * work + WEIGHTS_BACKWARD * read
-
-
-def bytes_of(locality: Locality, name: str) -> int:
-    """Bytes of a node's result, of all of them where there are several."""
-    return sum(shape.bytes for shape in _shapes_of(locality, name))
-
-
-def _shapes_of(locality: Locality, name: str) -> list[Shape]:
-    meta = locality.metas.get(name)
-    return [m for m in (meta if isinstance(meta, tuple) else (meta,)) if isinstance(m, Shape)]
 
 
 def _vector(values: Iterable[float]) -> torch.Tensor:

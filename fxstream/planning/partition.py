@@ -21,21 +21,13 @@ import torch
 
 from fxstream.errors import PlanError
 from fxstream.geometry.receptive_field import IDENTITY
-from fxstream.graph.shapes import Shape
-from fxstream.graph.typed_graph import Locality
-from fxstream.planning.estimate import Basis
-from fxstream.tiling.bounds import Segment, is_output, make_segment
+from fxstream.graph.typed_graph import TypedGraph
+from fxstream.planning.estimate import CostContext
+from fxstream.planning.part_costs import PartCosts
 from fxstream.tiling.grid import Grid
 from fxstream.tiling.parts import stages_of_outputs
-from fxstream.tiling.request import (
-    Request,
-    belongs,
-    image_extents,
-    leaf_extents,
-    output_extents,
-    place_of_module,
-    tile_bounds,
-)
+from fxstream.tiling.request import Request, belongs, last_node_of, tile_bounds
+from fxstream.tiling.segment import Segment, make_segment
 
 __all__ = ["FEW_PASSES", "Places", "RegionPlanner"]
 
@@ -50,25 +42,29 @@ SEGMENT_COST = 0.01
 class Places:
     """The places of a region where it may be cut: place `i` is behind its node `i`."""
 
-    def __init__(self, locality: Locality, nodes: tuple[str, ...]) -> None:
-        self._locality, self._nodes = locality, nodes
+    def __init__(self, graph: TypedGraph, nodes: tuple[str, ...]) -> None:
+        self._graph, self._nodes = graph, nodes
         self._place = {name: i for i, name in enumerate(nodes)}
-        self._reads = [[read.value.name for read in locality.footprint(name).reads] for name in nodes]
+        self._reads = [[read.value.name for read in graph.pattern(name).reads] for name in nodes]
         self._last_read = list(range(len(nodes)))
         for i, reads in enumerate(self._reads):
             for name in reads:
                 if name in self._place:
                     self._last_read[self._place[name]] = i
-        self._is_output = [is_output(locality, name, self._place) for name in nodes]
+        self._is_output = [graph.is_output(name, self._place) for name in nodes]
 
     def behind(self, paths: Sequence[str]) -> list[int]:
         """The places behind these modules of the user, in order. Raises `PlanError` for one that does not run."""
         ends = set()
         for path in paths:
-            place_of_module(self._locality, path)
-            inside = [i for i, n in enumerate(self._nodes) if belongs(self._locality.verdicts[n].module, path)]
+            last_node_of(self._graph, path)
+            inside = [i for i, n in enumerate(self._nodes) if belongs(self._module(n), path)]
             ends |= {inside[-1]} if inside else set()
         return sorted(ends)
+
+    def _module(self, name: str) -> str:
+        verdict = self._graph[name].verdict
+        return verdict.module if verdict is not None else ""
 
     def runs(self, ends: Sequence[int]) -> list[tuple[str, ...]]:
         """The nodes between these places."""
@@ -77,7 +73,7 @@ class Places:
 
     def run(self, start: int, end: int) -> Segment:
         """The stretch behind one place up to another, as its last pass: without reductions that maps follow."""
-        whole = make_segment(self._locality, "", self._nodes[start + 1 : end + 1])
+        whole = make_segment(self._graph, "", self._nodes[start + 1 : end + 1])
         maps = tuple(name for name in whole.outputs if not self._is_reduction(self._place[name]))
         return replace(whole, outputs=maps or whole.outputs[-1:])
 
@@ -95,10 +91,10 @@ class Places:
         after; of each of `most` equal stretches of the region the one with the fewest bytes.
         """
         live = self.live()[:-1]
-        sizes = [self._locality.activation_bytes(names) for names in live]
+        sizes = [self._graph.activation_bytes(names) for names in live]
         places = {}
         for i, (names, size) in enumerate(zip(live, sizes, strict=True)):
-            single = all(isinstance(self._locality.metas[name], Shape) for name in names)
+            single = not any(self._graph[name].is_tuple for name in names)
             after = sizes[i + 1] if i + 1 < len(sizes) else size
             fits = self._is_window(i + 1) or self._is_reduction(i)
             lowest = size <= sizes[max(i - 1, 0)] and (size < after or (size == after and fits))
@@ -117,13 +113,13 @@ class Places:
         return sum(map(self._is_reduction, range(len(self._nodes))))
 
     def _is_reduction(self, place: int) -> bool:
-        return self._locality.footprint(self._nodes[place]).reduction is not None
+        return self._graph[self._nodes[place]].reduces
 
     def stages(self, start: int, end: int) -> list[int]:
         """The stages of the outputs of the stretch behind one place up to another: each takes a pass."""
         stretch = range(start + 1, end + 1)
         outputs = [self._nodes[i] for i in stretch if self._is_output[i] or self._last_read[i] > end]
-        return stages_of_outputs(self._locality, outputs)
+        return stages_of_outputs(self._graph, outputs)
 
     def starts(self, end: int, places: Sequence[int], most_passes: int) -> list[int]:
         """Those of the places before `end` behind which a stretch of few enough passes begins."""
@@ -133,29 +129,28 @@ class Places:
 
     def _is_window(self, place: int) -> bool:
         """Whether the node at `place` reads more than its own pixels."""
-        reads = self._locality.footprint(self._nodes[place]).reads
+        reads = self._graph.pattern(self._nodes[place]).reads
         return any(axis_map != IDENTITY for read in reads for axis_map in read.maps)
 
 
 class RegionPlanner:
     """The dynamic program over the places where a region may be cut into segments."""
 
-    def __init__(self, basis: Basis, nodes: tuple[str, ...], request: Request) -> None:
-        locality = basis.locality
-        self._locality = locality
+    def __init__(self, context: CostContext, nodes: tuple[str, ...], request: Request) -> None:
+        graph = context.graph
+        self._graph = graph
         self._nodes = nodes
         self._request = request
-        self._places = Places(locality, nodes)
+        self._places = Places(graph, nodes)
         self._place = {name: i for i, name in enumerate(nodes)}
-        self._costs = basis.tiled(nodes)
-        self._bytes = max(1, locality.activation_bytes(nodes))
-        self._reads = [[(r.value.name, r.dims) for r in locality.footprint(n).reads] for n in nodes]
-        plain = basis.untiled(nodes).part()
+        self._costs = PartCosts(context, nodes)
+        self._bytes = max(1, graph.activation_bytes(nodes))
+        self._reads = [[(r.value.name, r.dims) for r in graph.pattern(n).reads] for n in nodes]
+        plain = context.dense(nodes).part()
         self._seconds = sum(map(float, plain.seconds(torch.ones(len(nodes), dtype=torch.float64)))) or 1.0
         """Those of the plain region; nothing but views takes none."""
-        extents = [output_extents(locality, name) for name in nodes]
-        self._extents = torch.tensor(extents, dtype=torch.float64)
-        self._stages = torch.tensor([locality.stages[name] for name in nodes])
+        self._extents = torch.tensor([graph[name].extents for name in nodes], dtype=torch.float64)
+        self._stages = torch.tensor([graph[name].stage for name in nodes])
         self._boundary_bytes: dict[int, int] = {}
         self._bounds: _Leaves = {}
 
@@ -200,8 +195,8 @@ class RegionPlanner:
         watched = {start - first: tuple(found) for start, found in leaves.items()}
         chosen: dict[int, list[_Choice | None]] = {start: [] for start in starts}
         least = dict.fromkeys(starts, 1.0)
-        for axis in range(len(self._locality.footprint(run.outputs[0]).dims)):
-            grid = Grid(self._locality, run, self._request, axis)
+        for axis in range(run.axes):
+            grid = Grid(run, self._request, axis)
             _, reads = grid.longest(grid.finest, watched)
             for start in starts:
                 for leaf, (_, scales) in leaves[start].items():
@@ -229,10 +224,10 @@ class RegionPlanner:
 
     def _bound(self, name: str, dims: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[float, ...]]:
         if name not in self._bounds:
-            extents = leaf_extents(self._locality, name, dims)
-            full = image_extents(self._locality, len(dims))
+            extents = tuple(self._graph.value(name).shape[d] for d in dims)
+            full = self._graph.image_extents(len(dims))
             scales = tuple(image / extent for image, extent in zip(full, extents, strict=True))
-            self._bounds[name] = (tile_bounds(self._locality, self._request, extents), scales)
+            self._bounds[name] = (tile_bounds(self._graph, self._request, extents), scales)
         return self._bounds[name]
 
     def _cost(self, start: int, end: int, chosen: Sequence[_Choice | None], least: float) -> _Cost:
@@ -254,7 +249,7 @@ class RegionPlanner:
 
     def _both(self, start: int, stop: int, shares: torch.Tensor, again: bool = False) -> float:
         """Seconds of a forward and a backward of one tile, of two forwards if the first is done `again`."""
-        forward, backward = map(float, self._costs.part(start, stop).seconds(shares))
+        forward, backward = map(float, self._costs.part(start, stop).seconds(self._costs.shares(shares)))
         return forward * (1 + again) + backward
 
 

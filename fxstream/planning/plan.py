@@ -12,27 +12,27 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from fxstream.errors import PlanError
-from fxstream.graph.typed_graph import Locality
+from fxstream.graph.autograd_saves import saves_of
+from fxstream.graph.typed_graph import TypedGraph
 from fxstream.machine.device import budget_of
 from fxstream.machine.units import bytes_text
 from fxstream.planning.cost import Machine
-from fxstream.planning.estimate import Basis, Prediction, keep_graphs, predict
+from fxstream.planning.estimate import CostContext, Prediction, keep_graphs, predict
 from fxstream.planning.partition import FEW_PASSES, RegionPlanner
 from fxstream.planning.search import Search
-from fxstream.rules import Kind
-from fxstream.tiling.autograd_saves import Saved, saved_by
-from fxstream.tiling.bounds import is_output
-from fxstream.tiling.parts import passes, streamable_parts, whole_segment
-from fxstream.tiling.request import Request, place_of_module
-from fxstream.tiling.segment_plan import SegmentPlan, arithmetic, offloadable, plan_segment, plan_whole
+from fxstream.tiling.parts import streamable_parts, sweeps, whole_segment
+from fxstream.tiling.passes import optimised
+from fxstream.tiling.request import Request, last_node_of
+from fxstream.tiling.reuse import reuse_memory
+from fxstream.tiling.segment_plan import SegmentPlan, offloadable, plan_segment, plan_whole
 
-__all__ = ["Plan", "SegmentPlan", "make_plan", "streamable_share", "total_bytes", "worthwhile"]
+__all__ = ["Plan", "SegmentPlan", "make_plan", "streamable_share", "worthwhile"]
 
 CPU = torch.device("cpu")
 WORTHWHILE = 0.5
@@ -94,104 +94,106 @@ class Plan:
 
 
 def make_plan(
-    locality: Locality,
+    graph: TypedGraph,
     request: Request,
     *,
     training: bool = True,
     device: torch.device = CPU,
-    saved: Mapping[str, Saved] | None = None,
-    wanted: frozenset[str] = frozenset(),
+    differentiated: frozenset[str] = frozenset(),
     outside: frozenset[str] = frozenset(),
     written: frozenset[str | None] = frozenset(),
     ranks: int = 1,
 ) -> Plan:
     """The segments and tiles for one image size, for a call with its backward if `training`.
 
-    `saved` is what autograd keeps of each operator (`saved_by`), `wanted` are the images whose gradient is asked
-    for, `outside` those that are not in the device's memory, `written` the results that are written elsewhere;
-    `ranks` share the tiles.
+    `differentiated` are the images whose gradient is asked for, `outside` those that are not in the device's
+    memory, `written` the results that are written elsewhere; `ranks` share the tiles.
 
     Raises `PlanError` where no tile fits, naming the smallest that does and the node that needs it, where no plan
     fits into the memory, naming the least that one needs, and where a module path in the request matches nothing.
     """
-    known = saved_by(locality) if saved is None else saved
+    if not graph.costed:
+        graph = reuse_memory(graph.with_saves(saves_of(graph)))
     offload = request.offload and device.type != "cpu"
-    basis = Basis(locality, known, Machine.of(device), training, wanted, outside, written, ranks, offload)
+    machine = Machine.of(device)
+    context = CostContext(graph, machine, training, differentiated, outside, written, ranks, offload)
     if request.tile is None:
-        segments, prediction = _fastest(basis, request, budget_of(request.memory, device))
+        segments, prediction = _fastest(context, request, budget_of(request.memory, device))
         is_trivial = not segments
         offload = prediction.offloaded > 0
     else:
-        segments = _with_tiles(basis, request)
+        segments = _with_tiles(context, request)
         is_trivial = all(segment.tile_count == 1 for segment in segments)
-        prediction = predict(basis, () if is_trivial else segments)
-    nodes = list({name: None for segment in segments for name in segment.segment.nodes})
-    plain = sum(arithmetic(locality, name) for name in nodes)
-    away = offloadable(locality, segments) if offload and not is_trivial else frozenset[str]()
-    streamed, total = locality.activation_bytes(nodes), total_bytes(locality)
+        prediction = predict(context, () if is_trivial else segments)
+    nodes = list({name: None for segment in segments for name in segment.segment.covers})
+    plain = sum({n: s.segment.graph[n].arithmetic for s in segments for n in s.segment.nodes}.values())
+    away = offloadable(graph, segments) if offload and not is_trivial else frozenset[str]()
+    streamed, total = graph.activation_bytes(nodes), graph.total_bytes()
     return Plan(segments, streamed, total, plain, is_trivial, prediction, away)
 
 
-def _with_tiles(basis: Basis, request: Request) -> tuple[SegmentPlan, ...]:
+def _with_tiles(context: CostContext, request: Request) -> tuple[SegmentPlan, ...]:
     """The segments of every worthwhile region, in the coarsest grids that the tile allows."""
-    parts = _parts(basis, request)
-    chosen = [run for part in parts for run in RegionPlanner(basis, part, request).segments()]
-    return _segments(basis.locality, request, [(run, None) for run in chosen])
+    parts = _parts(context, request)
+    chosen = [run for part in parts for run in RegionPlanner(context, part, request).segments()]
+    return _segments(context.graph, request, [(run, None) for run in chosen])
 
 
-def _fastest(basis: Basis, request: Request, memory: int) -> tuple[tuple[SegmentPlan, ...], Prediction]:
+def _fastest(context: CostContext, request: Request, memory: int) -> tuple[tuple[SegmentPlan, ...], Prediction]:
     """The fastest plan within the memory; boundaries are offloaded where that is faster, or where it must be."""
-    if not basis.offload:
-        return _within_memory(basis, request, memory)
+    if not context.offload:
+        return _within_memory(context, request, memory)
     try:
-        near = _within_memory(replace(basis, offload=False), request, memory)
+        near = _within_memory(replace(context, offload=False), request, memory)
     except PlanError:
-        return _within_memory(basis, request, memory)
+        return _within_memory(context, request, memory)
     try:
-        return min(near, _within_memory(basis, request, memory), key=lambda found: found[1].seconds)
+        return min(near, _within_memory(context, request, memory), key=lambda found: found[1].seconds)
     except PlanError:
         return near
 
 
-def _within_memory(basis: Basis, request: Request, memory: int) -> tuple[tuple[SegmentPlan, ...], Prediction]:
+def _within_memory(
+    context: CostContext, request: Request, memory: int
+) -> tuple[tuple[SegmentPlan, ...], Prediction]:
     """The fastest segments within the memory, by the search and then by the exact tiles, and their prediction.
 
     The search estimates a little; where its plan needs too much it is asked for less, a few times.
     """
-    plain, locality = predict(basis, ()), basis.locality
-    if plain.bytes <= memory and request.segments is None and not _may_be_faster(basis, plain):
+    plain, graph = predict(context, ()), context.graph
+    if plain.bytes <= memory and request.segments is None and not _may_be_faster(context, plain):
         return (), plain
-    parts = _parts(basis, request)
-    stages = max(locality.stages.values(), default=0) + 1
+    parts = _parts(context, request)
+    stages = max((node.stage for node in graph.nodes.values()), default=0) + 1
     for most_passes in (FEW_PASSES, MANY_PASSES) if stages > FEW_PASSES else (FEW_PASSES,):
-        search = Search(basis, parts, request, most_passes)
-        fitting = _fitting(basis, search, request, memory)
+        search = Search(context, parts, request, most_passes)
+        fitting = _fitting(context, search, request, memory)
         if fitting is not None:
             is_slower = fitting[1].seconds >= FASTER * plain.seconds and plain.bytes <= memory
             return ((), plain) if is_slower and request.segments is None else fitting
         found, binding = search.smallest()
-        segments = _segments(locality, request, found)
-        prediction = predict(basis, segments)
+        segments = _segments(graph, request, found)
+        prediction = predict(context, segments)
         if prediction.bytes <= memory:
             return segments, prediction
-    verdict = locality.verdicts[binding]
+    verdict = graph.verdicts[binding]
     source = f" ({verdict.source})" if verdict.source else ""
     least = bytes_text(prediction.bytes, up=True)
     raise PlanError(
         f"no plan fits into {bytes_text(memory)}: the least that works is {least}, which"
-        f" `{verdict.module or verdict.node}`{source} needs; give that much, or a smaller image or batch",
+        f" `{verdict.place}`{source} needs; give that much, or a smaller image or batch",
         least_bytes=prediction.bytes,
     )
 
 
-def _may_be_faster(basis: Basis, plain: Prediction) -> bool:
+def _may_be_faster(context: CostContext, plain: Prediction) -> bool:
     """Whether a plan may be faster than the plain network: it computes no less, but may allocate less afresh."""
-    reused = replace(basis, machine=replace(basis.machine, fresh=math.inf))
-    return basis.ranks > 1 or predict(reused, ()).seconds < FASTER * plain.seconds
+    reused = replace(context, machine=replace(context.machine, fresh=math.inf))
+    return context.ranks > 1 or predict(reused, ()).seconds < FASTER * plain.seconds
 
 
 def _fitting(
-    basis: Basis, search: Search, request: Request, memory: int
+    context: CostContext, search: Search, request: Request, memory: int
 ) -> tuple[tuple[SegmentPlan, ...], Prediction] | None:
     """The fastest plan of the search that really fits, with the graphs of tiles that may be kept."""
     budget = float(memory)
@@ -199,66 +201,58 @@ def _fitting(
         found = search.fastest(budget)
         if found is None:
             return None
-        segments = _segments(basis.locality, request, found)
-        prediction = predict(basis, segments)
+        segments = _segments(context.graph, request, found)
+        prediction = predict(context, segments)
         if prediction.bytes <= memory:
-            return keep_graphs(basis, segments, memory) if basis.training else (segments, prediction)
+            return keep_graphs(context, segments, memory) if context.training else (segments, prediction)
         budget *= min(1 - LESS * 2**attempt, memory / prediction.bytes)
     return None
 
 
 def _segments(
-    locality: Locality, request: Request, runs: Sequence[tuple[tuple[str, ...], tuple[int, ...] | None]]
+    graph: TypedGraph, request: Request, runs: Sequence[tuple[tuple[str, ...], tuple[int, ...] | None]]
 ) -> tuple[SegmentPlan, ...]:
     """The plans of these stretches, with the numbers of tiles that each is to have if known; () is whole."""
     found: list[SegmentPlan] = []
     for i, (nodes, counts) in enumerate(runs):
-        whole = whole_segment(locality, f"segment_{i}", nodes) if counts == () else None
+        whole = whole_segment(graph, f"segment_{i}", nodes) if counts == () else None
         if whole is not None:
-            found.append(plan_whole(locality, whole))
+            found.append(plan_whole(optimised(whole)))
         else:
-            tiled = passes(locality, f"segment_{i}", nodes)
-            found += [plan_segment(locality, segment, request, counts) for segment in tiled]
+            tiled = sweeps(graph, f"segment_{i}", nodes)
+            found += [plan_segment(optimised(segment), request, counts) for segment in tiled]
     return tuple(found)
 
 
-def _parts(basis: Basis, request: Request) -> list[tuple[str, ...]]:
+def _parts(context: CostContext, request: Request) -> list[tuple[str, ...]]:
     """The nodes that may be streamed: worthwhile regions, or all before the user's cut."""
     asked = request.segments is not None or request.cut is not None or request.global_ops == "stream"
-    locality = basis.locality
-    return _parts_before(locality, request.cut) if asked else worthwhile(locality, basis.written)
+    graph = context.graph
+    return _parts_before(graph, request.cut) if asked else worthwhile(graph, context.written)
 
 
-def total_bytes(locality: Locality) -> int:
-    """Bytes of all results that depend on an image."""
-    return locality.activation_bytes([v.node for v in locality.verdicts.values() if v.kind is not Kind.SMALL])
-
-
-def worthwhile(locality: Locality, written: Collection[str | None] = ()) -> list[tuple[str, ...]]:
+def worthwhile(graph: TypedGraph, written: Collection[str | None] = ()) -> list[tuple[str, ...]]:
     """The parts that are streamed without being asked for; results `written` elsewhere count as freed."""
-    total = total_bytes(locality)
-    return [part for part in streamable_parts(locality) if _is_worthwhile(locality, part, total, written)]
+    total = graph.total_bytes()
+    return [part for part in streamable_parts(graph) if _is_worthwhile(graph, part, total, written)]
 
 
-def streamable_share(locality: Locality) -> float:
+def streamable_share(graph: TypedGraph) -> float:
     """The share of the activations that is streamed without being asked for."""
-    return sum(map(locality.activation_bytes, worthwhile(locality))) / max(1, total_bytes(locality))
+    return sum(map(graph.activation_bytes, worthwhile(graph))) / max(1, graph.total_bytes())
 
 
-def _parts_before(locality: Locality, cut: str | None) -> list[tuple[str, ...]]:
+def _parts_before(graph: TypedGraph, cut: str | None) -> list[tuple[str, ...]]:
     """The parts, up to the last node of the module where the user ends the stream."""
-    names = [node.name for node in locality.graph.nodes]
-    allowed = set(names if cut is None else names[: place_of_module(locality, cut) + 1])
-    parts = (tuple(name for name in part if name in allowed) for part in streamable_parts(locality))
+    last = len(graph.nodes) if cut is None else last_node_of(graph, cut)
+    parts = (tuple(name for name in part if graph[name].index <= last) for part in streamable_parts(graph))
     return [part for part in parts if part]
 
 
-def _is_worthwhile(
-    locality: Locality, nodes: tuple[str, ...], total: int, written: Collection[str | None]
-) -> bool:
+def _is_worthwhile(graph: TypedGraph, nodes: tuple[str, ...], total: int, written: Collection[str | None]) -> bool:
     """Whether streaming these nodes frees a good part of their activations."""
-    held = locality.activation_bytes(nodes)
+    held = graph.activation_bytes(nodes)
     inside = set(nodes)
-    outputs = [name for name in nodes if is_output(locality, name, inside) and name not in written]
-    kept = locality.activation_bytes(outputs)
+    outputs = [name for name in nodes if graph.is_output(name, inside) and name not in written]
+    kept = graph.activation_bytes(outputs)
     return held - kept > WORTHWHILE * held and held > LEAST_SHARE * total

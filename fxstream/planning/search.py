@@ -22,13 +22,14 @@ from dataclasses import dataclass
 
 import torch
 
-from fxstream.planning.cost import Costs, bytes_of
-from fxstream.planning.estimate import Basis
+from fxstream.planning.cost import Costs
+from fxstream.planning.estimate import CostContext
+from fxstream.planning.part_costs import PartCosts
 from fxstream.planning.partition import FEW_PASSES, Places
-from fxstream.tiling.bounds import make_segment
 from fxstream.tiling.grid import Grid
 from fxstream.tiling.parts import whole_segment
-from fxstream.tiling.request import Request, output_extents
+from fxstream.tiling.request import Request
+from fxstream.tiling.segment import make_segment
 
 __all__ = ["Search", "Stretch"]
 
@@ -74,28 +75,27 @@ class Search:
 
     def __init__(
         self,
-        basis: Basis,
+        context: CostContext,
         parts: Sequence[tuple[str, ...]],
         request: Request,
         most_passes: int = FEW_PASSES,
     ) -> None:
-        self._locality, saved = basis.locality, basis.saved
+        graph = context.graph
         self._most = request.segments if isinstance(request.segments, int) else None
-        regions = [_Region(basis, part, request, most_passes) for part in parts]
-        results = [n.name for n in self._locality.nodes.values() if any(u.op == "output" for u in n.users)]
-        held = [name for name in results if name in saved and name not in basis.written]
-        self._results = float(sum(bytes_of(self._locality, name) for name in held))
+        regions = [_Region(context, part, request, most_passes) for part in parts]
+        results = (name for name in graph.costed if graph.is_result(name) and name not in context.written)
+        self._results = float(sum(graph[name].bytes for name in results))
         inside = {name for part in parts for name in part}
-        place = {name: i for i, name in enumerate(saved)}
+        place = {name: i for i, name in enumerate(graph.costed)}
         starts = [place[part[0]] for part in parts]
         ordinary: list[list[str]] = [[] for _ in range(len(parts) + 1)]
-        for name in saved:
+        for name in place:
             if name not in inside:
                 ordinary[sum(start < place[name] for start in starts)].append(name)
         self._sequence: list[_Region | _Ordinary] = []
         for k, nodes in enumerate(ordinary):
             if nodes:
-                self._sequence.append(_Ordinary(basis.untiled(nodes), basis.training))
+                self._sequence.append(_Ordinary(context.dense(nodes), context.training))
             if k < len(regions):
                 self._sequence.append(regions[k])
 
@@ -223,34 +223,33 @@ class _Around:
 class _Region:
     """A region with the costs of all of its stretches."""
 
-    def __init__(self, basis: Basis, nodes: tuple[str, ...], request: Request, most_passes: int) -> None:
-        locality, training = basis.locality, basis.training
-        self._locality, self._nodes, self._training = locality, nodes, training
+    def __init__(self, context: CostContext, nodes: tuple[str, ...], request: Request, most_passes: int) -> None:
+        graph, training = context.graph, context.training
+        self._graph, self._nodes, self._training = graph, nodes, training
         self._request, self._most_passes = Request(None), most_passes
-        self._plain = basis.untiled(nodes)
-        self._costs = basis.tiled(nodes)
-        self._basis = basis
-        extents = [output_extents(locality, name) for name in nodes]
-        self._extents = torch.tensor(extents, dtype=torch.float64)
-        self._places = places = Places(locality, nodes)
-        self._all_runs_whole = training and whole_segment(locality, "", nodes) is not None
-        self._stages = torch.tensor([locality.stages[name] for name in nodes])
+        self._plain = context.dense(nodes)
+        self._costs = PartCosts(context, nodes)
+        self._context = context
+        self._extents = torch.tensor([graph[name].extents for name in nodes], dtype=torch.float64)
+        self._places = places = Places(graph, nodes)
+        self._all_runs_whole = training and whole_segment(graph, "", nodes) is not None
+        self._stages = torch.tensor([graph[name].stage for name in nodes])
         if isinstance(request.segments, tuple):
             chosen = places.behind(request.segments)
         else:
             chosen = [] if request.segments == 1 else list(places.candidates(MOST_PLACES + places.reductions))
         self.ends = sorted({*chosen, len(nodes) - 1})
         live = places.live()
-        live[-1] = list(make_segment(locality, "", nodes).outputs)
+        live[-1] = list(make_segment(graph, "", nodes).outputs)
         self._live = {end: live[end] for end in self.ends} | {-1: []}
-        read = {n.name for name in nodes for n in locality.nodes[name].all_input_nodes}
-        self._images = self._bytes(*basis.wanted & read)
-        self._outside, self._written = basis.outside, basis.written
+        read = {one for name in nodes for one in graph[name].inputs}
+        self._images = self._bytes(*context.differentiated & read)
+        self._outside, self._written = context.outside, context.written
         self._of = {name: i for i, name in enumerate(nodes)}
         gradients = self._costs.weight_gradients * training
         self.weights = float(gradients.sum())
         self._weights_up_to = torch.cat([torch.zeros(1, dtype=torch.float64), gradients.cumsum(0)])
-        self._folded_up_to = torch.cat([torch.zeros(1, dtype=torch.float64), basis.folded(nodes).cumsum(0)])
+        self._folded_up_to = torch.cat([torch.zeros(1, dtype=torch.float64), self._costs.folded.cumsum(0)])
         self._grids: dict[int, _Grids] = {}
         self._options: dict[tuple[int, int], list[_Option]] = {}
 
@@ -261,7 +260,7 @@ class _Region:
     def _runs_whole(self, start: int, end: int) -> bool:
         """Whether a stretch can be one checkpoint."""
         nodes = self._nodes[start + 1 : end + 1]
-        return self._all_runs_whole or whole_segment(self._locality, "", nodes) is not None
+        return self._all_runs_whole or whole_segment(self._graph, "", nodes) is not None
 
     def weights_behind(self, end: int) -> float:
         """Bytes of the gradients of the weights behind a place."""
@@ -270,7 +269,7 @@ class _Region:
     def binding(self, start: int, end: int) -> str:
         """The node of a stretch with the largest result."""
         stretch = range(start + 1, end + 1)
-        return self._nodes[max(stretch, key=lambda i: self._costs.sizes[i])]
+        return self._nodes[max(stretch, key=lambda i: self._graph[self._nodes[i]].bytes)]
 
     def options(self, start: int, end: int) -> list[_Option]:
         """All ways to run the nodes behind place `start` up to place `end`, fastest first."""
@@ -297,10 +296,11 @@ class _Region:
 
     def _untiled(self, start: int, end: int, around: _Around) -> Iterator[_Option]:
         """The stretch in the ordinary graph, and as one checkpoint."""
-        plain, folded = (costs.part(start + 1, end + 1) for costs in (self._plain, self._costs))
+        plain, fused = self._plain.part(start + 1, end + 1), self._costs.part(start + 1, end + 1)
         ones = torch.ones(len(self._nodes), dtype=torch.float64)
+        ones_fused = self._costs.shares(ones)
         forward, backward = map(float, plain.seconds(ones))
-        brought = around.inputs if self._basis.offload else 0.0
+        brought = around.inputs if self._context.offload else 0.0
         read = around.images + brought
         if not self._training:
             needs = float(plain.profile_unrecorded(ones).max()) + around.inputs + around.images
@@ -309,38 +309,39 @@ class _Region:
         needs, others = float(plain.profile(ones).max()), around.gradients + read
         yield _Option(None, needs + others, float(plain.held(ones)) + read, forward + backward)
         if self._runs_whole(start, end):
-            needs = float(folded.profile(ones).max()) + others + around.weights + around.folded
+            needs = float(fused.profile(ones_fused).max()) + others + around.weights + around.folded
             holds = around.made + brought + around.folded
-            forward, backward = map(float, folded.seconds(ones))
+            forward, backward = map(float, fused.seconds(ones_fused))
             yield _Option((self._nodes[start + 1 : end + 1], ()), needs, holds, 2 * forward + backward)
 
     def _tiled(self, start: int, end: int, around: _Around) -> Iterator[_Option]:
         """The stretch in every grid."""
         part, grids = self._costs.part(start + 1, end + 1), self._grids_at(end)
-        nodes, offload, training = self._nodes[start + 1 : end + 1], self._basis.offload, self._training
+        nodes, offload, training = self._nodes[start + 1 : end + 1], self._context.offload, self._training
         inputs, made = (0.0, 0.0) if offload else (around.inputs, around.made)
+        shares = self._costs.shares(grids.shares)
         forward, backward = torch.zeros(len(grids.counts)), torch.zeros(len(grids.counts))
         for stage in self._places.stages(start, end):
-            ahead, back = part.seconds(grids.shares * (self._stages <= stage))
+            ahead, back = part.seconds(self._costs.shares(grids.shares * (self._stages <= stage)))
             forward, backward = forward + ahead, backward + back
-        turns = (grids.tiles / self._basis.ranks).ceil()
+        turns = (grids.tiles / self._context.ranks).ceil()
         boxes = sum((grids.shares[:, self._of[n]] * self._bytes(n) for n in self._live[start]), torch.zeros(()))
-        collected = self._basis.collecting(made) + training * self._basis.collecting(inputs, around.weights)
+        collected = self._context.collecting(made) + training * self._context.collecting(inputs, around.weights)
         transferred = offload * ((1 + training) * around.made + (1 + 2 * training) * turns * boxes)
-        copies = collected + transferred / self._basis.machine.host
+        copies = collected + transferred / self._context.machine.host
         read_ahead = 2 * boxes * offload + around.folded
         if training:
             whole = self._images if offload else around.gradients
-            needs = part.profile(grids.shares).amax(-1) + boxes + read_ahead + whole + around.weights
+            needs = part.profile(shares).amax(-1) + boxes + read_ahead + whole + around.weights
             seconds = turns * (2 * forward + backward) + copies
         else:
-            needs = part.profile_unrecorded(grids.shares).amax(-1) + inputs + made + read_ahead
+            needs = part.profile_unrecorded(shares).amax(-1) + inputs + made + read_ahead
             seconds = turns * forward + copies
         holds = made + around.folded if training else 0.0
         for counts, need, spent in zip(grids.counts, needs.tolist(), seconds.tolist(), strict=True):
             yield _Option((nodes, counts), need, holds, spent)
-        if training and self._basis.ranks > 1:  # on one alone, what is kept is better left unstreamed
-            kept, again = turns * part.held(grids.shares), seconds - turns * forward
+        if training and self._context.ranks > 1:  # on one alone, what is kept is better left unstreamed
+            kept, again = turns * part.held(shares), seconds - turns * forward
             ways = zip(grids.counts, (needs + kept).tolist(), kept.tolist(), again.tolist(), strict=True)
             for counts, need, held, spent in ways:
                 yield _Option((nodes, counts), need, holds + held, spent)
@@ -348,18 +349,18 @@ class _Region:
     def _read_from_outside(self, start: int, end: int) -> float:
         """Bytes of the images from outside that a stretch reads."""
         stretch = self._nodes[start + 1 : end + 1] if self._outside else ()
-        read = {given.name for name in stretch for given in self._locality.nodes[name].all_input_nodes}
+        read = {one for name in stretch for one in self._graph[name].inputs}
         return self._bytes(*read & self._outside)
 
     def _bytes(self, *names: str) -> float:
-        return float(sum(bytes_of(self._locality, name) for name in names))
+        return float(sum(self._graph[name].bytes for name in names))
 
     def _grids_at(self, end: int) -> _Grids:
         """Grids of all sizes for the stretches that end at a place, and the shares of an inner tile."""
         if end not in self._grids:
             run = self._places.run(-1, end)
-            axes = range(len(self._locality.footprint(run.outputs[0]).dims))
-            grids = [Grid(self._locality, run, self._request, axis) for axis in axes]
+            axes = range(run.axes)
+            grids = [Grid(run, self._request, axis) for axis in axes]
             finest = max(grid.fullest for grid in grids)
             known: dict[tuple[int, int], torch.Tensor] = {}
             like = [next(j for j in axes if grids[j].is_like(grids[i])) for i in axes]

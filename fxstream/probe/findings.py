@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fxstream.errors import FxstreamError
-from fxstream.graph.typed_graph import Locality
+from fxstream.graph.typed_graph import TypedGraph
 
 __all__ = ["DIRECTIONS", "Findings", "Mismatch", "UnprobedError"]
 
 DIRECTIONS = ("forward", "values", "backward")
-"""The measurements, in the order in which their mismatches are told."""
+"""The measurements, in the order in which their mismatches are reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class UnprobedError(FxstreamError):
 class Findings:
     """Collects what the measurements find about the nodes of a part; blurred ones were checked one-sidedly."""
 
-    locality: Locality
+    graph: TypedGraph
     mismatches: list[Mismatch] = field(default_factory=list)
     blurred_forward: set[str] = field(default_factory=set)
     blurred_backward: set[str] = field(default_factory=set)
@@ -56,6 +56,6 @@ class Findings:
 
     def add(self, node: str, axis: int, direction: str, what: str, claimed: object, measured: object) -> None:
         """Note a disagreement."""
-        verdict = self.locality.verdicts[node]
+        verdict = self.graph.verdicts[node]
         place = (verdict.node, verdict.operator, verdict.module, verdict.source)
         self.mismatches.append(Mismatch(*place, axis, direction, what, str(claimed), str(measured)))

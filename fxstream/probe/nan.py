@@ -14,12 +14,10 @@ from torch.utils import _pytree as pytree
 
 from fxstream.geometry.box import EMPTY, Interval
 from fxstream.geometry.receptive_field import ReceptiveField
-from fxstream.graph.shapes import Meta, Shape, fold_integers
+from fxstream.graph.typed_graph import TypedNode
 from fxstream.probe.findings import Findings
 from fxstream.probe.strip import Strip
-from fxstream.probe.subgraph import Excerpt
-from fxstream.rules import Evaluation
-from fxstream.tiling.bounds import AxisWalk
+from fxstream.tiling.bounds import BoundsPass
 
 __all__ = ["poison_backward", "poison_forward"]
 
@@ -30,7 +28,7 @@ LEVELS = tuple((level, level) for level in (0.5, -0.5, 0.05, -0.05, 1.5, -1.5, 4
 
 
 class _Runner(fx.Interpreter):
-    """Runs an excerpt and compares the value of every local node with its claim as soon as it is there."""
+    """Runs a subgraph and compares the value of every local node with its claim as soon as it is there."""
 
     def __init__(self, strip: Strip, found: Findings) -> None:
         super().__init__(strip.part.module)
@@ -49,30 +47,30 @@ class _Runner(fx.Interpreter):
 def poison_forward(strip: Strip, found: Findings) -> None:
     """Rule 2: the valid interval of every node, for both tiles."""
     inputs = []
-    for leaf, dims in strip.part.segment.leaves:
-        shape = strip.part.leaf_shape(leaf, 2, strip.leaf_extents[leaf])
-        if (dtype := strip.part.type_of(leaf)) != strip.part.dtype:
+    for name, dims in strip.part.segment.spatial:
+        shape = strip.part.input_shape(name, 2, strip.input_extents[name])
+        if (dtype := strip.part.type_of(name)) != strip.part.dtype:
             inputs.append(torch.ones(shape, dtype=dtype))
             continue
         image = torch.full(shape, math.nan, dtype=dtype)
         for entry, tile in enumerate(strip.tiles):
-            own = strip.tile_of(leaf, tile)
-            image[entry].narrow(dims[strip.axis] - 1, own.start, len(own)).fill_(1.0)
+            shown = strip.tile_of(name, tile)
+            image[entry].narrow(dims[strip.axis] - 1, shown.start, len(shown)).fill_(1.0)
         inputs.append(image)
     _Runner(strip, found).run(*inputs, *strip.weights.values())
 
 
 def _compare_forward(strip: Strip, node: fx.Node, value: Any, found: Findings) -> None:
     name = node.name
-    fields = {leaf: fields[name] for leaf, fields in strip.fields.items() if name in fields}
+    fields = {source: fields[name] for source, fields in strip.fields.items() if name in fields}
     if not isinstance(value, torch.Tensor):
         return
-    known = [name for name in (given.name for given in node.all_input_nodes) if name in found.blurred_forward]
-    if known or not value.is_floating_point() or not fields or not strip.locality.footprint(name).tight:
+    is_blurred = any(one.name in found.blurred_forward for one in node.all_input_nodes)
+    if is_blurred or not value.is_floating_point() or not fields or not strip.graph.pattern(name).is_tight:
         found.blurred_forward.add(name)
     if not value.is_floating_point() or not fields:
         return
-    dim = strip.locality.value(name).dims[strip.axis]
+    dim = strip.graph.value(name).dims[strip.axis]
     poisoned = _poisoned(value, dim)
     for entry, tile in enumerate(strip.tiles):
         claimed = _claimed_valid(strip, fields, tile, value.shape[dim])
@@ -109,18 +107,18 @@ def _claimed_valid(
 ) -> Interval:
     """The pixels whose receptive field lies in the tile, by the algebra."""
     start, stop = 0, extent
-    for leaf, axes in fields.items():
-        own, of = strip.tile_of(leaf, tile), axes[strip.axis]
+    for source, axes in fields.items():
+        shown, of = strip.tile_of(source, tile), axes[strip.axis]
         if not of.advance:
             continue
-        if own.start > 0:  # otherwise nothing before the tile is NaN
-            first = (own.start - of.lows[0]) * of.period // of.advance - 2 * of.period
-            while of.low(first) < own.start:
+        if shown.start > 0:  # otherwise nothing before the tile is NaN
+            first = (shown.start - of.lows[0]) * of.period // of.advance - 2 * of.period
+            while of.low(first) < shown.start:
                 first += 1
             start = max(start, first)
-        if own.stop < strip.leaf_extents[leaf][strip.axis]:
-            last = (own.stop - 1 - of.highs[0]) * of.period // of.advance + 2 * of.period
-            while of.high(last) >= own.stop:
+        if shown.stop < strip.input_extents[source][strip.axis]:
+            last = (shown.stop - 1 - of.highs[0]) * of.period // of.advance + 2 * of.period
+            while of.high(last) >= shown.stop:
                 last -= 1
             stop = min(stop, last + 1)
     return Interval(start, stop) if start < stop else EMPTY
@@ -139,9 +137,9 @@ def _valid_around(poisoned: torch.Tensor, middle: int) -> Interval:
 def _carries_nan(strip: Strip, node: fx.Node) -> bool:
     """Whether the operator, given nothing but NaN, returns nothing but NaN."""
     poison = {
-        given.name: torch.full(strip.locality.value(given.name).shape, math.nan)
-        for given in node.all_input_nodes
-        if isinstance(strip.locality.metas[given.name], Shape) and strip.locality.value(given.name).dims
+        one.name: torch.full(strip.graph.value(one.name).shape, math.nan)
+        for one in node.all_input_nodes
+        if not strip.graph[one.name].is_tuple and _is_spatial(strip, one.name)
     }
     try:
         with torch.no_grad():
@@ -153,7 +151,7 @@ def _carries_nan(strip: Strip, node: fx.Node) -> bool:
 
 def _call(strip: Strip, node: fx.Node, given: Mapping[str, Any]) -> Any:
     """The operator on these tensors, with synthetic weights for the rest."""
-    args, kwargs = fold_integers(node, strip.locality.metas)
+    args, kwargs = strip.graph.arguments(node)
 
     def tensor_of(n: fx.Node) -> Any:
         return given[n.name] if n.name in given else strip.weights[n.name]
@@ -169,59 +167,49 @@ def poison_backward(strip: Strip, found: Findings) -> None:
     Entry 0 is NaN in the gradient of the first half and rises along the axis, entry 1 is NaN in that of the second
     half and falls.
     """
-    part, metas, axis = strip.part, strip.locality.metas, strip.axis
-    segment = part.segment
+    segment, graph, axis = strip.part.segment, strip.graph, strip.axis
     extents = {output: strip.extent(output) for output in segment.outputs}
     halves = [Interval(0, e // 2) for e in extents.values()], [Interval(e // 2, e) for e in extents.values()]
-    walk = AxisWalk(strip.locality, segment, axis)
+    walk = BoundsPass(strip.segment, axis)
     claims = [walk.boxes(half) for half in halves]
-    gradients: dict[str, Any] = {}
-    for output, extent in extents.items():
-        gradient = torch.ones(_shape(metas, output), dtype=part.dtype)
-        dim = strip.locality.value(output).dims[axis]
-        first, second = gradient.chunk(2)
-        first.narrow(dim, 0, extent // 2).fill_(math.nan)
-        second.narrow(dim, extent // 2, extent - extent // 2).fill_(math.nan)
-        gradients[output] = gradient
-    leaves = {leaf for leaf, _ in segment.leaves}
-    blurred: set[str] = set()
-    for node in reversed(part.module.graph.nodes):
-        if node.name not in leaves and node.name not in segment.nodes:
+    gradients: dict[str, Any] = {output: _half_poisoned(strip, output) for output in extents}
+    inputs, blurred = {name for name, _ in segment.spatial}, set[str]()
+    for node in reversed(strip.part.module.graph.nodes):
+        if node.name not in inputs and node.name not in segment.nodes:
             continue
-        gradient = gradients.pop(node.name, None)
-        meta = metas[node.name]
-        if gradient is None or (isinstance(meta, Shape) and not meta.dtype.is_floating_point):
+        gradient, typed = gradients.pop(node.name, None), graph[node.name]
+        if gradient is None or (not typed.is_tuple and not typed.values[0].dtype.is_floating_point):
             blurred.add(node.name)
-        elif isinstance(meta, Shape):
-            claimed = [claim.get(node.name, EMPTY) for claim in claims]
-            poisoned = _poisoned(gradient, strip.locality.value(node.name).dims[axis])
+        elif not typed.is_tuple:
+            dim = graph.value(node.name).dims[axis]
+            claimed, poisoned = [claim.get(node.name, EMPTY) for claim in claims], _poisoned(gradient, dim)
             _compare_backward(strip, node.name, poisoned, claimed, blurred, found)
-            gradient = _whole_box(gradient, poisoned, strip.locality.value(node.name).dims[axis])
-        if node.name in leaves:
-            continue
-        sent = _pulled_back(strip, node, gradient, metas) if gradient is not None else {}
-        for given in node.all_input_nodes:
-            if given.name in sent:
-                known = gradients.get(given.name)
-                gradients[given.name] = _summed(known, sent[given.name])
-            # Tiles hold the same box of every result of an operator: more than each of them needs.
-            several = isinstance(metas[node.name], tuple)
-            loose = several or node.name in blurred or not strip.locality.footprint(node.name).tight
-            if loose or given.name not in sent or _is_closed(gradient, sent[given.name]):
-                blurred.add(given.name)
+            gradient = _whole_box(gradient, poisoned, dim)
+        if node.name not in inputs:
+            _send(strip, typed, gradient, gradients, blurred)
     found.blurred_backward |= blurred & set(segment.nodes)
 
 
-def _shape(metas: Mapping[str, Meta], name: str) -> tuple[int, ...]:
-    meta = metas[name]
-    assert isinstance(meta, Shape)
-    return meta.shape
+def _half_poisoned(strip: Strip, output: str) -> torch.Tensor:
+    """The gradient of an output: NaN in the first half of entry 0 and in the second half of entry 1, else one."""
+    value, extent = strip.graph.value(output), strip.extent(output)
+    gradient, dim = torch.ones(value.shape, dtype=strip.part.dtype), value.dims[strip.axis]
+    first, second = gradient.chunk(2)
+    first.narrow(dim, 0, extent // 2).fill_(math.nan)
+    second.narrow(dim, extent // 2, extent - extent // 2).fill_(math.nan)
+    return gradient
 
 
-def _dtype(metas: Mapping[str, Meta], name: str) -> torch.dtype:
-    meta = metas[name]
-    assert isinstance(meta, Shape)
-    return meta.dtype
+def _send(strip: Strip, node: TypedNode, gradient: Any, gradients: dict[str, Any], blurred: set[str]) -> None:
+    """Add what a node sends to its inputs to their gradients; `blurred` gets those that it cannot show exactly."""
+    sent = _pulled_back(strip, node.node, gradient) if gradient is not None else {}
+    # Tiles hold the same box of every result of an operator: more than each of them needs.
+    is_loose = node.is_tuple or node.name in blurred or not node.pattern.is_tight
+    for name in node.inputs:
+        if name in sent:
+            gradients[name] = _summed(gradients.get(name), sent[name])
+        if is_loose or name not in sent or _is_closed(gradient, sent[name]):
+            blurred.add(name)
 
 
 def _compare_backward(
@@ -242,7 +230,7 @@ def _compare_backward(
     if measured == claimed or name not in strip.part.segment.nodes:
         return
     more = measured[0] > claimed[0] or measured[1] < claimed[1]
-    if _is_item(strip.part, name) and not more:
+    if strip.graph.pattern(name).is_item and not more:
         return  # a tile holds the same box of every result of one operator, the hull of what any is needed for
     if more or name not in blurred:
         halves = f"pixels that the first half of the outputs reads up to, and the second half from, of {extent}"
@@ -258,10 +246,6 @@ def _whole_box(gradient: torch.Tensor, poisoned: torch.Tensor, dim: int) -> torc
     return whole
 
 
-def _is_item(part: Excerpt, name: str) -> bool:
-    return part.locality.footprint(name).target is operator.getitem
-
-
 def _summed(known: Any, sent: Any) -> Any:
     """The sum of two gradients, of one tensor or of several."""
     if known is None:
@@ -271,7 +255,7 @@ def _summed(known: Any, sent: Any) -> Any:
     return [b if a is None else a if b is None else a + b for a, b in zip(known, sent, strict=True)]
 
 
-def _pulled_back(strip: Strip, node: fx.Node, gradient: Any, metas: Mapping[str, Meta]) -> dict[str, Any]:
+def _pulled_back(strip: Strip, node: fx.Node, gradient: Any) -> dict[str, Any]:
     """The gradients that the operator sends to its spatial inputs; none where it is not differentiable.
 
     A gate that is closed on one range of values sends nothing, so that further ranges are tried.
@@ -281,13 +265,12 @@ def _pulled_back(strip: Strip, node: fx.Node, gradient: Any, metas: Mapping[str,
         several, index = node.args
         assert isinstance(several, fx.Node)
         assert isinstance(index, int)
-        meta = metas[several.name]
-        return {several.name: [gradient if k == index else None for k in range(len(_several(meta)))]}
+        count = len(strip.graph[several.name].values)
+        return {several.name: [gradient if k == index else None for k in range(count)]}
     sent: dict[str, Any] = {}
-    pointwise = strip.locality.footprint(node.name).evaluation is Evaluation.POINTWISE
-    for low, high in LEVELS if pointwise else RAMPS:
-        ramps = {n.name: _ramp(strip, n.name, metas, low, high) for n in spatial}
-        wanted = {name: ramp for name, ramp in ramps.items() if ramp.requires_grad}
+    for low, high in LEVELS if strip.graph.pattern(node.name).joins_pixels else RAMPS:
+        ramps = {n.name: _ramp(strip, n.name, low, high) for n in spatial}
+        differentiable = {name: ramp for name, ramp in ramps.items() if ramp.requires_grad}
         results = _call(strip, node, ramps)
         pairs = [
             (result, given)
@@ -296,17 +279,17 @@ def _pulled_back(strip: Strip, node: fx.Node, gradient: Any, metas: Mapping[str,
             )
             if given is not None and isinstance(result, torch.Tensor) and result.requires_grad
         ]
-        if not pairs or not wanted:
+        if not pairs or not differentiable:
             return sent
         outputs, given = zip(*pairs, strict=True)
         try:
-            found = torch.autograd.grad(outputs, list(wanted.values()), given, allow_unused=True)
+            found = torch.autograd.grad(outputs, list(differentiable.values()), given, allow_unused=True)
         except RuntimeError:  # an operator of the user without a gradient
             return sent
-        for name, gradient_in in zip(wanted, found, strict=True):
+        for name, gradient_in in zip(differentiable, found, strict=True):
             if gradient_in is not None:
                 sent[name] = _summed(sent.get(name), gradient_in)
-        if all(name in sent and bool(sent[name].sum().isnan()) for name in wanted):
+        if all(name in sent and bool(sent[name].sum().isnan()) for name in differentiable):
             break
     return sent
 
@@ -317,20 +300,17 @@ def _is_closed(gradient: Any, sent: Any) -> bool:
     return any(bool(t.sum().isnan()) for t in given) and not any(bool(t.sum().isnan()) for t in passed)
 
 
-def _several(meta: Meta) -> tuple[Any, ...]:
-    return meta if isinstance(meta, tuple) else (meta,)
-
-
 def _is_spatial(strip: Strip, name: str) -> bool:
-    return bool(strip.locality.values.get(name)) and bool(strip.locality.value(name).dims)
+    return bool(strip.graph[name].values) and bool(strip.graph.value(name).dims)
 
 
-def _ramp(strip: Strip, name: str, metas: Mapping[str, Meta], low: float, high: float) -> torch.Tensor:
+def _ramp(strip: Strip, name: str, low: float, high: float) -> torch.Tensor:
     """Values that rise along the axis in entry 0 and fall in entry 1; ones for a type without gradient."""
-    shape, dtype = _shape(metas, name), _dtype(metas, name)
+    value = strip.graph.value(name)
+    shape, dtype = value.shape, value.dtype
     if not dtype.is_floating_point:
         return torch.ones(shape, dtype=dtype)
-    dim = strip.locality.value(name).dims[strip.axis]
+    dim = value.dims[strip.axis]
     line = torch.linspace(low, high, shape[dim], dtype=dtype)
     lines = torch.stack([line, line.flip(0)])
     lines = lines.view([2 if d == 0 else -1 if d == dim else 1 for d in range(len(shape))])

@@ -38,13 +38,13 @@ from dataclasses import dataclass
 import torch
 
 from fxstream.errors import ProbeError, RuleError
-from fxstream.graph.typed_graph import Locality
+from fxstream.graph.typed_graph import TypedGraph
 from fxstream.probe.findings import DIRECTIONS, Findings, Mismatch, UnprobedError
 from fxstream.probe.nan import poison_backward, poison_forward
 from fxstream.probe.strip import make_strip, synthetic_weight
-from fxstream.probe.subgraph import excerpt
+from fxstream.probe.subgraph import subgraph
 from fxstream.probe.tiles import compare_reductions, compare_values
-from fxstream.tiling.bounds import Segment, make_segment
+from fxstream.tiling.segment import Segment, make_segment
 
 __all__ = ["Mismatch", "ProbeReport", "probe"]
 
@@ -90,7 +90,7 @@ class ProbeReport:
             )
 
 
-def probe(locality: Locality, nodes: Sequence[str], part: str = "") -> ProbeReport:
+def probe(graph: TypedGraph, nodes: Sequence[str], part: str = "") -> ProbeReport:
     """Measure the claims about `nodes` (local ones and reductions, in their order) on the real operators.
 
     Runs on the CPU, whose operators do not mix NaN into other pixels, and in a thread of its own, so that modes
@@ -98,22 +98,22 @@ def probe(locality: Locality, nodes: Sequence[str], part: str = "") -> ProbeRepo
     `ProbeReport.raise_on_mismatch`.
     """
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_probe, locality, nodes, part).result()
+        return thread.submit(_probe, graph, nodes, part).result()
 
 
-def _probe(locality: Locality, nodes: Sequence[str], part: str) -> ProbeReport:
+def _probe(graph: TypedGraph, nodes: Sequence[str], part: str) -> ProbeReport:
     """The report on a part: on its regions one by one, and on its reductions (rule 7)."""
     started, wanted = time.perf_counter(), set(nodes)
-    pieces = [tuple(name for name in region.nodes if name in wanted) for region in locality.regions]
-    found, unprobed, measured = Findings(locality), list[str](), 0
+    pieces = [tuple(name for name in region.nodes if name in wanted) for region in graph.regions]
+    found, unprobed, measured = Findings(graph), list[str](), 0
     for piece in filter(None, pieces):
-        of_piece, reason = _probed(locality, make_segment(locality, part, piece))
+        of_piece, reason = _probed(make_segment(graph, part, piece))
         measured += 0 if reason else len(piece) - len(of_piece.blurred)
         unprobed += [reason] if reason else []
         found.mismatches += of_piece.mismatches
         found.blurred_forward |= of_piece.blurred
-    reductions = [name for name in nodes if locality.verdicts[name].reduction is not None]
-    compare_reductions(locality, reductions, found)
+    reductions = [name for name in nodes if graph[name].reduces]
+    compare_reductions(graph, reductions, found)
     order = {name: i for i, name in enumerate(nodes)}
     ordered = sorted(found.mismatches, key=lambda m: (DIRECTIONS.index(m.direction), order[m.node]))
     return ProbeReport(
@@ -127,33 +127,33 @@ def _probe(locality: Locality, nodes: Sequence[str], part: str) -> ProbeReport:
     )
 
 
-def _probed(locality: Locality, segment: Segment) -> tuple[Findings, str]:
+def _probed(segment: Segment) -> tuple[Findings, str]:
     """The findings on one region, and why it was not probed, if so."""
     try:
         for whole_windows in (False, True):
-            found = _measured(locality, segment, whole_windows)
+            found = _measured(segment, whole_windows)
             if not found.mismatches:
                 break
     except (UnprobedError, RuleError) as reason:
-        return Findings(locality), str(reason)
+        return Findings(segment.graph), str(reason)
     except Exception as error:  # an operator that cannot be run on a strip must not keep the model from running
         first = str(error).splitlines()[0] if str(error) else ""
-        return Findings(locality), f"it fails on a strip with {type(error).__name__}: {first}"
+        return Findings(segment.graph), f"it fails on a strip with {type(error).__name__}: {first}"
     return found, ""
 
 
-def _measured(locality: Locality, segment: Segment, whole_windows: bool) -> Findings:
+def _measured(segment: Segment, whole_windows: bool) -> Findings:
     """The findings on strips of the least width.
 
     On a strip narrower than a dilated window all taps may lie in padding, which looks like a claim that is too
     large. So what is found there counts only if it is found on a strip that holds whole windows too.
     """
-    found = Findings(locality)
-    part = excerpt(locality, segment, torch.float32)
-    weights = {name: synthetic_weight(part, name) for name in segment.smalls}
-    for axis in range(len(locality.footprint(segment.nodes[0]).dims)):
+    found = Findings(segment.graph)
+    part = subgraph(segment, torch.float32)
+    weights = {name: synthetic_weight(part, name) for name in segment.whole}
+    for axis in range(len(segment.graph.pattern(segment.nodes[0]).dims)):
         strip = make_strip(part, axis, weights, whole_windows)
         poison_forward(strip, found)
         poison_backward(strip, found)
-    compare_values(locality, segment, found)
+    compare_values(segment, found)
     return found

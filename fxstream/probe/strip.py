@@ -20,22 +20,22 @@ from fxstream.errors import FxstreamError
 from fxstream.geometry.box import Interval
 from fxstream.geometry.receptive_field import BROADCAST, ReceptiveField
 from fxstream.graph.fields import ExtentChain, Fields, extent_chains, receptive_fields
-from fxstream.graph.typed_graph import Locality
+from fxstream.graph.typed_graph import TypedGraph
 from fxstream.probe.findings import UnprobedError
-from fxstream.probe.subgraph import Excerpt
-from fxstream.rules import Evaluation, Kind
-from fxstream.tiling.request import leaf_extents
+from fxstream.probe.subgraph import Subgraph
+from fxstream.tiling.segment import Segment
 
 __all__ = [
     "Strip",
     "extents_at",
     "make_strip",
     "synthetic_weight",
-    "verdicts_at",
+    "typed_at",
 ]
 
+Extents = Mapping[str, tuple[int, ...]]
 Chains = Mapping[str, Mapping[str, tuple[ExtentChain, ...]]]
-"""Per leaf and node, the extent formulas along each axis."""
+"""Per spatial input and node, the extent formulas along each axis."""
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Extents across the strip, the first that the part accepts."""
 PERIODS = (1, 4, 8, 16, 32, 64)
@@ -48,116 +48,182 @@ MOST_REFUSALS = 3
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """An excerpt at the size of a strip along one axis, with the claims that are to be measured.
+    """A subgraph at the size of a strip along one axis, with the claims that are to be measured.
 
-    `tiles` are the intervals of the main leaf that hold numbers, one per batch entry; outside them it is NaN.
-    Fields are per leaf. `locality` is the one at the strip's size.
+    `tiles` are the intervals of the main input that hold numbers, one per batch entry; outside them it is NaN.
+    Fields are per spatial input. `segment` is typed at the strip's size.
     """
 
-    part: Excerpt
+    part: Subgraph
     axis: int
-    locality: Locality
-    leaf_extents: Mapping[str, tuple[int, ...]]
+    segment: Segment
+    input_extents: Extents
     fields: Mapping[str, Fields]
     tiles: tuple[Interval, Interval]
     main: str
     weights: Mapping[str, torch.Tensor]
 
-    def extent(self, name: str) -> int:
-        """Pixels of a node or leaf along the axis."""
-        return self.locality.value(name).extents[self.axis]
+    @property
+    def graph(self) -> TypedGraph:
+        """The typed graph at the strip's size."""
+        return self.segment.graph
 
-    def tile_of(self, leaf: str, tile: Interval) -> Interval:
-        """The interval of another leaf that shows the same part of the image as `tile` of the main leaf.
+    def extent(self, name: str) -> int:
+        """Pixels of a node or input along the axis."""
+        return self.graph.value(name).extents[self.axis]
+
+    def tile_of(self, name: str, tile: Interval) -> Interval:
+        """The interval of another input that shows the same part of the image as `tile` of the main one.
 
         All of one with a single pixel, which every tile reads.
         """
-        own, main = self.leaf_extents[leaf][self.axis], self.leaf_extents[self.main][self.axis]
-        if own == 1:
+        pixels, main = self.input_extents[name][self.axis], self.input_extents[self.main][self.axis]
+        if pixels == 1:
             return Interval(0, 1)
-        return Interval(tile.start * own // main, tile.stop * own // main)
+        return Interval(tile.start * pixels // main, tile.stop * pixels // main)
 
 
-def make_strip(part: Excerpt, axis: int, weights: Mapping[str, torch.Tensor], whole_windows: bool) -> Strip:
+@dataclass(frozen=True, slots=True)
+class _Claims:
+    """What the rules claim of a subgraph at its real size, along one axis: fields and extents from every input."""
+
+    part: Subgraph
+    axis: int
+    real: Extents
+    main: str
+    fields: Mapping[str, Fields]
+    chains: Chains
+
+    @classmethod
+    def of(cls, part: Subgraph, axis: int) -> _Claims:
+        names = [name for name, _ in part.segment.spatial]
+        real = {name: part.segment.input_extents(name) for name in names}
+        main = max(real, key=lambda name: math.prod(real[name]))
+        graph, nodes = part.segment.graph, part.segment.nodes
+        fields = {name: receptive_fields(graph, nodes, name) for name in names}
+        chains = {name: extent_chains(graph, nodes, name) for name in names}
+        return cls(part, axis, real, main, fields, chains)
+
+    def of_input(self, name: str) -> list[ReceptiveField]:
+        """The fields of all nodes in one input, along the axis."""
+        return [of[self.axis] for node, of in self.fields[name].items() if node in self.part.segment.nodes]
+
+    def geometry(self) -> tuple[int, tuple[Interval, Interval], int]:
+        """The width of the NaN surroundings, the two tiles, and the least length of a strip that holds them."""
+        nodes, graph, axis = self.part.segment.nodes, self.part.segment.graph, self.axis
+        of_main = self.of_input(self.main)
+        if not of_main:
+            raise UnprobedError("no node has a receptive field in its largest input")
+        deepest = max(of_main, key=lambda f: (f.stride, f.size))
+        stride = max(math.ceil(f.stride) for f in of_main)
+        margin = _margin(graph, nodes, self.fields[self.main], axis)
+        inside = max(f.size for f in of_main) + 3 * stride + 2
+        for name, fields in self.fields.items():
+            ratio, of_other = -(-self.real[self.main][axis] // self.real[name][axis]), self.of_input(name)
+            if name != self.main and self.real[name][axis] > 1 and of_other:
+                margin = max(margin, ratio * _margin(graph, nodes, fields, axis))
+                inside = max(inside, ratio * (max(f.size for f in of_other) + 3))
+        start = margin + (deepest.lows[0] - margin) % stride
+        stop = start + inside
+        stop += (deepest.highs[-1] + 1 - stop) % stride
+        return margin, (Interval(start, stop), Interval(start + 1, stop - 1)), stop + margin
+
+    def candidates(self, length: int) -> Iterator[Iterator[Extents]]:
+        """Extents of all inputs for a strip of this length, in groups of one period."""
+        real = self.real[self.main]
+        for period in PERIODS:
+            yield (self._candidate(length, width, period) for width in WIDTHS)
+        if real[self.axis] >= length and math.prod(real) <= MOST_PIXELS:
+            yield iter([dict(self.real)])
+
+    def _candidate(self, length: int, width: int, period: int) -> Extents:
+        real = self.real[self.main]
+        extents = [length if k == self.axis else width for k in range(len(real))]
+        fitted = [w + (e - w) % period for w, e in zip(extents, real, strict=True)]
+        return self._joined(extents_at(self.real, fitted))
+
+    def _joined(self, extents: Extents) -> Extents:
+        """Resize every input that is combined elementwise with a feature map to that map's size."""
+        resized, chains = dict(extents), self.chains[self.main]
+        for name in self.part.segment.nodes:
+            pattern = self.part.segment.graph.pattern(name)
+            if not pattern.joins_pixels or name not in chains:
+                continue
+            result = tuple(_applied(chain, e) for chain, e in zip(chains[name], extents[self.main], strict=True))
+            for read in pattern.reads:
+                if read.value.name in resized and read.value.name != self.main:
+                    pairs = zip(read.maps, result, strict=True)
+                    resized[read.value.name] = tuple(1 if axis_map == BROADCAST else e for axis_map, e in pairs)
+        return resized
+
+    def expected(self, extents: Extents) -> Extents:
+        """What the formulas of the rules expect of every node at these extents of the inputs.
+
+        The most that follows from any input: one with a broadcast axis says nothing of that axis.
+        """
+        most = dict(extents)
+        for source, of_node in self.chains.items():
+            for name, per_axis in of_node.items():
+                of_input = tuple(_applied(chain, e) for chain, e in zip(per_axis, extents[source], strict=True))
+                most[name] = tuple(map(max, of_input, most.get(name, of_input)))
+        return most
+
+
+def make_strip(part: Subgraph, axis: int, weights: Mapping[str, torch.Tensor], whole_windows: bool) -> Strip:
     """The smallest strip along `axis` that shows every claim, and the tiles on it."""
-    nodes = part.segment.nodes
-    real = {leaf: leaf_extents(part.locality, leaf, dims) for leaf, dims in part.segment.leaves}
-    main = max(real, key=lambda leaf: math.prod(real[leaf]))
-    axes = len(real[main])
-    if any(0 in dims for _, dims in part.segment.leaves):
+    if any(0 in dims for _, dims in part.segment.spatial):
         raise UnprobedError("its images have no batch dim in front")
-    claims = {leaf: receptive_fields(part.locality, nodes, leaf) for leaf in real}
-    known = [fields[axis] for node, fields in claims[main].items() if node in nodes]
-    if not known:
-        raise UnprobedError("no node has a receptive field in its largest input")
-    chains = {leaf: extent_chains(part.locality, nodes, leaf) for leaf in real}
-    deepest = max(known, key=lambda f: (f.stride, f.size))
-    stride = max(math.ceil(f.stride) for f in known)
-    margin, inside = _margin(part.locality, nodes, claims[main], axis), max(f.size for f in known) + 3 * stride + 2
-    for leaf, claimed in claims.items():
-        ratio = -(-real[main][axis] // real[leaf][axis])
-        own = [of[axis] for node, of in claimed.items() if node in nodes]
-        if leaf != main and real[leaf][axis] > 1 and own:
-            margin = max(margin, ratio * _margin(part.locality, nodes, claimed, axis))
-            inside = max(inside, ratio * (max(f.size for f in own) + 3))
-    start = margin + (deepest.lows[0] - margin) % stride
-    stop = start + inside
-    stop += (deepest.highs[-1] + 1 - stop) % stride
-    tiles = Interval(start, stop), Interval(start + 1, stop - 1)
-    least = stop + margin
-    wanted = [[least if k == axis else width for k in range(axes)] for width in WIDTHS]
-    groups = [
-        [
-            _followed(
-                part,
-                chains[main],
-                extents_at(real, [w + (e - w) % period for w, e in zip(extents, real[main], strict=True)]),
-                main,
-            )
-            for extents in wanted
-        ]
-        for period in PERIODS
-    ]
-    if real[main][axis] >= least and math.prod(real[main]) <= MOST_PIXELS:
-        groups.append([dict(real)])
-    for group in groups:
+    claims = _Claims.of(part, axis)
+    margin, tiles, length = claims.geometry()
+    for group in claims.candidates(length):
         refused = 0
         for extents in group:
-            expected = _extents_of_nodes(chains, extents)
-            if not _all_nodes_read(part.locality, nodes, claims, expected, whole_windows):
+            if not _all_nodes_read(part.segment, claims.fields, claims.expected(extents), whole_windows):
                 continue
-            at_strip = verdicts_at(part, extents)
-            if at_strip is None:
+            segment = typed_at(part, extents)
+            if segment is None:
                 refused += 1
                 if refused == MOST_REFUSALS:
                     break
                 continue
-            if any(at_strip.value(name).shape[0] % 2 or _moves_batch(at_strip, name) for name in nodes):
-                raise UnprobedError("it mixes the images of a batch")
-            if any(at_strip.verdicts[name].kind is not Kind.LOCAL for name in nodes):
-                continue
-            poisoned = [leaf for leaf in real if part.type_of(leaf) == part.dtype]  # a mask carries no NaN
-            fields = {leaf: receptive_fields(at_strip, nodes, leaf) for leaf in poisoned}
-            if main in fields and _margin(at_strip, nodes, fields[main], axis) > margin:
-                continue  # an operator whose result has a fixed size has another stride here
-            found = extents | {name: at_strip.value(name).extents for name in nodes}
-            if _all_nodes_read(at_strip, nodes, fields, found, whole_windows):
-                return Strip(part, axis, at_strip, extents, fields, tiles, main, weights)
+            fields = _fields_at(claims, segment, extents, margin, whole_windows)
+            if fields is not None:
+                return Strip(part, axis, segment, extents, fields, tiles, claims.main, weights)
     raise UnprobedError("its operators refuse images of the size of a strip")
 
 
-def _moves_batch(locality: Locality, name: str) -> bool:
+def _fields_at(
+    claims: _Claims, segment: Segment, extents: Extents, margin: int, whole_windows: bool
+) -> dict[str, Fields] | None:
+    """The fields of all nodes at the size of a strip; None where it does not show every claim."""
+    graph, nodes = segment.graph, segment.nodes
+    if any(graph.value(name).shape[0] % 2 or _moves_batch(graph, name) for name in nodes):
+        raise UnprobedError("it mixes the images of a batch")
+    if not all(graph[name].is_local for name in nodes):
+        return None
+    # A mask carries no NaN.
+    poisoned = [name for name in claims.real if claims.part.type_of(name) == claims.part.dtype]
+    fields = {name: receptive_fields(graph, nodes, name) for name in poisoned}
+    if claims.main in fields and _margin(graph, nodes, fields[claims.main], claims.axis) > margin:
+        return None  # an operator whose result has a fixed size has another stride here
+    of_nodes = {**extents, **{name: graph.value(name).extents for name in nodes}}
+    return fields if _all_nodes_read(segment, fields, of_nodes, whole_windows) else None
+
+
+def _moves_batch(graph: TypedGraph, name: str) -> bool:
     """Whether a permutation puts another dim in front."""
-    rank = len(locality.value(name).shape)
-    leaves = pytree.tree_leaves(locality.nodes[name].args[1:])
-    dims = [dim % rank for dim in leaves if isinstance(dim, int)]
-    is_permuted = locality.verdicts[name].operator == "aten::permute" and dims[:1] != [0]
-    return is_permuted or (locality.verdicts[name].operator == "aten::transpose" and 0 in dims)
+    node = graph[name]
+    operator = node.verdict.operator if node.verdict is not None else ""
+    dims = [
+        dim % len(node.values[0].shape) for dim in pytree.tree_leaves(node.node.args[1:]) if isinstance(dim, int)
+    ]
+    is_permuted = operator == "aten::permute" and dims[:1] != [0]
+    return is_permuted or (operator == "aten::transpose" and 0 in dims)
 
 
-def verdicts_at(part: Excerpt, extents: Mapping[str, tuple[int, ...]]) -> Locality | None:
-    """The verdicts at these extents of the leaves with two batch entries; None where an operator refuses them."""
-    shapes = {leaf: part.leaf_shape(leaf, 2, sizes) for leaf, sizes in extents.items()}
+def typed_at(part: Subgraph, extents: Extents) -> Segment | None:
+    """The segment at these extents of its inputs with two batch entries; None where an operator refuses them."""
+    shapes = {name: part.input_shape(name, 2, sizes) for name, sizes in extents.items()}
     try:
         with _refusals_unlogged():
             return part.at(shapes)
@@ -165,73 +231,35 @@ def verdicts_at(part: Excerpt, extents: Mapping[str, tuple[int, ...]]) -> Locali
         return None
 
 
-def extents_at(real: Mapping[str, tuple[int, ...]], extents: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Extents of all leaves where the largest has `extents`, rounded up; a broadcast axis stays one."""
+def extents_at(real: Extents, extents: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Extents of all inputs where the largest has `extents`, rounded up; a broadcast axis stays one."""
     full = [max(sizes) for sizes in zip(*real.values(), strict=True)]
     return {
-        leaf: tuple(
-            1 if own == 1 < most else -(-extent * own // most)
-            for own, most, extent in zip(sizes, full, extents, strict=True)
+        name: tuple(
+            1 if pixels == 1 < most else -(-extent * pixels // most)
+            for pixels, most, extent in zip(sizes, full, extents, strict=True)
         )
-        for leaf, sizes in real.items()
+        for name, sizes in real.items()
     }
 
 
-def _followed(
-    part: Excerpt,
-    chains: Mapping[str, tuple[ExtentChain, ...]],
-    extents: Mapping[str, tuple[int, ...]],
-    main: str,
-) -> dict[str, tuple[int, ...]]:
-    """The extents with those of a leaf that joins a map pixel by pixel exactly as many as the map has."""
-    found = dict(extents)
-    for name in part.segment.nodes:
-        footprint = part.locality.footprint(name)
-        if footprint.evaluation is not Evaluation.POINTWISE or name not in chains:
-            continue
-        result = tuple(_applied(chain, e) for chain, e in zip(chains[name], extents[main], strict=True))
-        for read in footprint.reads:
-            if read.value.name in found and read.value.name != main:
-                pairs = zip(read.maps, result, strict=True)
-                found[read.value.name] = tuple(1 if axis_map == BROADCAST else e for axis_map, e in pairs)
-    return found
+def _all_nodes_read(segment: Segment, claims: Mapping[str, Fields], extents: Extents, whole_windows: bool) -> bool:
+    """Whether every node has pixels at these extents of nodes and inputs, and reads pixels that are not padding.
 
-
-def _extents_of_nodes(chains: Chains, extents: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """What the formulas of the rules expect of every node at these extents of the leaves.
-
-    The most that follows from any leaf: one with a broadcast axis says nothing of that axis.
+    A max pooling must see a whole window: torch's gradient of one without a real pixel writes out of bounds.
     """
-    found = dict(extents)
-    for leaf, of_node in chains.items():
-        for name, per_axis in of_node.items():
-            own = tuple(_applied(chain, e) for chain, e in zip(per_axis, extents[leaf], strict=True))
-            found[name] = tuple(map(max, own, found.get(name, own)))
-    return found
-
-
-def _all_nodes_read(
-    locality: Locality,
-    nodes: Sequence[str],
-    claims: Mapping[str, Fields],
-    extents: Mapping[str, tuple[int, ...]],
-    whole_windows: bool,
-) -> bool:
-    """Whether every node has pixels at these extents of nodes and leaves, and reads pixels that are not padding.
-
-    A max pooling must find a whole window: torch's gradient of one without a real pixel writes out of bounds.
-    """
+    nodes = segment.nodes
     if any(min(extents[name], default=1) < 1 for name in nodes if name in extents):
         return False
-    for leaf, fields in claims.items():
+    for source, fields in claims.items():
         for name in nodes:
-            if name in fields and not all(map(_reads_real, fields[name], extents[name], extents[leaf])):
+            if name in fields and not all(map(_reads_real, fields[name], extents[name], extents[source])):
                 return False
     return all(
         extents[read.value.name][k] > (axis_map.last - axis_map.first) // axis_map.den
-        for window in map(locality.footprint, nodes)
-        if whole_windows or window.fill == -math.inf
-        for read in window.reads
+        for pattern in map(segment.graph.pattern, nodes)
+        if whole_windows or pattern.fill == -math.inf
+        for read in pattern.reads
         for k, axis_map in enumerate(read.maps)
     )
 
@@ -247,14 +275,16 @@ def _applied(chain: ExtentChain, extent: int) -> int:
     return extent
 
 
-def _margin(locality: Locality, nodes: Sequence[str], fields: Fields, axis: int) -> int:
+def _margin(graph: TypedGraph, nodes: Sequence[str], fields: Fields, axis: int) -> int:
     """How wide the NaN surroundings must be for no window to straddle them, nor to step over them."""
     widest = 1
     for name in nodes:
-        for read in locality.footprint(name).reads:
+        for read in graph.pattern(name).reads:
             if read.value.name in fields:
-                own = read.maps[axis]
-                span = (own.last - own.first) // own.den + 1 + math.ceil(own.num / own.den)
+                axis_map = read.maps[axis]
+                span = (
+                    (axis_map.last - axis_map.first) // axis_map.den + 1 + math.ceil(axis_map.num / axis_map.den)
+                )
                 widest = max(widest, math.ceil(span * fields[read.value.name][axis].stride))
     return widest
 
@@ -271,8 +301,8 @@ def _refusals_unlogged() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def synthetic_weight(part: Excerpt, name: str) -> torch.Tensor:
+def synthetic_weight(part: Subgraph, name: str) -> torch.Tensor:
     """A synthetic weight: every element is 1/n of its kernel, so that averages stay averages."""
-    shape, dtype = part.small_shape(name, 2), part.type_of(name)
+    shape, dtype = part.whole_shape(name, 2), part.type_of(name)
     fan = math.prod(shape[1:]) if len(shape) > 1 else 1
     return torch.full(shape, 1.0 / fan if dtype.is_floating_point else 0, dtype=dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -12,15 +11,14 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxstream.geometry.box import EMPTY, Box, Interval
-from fxstream.graph.shapes import Shape, fold_integers
-from fxstream.graph.typed_graph import Locality
+from fxstream.graph.typed_graph import TypedGraph
 from fxstream.probe.findings import Findings
-from fxstream.probe.strip import extents_at, verdicts_at
-from fxstream.probe.subgraph import Excerpt, excerpt
-from fxstream.rules import Kind, Value
+from fxstream.probe.strip import extents_at, typed_at
+from fxstream.probe.subgraph import Subgraph, subgraph
+from fxstream.rules import Reduced, Value
 from fxstream.runtime.tile_program import tile_program
-from fxstream.tiling.bounds import AxisTile, AxisWalk, Segment, lookups, make_segment
-from fxstream.tiling.request import leaf_extents, output_extents
+from fxstream.tiling.bounds import AxisTile, BoundsPass, lookups
+from fxstream.tiling.segment import Segment, make_segment
 
 __all__ = ["compare_reductions", "compare_values"]
 
@@ -28,151 +26,131 @@ SIZES = (9, 12, 16, 33, 64, 128)
 """Extents at which torch's own operators are compared, whose rules have their own tests: the first that works."""
 LARGE_SIZES = (160, 128, 64, 33, 16, 12, 9)
 """The same for operators of others, whose rules may be wrong about pixels far away."""
-OWN = "aten::"
 TOLERANCE = 1e-9
 """Relative difference between a tile's values and the plain operator's, in float64."""
 
 
-def compare_values(locality: Locality, segment: Segment, found: Findings) -> None:
+def compare_values(segment: Segment, found: Findings) -> None:
     """Rule 4: every distinct operator in three tiles, at both borders and between, against itself on the whole."""
-    known: set[object] = set()
+    compared: set[object] = set()
     for name in segment.nodes:
-        node = locality.nodes[name]
-        signature = _signature(node, locality)
-        if node.target is not operator.getitem and signature not in known:
-            known.add(signature)
-            items = tuple(user.name for user in node.users if user.name in segment.nodes)
-            several = isinstance(locality.metas[name], tuple)
-            _compare_tiles(locality, (name, *items) if several else (name,), found)
+        node = segment.graph[name]
+        signature = _signature(segment.graph, node.node)
+        if not node.pattern.is_item and signature not in compared:
+            compared.add(signature)
+            items = tuple(user.name for user in node.node.users if user.name in segment.nodes)
+            _compare_tiles(segment.graph, (name, *items) if node.is_tuple else (name,), found)
 
 
-def _signature(node: fx.Node, locality: Locality) -> object:
+def _signature(graph: TypedGraph, node: fx.Node) -> object:
     """What the evaluation on a box can depend on: the operator, its numbers, and the shapes of its kernels."""
-    args, kwargs = fold_integers(node, locality.metas)
-    numbers = [
-        repr(leaf)
-        for leaf in pytree.tree_leaves((args, kwargs), is_leaf=lambda x: x is None)
-        if not isinstance(leaf, fx.Node)
-    ]
-    ranks = [
-        (len(locality.value(n.name).shape), locality.value(n.name).dims, locality.value(n.name).shape[2:])
-        if not locality.value(n.name).dims
-        else (len(locality.value(n.name).shape), locality.value(n.name).dims, ())
-        for n in node.all_input_nodes
-        if isinstance(locality.metas.get(n.name), (Shape, tuple))
-    ]
+    leaves = pytree.tree_leaves(graph.arguments(node), is_leaf=lambda x: x is None)
+    numbers = [repr(leaf) for leaf in leaves if not isinstance(leaf, fx.Node)]
+    values = [graph[one.name].values[0] for one in node.all_input_nodes if graph[one.name].values]
+    ranks = [(len(v.shape), v.dims, () if v.dims else v.shape[2:]) for v in values]
     return node.target, tuple(numbers), tuple(ranks)
 
 
-def _compare_tiles(locality: Locality, names: tuple[str, ...], found: Findings) -> None:
+def _compare_tiles(graph: TypedGraph, names: tuple[str, ...], found: Findings) -> None:
     """One operator (with the items of its result) on the whole and in tiles, in float64."""
     name = names[0]
-    part = excerpt(locality, make_segment(locality, name, names), torch.float64)
-    at_size = _at_small_size(part)
-    if at_size is None or any(at_size.verdicts[n].kind is not Kind.LOCAL for n in names):
+    part = subgraph(make_segment(graph, name, names), torch.float64)
+    segment = _at_small_size(part)
+    if segment is None or not all(segment.graph[n].is_local for n in names):
         return
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(name: str) -> torch.Tensor:
-        return _integers(at_size.value(name).shape, part.type_of(name), generator)
-
-    inputs = [drawn(leaf) for leaf, _ in part.segment.leaves]
-    smalls = [drawn(small).abs() + 1 for small in part.segment.smalls]
+    inputs, whole = _drawn(part, segment)
+    whole = [tensor.abs() + 1 for tensor in whole]
     with torch.no_grad():
-        plain = part.module(*inputs, *smalls)
-    axes = range(len(at_size.value(part.segment.outputs[0]).dims))
-    walks = [AxisWalk(at_size, part.segment, axis) for axis in axes]
-    for place in range(3):
-        owned = [[_third(at_size, output, axis, place) for output in part.segment.outputs] for axis in axes]
-        tiles = [walk.tile(tuple(own)) for walk, own in zip(walks, owned, strict=True)]
-        program = tile_program(at_size, part.segment, tiles).forward
-        cpu = torch.device("cpu")
-        tables = [t for lookup in lookups(part.segment, tiles).values() for t in lookup.tensors(cpu)]
+        plain = part.module(*inputs, *whole)
+    axes = range(segment.axes)
+    walks = [BoundsPass(segment, axis) for axis in axes]
+    for third in range(3):
+        owned = [[_third(segment.graph, output, axis, third) for output in segment.outputs] for axis in axes]
+        tiles = [walk.tile(tuple(along)) for walk, along in zip(walks, owned, strict=True)]
+        tables = [t for lookup in lookups(segment, tiles).values() for t in lookup.tensors(torch.device("cpu"))]
         try:
             with torch.no_grad():
-                results = program(*_cuts(part, tiles, inputs), *smalls, *tables)
+                results = tile_program(segment, tiles).forward(*_boxes(segment, tiles, inputs), *whole, *tables)
         except RuntimeError as error:
             found.add(name, 0, "values", "a tile of it", "can be evaluated", str(error).splitlines()[0])
             return
-        for k, output in enumerate(part.segment.outputs):
-            dims = at_size.value(output).dims
+        for k, output in enumerate(segment.outputs):
             box = Box(tuple(owned[axis][k] for axis in axes))
-            if results[k] is None:
-                continue
-            wanted = plain[k][box.index(dims, plain[k].ndim)]
-            if not _same_values(results[k], wanted):
-                found.add(name, 0, "values", f"the tile {box}", _preview(results[k]), _preview(wanted))
+            expected = plain[k][box.index(segment.graph.value(output).dims, plain[k].ndim)]
+            if results[k] is not None and not _same_values(results[k], expected):
+                found.add(name, 0, "values", f"the tile {box}", _preview(results[k]), _preview(expected))
                 return
 
 
-def compare_reductions(locality: Locality, names: Sequence[str], found: Findings) -> None:
-    """Every distinct reduction, combined from three tiles along each axis, against itself on the whole."""
-    known: set[object] = set()
-    for name in names:
-        signature = _signature(locality.nodes[name], locality)
-        if signature not in known:
-            known.add(signature)
-            _compare_combined(locality, name, found)
-
-
-def _compare_combined(locality: Locality, name: str, found: Findings) -> None:
-    part = excerpt(locality, make_segment(locality, name, (name,), (name,)), torch.float64)
-    if any(_is_position(locality.value(leaf)) for leaf, _ in part.segment.leaves):
-        return  # numbers that are drawn are none
-    at_size = _at_small_size(part)
-    reduction = at_size.verdicts[name].reduction if at_size is not None else None
-    if at_size is None or reduction is None or reduction.reduction is None:
-        return
+def _drawn(part: Subgraph, segment: Segment) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Random spatial and whole inputs at the size of a segment."""
     generator = torch.Generator().manual_seed(0)
-    inputs = [
-        _integers(at_size.value(leaf).shape, part.type_of(leaf), generator) for leaf, _ in part.segment.leaves
-    ]
-    smalls = [
-        _integers(at_size.value(small).shape, part.type_of(small), generator) for small in part.segment.smalls
-    ]
-    extents = output_extents(at_size, name)
-    walks = [AxisWalk(at_size, part.segment, axis) for axis in range(len(extents))]
+    shapes = {name: segment.graph.value(name).shape for name in segment.inputs}
+    drawn = [_integers(shapes[name], part.type_of(name), generator) for name in segment.inputs]
+    return drawn[: len(segment.spatial)], drawn[len(segment.spatial) :]
+
+
+def compare_reductions(graph: TypedGraph, names: Sequence[str], found: Findings) -> None:
+    """Every distinct reduction, combined from three tiles along each axis, against itself on the whole."""
+    compared: set[object] = set()
+    for name in names:
+        signature = _signature(graph, graph[name].node)
+        if signature not in compared:
+            compared.add(signature)
+            _compare_combined(graph, name, found)
+
+
+def _compare_combined(graph: TypedGraph, name: str, found: Findings) -> None:
+    part = subgraph(make_segment(graph, name, (name,), (name,)), torch.float64)
+    if any(_is_position(graph.value(one)) for one, _ in part.segment.spatial):
+        return  # random numbers are not positions
+    segment = _at_small_size(part)
+    if segment is None or not segment.graph[name].reduces:
+        return
+    reduction = segment.graph.pattern(name)
+    assert isinstance(reduction, Reduced)
+    inputs, whole = _drawn(part, segment)
+    extents = segment.graph[name].extents
+    walks = [BoundsPass(segment, axis) for axis in range(len(extents))]
     thirds = [[Interval(0, 1), Interval(1, extent - 1), Interval(extent - 1, extent)] for extent in extents]
     partials: list[torch.Tensor] = []
     counts: list[int] = []
     with torch.no_grad():
-        (plain,) = part.module(*inputs, *smalls)
+        (plain,) = part.module(*inputs, *whole)
         for owned in itertools.product(*thirds):
             tiles = [walk.tile((interval,)) for walk, interval in zip(walks, owned, strict=True)]
-            program = tile_program(at_size, part.segment, tiles).forward
-            partials += program(*_cuts(part, tiles, inputs), *smalls)
+            partials += tile_program(segment, tiles).forward(*_boxes(segment, tiles, inputs), *whole)
             counts.append(math.prod(map(len, owned)))
-        held = torch.tensor(counts, dtype=torch.float64)
-        combined = reduction.reduction.combine(torch.stack(partials), held).to(plain.dtype)
+        sizes = torch.tensor(counts, dtype=torch.float64)
+        combined = reduction.combine(torch.stack(partials), sizes).to(plain.dtype)
     if not _same_values(combined, plain):
         found.add(name, 0, "values", "the result combined from tiles", _preview(combined), _preview(plain))
 
 
-def _cuts(part: Excerpt, tiles: Sequence[AxisTile], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """What a tile reads of each leaf."""
-    boxes = [Box(tuple(tile.boxes.get(leaf, EMPTY) for tile in tiles)) for leaf, _ in part.segment.leaves]
+def _boxes(segment: Segment, tiles: Sequence[AxisTile], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What a tile reads of each spatial input."""
+    boxes = [Box(tuple(tile.boxes.get(name, EMPTY) for tile in tiles)) for name, _ in segment.spatial]
     return [
         image[box.index(dims, image.ndim)]
-        for (_, dims), box, image in zip(part.segment.leaves, boxes, inputs, strict=True)
+        for (_, dims), box, image in zip(segment.spatial, boxes, inputs, strict=True)
     ]
 
 
 def _is_position(value: Value) -> bool:
-    """Whether a leaf is no image, but says where in it a pixel lies."""
+    """Whether an input is not an image, but says where in it a pixel lies."""
     return not value.image and value.dtype == torch.int64
 
 
-def _at_small_size(part: Excerpt) -> Locality | None:
-    """The verdicts at a small size at which the operator yields a few pixels; None if it refuses all."""
-    foreign = not part.locality.verdicts[part.segment.nodes[0]].operator.startswith(OWN)
-    real = {leaf: leaf_extents(part.locality, leaf, dims) for leaf, dims in part.segment.leaves}
+def _at_small_size(part: Subgraph) -> Segment | None:
+    """The segment at a small size at which the operator yields a few pixels; None if it refuses all."""
+    target = part.graph[part.segment.nodes[0]].node.target
+    is_torchs = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
+    real = {name: part.segment.input_extents(name) for name, _ in part.segment.spatial}
     axes = len(next(iter(real.values())))
-    for extent in LARGE_SIZES if foreign else SIZES:
-        at_size = verdicts_at(part, extents_at(real, [extent] * axes))
-        if at_size is None:
-            continue
-        if all(min(output_extents(at_size, output), default=0) > 2 for output in part.segment.outputs):
-            return at_size
+    for extent in SIZES if is_torchs else LARGE_SIZES:
+        segment = typed_at(part, extents_at(real, [extent] * axes))
+        if segment is not None and all(min(segment.graph[o].extents, default=0) > 2 for o in segment.outputs):
+            return segment
     return None
 
 
@@ -190,10 +168,10 @@ def _integers(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Gener
     return drawn.to(dtype)
 
 
-def _third(locality: Locality, output: str, axis: int, place: int) -> Interval:
+def _third(graph: TypedGraph, output: str, axis: int, third: int) -> Interval:
     """The first pixel, all between, or the last pixel of an output along an axis."""
-    extent = locality.value(output).extents[axis]
-    return (Interval(0, 1), Interval(1, extent - 1), Interval(extent - 1, extent))[place]
+    extent = graph.value(output).extents[axis]
+    return (Interval(0, 1), Interval(1, extent - 1), Interval(extent - 1, extent))[third]
 
 
 def _same_values(found: torch.Tensor, wanted: torch.Tensor) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import sympy
 
 from fxstream.geometry.receptive_field import ReceptiveField
-from fxstream.graph.fields import Demands, ExtentChain
+from fxstream.graph.fields import ExtentChain, Fields
 
 __all__ = ["IMAGE", "PIXEL", "TILE", "TILE_OUT", "FieldForm", "TileForms", "extent_form", "tile_forms"]
 
@@ -125,7 +125,7 @@ class TileForms:
 
 
 def tile_forms(
-    needed: Demands,
+    needed: Fields,
     fields: Sequence[ReceptiveField],
     sources: Sequence[str],
     macs_per_pixel: Mapping[str, Fraction],
@@ -163,7 +163,7 @@ def _per_output_pixel(fields: Sequence[ReceptiveField], cost: Fraction) -> Fract
     return cost * math.prod((field.stride for field in fields), start=Fraction(1))
 
 
-def _sum_over_boxes(needed: Demands, cost_per_pixel: Mapping[str, Fraction]) -> sympy.Expr:
+def _sum_over_boxes(needed: Fields, cost_per_pixel: Mapping[str, Fraction]) -> sympy.Expr:
     """The sum over nodes of cost times pixels held, as a polynomial in ``t``."""
     powers: dict[int, Fraction] = {}
     for name, cost in cost_per_pixel.items():

@@ -16,7 +16,7 @@ from fxstream.report.terminal import (
     tile_lines,
     window_text,
 )
-from fxstream.rules import Kind
+from fxstream.rules import Tileability
 
 __all__ = ["html_page"]
 
@@ -64,7 +64,7 @@ def html_page(summary: Summary, depth: int = 1) -> str:
 
 def _group(name: str, layers: Sequence[Layer]) -> str:
     size, stride, _ = field_text(layers[-1].field)
-    barriers = any(layer.kind is not Kind.LOCAL for layer in layers)
+    barriers = any(layer.kind is not Tileability.LOCAL for layer in layers)
     what = f"{len(layers)} operators, field {size}" + (f" at stride {stride}" if stride else "")
     costs = f"{bytes_text(sum(x.bytes for x in layers))}, {macs_text(sum(x.macs for x in layers))}MACs"
     heads = ("module", "operator", "field", "stride", "halo", "output", "memory", "MACs", "verdict")
@@ -85,8 +85,8 @@ def _row(layer: Layer) -> str:
         "x".join(map(str, layer.shape)),
         bytes_text(layer.bytes),
         macs_text(layer.macs),
-        layer.kind.value if layer.kind is Kind.LOCAL else f"{layer.kind.value}: {layer.reason}",
+        layer.kind.value if layer.kind is Tileability.LOCAL else f"{layer.kind.value}: {layer.reason}",
     )
-    style = "" if layer.kind is Kind.LOCAL else ' class="barrier"'
+    style = "" if layer.kind is Tileability.LOCAL else ' class="barrier"'
     title = f' title="{escape(layer.source)}"' if layer.source else ""
     return f"<tr{style}{title}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"

@@ -121,7 +121,7 @@ def _draw_tiles(axes: Axes, summary: Summary) -> None:
     part = next((part for part in summary.plan.segments if part.axes), None)
     if part is None:
         return
-    leaf = part.segment.leaves[0][0]
+    leaf = part.segment.spatial[0][0]
     rows, columns = (part.axes[0], part.axes[1]) if len(part.axes) > 1 else ((None,), part.axes[0])
     full = summary.image[2:] if len(part.axes) > 1 else (1, summary.image[-1])
     for i, row in enumerate(rows):

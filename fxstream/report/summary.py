@@ -12,23 +12,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-import torch
-from torch import fx
-
-from fxstream.compiler.analysis import Analysis, image_dims
+from fxstream.compiler.analysis import Analysis, with_frozen_batch_norm
 from fxstream.geometry.receptive_field import ReceptiveField
 from fxstream.graph.fields import demands, extent_chains, main_image, receptive_fields
-from fxstream.graph.functionalize import UNSTREAMED
-from fxstream.graph.shapes import Shape, fold_integers
-from fxstream.graph.typed_graph import Locality, Verdict, analyse_locality
-from fxstream.planning.cost import macs_of
-from fxstream.planning.plan import Plan, SegmentPlan, streamable_share, total_bytes, worthwhile
+from fxstream.graph.nodes import bind, schema_of
+from fxstream.graph.typed_graph import TypedGraph, Verdict
+from fxstream.planning.plan import Plan, SegmentPlan, streamable_share, worthwhile
 from fxstream.probe.probe import ProbeReport
 from fxstream.report.closed_form import TileForms, extent_form, tile_forms
-from fxstream.rules import Evaluation, Kind
-
-BATCH_NORM_TRAINING = 5
-"""The place of `training` among the arguments of ``aten::batch_norm``."""
+from fxstream.rules import Reason, Tileability
 
 __all__ = ["Cut", "Layer", "RegionSummary", "Summary", "summarise"]
 
@@ -51,7 +43,7 @@ class Layer:
     bytes: int
     tile_bytes: int
     macs: int
-    kind: Kind
+    kind: Tileability
     reason: str
     source: str
 
@@ -62,7 +54,7 @@ class RegionSummary:
 
     `share` is its part of the activations. `field` is that of its last node in the region's largest input and
     `forms` what a tile of the whole region costs, both None where branches leave no closed form. `macs` are those
-    of the plain region. `leaf` names that input, `is_image` tells whether it is the model's own image.
+    of the plain region. `source` names that input, `is_image` says whether it is the model's own image.
     """
 
     first: str
@@ -72,7 +64,7 @@ class RegionSummary:
     bytes: int
     macs: int
     worthwhile: bool
-    leaf: str
+    source: str
     is_image: bool
     field: tuple[ReceptiveField, ...] | None
     forms: TileForms | None
@@ -116,28 +108,25 @@ def summarise(
     probe: Sequence[ProbeReport] = (),
 ) -> Summary:
     """The report's data for an analysed network; with a plan also its tiles and predicted memory."""
-    locality = analysis.locality
-    source = main_image(locality)
-    names = list(locality.verdicts)
-    fields = receptive_fields(locality, names, source) if source else {}
-    chains = extent_chains(locality, names, source) if source else {}
-    segments = {name: part for part in (plan.segments if plan else ()) for name in part.segment.nodes}
+    graph = analysis.graph
+    source = main_image(graph)
+    names = list(graph.verdicts)
+    fields = receptive_fields(graph, names, source) if source else {}
+    chains = extent_chains(graph, names, source) if source else {}
+    segments = {name: part for part in (plan.segments if plan else ()) for name in part.segment.covers}
     layers = tuple(
-        _layer(locality, node.name, fields, segments.get(node.name))
-        for node in locality.graph.nodes
-        if node.name in locality.verdicts and isinstance(locality.metas.get(node.name), (Shape, tuple))
-        if locality.depends_on_image(node.name)
+        _layer(graph, name, fields, segments.get(name))
+        for name in names
+        if graph[name].values and graph[name].depends_on_image
     )
-    large = {name for part in worthwhile(locality) for name in part}
-    total = total_bytes(locality)
+    large = {name for part in worthwhile(graph) for name in part}
+    total = graph.total_bytes()
     regions = tuple(
-        _region(locality, region.nodes, region.nodes[0] in large, total, source, chains)
-        for region in locality.regions
+        _region(graph, region.nodes, region.nodes[0] in large, total, source, chains) for region in graph.regions
     )
-    value = locality.values[source] if source else ()
     return Summary(
         name=name,
-        image=value.shape if not isinstance(value, tuple) else (),
+        image=graph.value(source).shape if source else (),
         training=training,
         layers=layers,
         regions=regions,
@@ -145,58 +134,54 @@ def summarise(
         bytes=sum(layer.bytes for layer in layers),
         macs=sum(layer.macs for layer in layers),
         streamed_share=sum(r.share for r in regions if r.worthwhile),
-        reductions=len(locality.reductions()),
+        reductions=len(graph.reductions()),
         plan=plan,
         probe=tuple(probe),
         bound=analysis.captured.bound,
     )
 
 
-def kept_bytes(locality: Locality, node: str) -> int:
+def kept_bytes(graph: TypedGraph, name: str) -> int:
     """Bytes that a node's result adds to memory: none for a view of its input."""
-    footprint, meta = locality.verdicts[node].footprint, locality.metas[node]
-    is_view = footprint is not None and footprint.evaluation is Evaluation.SHUFFLED
-    return meta.bytes if isinstance(meta, Shape) and not is_view else 0
+    node = graph[name]
+    is_view = node.is_local and node.pattern.is_view
+    return 0 if node.is_tuple or is_view else node.bytes
 
 
 def _layer(
-    locality: Locality, node: str, fields: Mapping[str, tuple[ReceptiveField, ...]], segment: SegmentPlan | None
+    graph: TypedGraph, node: str, fields: Mapping[str, tuple[ReceptiveField, ...]], segment: SegmentPlan | None
 ) -> Layer:
-    verdict = locality.verdicts[node]
+    verdict, bytes_kept = graph.verdicts[node], kept_bytes(graph, node)
     return Layer(
         node=node,
         module=verdict.module,
         operator=verdict.operator.removeprefix("aten::"),
-        window=_window(locality, node),
+        window=_window(graph, node),
         field=fields.get(node),
-        shape=locality.value(node).shape,
-        bytes=kept_bytes(locality, node),
-        tile_bytes=kept_bytes(locality, node) if segment is None else round(tile_bytes(locality, segment, node)),
-        macs=macs_of(locality, node),
+        shape=graph.value(node).shape,
+        bytes=bytes_kept,
+        tile_bytes=bytes_kept if segment is None else round(tile_bytes(graph, segment, node)),
+        macs=graph[node].macs,
         kind=verdict.kind,
         reason=verdict.reason,
         source=verdict.source,
     )
 
 
-def _window(locality: Locality, node: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
-    """Kernel, stride and dilation as the operator was given them."""
-    original = locality.nodes[node]
-    if not hasattr(original.target, "_schema"):
+def _window(graph: TypedGraph, name: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+    """Kernel, stride and dilation of an operator that has them."""
+    node = graph[name].node
+    if schema_of(node) is None:
         return None
-    args, kwargs = fold_integers(original, locality.metas)
-    names = [argument.name for argument in original.target._schema.arguments]
-    given = {a.name: a.default_value for a in original.target._schema.arguments}
-    given |= dict(zip(names, args, strict=False)) | kwargs
-    if "weight" in given and "stride" in given:
-        weight = locality.values[given["weight"].name]
-        kernel = () if isinstance(weight, tuple) else weight.shape[2:]
-    elif "kernel_size" in given:
-        kernel = _numbers(given["kernel_size"])
+    arguments = bind(node, *graph.arguments(node))
+    if "weight" in arguments and "stride" in arguments:
+        kernel = graph.value(arguments["weight"].name).shape[2:]
+    elif "kernel_size" in arguments:
+        kernel = _numbers(arguments["kernel_size"])
     else:
         return None
-    stride = _numbers(given.get("stride") or kernel)
-    return tuple(kernel), stride, _numbers(given.get("dilation") or 1)
+    stride = _numbers(arguments.get("stride") or kernel)
+    return tuple(kernel), stride, _numbers(arguments.get("dilation") or 1)
 
 
 def _numbers(given: Any) -> tuple[int, ...]:
@@ -204,59 +189,59 @@ def _numbers(given: Any) -> tuple[int, ...]:
 
 
 def _region(
-    locality: Locality,
+    graph: TypedGraph,
     nodes: tuple[str, ...],
     large: bool,
     total: int,
     image: str | None,
     chains: Mapping[str, Any],
 ) -> RegionSummary:
-    held = locality.activation_bytes(nodes)
-    first, last = (locality.verdicts[nodes[i]] for i in (0, -1))
+    size = graph.activation_bytes(nodes)
+    first, last = (graph.verdicts[nodes[i]].place for i in (0, -1))
     inside = set(nodes)
-    leaves = {
+    inputs = {
         read.value.name: math.prod(read.extents)
         for name in nodes
-        for read in locality.footprint(name).reads
+        for read in graph.pattern(name).reads
         if read.value.name not in inside
     }
-    leaf = max(leaves, key=leaves.__getitem__)
-    fields = receptive_fields(locality, nodes, leaf)
+    source = max(inputs, key=inputs.__getitem__)
+    fields = receptive_fields(graph, nodes, source)
     return RegionSummary(
-        first=first.module or first.node,
-        last=last.module or last.node,
+        first=first,
+        last=last,
         nodes=len(nodes),
-        share=held / max(1, total),
-        bytes=held,
-        macs=sum(macs_of(locality, name) for name in nodes),
+        share=size / max(1, total),
+        bytes=size,
+        macs=sum(graph[name].macs for name in nodes),
         worthwhile=large,
-        leaf=leaf,
-        is_image=leaf == image,
+        source=source,
+        is_image=source == image,
         field=fields.get(nodes[-1]),
-        forms=region_forms(locality, nodes, leaf, fields),
+        forms=region_forms(graph, nodes, source, fields),
         extent=tuple(str(extent_form(chain)) for chain in chains.get(nodes[-1], ())),
     )
 
 
 def region_forms(
-    locality: Locality, nodes: Sequence[str], leaf: str, fields: Mapping[str, tuple[ReceptiveField, ...]]
+    graph: TypedGraph, nodes: Sequence[str], source: str, fields: Mapping[str, tuple[ReceptiveField, ...]]
 ) -> TileForms | None:
     """What a tile of these nodes costs, in one segment that ends in the last of them."""
     output = nodes[-1]
-    needed = demands(locality, nodes, output)
-    if output not in fields or leaf not in needed:
+    needed = demands(graph, nodes, output)
+    if output not in fields or source not in needed:
         return None
     macs, kept = {}, {}
     for name in nodes:
-        pixels = math.prod(locality.value(name).extents)
-        macs[name] = Fraction(macs_of(locality, name), pixels)
-        kept[name] = Fraction(kept_bytes(locality, name), pixels)
-    return tile_forms(needed, fields[output], [leaf], macs, kept)
+        pixels = math.prod(graph.value(name).extents)
+        macs[name] = Fraction(graph[name].macs, pixels)
+        kept[name] = Fraction(kept_bytes(graph, name), pixels)
+    return tile_forms(needed, fields[output], [source], macs, kept)
 
 
 def _cuts(analysis: Analysis, share: float) -> tuple[Cut, ...]:
     """The barriers grouped by operator and reason, in the order of the graph."""
-    groups: dict[tuple[str, str, Kind], list[Verdict]] = {}
+    groups: dict[tuple[str, str, Tileability], list[Verdict]] = {}
     for verdict in analysis.barriers:
         groups.setdefault((verdict.operator, verdict.reason, verdict.kind), []).append(verdict)
     return tuple(Cut(group[0], len(group), _advice(analysis, group[0], share)) for group in groups.values())
@@ -267,34 +252,24 @@ def _advice(analysis: Analysis, verdict: Verdict, share: float) -> str:
     if verdict.operator == "aten::batch_norm":
         frozen = f"{_share_with_frozen_batch_norm(analysis):.0%} instead of {share:.0%}"
         return f"fxstream.freeze_batch_norm(model) streams {frozen} of the activations"
-    if verdict.kind is Kind.NO_RULE:
+    if verdict.kind is Tileability.NO_RULE:
         return "fxstream.register_rule teaches fxstream an operator; until then it runs plainly"
-    if "random" in verdict.reason:
+    if verdict.not_tileable_for(Reason.RANDOM_DRAW):
         return "in eval mode, or with p = 0, it is local"
-    if verdict.kind is Kind.REDUCE:
-        return "it runs plainly on the whole map; streaming goes on behind it where that pays"
+    if verdict.kind is Tileability.REDUCTION:
+        return "it runs plainly on the whole map; streaming goes on after it where that pays"
     return "it runs plainly on the whole map"
 
 
 def _share_with_frozen_batch_norm(analysis: Analysis) -> float:
     """The share of the activations that would be streamed if every BatchNorm used its running statistics."""
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in analysis.captured.graph.nodes:
-        env[node] = graph.node_copy(node, env.__getitem__)
-        env[node].name = node.name
-        if node.target is torch.ops.aten.batch_norm.default:
-            env[node].update_arg(BATCH_NORM_TRAINING, False)
-            for statistics in env[node].all_input_nodes[1:]:
-                statistics.meta.pop(UNSTREAMED, None)  # they are no longer updated
-    metas = analysis.locality.metas
-    return streamable_share(analyse_locality(graph, metas, image_dims(analysis.captured, metas)))
+    return streamable_share(with_frozen_batch_norm(analysis))
 
 
-def tile_bytes(locality: Locality, plan: SegmentPlan, node: str) -> float:
+def tile_bytes(graph: TypedGraph, plan: SegmentPlan, name: str) -> float:
     """Bytes of a node's result in the largest tile of its segment."""
-    if not plan.axes or locality.verdicts[node].footprint is None:
-        return kept_bytes(locality, node)
-    extents = locality.value(node).extents
-    shares = (held / extent for held, extent in zip(plan.largest(node), extents, strict=True))
-    return kept_bytes(locality, node) * math.prod(shares)
+    if not plan.axes or not graph[name].is_local or name not in plan.segment.nodes:
+        return kept_bytes(graph, name)
+    extents = graph.value(name).extents
+    shares = (length / extent for length, extent in zip(plan.largest(name), extents, strict=True))
+    return kept_bytes(graph, name) * math.prod(shares)

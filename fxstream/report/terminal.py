@@ -14,7 +14,7 @@ from fxstream.geometry.receptive_field import ReceptiveField
 from fxstream.machine.units import bytes_text, macs_text
 from fxstream.report.closed_form import FieldForm
 from fxstream.report.summary import Layer, Summary
-from fxstream.rules import Kind, OpRule
+from fxstream.rules import OpRule, Tileability
 from fxstream.tools.benchmark import Row, Setting
 from fxstream.tools.check import CheckReport
 
@@ -93,7 +93,7 @@ def _layer_table(summary: Summary, depth: int | None, width: int) -> Table:
     table.add_column("verdict", no_wrap=True)
     for name, run in grouped(summary.layers, depth):
         last = run[-1]
-        kinds = list(dict.fromkeys(layer.kind.value for layer in run if layer.kind is not Kind.LOCAL))
+        kinds = list(dict.fromkeys(layer.kind.value for layer in run if layer.kind is not Tileability.LOCAL))
         table.add_row(
             name,
             f"{last.operator} {window_text(last)}".strip() if len(run) == 1 else f"{len(run)} operators",
@@ -132,7 +132,7 @@ def region_lines(summary: Summary) -> list[str]:
     for i, region in enumerate(large[:6]):
         size, stride, halo = field_text(region.field)
         lines.append(f"region {i}: {region.first} .. {region.last}, {region.share:.1%} of the activations")
-        where = "the image" if region.is_image else f"its input `{region.leaf}`"
+        where = "the image" if region.is_image else f"its input `{region.source}`"
         if region.field is not None:
             form = FieldForm.of(region.field[0])
             lines.append(f"  output pixel o reads {form} of {where}: field {size}, stride {stride}, halo {halo}")

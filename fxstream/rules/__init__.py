@@ -19,9 +19,6 @@ import torch
 
 from fxstream.rules import (
     channelwise,
-    classes,
-    contractions,
-    interpolated,
     mapwide,
     reductions,
     resampled,
@@ -29,38 +26,46 @@ from fxstream.rules import (
     windowed,
 )
 from fxstream.rules import pointwise as _pointwise
-from fxstream.rules.pointwise import pointwise, random_draw
-from fxstream.rules.rule import (
-    Average,
-    Border,
-    Call,
-    Evaluation,
-    Footprint,
-    Kind,
-    OpRule,
-    Production,
-    Read,
-    Reduction,
-    Refusal,
-    RuleTable,
-    TileSize,
-    Value,
+from fxstream.rules.access import Average, Border, OutputSpan, Read, Value
+from fxstream.rules.patterns import (
+    AccessPattern,
+    Averaged,
+    Bordered,
+    Cropped,
+    Item,
+    Moved,
+    Pointwise,
+    Reduced,
+    Resampled,
+    Table,
+    Windowed,
 )
+from fxstream.rules.pointwise import pointwise, random_draw
+from fxstream.rules.reasons import NotTileable, Reason, Tileability
+from fxstream.rules.rule import Call, OpRule, Rule, RuleTable
 
 __all__ = [
+    "AccessPattern",
     "Average",
+    "Averaged",
     "Border",
+    "Bordered",
     "Call",
-    "Evaluation",
-    "Footprint",
-    "Kind",
+    "Cropped",
+    "Item",
+    "Moved",
+    "NotTileable",
     "OpRule",
-    "Production",
+    "OutputSpan",
+    "Pointwise",
     "Read",
-    "Reduction",
-    "Refusal",
-    "TileSize",
+    "Reason",
+    "Reduced",
+    "Resampled",
+    "Table",
+    "Tileability",
     "Value",
+    "Windowed",
     "pointwise",
     "register_rule",
     "rule_of",
@@ -73,25 +78,20 @@ FAMILIES = (
     _pointwise,
     windowed,
     resampled,
-    interpolated,
     shuffled,
     channelwise,
-    classes,
-    contractions,
     reductions,
     mapwide,
 )
 for _family in FAMILIES:
     _family.add_rules(_TABLE)
 
-Rule = Callable[[Call], Footprint | Refusal]
-
 
 def register_rule(operator: str, family: str = "user") -> Callable[[Rule], Rule]:
     """A decorator that adds a rule for ``"namespace::name"``; it serves all overloads.
 
-    The rule is given a `Call` and returns a `Footprint` or a `Refusal`. Raises `RuleError` where the operator
-    has a rule already.
+    The rule is given a `Call` and returns an `AccessPattern` or a `NotTileable`. Raises `RuleError` where the
+    operator has a rule already.
     """
 
     def add(rule: Rule) -> Rule:

@@ -1,21 +1,27 @@
-"""Operators that work along dims which must not be stream axes: channels, groups, heads.
+"""Operators that work along dims which must not be tiled: channels, groups, heads, classes.
 
 LayerNorm over channels, softmax, linear, norms and sums over channels, concatenation, splits. Along a stream
 axis the same operators are reductions or need the whole map.
+
+A class is looked up per pixel, along channels: a loss that keeps its pixels (`reduction="none"`) is local. One
+that sums or averages over space is feature-map-wide; `lowering.losses` makes it of the local one. A pixel of an
+ignored class reads nothing, so that these operators claim to read more than has an influence.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from fxstream.geometry.receptive_field import IDENTITY
-from fxstream.rules.pointwise import aligned_read
+from fxstream.rules.access import Read, Value
+from fxstream.rules.patterns import Pointwise
+from fxstream.rules.pointwise import aligned_read, pointwise
+from fxstream.rules.reasons import NotTileable, Reason
 from fxstream.rules.reductions import over_space
-from fxstream.rules.rule import Answer, Call, Evaluation, Footprint, Kind, Read, Refusal, RuleTable, Value
+from fxstream.rules.rule import Answer, Call, RuleTable
 
-__all__ = ["add_rules"]
+__all__ = ["CLASS_LOSSES", "PIXEL_LOSSES", "add_rules"]
 
 KEEPING = (
     "cumsum",
@@ -57,12 +63,28 @@ REDUCING = (
 )
 """Operators that reduce `dim`, all dims where it is not given, and drop it unless `keepdim`."""
 
+PIXEL_LOSSES = (
+    "mse_loss",
+    "l1_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "kl_div",
+    "soft_margin_loss",
+    "poisson_nll_loss",
+    "hinge_embedding_loss",
+)
+"""Losses of every element with the same element of a target."""
+CLASS_LOSSES = ("cross_entropy_loss", "nll_loss_nd")
+"""Losses of the channels of a pixel with the class of that pixel."""
+
 SOFTMAXES = ("aten::softmax", "aten::log_softmax")
 SPLITTING = ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
 
 
 def add_rules(table: RuleTable) -> None:
-    """Everything along channels."""
+    """Everything along channels, and losses, class maps and gathering along them."""
     for name in KEEPING + SPLITTING:
         table.add(f"aten::{name}", "channelwise", along_dim)
     for name in REDUCING:
@@ -76,6 +98,13 @@ def add_rules(table: RuleTable) -> None:
     table.add("aten::linear", "channelwise", linear)
     table.add("aten::matmul", "channelwise", matmul)
     table.add("aten::channel_shuffle", "channelwise", channel_shuffle)
+    for name in PIXEL_LOSSES:
+        table.add(f"aten::{name}", "classes", pixel_loss)
+    for name in CLASS_LOSSES:
+        table.add(f"aten::{name}", "classes", class_loss)
+    table.add("aten::one_hot", "classes", one_hot)
+    table.add("aten::gather", "classes", gather)
+    table.add("fxstream::class_weights", "classes", class_weights)
 
 
 def _image(call: Call) -> tuple[str, Value]:
@@ -92,14 +121,13 @@ def _touched(call: Call, rank: int) -> list[int]:
     return [d % rank for d in ([given] if isinstance(given, int) else given)]
 
 
-def _pass_through(call: Call, dims: Callable[[int], int] = lambda d: d, **footprint: Any) -> Answer:
+def _pass_through(call: Call, dims: Callable[[int], int] = lambda d: d) -> Answer:
     """Each box of the result reads the same box of the only spatial argument."""
     argument, image = _image(call)
     if not call.only_spatial(argument):
-        return Refusal(Kind.GLOBAL, "its other operands depend on the position in the image", image.dims)
+        return NotTileable(Reason.OTHER_OPERANDS_POSITIONAL, image.dims)
     read = Read(argument, image, image.dims, (IDENTITY,) * len(image.dims))
-    new = tuple(dims(d) for d in image.dims)
-    return Footprint(Evaluation.POINTWISE, new, (read,), call.target, **footprint)
+    return Pointwise(tuple(dims(d) for d in image.dims), (read,))
 
 
 def along_dim(call: Call) -> Answer:
@@ -108,17 +136,17 @@ def along_dim(call: Call) -> Answer:
     touched = _touched(call, len(image.shape))
     if set(touched) & set(image.dims):
         if call.target._schema.name in SOFTMAXES and set(image.dims) <= set(touched):
-            return Refusal(Kind.REDUCE, "normalises over all positions", image.dims)
+            return NotTileable(Reason.NORMALISES_POSITIONS, image.dims)
         same = call.shape == image.shape
-        return Refusal(Kind.GLOBAL, f"works along dims {touched}, a stream axis", image.dims if same else ())
+        return NotTileable(Reason.ALONG_TILED_DIM, image.dims if same else (), (touched,))
     return _pass_through(call)
 
 
 def reduction(call: Call) -> Answer:
-    """A reduction over dims that are not stream axes; over stream axes it is feature-map-wide."""
+    """A reduction over dims that are not tiled dims; over tiled dims it is feature-map-wide."""
     _, image = _image(call)
     if "other" in call.arguments:
-        return Refusal(Kind.NO_RULE, "is used as a binary operator under a reduction's name")
+        return NotTileable(Reason.BINARY_UNDER_REDUCTION)
     touched = _touched(call, len(image.shape))
     if set(touched) & set(image.dims):
         return over_space(call, image, touched)
@@ -127,11 +155,11 @@ def reduction(call: Call) -> Answer:
 
 
 def unbind(call: Call) -> Answer:
-    """All indices of a dim that is not a stream axis."""
+    """All indices of a dim that is not a tiled dim."""
     _, image = _image(call)
     (dim,) = _touched(call, len(image.shape))
     if dim in image.dims:
-        return Refusal(Kind.GLOBAL, "takes a stream axis apart")
+        return NotTileable(Reason.UNBINDS_TILED_DIM)
     return _pass_through(call, lambda d: d - (d > dim))
 
 
@@ -140,27 +168,27 @@ def layer_norm(call: Call) -> Answer:
     _, image = _image(call)
     normalised = set(range(len(image.shape) - len(call["normalized_shape"]), len(image.shape)))
     if normalised & set(image.dims):
-        return Refusal(Kind.REDUCE, "normalises over space: every output pixel needs the whole map", image.dims)
+        return NotTileable(Reason.NORMALISES_SPACE, image.dims)
     return _pass_through(call)
 
 
 def concatenation(call: Call) -> Answer:
-    """Concatenation along a dim that is not a stream axis; parts may have any receptive field."""
+    """Concatenation along a dim that is not a tiled dim; parts may have any receptive field."""
     images = call.spatial()
     dims, rank = images[0].dims, len(call.shape)
     dim = call["dim"] % rank
     if any(image.dims != dims for image in images):
-        return Refusal(Kind.GLOBAL, "concatenates maps whose stream axes are different dims")
+        return NotTileable(Reason.DIFFERENT_DIMS, (), (sorted({image.dims for image in images}),))
     if dim in dims:
-        return Refusal(Kind.NO_RULE, "concatenates along a stream axis")
+        return NotTileable(Reason.CONCATENATES_TILED_DIM)
     reads = [aligned_read(call, argument, i, value, dims) for argument, i, value in call.tensors()]
-    if refused := [read for read in reads if isinstance(read, Refusal)]:
+    if refused := [read for read in reads if isinstance(read, NotTileable)]:
         return refused[0]
     whole = any(read is None for read in reads)
     if whole and math.prod(call.shape[d] for d in dims) > 1:
-        return Refusal(Kind.GLOBAL, "concatenates a small part that has no stream axis", dims)
+        return NotTileable(Reason.CONCATENATES_WHOLE, dims)
     kept = tuple(read for read in reads if isinstance(read, Read))
-    return Footprint(Evaluation.POINTWISE, dims, kept, call.target)
+    return Pointwise(dims, kept)
 
 
 def stack(call: Call) -> Answer:
@@ -168,32 +196,95 @@ def stack(call: Call) -> Answer:
     images = call.spatial()
     dims = images[0].dims
     if any(image.dims != dims for image in images):
-        return Refusal(Kind.GLOBAL, "stacks maps whose stream axes are different dims")
+        return NotTileable(Reason.DIFFERENT_DIMS, (), (sorted({image.dims for image in images}),))
     if any(not value.dims for _, _, value in call.tensors()):
-        return Refusal(Kind.GLOBAL, "stacks a small part with maps")
+        return NotTileable(Reason.CONCATENATES_WHOLE)
     new = call["dim"] % len(call.shape)
     maps = (IDENTITY,) * len(dims)
     reads = tuple(Read(argument, value, dims, maps, index) for argument, index, value in call.tensors())
-    return Footprint(Evaluation.POINTWISE, tuple(d + (d >= new) for d in dims), reads, call.target)
+    return Pointwise(tuple(d + (d >= new) for d in dims), reads)
 
 
 def linear(call: Call) -> Answer:
     """A matrix applied to the last dim: a 1x1 convolution of a channels-last network."""
     image: Value = call["input"]
     if len(image.shape) - 1 in image.dims:
-        return Refusal(Kind.GLOBAL, "mixes all positions of the last stream axis", ())
-    return _pass_through(call, macs=math.prod(call.shape) * image.shape[-1])
+        return NotTileable(Reason.MIXES_LAST_DIM)
+    return _pass_through(call)
 
 
 def matmul(call: Call) -> Answer:
     """A matrix of weights applied to the last dim; products of two maps mix positions."""
     image, other = call["self"], call["other"]
     if other.dims or len(other.shape) != 2 or not image.dims or len(image.shape) - 1 in image.dims:
-        return Refusal(Kind.GLOBAL, "multiplies matrices that mix positions")
-    return _pass_through(call, macs=math.prod(call.shape) * image.shape[-1])
+        return NotTileable(Reason.MIXES_POSITIONS)
+    return _pass_through(call)
 
 
 def channel_shuffle(call: Call) -> Answer:
     """A permutation of dim 1."""
     _, image = _image(call)
-    return Refusal(Kind.GLOBAL, "shuffles a stream axis") if 1 in image.dims else _pass_through(call)
+    return NotTileable(Reason.SHUFFLES_TILED_DIM) if 1 in image.dims else _pass_through(call)
+
+
+def pixel_loss(call: Call) -> Answer:
+    """A pointwise operator where it keeps the pixels."""
+    return pointwise(call) if call["reduction"] == 0 else NotTileable(Reason.LOSS_OVER_SPACE)
+
+
+def class_loss(call: Call) -> Answer:
+    """Channels in dim 1, and the class of each pixel, or the probabilities of its classes."""
+    image, target = call["self"], call["target"]
+    if call["reduction"] != 0:
+        return NotTileable(Reason.LOSS_OVER_SPACE)
+    if 1 in image.dims or not image.dims or _depends_on_position(call["weight"]):
+        return NotTileable(Reason.CLASSES_ALONG_TILED_DIM)
+    dims = _without(image.dims, 1)
+    wanted = image.dims if len(target.shape) == len(image.shape) else dims
+    if target.dims not in ((), wanted):
+        return NotTileable(Reason.TARGET_DIMS_DIFFER, dims)
+    if target.dims and target.extents != image.extents:
+        return NotTileable(Reason.TARGETS_DIFFER, dims, (target.extents, image.extents))
+    return _looked_up(call, dims, (("self", image, image.dims), ("target", target, wanted)))
+
+
+def one_hot(call: Call) -> Answer:
+    """A last dim more."""
+    image: Value = call["self"]
+    if call["num_classes"] < 0:
+        return NotTileable(Reason.COUNTS_CLASSES, image.dims)
+    return _looked_up(call, image.dims, (("self", image, image.dims),))
+
+
+def gather(call: Call) -> Answer:
+    """Chosen indices of a dim that is not a tiled dim."""
+    image, index = call["self"], call["index"]
+    dims = image.dims or index.dims
+    rank = len(image.shape)
+    if call["dim"] % rank in dims:
+        return NotTileable(Reason.GATHERS_TILED_DIM)
+    if index.dims not in ((), dims) or any(image.shape[d] != index.shape[d] for d in dims):
+        return NotTileable(Reason.GATHERS_POSITIONS)
+    return _looked_up(call, dims, (("self", image, dims), ("index", index, dims)))
+
+
+def class_weights(call: Call) -> Answer:
+    """The weight of the class of each pixel."""
+    target: Value = call["target"]
+    if not target.dims or _depends_on_position(call["weight"]):
+        return NotTileable(Reason.WEIGHTS_POSITIONAL)
+    return _looked_up(call, target.dims, (("target", target, target.dims),))
+
+
+def _depends_on_position(weight: Value | None) -> bool:
+    return weight is not None and bool(weight.dims)
+
+
+def _without(dims: tuple[int, ...], gone: int) -> tuple[int, ...]:
+    return tuple(d - (d > gone) for d in dims)
+
+
+def _looked_up(call: Call, dims: tuple[int, ...], read: tuple[tuple[str, Value, tuple[int, ...]], ...]) -> Answer:
+    maps = (IDENTITY,) * len(dims)
+    reads = tuple(Read(argument, value, along, maps) for argument, value, along in read)
+    return Pointwise(dims, reads, is_tight=False)

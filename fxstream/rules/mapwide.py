@@ -1,54 +1,112 @@
-"""Operators known to need the whole feature map, each with its reason, so that the report can say it.
+"""Operators that need the whole feature map, each with its reason, and products of two maps.
 
-They end a streamed region. Where the result has the shape of the input, it keeps the stream axes, so that a
-region may start again behind it.
+They end a streamed region. Where the result has the shape of the input, it keeps the tiled dims, so that a region
+may start again after it. `fxstream::contract` is an einsum of two operands whose positions are dims of their own:
+where all tiled dims are summed it is a reduction over space (attention pooling); where they stay, and one operand
+has none, it is local (attention of each position to a few tokens). Partial sums have 32 bits at least.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
-from fxstream.rules.rule import Answer, Call, Kind, Refusal, RuleTable
-from fxstream.rules.windowed import OPPOSITE
+import torch
+
+from fxstream.geometry.receptive_field import BROADCAST, IDENTITY
+from fxstream.rules.access import Read, Value
+from fxstream.rules.ops import wide
+from fxstream.rules.patterns import Pointwise
+from fxstream.rules.reasons import NotTileable, Reason
+from fxstream.rules.reductions import reduced, sums_of_tiles
+from fxstream.rules.rule import Answer, Call, RuleTable
 
 __all__ = ["add_rules"]
 
-REDUCTIONS = {
-    "adaptive_avg_pool1d": "pools the whole map",
-    "adaptive_avg_pool2d": "pools the whole map",
-    "adaptive_avg_pool3d": "pools the whole map",
-    "_adaptive_avg_pool2d": "pools the whole map",
-    "adaptive_max_pool1d": "pools the whole map",
-    "adaptive_max_pool2d": "pools the whole map",
-    "adaptive_max_pool3d": "pools the whole map",
-    "group_norm": "normalises each group over the whole map",
-    "native_group_norm": "normalises each group over the whole map",
-    "instance_norm": "normalises each channel over the whole map",
+ARGUMENTS = ("self", "other")
+REDUCING = {
+    "adaptive_avg_pool1d": Reason.POOLS_MAP,
+    "adaptive_avg_pool2d": Reason.POOLS_MAP,
+    "adaptive_avg_pool3d": Reason.POOLS_MAP,
+    "_adaptive_avg_pool2d": Reason.POOLS_MAP,
+    "adaptive_max_pool1d": Reason.POOLS_MAP,
+    "adaptive_max_pool2d": Reason.POOLS_MAP,
+    "adaptive_max_pool3d": Reason.POOLS_MAP,
+    "group_norm": Reason.NORMALISES_GROUPS,
+    "native_group_norm": Reason.NORMALISES_GROUPS,
+    "instance_norm": Reason.NORMALISES_CHANNELS,
 }
-MAPWIDE = {
-    "bmm": "multiplies matrices that mix positions",
-    "baddbmm": "multiplies matrices that mix positions",
-    "addmm": "multiplies matrices that mix positions",
-    "mm": "multiplies matrices that mix positions",
-    "einsum": "contracts dims that may be positions",
-    "scaled_dot_product_attention": "attends to all positions",
-    "_pad_circular": OPPOSITE,
-    "fft_fft2": "transforms the whole map",
-    "fft_rfft2": "transforms the whole map",
-    "grid_sample": "reads positions that depend on the data",
-    "grid_sampler": "reads positions that depend on the data",
+MIXING = {
+    "bmm": Reason.MIXES_POSITIONS,
+    "baddbmm": Reason.MIXES_POSITIONS,
+    "addmm": Reason.MIXES_POSITIONS,
+    "mm": Reason.MIXES_POSITIONS,
+    "einsum": Reason.CONTRACTS_POSITIONS,
+    "scaled_dot_product_attention": Reason.ATTENDS,
+    "_pad_circular": Reason.PADS_OPPOSITE,
+    "fft_fft2": Reason.TRANSFORMS_MAP,
+    "fft_rfft2": Reason.TRANSFORMS_MAP,
+    "grid_sample": Reason.READS_DATA_POSITIONS,
+    "grid_sampler": Reason.READS_DATA_POSITIONS,
 }
 
 
 def add_rules(table: RuleTable) -> None:
-    """One refusal per operator."""
-    for name, reason in REDUCTIONS.items():
-        table.add(f"aten::{name}", "map-wide", partial(refuse, Kind.REDUCE, reason))
-    for name, reason in MAPWIDE.items():
-        table.add(f"aten::{name}", "map-wide", partial(refuse, Kind.GLOBAL, reason))
+    """One answer per operator, and the product."""
+    for name, reason in (REDUCING | MIXING).items():
+        table.add(f"aten::{name}", "map-wide", partial(not_tileable, reason))
+    table.add("fxstream::contract", "contraction", contract)
 
 
-def refuse(kind: Kind, reason: str, call: Call) -> Answer:
-    """The refusal; stream axes survive where the result has the shape of the first input."""
+def not_tileable(reason: Reason, call: Call) -> Answer:
+    """The reason; tiled dims survive where the result has the shape of the first input."""
     image = call.tensors()[0][2]
-    return Refusal(kind, reason, image.dims if image.shape == call.shape else ())
+    return NotTileable(reason, image.dims if image.shape == call.shape else ())
+
+
+def contract(call: Call) -> Answer:
+    """A reduction over all tiled dims, or a local product."""
+    inputs, output = call["equation"].split("->")
+    letters = dict(zip(ARGUMENTS, inputs.split(","), strict=True))
+    axes = {tuple(letters[name][d] for d in call[name].dims) for name in ARGUMENTS if call[name].dims}
+    if len(axes) != 1:
+        return NotTileable(Reason.DIFFERENT_DIMS, (), (sorted(axes),))
+    (space,) = axes
+    sizes = {
+        c: max(_size(call[n], letters[n], c) for n in ARGUMENTS) for c in {*letters["self"], *letters["other"]}
+    }
+    reads = [_read(call[name], name, letters[name], space, sizes) for name in ARGUMENTS]
+    if any(isinstance(read, NotTileable) for read in reads):
+        return NotTileable(Reason.SOME_DIMS_MISSING, (), (call["other"].name,))
+    found = sorted((r for r in reads if isinstance(r, Read)), key=lambda read: BROADCAST in read.maps)
+    if set(space) <= set(output):
+        dims = tuple(output.index(c) for c in space)
+        return Pointwise(dims, tuple(found))
+    if set(space) & set(output):
+        return NotTileable(Reason.SUMS_SOME_DIMS)
+    if len(found) < len(ARGUMENTS):
+        return NotTileable(Reason.SUMS_WITH_WHOLE)
+    if found[0].argument != "self":
+        return NotTileable(Reason.SUMS_WITH_ROW)
+    return reduced(found, products, sums_of_tiles, call["equation"])
+
+
+def products(one: torch.Tensor, other: torch.Tensor, equation: str) -> torch.Tensor:
+    """A tile's sums of products."""
+    return torch.einsum(equation, wide(one), wide(other))
+
+
+def _size(value: Value, letters: str, letter: str) -> int:
+    return value.shape[letters.index(letter)] if letter in letters else 1
+
+
+def _read(
+    value: Value, name: str, letters: str, space: tuple[str, ...], sizes: dict[str, int]
+) -> Read | NotTileable | None:
+    """How an operand is read; None where it is small and passed whole."""
+    if not set(space) & set(letters):
+        return None
+    if not set(space) <= set(letters):
+        return NotTileable(Reason.SOME_DIMS_MISSING, (), (value.name,))
+    dims = tuple(letters.index(c) for c in space)
+    maps = tuple(IDENTITY if value.shape[d] == sizes[letters[d]] else BROADCAST for d in dims)
+    return Read(name, value, dims, maps)

@@ -7,12 +7,13 @@ tensors. Graphs name them, so that rules can say what a tile contributes to them
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 __all__ = [
+    "average_windows",
     "class_weights",
     "contract",
     "dropout",
@@ -247,3 +248,27 @@ def _is_dropped(factor: torch.Tensor, summand: torch.Tensor, places: list[torch.
     bits = torch.addcmul(summand, (_mixed(place * ODD[0]) >> 32).to(torch.int32), factor)
     bits.bitwise_xor_(bits >> 15).mul_(LAST)
     return bits < min(round(p * 2**32), 2**32 - 1) - 2**31
+
+
+def average_windows(tensor: torch.Tensor, windows: Sequence[tuple[int, int, Sequence[int]]]) -> torch.Tensor:
+    """The sums of windows over the last dims, each divided by the product of its counts of pixels.
+
+    `windows` has, per dim, the kernel, the stride and the count of each window.
+
+    >>> average_windows(torch.tensor([[[1.0, 3.0, 5.0, 0.0]]]), ((2, 2, (2, 1)),))
+    tensor([[[2., 5.]]])
+    """
+    wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    kernel, stride = [k for k, _, _ in windows], [s for _, s, _ in windows]
+    if len(windows) == 1:
+        sums = torch.ops.aten.avg_pool2d(
+            wide.unsqueeze(-2), [1, *kernel], [1, *stride], divisor_override=1
+        ).squeeze(-2)
+    else:
+        pool = torch.ops.aten.avg_pool2d if len(windows) == 2 else torch.ops.aten.avg_pool3d
+        sums = pool(wide, kernel, stride, divisor_override=1)
+    divisor = sums.new_ones(())
+    for _, _, counts in windows:
+        divisor = divisor.unsqueeze(-1) * sums.new_tensor(counts)
+    averages: torch.Tensor = sums / divisor
+    return averages.to(tensor.dtype)

@@ -1,7 +1,7 @@
 """Operators that compute each output pixel from the same pixel of their inputs.
 
 Most carry `torch.Tag.pointwise`; the additions below do not but behave so. Operands broadcast as torch does:
-a small operand is passed whole, an operand that has a stream axis at full extent is cut to the box, one that
+a small operand is passed whole, an operand that has a tiled dim at full extent is cut to the box, one that
 has it at extent 1 is read at that one pixel.
 """
 
@@ -12,7 +12,10 @@ from dataclasses import replace
 import torch
 
 from fxstream.geometry.receptive_field import BROADCAST, IDENTITY, AxisMap
-from fxstream.rules.rule import Answer, Call, Evaluation, Footprint, Kind, Read, Refusal, RuleTable, Value
+from fxstream.rules.access import Read, Value
+from fxstream.rules.patterns import Pointwise
+from fxstream.rules.reasons import NotTileable, Reason
+from fxstream.rules.rule import Answer, Call, RuleTable
 
 __all__ = ["add_rules", "aligned_read", "pointwise", "random_draw"]
 
@@ -61,33 +64,33 @@ def pointwise(call: Call) -> Answer:
     rank = len(call.shape)
     aligned = {tuple(d + rank - len(v.shape) for d in v.dims) for v in call.spatial()}
     if len(aligned) != 1:
-        return Refusal(Kind.GLOBAL, f"combines inputs whose stream axes are different dims: {sorted(aligned)}")
+        return NotTileable(Reason.DIFFERENT_DIMS, (), (sorted(aligned),))
     (dims,) = aligned
     reads = []
     for argument, index, value in call.tensors():
         read = aligned_read(call, argument, index, value, dims)
-        if isinstance(read, Refusal):
+        if isinstance(read, NotTileable):
             return read
         if read is not None:
             reads.append(read)
-    return Footprint(Evaluation.POINTWISE, dims, tuple(reads), call.target)
+    return Pointwise(dims, tuple(reads))
 
 
 def aligned_read(
     call: Call, argument: str, index: int | None, value: Value, dims: tuple[int, ...]
-) -> Read | Refusal | None:
-    """How an operand that broadcasts against a result with stream dims `dims` is read; None if whole."""
+) -> Read | NotTileable | None:
+    """How an operand that broadcasts against a result with tiled dims `dims` is read; None if whole."""
     missing = len(call.shape) - len(value.shape)
     sizes = [value.shape[d - missing] if d >= missing else 1 for d in dims]
     positional = [size != 1 for size in sizes]
     if not value.dims and not any(positional):
         return None
     if any(d < missing for d in dims):
-        return Refusal(Kind.GLOBAL, f"`{value.name}` follows some stream axes and lacks others", dims)
+        return NotTileable(Reason.SOME_DIMS_MISSING, dims, (value.name,))
     maps = []
     for dim, size in zip(dims, sizes, strict=True):
         if size != call.shape[dim] and size != 1:
-            return Refusal(Kind.GLOBAL, f"`{value.name}` has {size} pixels where {call.shape[dim]} are needed")
+            return NotTileable(Reason.PIXELS_DIFFER, (), (value.name, size, call.shape[dim]))
         maps.append(IDENTITY if size == call.shape[dim] else BROADCAST)
     return Read(argument, value, tuple(d - missing for d in dims), tuple(maps), index)
 
@@ -95,14 +98,14 @@ def aligned_read(
 def broadcast(call: Call) -> Answer:
     """Operands brought to one shape."""
     answer = pointwise(call)
-    return replace(answer, tight=False) if isinstance(answer, Footprint) else answer
+    return replace(answer, is_tight=False) if isinstance(answer, Pointwise) else answer
 
 
 def batch_norm(call: Call) -> Answer:
     """With running statistics a per-channel affine map; with batch statistics a reduction."""
     image: Value = call["input"]
     if call["training"] or call["running_mean"] is None:
-        return Refusal(Kind.REDUCE, "uses batch statistics: every output pixel needs the whole map", image.dims)
+        return NotTileable(Reason.BATCH_STATISTICS, image.dims)
     return per_channel(call, image)
 
 
@@ -114,10 +117,10 @@ def prelu(call: Call) -> Answer:
 def per_channel(call: Call, image: Value) -> Answer:
     """A pointwise operator whose other operands are vectors along dim 1."""
     if 1 in image.dims or any(value.dims for _, _, value in call.tensors() if value.name != image.name):
-        return Refusal(Kind.GLOBAL, "its per-channel operand lies along a stream axis", image.dims)
+        return NotTileable(Reason.OPERAND_ALONG_TILED_DIM, image.dims)
     argument = next(name for name, _, value in call.tensors() if value.name == image.name)
     maps: tuple[AxisMap, ...] = (IDENTITY,) * len(image.dims)
-    return Footprint(Evaluation.POINTWISE, image.dims, (Read(argument, image, image.dims, maps),), call.target)
+    return Pointwise(image.dims, (Read(argument, image, image.dims, maps),))
 
 
 def dropout(call: Call) -> Answer:
@@ -130,11 +133,11 @@ def rrelu(call: Call) -> Answer:
     return random_draw(call) if call["training"] else pointwise(call)
 
 
-def random_draw(call: Call) -> Refusal:
+def random_draw(call: Call) -> NotTileable:
     """An operator whose result depends on the random generator: one draw for the whole image."""
     image = call.spatial()[0]
     dims = image.dims if image.shape == call.shape else ()
-    return Refusal(Kind.GLOBAL, "draws random numbers for the whole map at once", dims)
+    return NotTileable(Reason.RANDOM_DRAW, dims)
 
 
 def is_tagged(target: torch._ops.OpOverload) -> bool:

@@ -1,4 +1,4 @@
-"""Reductions over all stream axes: what a tile contributes, and how the contributions are combined.
+"""Reductions over all tiled dims: what a tile contributes, and how the contributions are combined.
 
 A reduction over space is one over tiles. Each tile owns a box of the positions, the boxes partition them, and it
 yields a small partial result of the positions that it owns. `combine` makes the whole result of all partial
@@ -17,30 +17,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from fxstream.geometry.receptive_field import BROADCAST, IDENTITY
+from fxstream.rules.access import Read, Value
 from fxstream.rules.ops import mean_variance, overload, wide
-from fxstream.rules.rule import (
-    Answer,
-    Call,
-    Evaluation,
-    Footprint,
-    Kind,
-    Read,
-    Reduction,
-    Refusal,
-    RuleTable,
-    Value,
-)
+from fxstream.rules.patterns import Combine, Reduced
+from fxstream.rules.reasons import NotTileable, Reason
+from fxstream.rules.rule import Answer, Call, RuleTable
 
 __all__ = ["add_rules", "over_space", "reduced", "sums_of_tiles"]
-
-Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def add_rules(table: RuleTable) -> None:
@@ -51,21 +40,20 @@ def add_rules(table: RuleTable) -> None:
 
 
 def reduced(reads: Sequence[Read], target: Callable[..., Any], combine: Combine, *arguments: Any) -> Answer:
-    """The footprint of a reduction, whose tiles run `target` on their parts of what it reads and `arguments`."""
-    reduction = Reduction(combine, arguments)
-    return Footprint(Evaluation.REDUCED, reads[0].dims, tuple(reads), target, reduction=reduction)
+    """The pattern of a reduction, whose tiles run `target` on their parts of what it reads and `arguments`."""
+    return Reduced(reads[0].dims, tuple(reads), target, combine, arguments)
 
 
 def over_space(call: Call, image: Value, touched: Sequence[int]) -> Answer:
-    """A reduction of one map over dims that include stream axes."""
+    """A reduction of one map over dims that include tiled dims."""
     name = call.target._schema.name.removeprefix("aten::")
     if not set(image.dims) <= set(touched):
-        return Refusal(Kind.REDUCE, "reduces some stream axes and keeps others")
+        return NotTileable(Reason.REDUCES_SOME_DIMS)
     is_known = len(call.shapes) == 1 and (image.dtype.is_floating_point or name == "sum")
     known = REDUCERS.get(name) if is_known else None
     found = known(call) if known is not None else None
     if found is None:
-        return Refusal(Kind.REDUCE, "reduces over space: its result needs the whole map")
+        return NotTileable(Reason.REDUCES_SPACE)
     argument = next(name for name, _, value in call.tensors() if value.name == image.name)
     read = Read(argument, image, image.dims, (IDENTITY,) * len(image.dims))
     return reduced([read], *found, list(touched), bool(call.arguments.get("keepdim", False)))
@@ -85,7 +73,7 @@ def moments(call: Call) -> Answer:
     image: Value = call["self"]
     touched = [d % len(image.shape) for d in call["dim"]]
     if not set(image.dims) <= set(touched):
-        return Refusal(Kind.REDUCE, "reduces some stream axes and keeps others")
+        return NotTileable(Reason.REDUCES_SOME_DIMS)
     others = math.prod(image.shape[dim] for dim in set(touched) - set(image.dims))
     read = Read("self", image, image.dims, (IDENTITY,) * len(image.dims))
     return reduced([read], moments_of, partial(_moments, others), touched)
@@ -208,21 +196,19 @@ def window_maxima(call: Call) -> Answer:
 
 
 def _over_windows(call: Call, arguments: Sequence[str], target: Callable[..., Any], combine: Combine) -> Answer:
-    """The reduction of a map whose stream axes are its last dims; `arguments` are tensors of one per axis."""
+    """The reduction of a map whose tiled dims are its last dims; `arguments` are tensors of one per axis."""
     image: Value = call["self"]
     axes = len(call["windows"])
     start = len(image.shape) - axes
     if set(image.dims) != set(range(start, len(image.shape))):
-        return Refusal(Kind.REDUCE, "pools some stream axes and keeps others")
+        return NotTileable(Reason.POOLS_SOME_DIMS)
     reads = [Read("self", image, image.dims, (IDENTITY,) * axes)]
     for argument in arguments:
         for i, value in enumerate(call[argument]):
             before = len(value.shape) - axes - start
             maps = tuple(IDENTITY if dim == start + i else BROADCAST for dim in image.dims)
             reads.append(Read(argument, value, tuple(dim + before for dim in image.dims), maps, i))
-    answer = reduced(reads, target, combine)
-    macs = math.prod(image.shape) * call["windows"][-1].shape[0]
-    return replace(answer, macs=macs) if isinstance(answer, Footprint) else answer
+    return reduced(reads, target, combine)
 
 
 def window_sums_of(tensor: torch.Tensor, *windows: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Operators that only move dims around: permute, transpose, view, flatten, squeeze, expand, select.
 
-They are local as long as every stream axis stays a dim of its own. Size arguments follow the tile.
+They are local as long as every tiled dim stays a dim of its own. Size arguments follow the tile.
 """
 
 from __future__ import annotations
@@ -11,18 +11,10 @@ from dataclasses import replace
 import torch
 
 from fxstream.geometry.receptive_field import IDENTITY
-from fxstream.rules.rule import (
-    Answer,
-    Call,
-    Evaluation,
-    Footprint,
-    Kind,
-    Read,
-    Refusal,
-    RuleTable,
-    TileSize,
-    Value,
-)
+from fxstream.rules.access import Read, Value
+from fxstream.rules.patterns import Moved
+from fxstream.rules.reasons import NotTileable, Reason
+from fxstream.rules.rule import Answer, Call, RuleTable
 
 __all__ = ["add_rules", "moved"]
 
@@ -44,11 +36,11 @@ def add_rules(table: RuleTable) -> None:
     table.add("aten::select", "shuffled", select)
 
 
-def moved(call: Call, image: Value, dims: tuple[int, ...], **overrides: object) -> Footprint:
-    """The footprint of an operator that reads the same pixels and leaves the stream axes at `dims`."""
+def moved(call: Call, image: Value, dims: tuple[int, ...], size: str | None = None) -> Moved:
+    """The pattern of an operator that reads the same pixels and leaves the tiled dims at `dims`."""
     argument = next(name for name, _, value in call.tensors() if value.name == image.name)
     read = Read(argument, image, image.dims, (IDENTITY,) * len(image.dims))
-    return Footprint(Evaluation.SHUFFLED, dims, (read,), call.target, overrides)
+    return Moved(dims, (read,), size)
 
 
 def permute(call: Call) -> Answer:
@@ -84,25 +76,23 @@ def transpose(call: Call) -> Answer:
 
 
 def reshape(call: Call) -> Answer:
-    """Any change of shape that keeps each stream axis a dim of its own."""
+    """Any change of shape that keeps each tiled dim a dim of its own."""
     image: Value = call["self"]
     if "dtype" in call.arguments:
-        return Refusal(Kind.NO_RULE, "reads the bits of another type", ())
+        return NotTileable(Reason.READS_BITS)
     dims = _follow_dims(image.shape, call.shape, image.dims)
     if dims is None:
-        reason = f"reshapes {list(image.shape)} to {list(call.shape)}, which joins a stream axis with others"
-        return Refusal(Kind.GLOBAL, reason)
-    argument = "size" if "size" in call.arguments else "shape"
-    return moved(call, image, dims, **{argument: TileSize.RESULT})
+        return NotTileable(Reason.JOINS_TILED_DIM, (), (list(image.shape), list(call.shape)))
+    return moved(call, image, dims, "size" if "size" in call.arguments else "shape")
 
 
 def flatten(call: Call) -> Answer:
-    """Joins or splits dims other than stream axes; its arguments name dims, not sizes of the image."""
+    """Joins or splits dims other than tiled dims; its arguments name dims, not sizes of the image."""
     image: Value = call["self"]
     if "sizes" in call.arguments and call["dim"] % len(image.shape) in image.dims:
-        return Refusal(Kind.GLOBAL, "splits a stream axis")
+        return NotTileable(Reason.SPLITS_TILED_DIM)
     answer = reshape(call)
-    return answer if isinstance(answer, Refusal) else replace(answer, overrides={})
+    return replace(answer, size=None) if isinstance(answer, Moved) else answer
 
 
 def unsqueeze(call: Call) -> Answer:
@@ -119,13 +109,13 @@ def squeeze(call: Call) -> Answer:
     given = _as_list(call.arguments.get("dim", list(range(rank))))
     gone = [d % rank for d in given if image.shape[d % rank] == 1]
     if set(gone) & set(image.dims):
-        return Refusal(Kind.GLOBAL, "removes a stream axis of one pixel")
-    footprint = moved(call, image, tuple(d - sum(g < d for g in gone) for d in image.dims), dim=gone)
-    return replace(footprint, target=torch.ops.aten.squeeze.dims if gone else None)
+        return NotTileable(Reason.SQUEEZES_TILED_DIM)
+    pattern = moved(call, image, tuple(d - sum(g < d for g in gone) for d in image.dims))
+    return replace(pattern, target=torch.ops.aten.squeeze.dims, replaced={"dim": gone})
 
 
 def _follow_dims(before: Sequence[int], after: Sequence[int], dims: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Where stream dims end up in a reshape; None where one is joined, split or of ambiguous size 1.
+    """Where tiled dims end up in a reshape; None where one is joined, split or of ambiguous size 1.
 
     Both shapes are read from the left in blocks of equal product; a stream dim must be a block of its own.
 
@@ -159,29 +149,29 @@ def _follow_dims(before: Sequence[int], after: Sequence[int], dims: tuple[int, .
 
 
 def expand(call: Call) -> Answer:
-    """Broadcast of dims of size 1 that are not stream axes."""
+    """Broadcast of dims of size 1 that are not tiled dims."""
     image: Value = call["self"]
     missing = len(call.shape) - len(image.shape)
     dims = tuple(d + missing for d in image.dims)
     if any(call.shape[new] != image.shape[old] for new, old in zip(dims, image.dims, strict=True)):
-        return Refusal(Kind.GLOBAL, "expands a stream axis")
-    return moved(call, image, dims, size=TileSize.RESULT)
+        return NotTileable(Reason.EXPANDS_TILED_DIM)
+    return moved(call, image, dims, "size")
 
 
 def repeat(call: Call) -> Answer:
-    """Repetition along dims that are not stream axes."""
+    """Repetition along dims that are not tiled dims."""
     image: Value = call["self"]
     missing = len(call.shape) - len(image.shape)
     dims = tuple(d + missing for d in image.dims)
     if any(call["repeats"][d] != 1 for d in dims):
-        return Refusal(Kind.GLOBAL, "repeats a stream axis")
+        return NotTileable(Reason.REPEATS_TILED_DIM)
     return moved(call, image, dims)
 
 
 def select(call: Call) -> Answer:
-    """One index of a dim that is not a stream axis."""
+    """One index of a dim that is not a tiled dim."""
     image: Value = call["self"]
     dim = call["dim"] % len(image.shape)
     if dim in image.dims:
-        return Refusal(Kind.GLOBAL, f"takes one position of stream axis {image.dims.index(dim)}")
+        return NotTileable(Reason.SELECTS_POSITION, (), (image.dims.index(dim),))
     return moved(call, image, tuple(d - (d > dim) for d in image.dims))

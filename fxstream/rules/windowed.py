@@ -16,25 +16,14 @@ from typing import Any
 import torch
 
 from fxstream.geometry.receptive_field import IDENTITY, AxisExtent, AxisMap
-from fxstream.rules.rule import (
-    Answer,
-    Average,
-    Border,
-    Call,
-    Evaluation,
-    Footprint,
-    Kind,
-    Production,
-    Read,
-    Refusal,
-    RuleTable,
-    Value,
-)
+from fxstream.rules.access import Average, Border, OutputSpan, Read, Value
+from fxstream.rules.patterns import Averaged, Bordered, Cropped, Pointwise, Windowed
+from fxstream.rules.reasons import NotTileable, Reason
+from fxstream.rules.rule import Answer, Call, RuleTable
 
-__all__ = ["CONVOLUTIONS", "OPPOSITE", "add_rules", "per_axis", "window_dims"]
+__all__ = ["CONVOLUTIONS", "add_rules", "per_axis", "window_dims"]
 
 aten = torch.ops.aten
-OPPOSITE = "pads with pixels of the opposite border, far from every tile's own"
 CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 
 
@@ -60,21 +49,21 @@ def per_axis(given: Sequence[int] | int, n: int) -> tuple[int, ...]:
     return values * n if len(values) == 1 else values
 
 
-def window_dims(call: Call, image: Value, n: int, some: bool = False) -> tuple[int, ...] | Refusal:
-    """The stream dims that a window over the last `n` dims slides along: all of these, or `some` of them.
+def window_dims(call: Call, image: Value, n: int, some: bool = False) -> tuple[int, ...] | NotTileable:
+    """The tiled dims that a window over the last `n` dims slides along: all of these, or `some` of them.
 
-    An image-dependent value that has lost its stream axes (tokens turned back into a map) gets them again
+    An image-dependent value that has lost its tiled dims (tokens turned back into a map) gets them again
     here: the dims a window slides along are space by definition.
     """
     rank = len(image.shape)
     sliding = tuple(range(rank - n, rank))
     if any(value.dims for _, _, value in call.tensors() if value.name != image.name):
-        return Refusal(Kind.GLOBAL, "its weights depend on the position in the image")
+        return NotTileable(Reason.WEIGHTS_POSITIONAL)
     if not image.dims and rank == n + 2 and min(image.shape[-n:]) > 1:
         return sliding
     fits = set(image.dims) <= set(sliding) if some else set(image.dims) == set(sliding)
     if not image.dims or not fits:
-        return Refusal(Kind.GLOBAL, f"slides along dims {sliding}, but the stream axes are dims {image.dims}")
+        return NotTileable(Reason.SLIDES_ALONG_OTHER_DIMS, (), (sliding, image.dims))
     return image.dims
 
 
@@ -84,22 +73,22 @@ def windowed(
     maps: Sequence[AxisMap],
     extents: Sequence[AxisExtent],
     dims: tuple[int, ...],
-    **footprint: Any,
-) -> Footprint:
-    """The footprint of a window over the last dims; `maps` and `extents` are in the order of those dims."""
+    **pattern: Any,
+) -> Windowed:
+    """The pattern of a window over the last dims; `maps` and `extents` are in the order of those dims."""
     image: Value = call[argument]
     first = len(image.shape) - len(maps)
     ordered = tuple(maps[d - first] for d in dims)
     reads = (Read(argument, image, dims, ordered),)
-    footprint["extents"] = tuple(extents[d - first] for d in dims)
-    return Footprint(Evaluation.WINDOWED, dims, reads, footprint.pop("target", call.target), **footprint)
+    kind = Averaged if pattern.get("averages") else Windowed
+    return kind(dims, reads, tuple(extents[d - first] for d in dims), **pattern)
 
 
 def convolution(n: int, call: Call) -> Answer:
     """Convolution with any stride, dilation, groups, kernel and padding, "same" and "valid" included."""
     image: Value = call["input"]
     dims = window_dims(call, image, n, some=True)
-    if isinstance(dims, Refusal):
+    if isinstance(dims, NotTileable):
         return dims
     kernel = call["weight"].shape[2:]
     stride, dilation = per_axis(call["stride"], n), per_axis(call["dilation"], n)
@@ -113,7 +102,7 @@ def convolution(n: int, call: Call) -> Answer:
     windows = list(zip(kernel, stride, padding, dilation, strict=True))
     same = call["padding"] == "same"
     if same and any(span % 2 for span in other_axes(image, dims, spans)):
-        return Refusal(Kind.GLOBAL, "pads unevenly along a dim that is no stream axis", dims)
+        return NotTileable(Reason.PADS_UNEVENLY, dims)
     extents = [AxisExtent.changed(0) if same else AxisExtent.window(*window) for window in windows]
     return windowed(
         call,
@@ -122,14 +111,13 @@ def convolution(n: int, call: Call) -> Answer:
         extents,
         dims,
         target=CONVOLUTIONS[n],
-        overrides={"padding": other_axes(image, dims, padding)},
+        replaced={"padding": other_axes(image, dims, padding)},
         fill=0.0,
-        macs=math.prod(call.shape) * math.prod(call["weight"].shape[1:]),
     )
 
 
 def other_axes(image: Value, dims: tuple[int, ...], given: Sequence[int]) -> list[int]:
-    """The numbers given for the last dims, 0 for those that are stream axes: what stays with the operator."""
+    """The numbers given for the last dims, 0 for those that are tiled dims: what stays with the operator."""
     first = len(image.shape) - len(given)
     return [0 if first + i in dims else number for i, number in enumerate(given)]
 
@@ -144,36 +132,36 @@ def max_pool(n: int, call: Call) -> Answer:
     """Max pooling; windows that reach beyond the padding under ceil_mode see the fill value there."""
     image: Value = call["self"]
     dims = window_dims(call, image, n, some=not call["ceil_mode"])
-    if isinstance(dims, Refusal):
+    if isinstance(dims, NotTileable):
         return dims
     if not image.dtype.is_floating_point:
-        return Refusal(Kind.GLOBAL, f"pools {image.dtype}, which has no minus infinity to pad with", dims)
+        return NotTileable(Reason.POOLS_INTEGERS, dims, (image.dtype,))
     dilation = per_axis(call["dilation"], n)
     kernel, stride, padding = pool_windows(n, call)
     windows = list(zip(kernel, stride, padding, dilation, strict=True))
     maps = [AxisMap.window(*window) for window in windows]
     extents = [AxisExtent.window(*window, call["ceil_mode"]) for window in windows]
-    overrides = {"padding": other_axes(image, dims, padding), "ceil_mode": False}
-    return windowed(call, "self", maps, extents, dims, overrides=overrides, fill=-math.inf)
+    replaced = {"padding": other_axes(image, dims, padding), "ceil_mode": False}
+    return windowed(call, "self", maps, extents, dims, replaced=replaced, fill=-math.inf)
 
 
 def average_pool(n: int, call: Call) -> Answer:
     """Average pooling; the divisors at the border are counted per window.
 
-    Some of the dims need not be stream axes, as in local response normalisation, if no window along the others
+    Some of the dims need not be tiled dims, as in local response normalisation, if no window along the others
     reaches beyond the border.
     """
     image: Value = call["self"]
     whole = not call["ceil_mode"] and not any(per_axis(call["padding"], n))
     dims = window_dims(call, image, n, some=whole)
-    if isinstance(dims, Refusal):
+    if isinstance(dims, NotTileable):
         return dims
     if not image.dtype.is_floating_point:
-        return Refusal(Kind.GLOBAL, f"averages {image.dtype}, which rounds", dims)
+        return NotTileable(Reason.AVERAGES_INTEGERS, dims, (image.dtype,))
     kernel, stride, padding = pool_windows(n, call)
     windows = list(zip(kernel, stride, padding, strict=True))
     first = len(image.shape) - n
-    average = tuple(
+    averages = tuple(
         Average(
             kernel[d - first], stride[d - first], padding[d - first], image.shape[d], call["count_include_pad"]
         )
@@ -185,9 +173,9 @@ def average_pool(n: int, call: Call) -> Answer:
         [AxisMap.window(*window) for window in windows],
         [AxisExtent.window(*window, 1, call["ceil_mode"]) for window in windows],
         dims,
-        overrides={"padding": [0] * n, "ceil_mode": False},
+        replaced={"padding": [0] * n, "ceil_mode": False},
         fill=0.0,
-        average=None if call.arguments.get("divisor_override") else average,
+        **{} if call.arguments.get("divisor_override") else {"averages": averages},
     )
 
 
@@ -202,15 +190,12 @@ def constant_pad(call: Call) -> Answer:
     image: Value = call["self"]
     pads = list(call["pad"])
     along, remaining = _pads_along(image, pads)
-    return Footprint(
-        Evaluation.WINDOWED,
-        image.dims,
-        (Read("self", image, image.dims, tuple(AxisMap.shifted(-before) for before, _ in along)),),
-        call.target if any(remaining) else None,
-        {"pad": remaining},
-        fill=float(call["value"] or 0.0),
-        extents=tuple(AxisExtent.changed(before + after) for before, after in along),
-    )
+    reads = (Read("self", image, image.dims, tuple(AxisMap.shifted(-before) for before, _ in along)),)
+    extents = tuple(AxisExtent.changed(before + after) for before, after in along)
+    fill = float(call["value"] or 0.0)
+    if not any(remaining):
+        return Cropped(image.dims, reads, extents, fill)
+    return Windowed(image.dims, reads, extents, {"pad": remaining}, fill)
 
 
 def border_pad(mode: str, call: Call) -> Answer:
@@ -219,24 +204,21 @@ def border_pad(mode: str, call: Call) -> Answer:
     pads = list(call["pad" if "pad" in call.arguments else "padding"])
     along, remaining = _pads_along(image, pads)
     if mode == "circular":
-        return Refusal(Kind.GLOBAL, OPPOSITE, image.dims)
+        return NotTileable(Reason.PADS_OPPOSITE, image.dims)
     padded = set(range(len(image.shape) - len(pads) // 2, len(image.shape)))
     if any(remaining) or padded != set(image.dims):
-        reason = f"pads dims {sorted(padded)} in mode {mode!r}, but the stream axes are dims {image.dims}"
-        return Refusal(Kind.NO_RULE, reason, image.dims)
+        return NotTileable(Reason.PADS_OTHER_DIMS, image.dims, (sorted(padded), mode, image.dims))
     maps = tuple(AxisMap.shifted(-before) for before, _ in along)
-    return Footprint(
-        Evaluation.WINDOWED,
+    return Bordered(
         image.dims,
         (Read("self", image, image.dims, maps, border=Border(mode)),),
-        None,
-        production=tuple(Production(1, before, 1) for before, _ in along),
-        extents=tuple(AxisExtent.changed(before + after) for before, after in along),
+        tuple(OutputSpan(1, before, 1) for before, _ in along),
+        tuple(AxisExtent.changed(before + after) for before, after in along),
     )
 
 
 def _pads_along(image: Value, pads: list[int]) -> tuple[list[tuple[int, int]], list[int]]:
-    """The pads before and after along each stream axis, and `pads` (last dim first) without these."""
+    """The pads before and after along each tiled dim, and `pads` (last dim first) without these."""
     rank, remaining, along = len(image.shape), list(pads), []
     for dim in image.dims:
         place = 2 * (rank - 1 - dim)
@@ -247,27 +229,21 @@ def _pads_along(image: Value, pads: list[int]) -> tuple[list[tuple[int, int]], l
 
 
 def crop(call: Call) -> Answer:
-    """A slice of any dim; along a stream axis a crop, strided or not."""
+    """A slice of any dim; along a tiled dim a crop, strided or not."""
     image: Value = call["self"]
     dim = call["dim"] % len(image.shape)
     maps = [IDENTITY] * len(image.dims)
     if dim not in image.dims:
-        return Footprint(
-            Evaluation.POINTWISE, image.dims, (Read("self", image, image.dims, tuple(maps)),), call.target
-        )
+        return Pointwise(image.dims, (Read("self", image, image.dims, tuple(maps)),))
     axis, step = image.dims.index(dim), call["step"]
     start, stop, _ = slice(call["start"], call["end"]).indices(image.shape[dim])
     maps[axis] = AxisMap(step, 1, start, start)
     extents = [AxisExtent.changed(0)] * len(image.dims)
     extents[axis] = _cropped(call["start"] or 0, call["end"], start, stop, image.shape[dim], step)
-    return Footprint(
-        Evaluation.WINDOWED,
-        image.dims,
-        (Read("self", image, image.dims, tuple(maps)),),
-        None if step == 1 else call.target,
-        {"start": None, "end": None},
-        extents=tuple(extents),
-    )
+    reads = (Read("self", image, image.dims, tuple(maps)),)
+    if step == 1:
+        return Cropped(image.dims, reads, tuple(extents))
+    return Windowed(image.dims, reads, tuple(extents), {"start": None, "end": None})
 
 
 def _cropped(given: int, end: int | None, start: int, stop: int, extent: int, step: int) -> AxisExtent:
@@ -283,17 +259,12 @@ def narrow(call: Call) -> Answer:
     image: Value = call["self"]
     dim = call["dim"] % len(image.shape)
     maps, extents = [IDENTITY] * len(image.dims), [AxisExtent.changed(0)] * len(image.dims)
-    if dim in image.dims:
-        axis = image.dims.index(dim)
-        maps[axis] = AxisMap.shifted(call["start"] % image.shape[dim])
-        extents[axis] = AxisExtent.fixed(call["length"])
-    return Footprint(
-        Evaluation.WINDOWED,
-        image.dims,
-        (Read("self", image, image.dims, tuple(maps)),),
-        None if dim in image.dims else call.target,
-        extents=tuple(extents),
-    )
+    if dim not in image.dims:
+        return Pointwise(image.dims, (Read("self", image, image.dims, tuple(maps)),))
+    axis = image.dims.index(dim)
+    maps[axis] = AxisMap.shifted(call["start"] % image.shape[dim])
+    extents[axis] = AxisExtent.fixed(call["length"])
+    return Cropped(image.dims, (Read("self", image, image.dims, tuple(maps)),), tuple(extents))
 
 
 def unfold(call: Call) -> Answer:
@@ -304,13 +275,13 @@ def unfold(call: Call) -> Answer:
     maps = tuple(AxisMap.window(*window) if d == dim else IDENTITY for d in image.dims)
     extents = tuple(AxisExtent.window(*window) if d == dim else AxisExtent.changed(0) for d in image.dims)
     read = Read("self", image, image.dims, maps)
-    return Footprint(Evaluation.WINDOWED, image.dims, (read,), call.target, extents=extents)
+    return Windowed(image.dims, (read,), extents)
 
 
 def pixel_unshuffle(call: Call) -> Answer:
     """Space to depth: each output pixel reads a square of `downscale_factor` pixels a side."""
     dims = window_dims(call, call["self"], 2)
-    if isinstance(dims, Refusal):
+    if isinstance(dims, NotTileable):
         return dims
     factor = call["downscale_factor"]
     maps, extents = [AxisMap(factor, 1, 0, factor - 1)] * 2, [AxisExtent(1, factor, 0)] * 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -11,49 +11,52 @@ from fxstream.machine.copies import to_device
 from fxstream.runtime.ranks import Ranks
 from fxstream.runtime.schedule import Subscript
 
-__all__ = ["Sums"]
+__all__ = ["Accumulator", "Contribution"]
+
+Contribution = tuple[int, Subscript | None, torch.Tensor]
+"""What one tile adds to a gradient: the input's index, the box that the tile read (None: all), the gradient."""
 
 
-class Sums:
-    """One sum per input for which a gradient is wanted; parameters of less than 32 bits are summed in float32.
+class Accumulator:
+    """One sum per input that asks for a gradient; parameters of less than 32 bits are summed in float32.
 
-    Each addition is one step that either happens or does not, so that one that runs out of memory can be repeated.
+    `add` either happens or does not, so that one that runs out of memory can be repeated.
     """
 
     def __init__(
         self,
-        leaves: Sequence[torch.Tensor | Source],
-        smalls: Sequence[torch.Tensor],
-        wanted: Sequence[bool],
+        spatial: Sequence[torch.Tensor | Source],
+        whole: Sequence[torch.Tensor],
+        needs_grad: Sequence[bool],
         is_single: bool,
     ) -> None:
-        self._inputs, self._wanted = (*leaves, *smalls), wanted
-        self._leaf_count, self._is_single = len(leaves), is_single
+        self._inputs, self._needs_grad, self._is_single = (*spatial, *whole), needs_grad, is_single
         self._sums: list[torch.Tensor | None] = [None] * len(self._inputs)
 
-    def addition(self, place: int, box: Subscript | None, gradient: torch.Tensor) -> Callable[[], None]:
-        """The step that adds what one tile gives for the input at `place`, or for the box of it that it read."""
+    def add(self, index: int, box: Subscript | None, gradient: torch.Tensor) -> None:
+        """Accumulate one tile's gradient into input `index`, or into the region of it that the tile read."""
         if box is None:
-            return lambda: self._add_small(place, gradient)
-        return lambda: self._add_leaf(place, box, gradient)
+            self._add_whole(index, gradient)
+        else:
+            self._add_box(index, box, gradient)
 
-    def _add_leaf(self, place: int, box: Subscript, gradient: torch.Tensor) -> None:
-        leaf, total = self._inputs[place], self._sums[place]
-        assert isinstance(leaf, torch.Tensor)
-        if self._is_single and gradient.shape == leaf.shape:
-            self._sums[place] = to_device(gradient, leaf.device)
+    def _add_box(self, index: int, box: Subscript, gradient: torch.Tensor) -> None:
+        image, total = self._inputs[index], self._sums[index]
+        assert isinstance(image, torch.Tensor)
+        if self._is_single and gradient.shape == image.shape:
+            self._sums[index] = to_device(gradient, image.device)
             return
         if total is None:
-            total = self._sums[place] = torch.zeros_like(leaf)
+            total = self._sums[index] = torch.zeros_like(image)
         total[box].add_(to_device(gradient, total.device))
 
-    def _add_small(self, place: int, gradient: torch.Tensor) -> None:
-        total = self._sums[place]
+    def _add_whole(self, index: int, gradient: torch.Tensor) -> None:
+        total = self._sums[index]
         if self._is_single:
-            self._sums[place] = gradient
+            self._sums[index] = gradient
         elif total is None:
             wide = torch.promote_types(gradient.dtype, torch.float32)
-            self._sums[place] = gradient.to(wide, copy=True)
+            self._sums[index] = gradient.to(wide, copy=True)
         else:
             total += gradient
 
@@ -61,6 +64,6 @@ class Sums:
         """The sums, over all ranks, in the type of their input; None where nothing was asked for or flowed."""
         sums = self._sums if ranks is None else ranks.add_up(self._sums, self._inputs)
         return [
-            total.to(given.dtype) if wants and total is not None else None
-            for given, wants, total in zip(self._inputs, self._wanted, sums, strict=True)
+            total.to(tensor.dtype) if needed and total is not None else None
+            for tensor, needed, total in zip(self._inputs, self._needs_grad, sums, strict=True)
         ]

@@ -19,27 +19,27 @@ import torch
 from fxstream.geometry.box import Box, Interval
 from fxstream.io.source import Source
 from fxstream.machine.copies import pinned
-from fxstream.runtime.schedule import Subscript, TileCall
+from fxstream.runtime.schedule import Subscript, TileTask
 
-__all__ = ["MOST_HELD", "Leaf", "Reader", "shared_boxes"]
+__all__ = ["MOST_HELD", "Image", "Reader", "shared_boxes"]
 
-Leaf = torch.Tensor | Source
+Image = torch.Tensor | Source
 
 MOST_HELD = 2**28
 """Bytes of overlaps that are held to be read once."""
 
 
 class Reader:
-    """Reads the leaves' boxes for the calls of one pass, which come in this order; a context."""
+    """Reads the images' boxes for the tasks of one pass, which come in this order; a context."""
 
-    def __init__(self, leaves: Sequence[Leaf], calls: Sequence[TileCall], device: torch.device) -> None:
-        self._leaves, self._device = leaves, device
-        self._outside = [isinstance(leaf, Source) or leaf.device != device for leaf in leaves]
+    def __init__(self, images: Sequence[Image], tasks: Sequence[TileTask], device: torch.device) -> None:
+        self._images, self._device = images, device
+        self._outside = [isinstance(image, Source) or image.device != device for image in images]
         self._threads = ThreadPoolExecutor(1, "fxstream-read") if any(self._outside) else None
-        self._ahead: dict[TileCall, Future[list[torch.Tensor]]] = {}
+        self._ahead: dict[TileTask, Future[list[torch.Tensor]]] = {}
         self._overlaps = [
-            _Overlaps(leaf, [call.leaves[k] for call in calls]) if isinstance(leaf, Source) else None
-            for k, leaf in enumerate(leaves)
+            _Overlaps(image, [task.reads[k] for task in tasks]) if isinstance(image, Source) else None
+            for k, image in enumerate(images)
         ]
 
     def __enter__(self) -> Reader:
@@ -51,31 +51,31 @@ class Reader:
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def read(self, call: TileCall, following: TileCall | None = None) -> list[torch.Tensor]:
-        """What one tile reads of each leaf, on the device; starts to read for the one that follows."""
+    def read(self, task: TileTask, following: TileTask | None = None) -> list[torch.Tensor]:
+        """What one tile reads of each image, on the device; starts to read for the one that follows."""
         if self._threads is None:
-            return [leaf[box] for leaf, box in zip(self._leaves, call.leaves, strict=True)]
-        now = self._ahead.pop(call, None) or self._threads.submit(self._stored, call)
+            return [image[box] for image, box in zip(self._images, task.reads, strict=True)]
+        now = self._ahead.pop(task, None) or self._threads.submit(self._stored, task)
         stored = now.result()
         if following is not None and following not in self._ahead:
             self._ahead[following] = self._threads.submit(self._stored, following)
         return [
-            leaf.place(tensor) if isinstance(leaf, Source) else tensor.to(self._device, non_blocking=True)
-            for leaf, tensor in zip(self._leaves, stored, strict=True)
+            image.place(tensor) if isinstance(image, Source) else tensor.to(self._device, non_blocking=True)
+            for image, tensor in zip(self._images, stored, strict=True)
         ]
 
-    def _stored(self, call: TileCall) -> list[torch.Tensor]:
+    def _stored(self, task: TileTask) -> list[torch.Tensor]:
         """The boxes as they are stored; tensors of the host in pinned memory."""
-        found = []
-        for leaf, box, overlaps, outside in zip(
-            self._leaves, call.leaves, self._overlaps, self._outside, strict=True
+        stored = []
+        for image, box, overlaps, outside in zip(
+            self._images, task.reads, self._overlaps, self._outside, strict=True
         ):
             if overlaps is not None:
-                found.append(overlaps.read(box))
+                stored.append(overlaps.read(box))
             else:
-                pins = outside and isinstance(leaf, torch.Tensor) and self._device.type == "cuda"
-                found.append(pinned(leaf[box]) if pins else leaf[box])
-        return found
+                pins = outside and isinstance(image, torch.Tensor) and self._device.type == "cuda"
+                stored.append(pinned(image[box]) if pins else image[box])
+        return stored
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,9 +45,9 @@ class Ranks:
         self._group: dist.ProcessGroup = mesh
         self.rank, self.count = dist.get_rank(mesh), dist.get_world_size(mesh)
 
-    def agree(self, parts: Mapping[str, object]) -> None:
+    def require_equal(self, parts: Mapping[str, object]) -> None:
         """Compare what all ranks must have in common. Raises `StreamError` naming what differs and where."""
-        everyone = self._told(dict(parts))
+        everyone = self._all_gather(dict(parts))
         for what, mine in everyone[0].items():
             others = [rank for rank, theirs in enumerate(everyone) if theirs.get(what) != mine]
             if others:
@@ -58,14 +58,14 @@ class Ranks:
                 )
 
     @contextlib.contextmanager
-    def settled(self) -> Iterator[None]:
-        """What ranks do apart; behind it all have done it, or all raise (rule 3)."""
+    def raise_together(self) -> Iterator[None]:
+        """Run a block on every rank; if it fails on one, raise on all (rule 3)."""
         failure = None
         try:
             yield
         except Exception as error:
             failure = error
-        failures = self._told(None if failure is None else f"{type(failure).__name__}: {failure}")
+        failures = self._all_gather(None if failure is None else f"{type(failure).__name__}: {failure}")
         if failure is not None:
             raise failure
         for rank, told in enumerate(failures):
@@ -74,7 +74,7 @@ class Ranks:
 
     def least(self, value: int) -> int:
         """The smallest of the ranks' values."""
-        found: int = min(self._told(value))
+        found: int = min(self._all_gather(value))
         return found
 
     def exchange(self, whole: torch.Tensor, boxes: Sequence[Sequence[Subscript]]) -> None:
@@ -95,7 +95,7 @@ class Ranks:
 
     def gather_rows(self, rows: Sequence[torch.Tensor], counts: Sequence[int]) -> tuple[Rows, Rows]:
         """The rows of the ranks before and of those behind this one, each row with its count."""
-        everyone = self._told((list(counts), None if not rows else (tuple(rows[0].shape), rows[0].dtype)))
+        everyone = self._all_gather((list(counts), None if not rows else (tuple(rows[0].shape), rows[0].dtype)))
         shape, dtype = next(form for _, form in everyone if form is not None)
         device = rows[0].device if rows else self._device()
         before: Rows = []
@@ -116,7 +116,7 @@ class Ranks:
     def add_up(self, sums: Iterable[torch.Tensor | None], like: Sequence[Any]) -> list[torch.Tensor | None]:
         """The sums over all ranks; None where no rank has anything. `like` are the tensors they belong to."""
         mine = list(sums)
-        forms = self._told([None if total is None else total.dtype for total in mine])
+        forms = self._all_gather([None if total is None else total.dtype for total in mine])
         found: list[torch.Tensor | None] = []
         for total, given, types in zip(mine, like, zip(*forms, strict=True), strict=True):
             dtype = next((known for known in types if known is not None), None)
@@ -130,8 +130,8 @@ class Ranks:
             found.append(total)
         return found
 
-    def _told(self, mine: Any) -> list[Any]:
-        """What every rank tells."""
+    def _all_gather(self, mine: Any) -> list[Any]:
+        """The object of every rank, in their order."""
         everyone: list[Any] = [None] * self.count
         with _reaching():
             dist.all_gather_object(everyone, mine, group=self._group)

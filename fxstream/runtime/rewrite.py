@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx, nn
 
+from fxstream.graph.autograd_saves import in_place_variant
 from fxstream.graph.capture import Captured
-from fxstream.graph.shapes import fold_integers
-from fxstream.graph.typed_graph import Locality
-from fxstream.planning.plan import Plan, SegmentPlan
+from fxstream.graph.typed_graph import TypedGraph
+from fxstream.io.sink import Sink
+from fxstream.planning.plan import Plan
 from fxstream.runtime.ranks import Ranks
 from fxstream.runtime.schedule import Stream, Watch, build_stream
 from fxstream.runtime.tile_loop import stream_map
-from fxstream.tiling.autograd_saves import Saved
-from fxstream.tiling.fold import saved_with_folds, segment_with_folds, write_weights
+from fxstream.tiling.fuse import folded_weights
 from fxstream.tiling.order import execution_order
-from fxstream.tiling.reuse import reuse_inputs
+from fxstream.tiling.segment import Fusion, Segment
 
-__all__ = ["StreamedSegment", "read_whole", "rewrite"]
+__all__ = ["StreamedSegment", "read_whole", "rewrite", "with_sinks"]
 
 
 class StreamedSegment(nn.Module):
-    """A segment in the rewritten graph: called with its leaves, then its small tensors."""
+    """A segment in the rewritten graph: called with its spatial inputs, then its whole inputs."""
 
     def __init__(self, stream: Stream) -> None:
         super().__init__()
@@ -42,61 +43,94 @@ class StreamedSegment(nn.Module):
 
 def rewrite(
     captured: Captured,
-    locality: Locality,
+    typed: TypedGraph,
     plan: Plan,
-    saved: Mapping[str, Saved] | None = None,
     compile_tiles: bool = False,
     ranks: Ranks | None = None,
     watch: Watch | None = None,
 ) -> fx.GraphModule:
     """The graph at one image size with its segments streamed; takes and returns what the captured one does.
 
-    With `saved`, what autograd keeps of each operator, memory is reused where that changes nothing (`economy`) and
-    frozen BatchNorms are folded (`folding`). `compile_tiles` passes tile programs through `torch.compile`; `ranks`
-    share the tiles; `watch` is told of each.
+    Dense operators take over their input's memory where that changes nothing (`TypedNode.reuses`). `compile_tiles`
+    passes tile programs through `torch.compile`; `ranks` share the tiles; `watch` is called for each.
     """
     segments = {plan.segment.name: plan for plan in plan.segments}
-    if saved is not None:
-        for name, own in segments.items():
-            segments[name] = replace(own, segment=segment_with_folds(locality, own.segment))
     labels = _labels(captured)
     graph = fx.Graph()
     env: dict[str, fx.Node] = {}
     modules: dict[str, nn.Module] = {}
-    for name in execution_order(locality, [plan.segment for plan in plan.segments]):
-        if name in segments:
-            segment = segments[name].segment
-            inputs = tuple(labels.get(given, given) for given in segment.inputs)
-            known = None if saved is None else saved_with_folds(locality, saved, segment.nodes)
-            stream = build_stream(locality, segments[name], inputs, known, compile_tiles, ranks)
-            stream.watch = watch
-            places = enumerate(segment.outputs)
-            stream.offloaded = frozenset(k for k, output in places if output in plan.offloaded)
-            modules[name] = StreamedSegment(stream)
-            if saved is not None:
-                write_weights(graph, env, locality, segment.nodes)
-            _call_segment(graph, env, segments[name])
-        else:
-            _copy(graph, env, locality.nodes[name], locality)
-    if saved is not None:
-        made = {output for plan in plan.segments for output in plan.segment.outputs}
-        copied = {env[name]: name for name in locality.verdicts if name in env and name not in made}
-        reuse_inputs(graph, copied, locality, saved)
+    dense: set[str] = set()
+    for name in execution_order(typed, [plan.segment for plan in plan.segments]):
+        if name not in segments:
+            _copy(graph, env, typed, name)
+            dense.add(name)
+            continue
+        segment = segments[name].segment
+        inputs = tuple(labels.get(one, one) for one in segment.inputs)
+        options = {"compile_tiles": compile_tiles, "ranks": ranks, "watch": watch, "offloaded": plan.offloaded}
+        modules[name] = StreamedSegment(build_stream(segments[name], inputs, **options))  # type: ignore[arg-type]
+        for fusion in segment.fusions:
+            _write_weights(graph, env, fusion)
+        _call_segment(graph, env, segment)
+    for name in sorted(dense):
+        _reuse_input(env, typed, name, dense)
     root = {node.target: getattr(captured.module, node.target) for node in graph.nodes if node.op == "get_attr"}
     graph.lint()
     return fx.GraphModule({**root, **modules}, graph, "Streamed")
 
 
+def _write_weights(graph: fx.Graph, env: dict[str, fx.Node], fusion: Fusion) -> None:
+    """Write what makes the weights of a fusion; `env` gets them by their names."""
+    tensors = [env[name] if name is not None else None for name in fusion.tensors]
+    both = graph.call_function(folded_weights, (*tensors, fusion.eps, fusion.dtype))
+    for index, name in enumerate((fusion.weight, fusion.bias)):
+        env[name] = graph.call_function(operator.getitem, (both, index), name=name)
+
+
+def _reuse_input(env: Mapping[str, fx.Node], typed: TypedGraph, name: str, dense: Collection[str]) -> None:
+    """Let a dense operator take over the memory of its input, if a dense operator made that for it alone."""
+    node, copy = typed[name], env[name]
+    if node.reuses and node.inputs[0] in dense and len(copy.all_input_nodes[0].users) == 1:
+        copy.target = in_place_variant(copy.target) or copy.target
+
+
+def with_sinks(streamed: fx.GraphModule, sinks: Mapping[int, Sink]) -> tuple[fx.GraphModule, set[int]]:
+    """The same graph, whose segments write results into sinks, by index; and the indices of these results.
+
+    Only what tiles make, for the result alone.
+    """
+    outputs: Any = streamed.graph.output_node().args[0]
+    attached: dict[str, dict[int, Sink]] = {}
+    written = set()
+    for index, sink in sinks.items():
+        node: Any = outputs[index]
+        call, k = node.args if node.target is operator.getitem else (node, 0)
+        segment = streamed.get_submodule(call.target) if call.op == "call_module" else None
+        is_read_once = len(node.users) == 1 and list(outputs).count(node) == 1
+        is_tiled = isinstance(segment, StreamedSegment) and bool(segment.stream.plan.axes)
+        if is_tiled and is_read_once and k not in segment.stream.combined:  # type: ignore[union-attr,operator]
+            attached.setdefault(call.target, {})[k] = sink
+            written.add(index)
+    modules: dict[str, Any] = {name: streamed.get_submodule(name) for name in attached}
+    root = {n.target: _attribute(streamed, n) for n in streamed.graph.nodes if n.op in ("get_attr", "call_module")}
+    root |= {n: StreamedSegment(replace(module.stream, sinks=attached[n])) for n, module in modules.items()}
+    return fx.GraphModule(root, streamed.graph, "Streamed"), written
+
+
+def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
+    return operator.attrgetter(str(node.target))(module)
+
+
 def read_whole(streamed: fx.GraphModule) -> frozenset[str]:
     """The inputs of a rewritten graph that something reads other than box by box."""
-    found = set()
+    whole = set()
     for node in streamed.graph.nodes:
         module = streamed.get_submodule(node.target) if node.op == "call_module" else None
-        boxes = module.stream.leaf_count if isinstance(module, StreamedSegment) else 0
-        leaves = node.args[:boxes]
-        found |= {given.name for given in node.all_input_nodes if given not in leaves}
-        found |= {given.name for given in node.args[boxes:] if isinstance(given, fx.Node)}
-    return frozenset(found)
+        boxes = module.stream.spatial_count if isinstance(module, StreamedSegment) else 0
+        spatial = node.args[:boxes]
+        whole |= {one.name for one in node.all_input_nodes if one not in spatial}
+        whole |= {one.name for one in node.args[boxes:] if isinstance(one, fx.Node)}
+    return frozenset(whole)
 
 
 def _labels(captured: Captured) -> dict[str, str]:
@@ -107,8 +141,7 @@ def _labels(captured: Captured) -> dict[str, str]:
     return dict(zip(placeholders, captured.tensors, strict=True))
 
 
-def _call_segment(graph: fx.Graph, env: dict[str, fx.Node], plan: SegmentPlan) -> None:
-    segment = plan.segment
+def _call_segment(graph: fx.Graph, env: dict[str, fx.Node], segment: Segment) -> None:
     inputs = tuple(env[name] for name in segment.inputs)
     call = graph.create_node("call_module", segment.name, inputs, name=segment.name)
     if len(segment.outputs) == 1:
@@ -118,19 +151,9 @@ def _call_segment(graph: fx.Graph, env: dict[str, fx.Node], plan: SegmentPlan) -
         env[output] = graph.create_node("call_function", operator.getitem, (call, k), name=output)
 
 
-def _copy(graph: fx.Graph, env: dict[str, fx.Node], node: fx.Node, locality: Locality) -> None:
-    args, kwargs = fold_integers(node, locality.metas)
-
-    def mapped(given: fx.Node) -> fx.Node:
-        return env[given.name]
-
-    new = graph.create_node(
-        node.op,
-        node.target,
-        fx.node.map_arg(args, mapped),
-        fx.node.map_arg(kwargs, mapped),
-        name=node.name,
-        type_expr=node.type,
-    )
+def _copy(graph: fx.Graph, env: dict[str, fx.Node], typed: TypedGraph, name: str) -> None:
+    node = typed[name].node
+    args, kwargs = fx.node.map_arg(typed.arguments(node), lambda one: env[one.name])
+    new = graph.create_node(node.op, node.target, args, kwargs, name=node.name, type_expr=node.type)
     new.meta = dict(node.meta)
     env[node.name] = new

@@ -15,36 +15,34 @@ from dataclasses import dataclass, field
 import torch
 
 from fxstream.geometry.box import EMPTY, Box, Interval
-from fxstream.graph.shapes import Shape
-from fxstream.graph.typed_graph import Locality
+from fxstream.graph.typed_graph import TypedGraph
 from fxstream.io.sink import Sink
-from fxstream.rules import Footprint
+from fxstream.rules import Reduced, Value
 from fxstream.rules.resample_table import Lookup
 from fxstream.runtime.ranks import Ranks, assigned
 from fxstream.runtime.tile_program import TileProgram, tile_program, whole_program
-from fxstream.tiling.autograd_saves import Saved
-from fxstream.tiling.bounds import AxisTile, AxisWalk, Segment, lookups
-from fxstream.tiling.fold import names_of
+from fxstream.tiling.bounds import AxisTile, BoundsPass, lookups
+from fxstream.tiling.segment import Segment
 from fxstream.tiling.segment_plan import SegmentPlan, tile_arithmetic
 
-__all__ = ["Stream", "Subscript", "TileCall", "Watch", "build_stream"]
+__all__ = ["Schedule", "Stream", "Subscript", "TileTask", "Watch", "build_stream"]
 
 Subscript = tuple[slice, ...]
 Watch = Callable[[str, int, int], None]
-"""Is told what runs, how many of its tiles are done, and of how many."""
+"""Called with what runs, how many of its tiles are done, and of how many."""
 Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TileCall:
-    """One turn of the loop: which program, what it reads of each leaf, what it owns of each output.
+class TileTask:
+    """One tile to run: which program, what it reads of each spatial input, what it owns of each output.
 
     `positions` are the pixels that it owns of each output, or of what a reduction reduces. `lookups` are the parts
-    of tables that the program takes behind its other inputs. `tile` is the tile along each axis; () is everything.
+    of tables that the program takes after its other inputs. `tile` is the tile along each axis; () is everything.
     """
 
     program: int
-    leaves: tuple[Subscript, ...]
+    reads: tuple[Subscript, ...]
     outputs: tuple[Subscript | None, ...]
     positions: tuple[int, ...]
     is_kept: bool = False
@@ -52,126 +50,121 @@ class TileCall:
     tile: tuple[AxisTile, ...] = ()
 
 
-class _Schedule:
-    """Makes the calls of tiles, and the programs of their classes when the first of each comes."""
+class Schedule:
+    """The tiles of a segment that run here, in order, and the programs of their classes; it may change.
 
-    def __init__(
-        self, locality: Locality, segment: Segment, saved: Mapping[str, Saved] | None, compile_tiles: bool
-    ) -> None:
-        self._locality, self._segment, self._saved, self._compile_tiles = locality, segment, saved, compile_tiles
-        axes = range(len(locality.footprint(segment.outputs[0]).dims))
-        self._walks = [AxisWalk(locality, segment, axis) for axis in axes]
-        self._numbers: list[dict[object, int]] = [{} for _ in axes]
-        self._known: list[dict[int, tuple[AxisTile, int]]] = [{} for _ in axes]
+    A program is made when the first tile of its class is. `is_reduced` says that tiles had to be made smaller.
+    """
+
+    def __init__(self, plan: SegmentPlan, compile_tiles: bool) -> None:
+        self._segment, self._compile_tiles = plan.segment, compile_tiles
+        self._walks = [BoundsPass(plan.segment, axis) for axis in range(len(plan.axes))]
+        self._numbers: list[dict[object, int]] = [{} for _ in plan.axes]
+        self._along: list[dict[int, tuple[AxisTile, int]]] = [{} for _ in plan.axes]
         self._classes: dict[tuple[int, ...], int] = {}
         self.programs: list[TileProgram] = []
+        self.is_reduced = False
+        if plan.axes:
+            recomputed = plan.tile_count - plan.kept
+            self.tasks = tuple(self.task(tile, i >= recomputed) for i, tile in enumerate(plan.tiles()))
+        else:
+            reads, outputs = ((slice(None),),) * len(plan.segment.spatial), len(plan.segment.outputs)
+            number = self._add(whole_program(plan.segment))
+            self.tasks = (TileTask(number, reads, ((),) * outputs, (1,) * outputs, plan.kept > 0),)
 
-    def call(self, tile: tuple[AxisTile, ...], is_kept: bool = False) -> TileCall:
-        """The call of the tile that is the product of these."""
-        locality, segment = self._locality, self._segment
-        leaves = tuple(
-            Box(tuple(along.boxes.get(leaf, EMPTY) for along in tile)).index(dims, _rank(locality, leaf))
-            for leaf, dims in segment.leaves
+    def task(self, tile: tuple[AxisTile, ...], is_kept: bool = False) -> TileTask:
+        """The task of the tile that is the product of these."""
+        segment, graph = self._segment, self._segment.graph
+        reads = tuple(
+            Box(tuple(along.boxes.get(name, EMPTY) for along in tile)).index(dims, len(graph.value(name).shape))
+            for name, dims in segment.spatial
         )
         boxes = [Box(tuple(along.outputs[k] for along in tile)) for k in range(len(segment.outputs))]
-        owned = tuple(
-            _owned(box, locality.footprint(output), _rank(locality, output))
-            for box, output in zip(boxes, segment.outputs, strict=True)
-        )
+        outputs = tuple(_owned(graph, output, box) for box, output in zip(boxes, segment.outputs, strict=True))
         positions = tuple(math.prod(box.shape) for box in boxes)
         tables = tuple(lookups(segment, tile).values())
-        return TileCall(self._program(tile), leaves, owned, positions, is_kept, tables, tile)
+        return TileTask(self._program(tile), reads, outputs, positions, is_kept, tables, tile)
 
-    def halves(self, call: TileCall) -> tuple[TileCall, ...]:
-        """Two calls that own half of its outputs each, along its longest axis; () of what has one pixel."""
-        lengths = [max(map(len, along.outputs)) for along in call.tile]
+    def halves(self, task: TileTask) -> tuple[TileTask, ...]:
+        """Two tasks that own half of its outputs each, along its longest axis; () of what has one pixel."""
+        lengths = [max(map(len, along.outputs)) for along in task.tile]
         if max(lengths, default=1) < 2:
             return ()
         axis = lengths.index(max(lengths))
-        middles = [(owned.start + owned.stop + 1) // 2 for owned in call.tile[axis].outputs]
-        pairs = list(zip(call.tile[axis].outputs, middles, strict=True))
+        middles = [(owned.start + owned.stop + 1) // 2 for owned in task.tile[axis].outputs]
+        pairs = list(zip(task.tile[axis].outputs, middles, strict=True))
         first = tuple(Interval(owned.start, middle) for owned, middle in pairs)
         second = tuple(Interval(middle, owned.stop) for owned, middle in pairs)
-        walk, parts = self._walks[axis], (first, second)
-        return tuple(
-            self.call((*call.tile[:axis], walk.tile(part), *call.tile[axis + 1 :]), call.is_kept) for part in parts
-        )
+        tiles = [
+            (*task.tile[:axis], self._walks[axis].tile(part), *task.tile[axis + 1 :]) for part in (first, second)
+        ]
+        return tuple(self.task(tile, task.is_kept) for tile in tiles)
 
     def _program(self, tile: tuple[AxisTile, ...]) -> int:
         """The number of the program of the tile's class."""
         key = tuple(self._class_along(axis, along) for axis, along in enumerate(tile))
         if key not in self._classes:
-            program = tile_program(self._locality, self._segment, tile, self._saved)
-            self._classes[key] = len(self.programs)
-            self.programs.append(program.compiled() if self._compile_tiles else program)
+            self._classes[key] = self._add(tile_program(self._segment, tile))
         return self._classes[key]
 
+    def _add(self, program: TileProgram) -> int:
+        self.programs.append(program.compiled() if self._compile_tiles else program)
+        return len(self.programs) - 1
+
     def _class_along(self, axis: int, along: AxisTile) -> int:
-        """The class of a tile along one axis: equal programs, equal number; known tiles by identity."""
-        known = self._known[axis]
-        if id(along) not in known:
+        """The class of a tile along one axis: equal programs, equal number; tiles seen before by identity."""
+        seen = self._along[axis]
+        if id(along) not in seen:
             numbers = self._numbers[axis]
-            known[id(along)] = along, numbers.setdefault(along.program_key, len(numbers))
-        return known[id(along)][1]
+            seen[id(along)] = along, numbers.setdefault(along.program_key, len(numbers))
+        return seen[id(along)][1]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Stream:
-    """A segment made ready to run: the programs of its tile classes and the schedule of its tiles.
+    """A segment made ready to run; only its `schedule` changes.
 
-    `combined` says how the partial results of the outputs that are reductions are combined, by their places.
-    `labels` name the leaves and the small tensors, in that order, in the user's words; `sources` are the places of
-    the inputs that each output can send a gradient to. `calls` is replaced, and `is_reduced` set, when tiles had
-    to be made smaller. `sinks` take outputs of a call without gradients, by their places, instead of a tensor.
-    Where `ranks` share the tiles, `planned` are those of each rank and `calls` this one's. `watch` is told of
-    every tile. `offloaded` are the places of the outputs that lie in host memory.
+    `outputs` are the whole results, `combined` says how the partial results of those that are reductions are
+    combined, by index. `labels` name the spatial and whole inputs, in that order, in the user's words; `sources`
+    are the indices of the inputs that each output can send a gradient to. `sinks` take outputs of a call without
+    gradients, by index, instead of a tensor. Where `ranks` share the tiles, `planned` are the tasks of each rank.
+    `watch` is called for every tile. `offloaded` are the indices of the outputs that lie in host memory.
     """
 
     plan: SegmentPlan
-    programs: Sequence[TileProgram]
-    calls: tuple[TileCall, ...]
-    outputs: tuple[Shape, ...]
+    schedule: Schedule
+    outputs: tuple[Value, ...]
     combined: Mapping[int, Combine]
     labels: tuple[str, ...]
     sources: tuple[frozenset[int], ...]
-    _schedule: _Schedule | None = field(default=None, repr=False)
-    is_reduced: bool = False
-    sinks: dict[int, Sink] = field(default_factory=dict)
     ranks: Ranks | None = None
-    planned: tuple[tuple[TileCall, ...], ...] = ()
+    planned: tuple[tuple[TileTask, ...], ...] = ()
     watch: Watch | None = None
     offloaded: frozenset[int] = frozenset()
+    sinks: Mapping[int, Sink] = field(default_factory=dict)
 
     @property
-    def leaf_count(self) -> int:
+    def spatial_count(self) -> int:
         """How many of the inputs are cut into boxes; the rest is passed whole."""
-        return len(self.plan.segment.leaves)
-
-    def halves(self, call: TileCall) -> tuple[TileCall, ...]:
-        """Two calls in the place of one; none where nothing smaller exists."""
-        return self._schedule.halves(call) if self._schedule is not None else ()
+        return len(self.plan.segment.spatial)
 
     def owned_by_ranks(self, k: int) -> list[list[Subscript]]:
         """What the tiles of each rank own of an output."""
-        return [[box for call in calls if (box := call.outputs[k]) is not None] for calls in self.planned]
+        return [[box for task in tasks if (box := task.outputs[k]) is not None] for tasks in self.planned]
 
-    def settled(self) -> contextlib.AbstractContextManager[None]:
-        """What ranks do apart: behind it all have done it, or all raise."""
-        return contextlib.nullcontext() if self.ranks is None else self.ranks.settled()
+    def raise_together(self) -> contextlib.AbstractContextManager[None]:
+        """A block that every rank runs; if it fails on one, all raise."""
+        return contextlib.nullcontext() if self.ranks is None else self.ranks.raise_together()
 
     @contextlib.contextmanager
     def watched(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """What to tell how many tiles of a pass are done; who watches is told its end, whatever it is."""
+        """Progress callback for one pass; always reports completion, also on error."""
         watch = self.watch if self.plan.axes else None
-        tell = functools.partial(watch or _nobody, f"{self.plan.segment.name} {what}")
+        report = functools.partial(watch or _nobody, f"{self.plan.segment.name} {what}")
         try:
-            yield tell
+            yield report
         finally:
-            tell(1, 1)
-
-    def tables(self, call: TileCall, device: torch.device) -> list[torch.Tensor]:
-        """What one tile takes from tables."""
-        return [tensor for lookup in call.lookups for tensor in lookup.tensors(device)]
+            report(1, 1)
 
 
 def _nobody(what: str, done: int, total: int) -> None:
@@ -179,88 +172,70 @@ def _nobody(what: str, done: int, total: int) -> None:
 
 
 def build_stream(
-    locality: Locality,
     plan: SegmentPlan,
     labels: tuple[str, ...],
-    saved: Mapping[str, Saved] | None = None,
+    *,
     compile_tiles: bool = False,
     ranks: Ranks | None = None,
+    watch: Watch | None = None,
+    offloaded: frozenset[str] = frozenset(),
 ) -> Stream:
-    """The programs and the schedule of a planned segment; `saved` as in `tile_program`.
+    """The programs and the schedule of a planned segment.
 
     Where `ranks` share the tiles, a segment that runs whole runs on all of them alike.
     """
-    segment = plan.segment
-    shapes = tuple(_shape(locality, output) for output in segment.outputs)
-    sources = _sources(locality, segment)
-    if not plan.axes:
-        program = whole_program(locality, segment, saved)
-        programs = (program.compiled() if compile_tiles else program,)
-        return Stream(plan, programs, (_whole_call(plan),), shapes, {}, labels, sources)
-    schedule = _Schedule(locality, segment, saved, compile_tiles)
-    recomputed = plan.tile_count - plan.kept
-    calls = tuple(schedule.call(tile, i >= recomputed) for i, tile in enumerate(plan.tiles()))
-    planned = _shared(locality, plan, calls, ranks.count) if ranks is not None else ()
-    own = planned[ranks.rank] if ranks is not None else calls
-    footprints = [locality.footprint(output) for output in segment.outputs]
-    combined = {k: f.reduction.combine for k, f in enumerate(footprints) if f.reduction is not None}
-    stream = Stream(plan, schedule.programs, own, shapes, combined, labels, sources, schedule)
-    stream.ranks, stream.planned = ranks, planned
-    return stream
+    segment, schedule = plan.segment, Schedule(plan, compile_tiles)
+    patterns = enumerate(segment.graph[output].pattern for output in segment.outputs if plan.axes)
+    planned: tuple[tuple[TileTask, ...], ...] = ()
+    if ranks is not None and plan.axes:
+        planned = _shared(plan, schedule.tasks, ranks.count)
+        schedule.tasks = planned[ranks.rank]
+    return Stream(
+        plan,
+        schedule,
+        tuple(segment.graph.value(output) for output in segment.outputs),
+        {k: pattern.combine for k, pattern in patterns if isinstance(pattern, Reduced)},
+        labels,
+        _sources(segment),
+        ranks if plan.axes else None,
+        planned,
+        watch,
+        frozenset(k for k, output in enumerate(segment.outputs) if output in offloaded),
+    )
 
 
 KEPT = 0.75
 """The time of a tile that is not recomputed over that of one that is."""
 
 
-def _shared(
-    locality: Locality, plan: SegmentPlan, calls: Sequence[TileCall], count: int
-) -> tuple[tuple[TileCall, ...], ...]:
+def _shared(plan: SegmentPlan, tasks: Sequence[TileTask], count: int) -> tuple[tuple[TileTask, ...], ...]:
     """The tiles of each rank, in order, balanced by their arithmetic."""
-    work = tile_arithmetic(locality, plan)
-    costs = [cost * (KEPT if call.is_kept else 1) for cost, call in zip(work, calls, strict=True)]
-    ranks = assigned(costs, count)
-    pairs = list(zip(calls, ranks, strict=True))
-    return tuple(tuple(call for call, owner in pairs if owner == rank) for rank in range(count))
-
-
-def _whole_call(plan: SegmentPlan) -> TileCall:
-    """The one call of a segment that runs whole."""
-    leaves = ((slice(None),),) * len(plan.segment.leaves)
-    outputs = len(plan.segment.outputs)
-    return TileCall(0, leaves, ((),) * outputs, (1,) * outputs, plan.kept > 0)
+    costs = [cost * (KEPT if task.is_kept else 1) for cost, task in zip(tile_arithmetic(plan), tasks, strict=True)]
+    pairs = list(zip(tasks, assigned(costs, count), strict=True))
+    return tuple(tuple(task for task, owner in pairs if owner == rank) for rank in range(count))
 
 
 CONSTANT = {"aten::detach", "aten::zeros_like", "aten::ones_like", "aten::full_like"}
 """Operators whose result has no gradient."""
 
 
-def _sources(locality: Locality, segment: Segment) -> tuple[frozenset[int], ...]:
-    """For each output, the places of the inputs that a gradient can flow to: nothing behind a detach."""
-    known = {name: frozenset([place]) for place, name in reversed(list(enumerate(segment.inputs)))}
-    for place, name in enumerate(segment.inputs):
-        known[name] |= {place}
+def _sources(segment: Segment) -> tuple[frozenset[int], ...]:
+    """For each output, the indices of the inputs that a gradient can flow to: nothing before a detach."""
+    sources: dict[str, frozenset[int]] = {}
+    for index, name in enumerate(segment.inputs):
+        sources[name] = sources.get(name, frozenset()) | {index}
     for name in segment.nodes:
-        given = (*(given.name for given in locality.nodes[name].all_input_nodes), *names_of(name))
-        known[name] = frozenset().union(*(known.get(one, ()) for one in given))
-        meta = locality.metas[name]
-        if locality.verdicts[name].operator in CONSTANT or (isinstance(meta, Shape) and not meta.has_gradient):
-            known[name] = frozenset()
-    return tuple(known[output] for output in segment.outputs)
+        node = segment.graph[name]
+        is_constant = node.verdict is not None and node.verdict.operator in CONSTANT
+        has_gradient = node.is_tuple or (bool(node.values) and node.values[0].has_gradient)
+        inputs = node.inputs if has_gradient and not is_constant else []
+        sources[name] = frozenset().union(*(sources.get(one, frozenset()) for one in inputs))
+    return tuple(sources[output] for output in segment.outputs)
 
 
-def _shape(locality: Locality, name: str) -> Shape:
-    meta = locality.metas[name]
-    assert isinstance(meta, Shape)
-    return meta
-
-
-def _rank(locality: Locality, name: str) -> int:
-    return len(_shape(locality, name).shape)
-
-
-def _owned(box: Box, footprint: Footprint, rank: int) -> Subscript | None:
+def _owned(graph: TypedGraph, output: str, box: Box) -> Subscript | None:
     """The part of an output that a tile owns (all of a reduction), or None where the box is empty."""
     if not all(box.shape):
         return None
-    return () if footprint.reduction is not None else box.index(footprint.dims, rank)
+    pattern = graph.pattern(output)
+    return () if pattern.reduces else box.index(pattern.dims, len(graph.value(output).shape))

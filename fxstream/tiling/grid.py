@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fxstream.geometry.box import Interval
-from fxstream.graph.typed_graph import Locality
-from fxstream.tiling.bounds import AxisTile, AxisWalk, Segment
-from fxstream.tiling.request import Request, leaf_extents, output_extents, tile_bounds
+from fxstream.tiling.bounds import AxisTile, BoundsPass
+from fxstream.tiling.request import Request, tile_bounds
+from fxstream.tiling.segment import Segment
 
 __all__ = ["Grid"]
 
@@ -20,18 +20,18 @@ __all__ = ["Grid"]
 class Grid:
     """The search for the fewest even tiles along one axis whose reads stay below the bound."""
 
-    def __init__(self, locality: Locality, segment: Segment, request: Request, axis: int) -> None:
+    def __init__(self, segment: Segment, request: Request, axis: int) -> None:
         self.axis = axis
-        self._segment = segment
-        self._walk = AxisWalk(locality, segment, axis)
-        self._extents = [output_extents(locality, output)[axis] for output in segment.outputs]
+        self._walk = BoundsPass(segment, axis)
+        self._extents = [segment.graph[output].extents[axis] for output in segment.outputs]
         self.finest = max(self._extents)
         """The number of tiles of one output pixel each."""
         self.fullest = min(self._extents)
         """The largest number of tiles of which each owns a pixel of every output."""
-        self._bounds = {}
-        for leaf, dims in segment.leaves:
-            self._bounds[leaf] = tile_bounds(locality, request, leaf_extents(locality, leaf, dims))[axis]
+        self._bounds = {
+            name: tile_bounds(segment.graph, request, segment.input_extents(name))[axis]
+            for name, _ in segment.spatial
+        }
 
     def outputs(self, count: int) -> list[tuple[Interval, ...]]:
         """The intervals of every output that each tile owns, in tiles as long as `count` of them need."""
@@ -51,13 +51,13 @@ class Grid:
         return self._extents == other._extents and self._walk.is_like(other._walk)
 
     def inner(self, count: int) -> dict[str, int]:
-        """How many pixels the middle tile of a grid of `count` holds of each node and leaf."""
+        """How many pixels the middle tile of a grid of `count` holds of each node and spatial input."""
         return self._walk.lengths(self._owned(count, self.even(count) // 2), {})[0]
 
     def excess(self, outputs: tuple[Interval, ...]) -> tuple[int, str] | None:
-        """By how much of its bound, and of which leaf, the tile that owns `outputs` reads too much."""
+        """The input that exceeds its bound most for this tile, after the pixels it needs; None if all fit."""
         lengths, _ = self._walk.lengths(outputs, {})
-        over = [(lengths[leaf], leaf) for leaf, bound in self._bounds.items() if lengths.get(leaf, 0) > bound]
+        over = [(lengths[name], name) for name, bound in self._bounds.items() if lengths.get(name, 0) > bound]
         return max(over) if over else None
 
     def _fits(self, count: int, sampled: bool = False) -> bool:
@@ -81,15 +81,15 @@ class Grid:
     def longest(
         self, count: int, watched: Mapping[int, Sequence[str]]
     ) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
-        """About the longest intervals, as `AxisWalk.lengths` gives them, over a few tiles of a grid of `count`."""
+        """About the longest intervals, as of `BoundsPass.lengths`, over a few tiles of a grid of `count`."""
         outputs = self.outputs(count)
         lengths: dict[str, int] = {}
-        reads: dict[int, dict[str, int]] = {place: {} for place in watched}
+        reads: dict[int, dict[str, int]] = {index: {} for index in watched}
         for i in {0, len(outputs) // 2, len(outputs) - 1}:
-            of_tile, behind = self._walk.lengths(outputs[i], watched)
+            of_tile, after = self._walk.lengths(outputs[i], watched)
             _keep_longest(lengths, of_tile)
-            for place, known in reads.items():
-                _keep_longest(known, behind[place])
+            for index, longest in reads.items():
+                _keep_longest(longest, after[index])
         return lengths, reads
 
     def tiles(self, count: int) -> tuple[AxisTile, ...]:
@@ -97,11 +97,11 @@ class Grid:
         return tuple(self._walk.tile(outputs) for outputs in self.outputs(count))
 
     def least(self) -> tuple[int, str, int]:
-        """The largest read of a single output pixel: pixels, leaf, and the bound it breaks."""
+        """The largest read of a single output pixel: pixels, input, and the bound it exceeds."""
         worst = max(filter(None, map(self.excess, self.outputs(self.finest))))
         return (*worst, self._bounds[worst[1]])
 
 
-def _keep_longest(known: dict[str, int], other: Mapping[str, int]) -> None:
+def _keep_longest(longest: dict[str, int], other: Mapping[str, int]) -> None:
     for name, length in other.items():
-        known[name] = max(known.get(name, 0), length)
+        longest[name] = max(longest.get(name, 0), length)

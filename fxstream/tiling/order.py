@@ -1,4 +1,4 @@
-"""The order in which segments and the ordinary operators around them run.
+"""The order in which segments and the dense operators around them run.
 
 It is a topological order of the graph in which each segment is one node, as close to the model's own order as
 possible, with effects and random draws in their original order. An operator may be inside several segments.
@@ -12,28 +12,30 @@ from collections.abc import Sequence
 import networkx as nx
 
 from fxstream.graph.functionalize import ordered_nodes
-from fxstream.graph.typed_graph import Locality
-from fxstream.tiling.bounds import Segment
+from fxstream.graph.typed_graph import TypedGraph
+from fxstream.tiling.segment import Segment
 
 __all__ = ["execution_order"]
 
 
-def execution_order(locality: Locality, segments: Sequence[Segment]) -> list[str]:
-    """The names of segments and ordinary nodes in an order in which they can run; integers need no place."""
-    inside = {name for segment in segments for name in segment.nodes}
-    place = {node.name: i for i, node in enumerate(locality.graph.nodes)}
-    reads = {
-        name: [given.name for given in node.all_input_nodes]
-        for name, node in locality.nodes.items()
-        if name not in inside and name not in locality.unread and not isinstance(locality.metas.get(name), int)
+def execution_order(graph: TypedGraph, segments: Sequence[Segment]) -> list[str]:
+    """The names of segments and dense nodes in an order in which they can run, without integers."""
+    inside = {name for segment in segments for name in segment.covers}
+    index: dict[str, int] = {name: node.index for name, node in graph.nodes.items()}
+    reads: dict[str, Sequence[str]] = {
+        name: node.inputs
+        for name, node in graph.nodes.items()
+        if name not in inside and name not in graph.unread and node.integer is None
     }
-    maker = {name: name for name in reads}
+    producer = {name: name for name in reads}
     for segment in segments:
-        reads[segment.name] = list(segment.inputs)
-        place[segment.name] = max(place[output] for output in segment.outputs)
-        maker |= dict.fromkeys(segment.outputs, segment.name)
+        reads[segment.name] = segment.inputs
+        index[segment.name] = max(index[output] for output in segment.outputs)
+        producer |= dict.fromkeys(segment.outputs, segment.name)
     edges = nx.DiGraph()
     edges.add_nodes_from(reads)
-    edges.add_edges_from((maker[g], name) for name, given in reads.items() for g in given if g in maker)
-    edges.add_edges_from(itertools.pairwise(n.name for n in ordered_nodes(locality.graph) if n.name in reads))
-    return list(nx.lexicographical_topological_sort(edges, key=place.__getitem__))
+    edges.add_edges_from(
+        (producer[one], name) for name, inputs in reads.items() for one in inputs if one in producer
+    )
+    edges.add_edges_from(itertools.pairwise(n.name for n in ordered_nodes(graph.graph) if n.name in reads))
+    return list(nx.lexicographical_topological_sort(edges, key=index.__getitem__))

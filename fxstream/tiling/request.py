@@ -6,21 +6,16 @@ size). A value further in is bounded by the same tile scaled to its own resoluti
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxstream.errors import PlanError
-from fxstream.graph.shapes import Shape
-from fxstream.graph.typed_graph import Locality
+from fxstream.graph.typed_graph import TypedGraph
 
 __all__ = [
     "Request",
     "belongs",
-    "image_extents",
-    "leaf_extents",
-    "output_extents",
-    "place_of_module",
+    "last_node_of",
     "tile_bounds",
 ]
 
@@ -52,9 +47,11 @@ class Request:
         return self.tile[axis]
 
 
-def tile_bounds(locality: Locality, request: Request, extents: Sequence[int]) -> tuple[int, ...]:
+def tile_bounds(graph: TypedGraph, request: Request, extents: Sequence[int]) -> tuple[int, ...]:
     """The tile scaled to the resolution of a value with these extents, rounded up; the extents without a tile."""
-    image = image_extents(locality, len(extents))
+    if request.tile is None:
+        return tuple(extents)
+    image = graph.image_extents(len(extents))
     tiles = [request.tile_along(axis, len(extents)) for axis in range(len(extents))]
     return tuple(
         extent if tile is None else -(-tile * extent // full)
@@ -62,35 +59,13 @@ def tile_bounds(locality: Locality, request: Request, extents: Sequence[int]) ->
     )
 
 
-def image_extents(locality: Locality, axes: int) -> tuple[int, ...]:
-    """The extents of the largest image among the inputs with this many stream axes."""
-    return max((value.extents for value in locality.images if len(value.dims) == axes), key=math.prod)
-
-
-def leaf_extents(locality: Locality, leaf: str, dims: tuple[int, ...]) -> tuple[int, ...]:
-    """The extents of a value along the dims that are its stream axes."""
-    meta = locality.metas[leaf]
-    assert isinstance(meta, Shape)
-    return tuple(meta.shape[d] for d in dims)
-
-
-def output_extents(locality: Locality, output: str) -> tuple[int, ...]:
-    """The extents of a local node's result along its stream axes, or of the positions that a reduction reduces."""
-    footprint = locality.verdicts[output].reduction
-    return locality.value(output).extents if footprint is None else footprint.reads[0].extents
-
-
-def place_of_module(locality: Locality, path: str) -> int:
-    """The place in the graph of the last node that belongs to a module of the user."""
-    places = [
-        i
-        for i, node in enumerate(locality.graph.nodes)
-        if node.name in locality.verdicts and belongs(locality.verdicts[node.name].module, path)
-    ]
-    if not places:
-        known = sorted({v.module.split(".")[0] for v in locality.verdicts.values() if v.module})
-        raise PlanError(f"no module `{path}` runs in this model; its parts are {', '.join(known)}")
-    return places[-1]
+def last_node_of(graph: TypedGraph, path: str) -> int:
+    """The index in the graph of the last node that belongs to a module of the user."""
+    indices = [graph[name].index for name, verdict in graph.verdicts.items() if belongs(verdict.module, path)]
+    if not indices:
+        parts = sorted({v.module.split(".")[0] for v in graph.verdicts.values() if v.module})
+        raise PlanError(f"no module `{path}` runs in this model; its parts are {', '.join(parts)}")
+    return indices[-1]
 
 
 def belongs(module: str, path: str) -> bool:

@@ -1,8 +1,8 @@
-"""Less memory and less work for a tile program, from what autograd keeps of each operator.
+"""Passes from segment to segment: less memory and less work, from what autograd saves of each operator.
 
 NOTE [what is saved]
-1. An operator that has a twin in place, whose backward does not need its input, takes over the memory of that
-   input where nothing else reads it and the operator that made it does not keep it. So it was in the model, before
+1. An operator that has an in-place variant, whose backward does not need its input, takes over the memory of that
+   input where nothing else reads it and the operator that made it does not save it. So it was in the model, before
    the graph was made functional.
 2. A tile is recomputed for its backward only. A convolution whose result no backward needs (the last of
    a segment, or one that only additions follow) is then not computed: its place is taken by a function with the
@@ -11,77 +11,51 @@ NOTE [what is saved]
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
-from torch import fx
 
-from fxstream.graph.typed_graph import Locality
+from fxstream.graph.autograd_saves import may_reuse
+from fxstream.graph.typed_graph import TypedGraph, TypedNode
 from fxstream.rules.windowed import CONVOLUTIONS, per_axis
-from fxstream.tiling.autograd_saves import Saved, in_place_twin, takes_over
+from fxstream.tiling.segment import Segment, with_nodes
 
-__all__ = ["reuse_inputs", "without_unneeded"]
+__all__ = ["reuse_memory", "skip_convolutions", "uncomputed_convolution"]
 
 aten = torch.ops.aten
+G = TypeVar("G", Segment, TypedGraph)
 
 
-def reuse_inputs(
-    graph: fx.Graph, origin: Mapping[fx.Node, str], locality: Locality, saved: Mapping[str, Saved]
-) -> None:
-    """Rule 1, in place; `origin` names the operator of the model that each call of the graph evaluates."""
-    for node, name in origin.items():
-        given = node.args[0] if node.args else None
-        read = [n.name for n in locality.nodes[name].all_input_nodes]  # a pad or crop may be nothing on this tile
-        if isinstance(given, fx.Node) and origin.get(given) in read and len(given.users) == 1:
-            twin = in_place_twin(node.target)
-            if twin is not None and name in saved and takes_over(locality, saved, name):
-                node.target = twin
+def reuse_memory(of: G) -> G:
+    """Rule 1: mark the operators that may take over their input's memory, of a segment or a whole graph."""
+    graph = of.graph if isinstance(of, Segment) else of
+    marked = {name: replace(graph[name], reuses=True) for name in graph.costed if may_reuse(graph, name)}
+    if isinstance(of, Segment):
+        return with_nodes(of, list(marked.values()))
+    return replace(of, nodes={**of.nodes, **marked})
 
 
-def without_unneeded(
-    program: fx.GraphModule,
-    origin: Mapping[fx.Node, str],
-    nodes: Sequence[str],
-    locality: Locality,
-    saved: Mapping[str, Saved],
-) -> fx.GraphModule:
-    """Rule 2: the program for a recomputation, the same object where it computes nothing in vain.
-
-    `nodes` are those of the segment, in order.
-    """
-    inside = set(nodes)
+def skip_convolutions(segment: Segment) -> Segment:
+    """Rule 2: mark the convolutions that a recomputation need not compute."""
+    graph, inside = segment.graph, set(segment.nodes)
     needed: dict[str, bool] = {}
-    for name in reversed(nodes):
-        needed[name] = saved[name].result
-        for user in locality.nodes[name].users:
-            if user.name in inside:
-                needed[name] |= needed[user.name] or _keeps(user, locality.nodes[name], saved)
-    skipped = {
-        node.name
-        for node, name in origin.items()
-        if node.target in CONVOLUTIONS.values()
-        and not needed[name]
-        and not any(map(_changes_its_input, node.users))
-    }
-    if not skipped:
-        return program
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(program.graph, {}))
-    for node in graph.nodes:
-        if node.name in skipped:
-            node.target = uncomputed_convolution
-    return fx.GraphModule({}, graph, program._get_name())
+    skipped = []
+    for name in reversed(segment.nodes):
+        node = graph[name]
+        users = [graph[user.name] for user in node.node.users if user.name in inside]
+        is_saved = node.saves is None or node.saves.result
+        needed[name] = is_saved or any(needed[user.name] or _saves(user, node) for user in users)
+        changed = any(user.reuses for user in users)
+        if node.is_local and node.node.target in CONVOLUTIONS.values() and not needed[name] and not changed:
+            skipped.append(replace(node, skips=True))
+    return with_nodes(segment, skipped)
 
 
-def _keeps(user: fx.Node, given: fx.Node, saved: Mapping[str, Saved]) -> bool:
+def _saves(user: TypedNode, node: TypedNode) -> bool:
     """Whether the backward of a user needs a value, as it is or as something made of it on the way."""
-    kept = saved[user.name]
-    return user.all_input_nodes.index(given) in kept.inputs or kept.extra > 0
-
-
-def _changes_its_input(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    saves = user.saves
+    return saves is None or user.inputs.index(node.name) in saves.inputs or saves.extra > 0
 
 
 def uncomputed_convolution(
@@ -96,7 +70,7 @@ def uncomputed_convolution(
     """Zeros in place of the result of a convolution, with its gradients, in the types that autocast gives both."""
     image, weight = _as_autocast(image), _as_autocast(weight)
     bias = _as_autocast(bias) if bias is not None else None
-    numbers = (list(per_axis(given, weight.ndim - 2)) for given in (stride, padding, dilation))
+    numbers = (list(per_axis(number, weight.ndim - 2)) for number in (stride, padding, dilation))
     return _Uncomputed.apply(image, weight, bias, *numbers, groups)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -132,7 +106,7 @@ class _Uncomputed(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         image, weight = ctx.saved_tensors
         bias, stride, padding, dilation, groups = ctx.arguments
-        found = aten.convolution_backward(
+        gradients = aten.convolution_backward(
             gradient,
             image,
             weight,
@@ -145,4 +119,4 @@ class _Uncomputed(torch.autograd.Function):
             groups,
             ctx.needs_input_grad[:3],
         )
-        return (*found, None, None, None, None)
+        return (*gradients, None, None, None, None)

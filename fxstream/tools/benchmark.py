@@ -25,7 +25,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from fxstream.compiler.module import StreamedModule, compile
+from fxstream.compiler.compile import compile
+from fxstream.compiler.module import StreamedModule
 from fxstream.machine.meter import measure
 from fxstream.tools.freeze import freeze_batch_norm
 from fxstream.tools.model_spec import load

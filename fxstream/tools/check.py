@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxstream.compiler.analysis import example_image
-from fxstream.compiler.module import compile
+from fxstream.compiler.compile import compile
 from fxstream.errors import InputError
 from fxstream.planning.plan import Plan
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import operator
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxstream.compiler.module import Prepared, StreamedModule
+from fxstream.compiler.module import StreamedModule
+from fxstream.compiler.pipeline import Prepared
 from fxstream.errors import InputError
 from fxstream.graph.shapes import Shape
 from fxstream.io.inputs import Inputs, inputs_of
 from fxstream.io.sink import Journal, Sink
-from fxstream.runtime.rewrite import StreamedSegment
+from fxstream.runtime.rewrite import with_sinks
 
 __all__ = ["infer"]
 
@@ -42,13 +43,13 @@ def infer(
     """
     if not isinstance(module, StreamedModule):
         raise InputError(f"infer needs a module made by fxstream.compile, found {type(module).__name__}")
-    if module.mesh is not None:
+    if module.pipeline.options.mesh is not None:
         raise InputError("infer cannot share tiles over a mesh: give every rank images, or arrays, of its own")
     arrays, spec = pytree.tree_flatten(out, is_leaf=lambda given: given is None)
     with torch.no_grad():
         inputs = inputs_of(module.model, args, kwargs)
         written = [place for place, array in enumerate(arrays) if array is not None]
-        prepared = module.prepared(inputs, written)
+        prepared = module.pipeline.prepared(inputs, written)
         shapes = _shapes(prepared)
         if len(arrays) != len(shapes):
             raise InputError(f"out has {len(arrays)} arrays and the model returns {len(shapes)} tensors")
@@ -64,7 +65,7 @@ def infer(
 def _shapes(prepared: Prepared) -> list[Shape]:
     """Shape and type of every result. Raises `InputError` for a model that returns something else."""
     analysis = prepared.analysis
-    found = [analysis.locality.metas.get(name or "") for name in analysis.captured.results]
+    found = [analysis.graph.metas.get(name or "") for name in analysis.captured.results]
     shapes = [meta for meta in found if isinstance(meta, Shape)]
     if len(shapes) != len(found):
         raise InputError("infer needs a model that returns tensors only")
@@ -74,34 +75,17 @@ def _shapes(prepared: Prepared) -> list[Shape]:
 def _run(
     module: StreamedModule, prepared: Prepared, inputs: Inputs, sinks: dict[int, Sink]
 ) -> Sequence[torch.Tensor]:
-    """The flat results; those of the sinks are written, by their segment where one makes them for this alone."""
+    """The flat results. Outputs with a sink are written tile by tile where the segment has no other reader."""
     if prepared.streamed is None:
         args, kwargs = inputs.plain()
         flat = pytree.tree_leaves(module.model(*args, **kwargs))
         streamed: set[int] = set()
     else:
-        streamed = _attach(prepared.streamed, sinks)
-        flat = pytree.tree_leaves(prepared.run(module.model, inputs))
-    for place in sinks.keys() - streamed:
-        sinks[place].write_whole(flat[place])
+        graph, streamed = with_sinks(prepared.streamed, sinks)
+        flat = pytree.tree_leaves(replace(prepared, streamed=graph).run(module.model, inputs))
+    for index in sinks.keys() - streamed:
+        sinks[index].write_whole(flat[index])
     return flat
-
-
-def _attach(streamed: fx.GraphModule, sinks: dict[int, Sink]) -> set[int]:
-    """Let segments write what they can; returns the places of these results."""
-    outputs: Any = streamed.graph.output_node().args[0]
-    found = set()
-    for place, sink in sinks.items():
-        node: Any = outputs[place]
-        call, k = node.args if node.target is operator.getitem else (node, 0)
-        segment = streamed.get_submodule(call.target) if call.op == "call_module" else None
-        is_read_once = len(node.users) == 1 and list(outputs).count(node) == 1
-        if not isinstance(segment, StreamedSegment) or not segment.stream.plan.axes or not is_read_once:
-            continue
-        if k not in segment.stream.combined:
-            segment.stream.sinks[k] = sink
-            found.add(place)
-    return found
 
 
 def _description(

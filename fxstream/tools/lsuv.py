@@ -28,7 +28,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from fxstream.compiler.module import StreamedModule, compile
+from fxstream.compiler.compile import compile
+from fxstream.compiler.module import StreamedModule
 from fxstream.errors import InputError, StreamingWarning
 from fxstream.graph.export import export
 from fxstream.tiling.request import belongs

@@ -1,0 +1,45 @@
+"""A bounded cache: what was used least recently leaves first."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+__all__ = ["Cache"]
+
+T = TypeVar("T")
+
+
+class Cache:
+    """Results by key, at most `size` of them.
+
+    >>> cache = Cache(2)
+    >>> [cache.get(key, lambda key=key: key.upper()) for key in "aba"], cache.get("c", lambda: "C"), "b" in cache
+    (['A', 'B', 'A'], 'C', False)
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._entries: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The result for a key, made where it is missing."""
+        if key not in self._entries:
+            self.put(key, make())
+        self._entries.move_to_end(key)
+        result: T = self._entries[key]
+        return result
+
+    def put(self, key: Hashable, result: object) -> None:
+        """Keep a result; the one used least recently leaves where there are too many."""
+        self._entries[key] = result
+        self._entries.move_to_end(key)
+        while len(self._entries) > self._size:
+            self._entries.popitem(last=False)

@@ -1,0 +1,140 @@
+"""`compile` and `plan`: what the user asks for, checked, and handed to the pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxstream.compiler.analysis import analyze
+from fxstream.compiler.module import StreamedModule
+from fxstream.compiler.pipeline import Options
+from fxstream.errors import InputError
+from fxstream.machine.units import parse_bytes
+from fxstream.planning.plan import Plan, make_plan
+from fxstream.tiling.request import Request
+
+__all__ = ["GLOBAL_OPS", "checked_request", "compile", "plan"]
+
+GLOBAL_OPS = ("auto", "stream", "cut")
+
+
+def compile(
+    model: nn.Module,
+    *,
+    tile: int | tuple[int, ...] | None = None,
+    memory: float | str | None = None,
+    segments: int | tuple[str, ...] | None = None,
+    cut: str | None = None,
+    global_ops: str = "auto",
+    verify: bool = True,
+    compile_tiles: bool = False,
+    offload: bool = False,
+    mesh: Any = None,
+    progress: bool = False,
+) -> StreamedModule:
+    """The model as a drop-in module that streams its large part tile by tile, with the same results.
+
+    `memory` is what a call may allocate at its peak, with its backward where gradients are recorded: bytes,
+    ``"8GiB"``, or a share of the device below one. It counts activations, boundaries and gradients; not the image,
+    the parameters and what an optimiser holds. The plan is the fastest that is predicted to fit. By default it is
+    what the device has free at the first call of a size.
+
+    `tile` instead is the largest box of the model's input, overlap included, that a tile of the first segment
+    reads: pixels, one number for all axes or one per axis. `segments` is the number of segments of each streamed
+    region (at most, within a memory), or the names of the modules that each end one; by default the planner
+    chooses. `cut` names the module after which nothing is streamed. `global_ops` says what is done about
+    operators that need the whole feature map and are reductions over it (normalisations in training, squeeze and
+    excitation, global pooling): "stream" them with the rest, "cut" the stream there, or "auto": as the planner
+    finds best.
+
+    With `verify` the probe measures once per capture, on the real operators, what the rules claim. `compile_tiles`
+    passes what a tile computes through `torch.compile`: the first step of a size takes minutes, the others less
+    time. With `offload` boundaries between segments, and their gradients, may lie in host memory: with a tile they
+    do, within a memory where that is predicted to be faster. `mesh`, one dimension of a DeviceMesh, shares the
+    tiles of each image among its ranks, which all get the same image and have the same results and gradients.
+    `progress` shows a bar for each pass on a terminal. The model itself is not changed and its parameters are
+    shared.
+
+    Raises `InputError` for a tile that is not a positive integer or tuple of them, for a memory that is no
+    positive amount, for both at once, and for `offload` with a `mesh`; at the first call `CaptureError`,
+    `PlanError` or `ProbeError`.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"compile needs an nn.Module, found {type(model).__name__}")
+    if offload and mesh is not None:
+        raise InputError("offload and mesh exclude each other: ranks exchange boundaries on the device")
+    request = checked_request(tile, segments, cut, memory, global_ops, offload)
+    return StreamedModule(model, Options(request, verify, compile_tiles, mesh, progress))
+
+
+def plan(
+    model: nn.Module,
+    size: int | tuple[int, ...],
+    *,
+    tile: int | tuple[int, ...] | None = None,
+    memory: float | str | None = None,
+    segments: int | tuple[str, ...] | None = None,
+    cut: str | None = None,
+    global_ops: str = "auto",
+    channels: int = 3,
+    batch: int = 1,
+    training: bool = True,
+    offload: bool = False,
+    device: torch.device | str | None = None,
+) -> Plan:
+    """How `compile` would stream the model for an image [batch, channels, *size]; runs nothing.
+
+    `training` plans for a call with its backward. `device` is what to plan for, by default where the model is; it
+    need not exist where the memory is given in bytes. Raises what `analyze` and the first call of a compiled
+    module raise.
+    """
+    request = checked_request(tile, segments, cut, memory, global_ops, offload)
+    there = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    graph = analyze(model, size, channels=channels, batch=batch, global_ops=global_ops).graph
+    return make_plan(graph, request, training=training, device=torch.device(device or there))
+
+
+def checked_request(
+    tile: object,
+    segments: object,
+    cut: str | None,
+    memory: object = None,
+    global_ops: str = "auto",
+    offload: bool = False,
+) -> Request:
+    """The user's request. Raises `InputError` for a tile, a memory or segments that make no sense."""
+    if global_ops not in GLOBAL_OPS:
+        raise InputError(f"global_ops must be one of {', '.join(map(repr, GLOBAL_OPS))}; found {global_ops!r}")
+    if tile is not None and memory is not None:
+        raise InputError("give a tile or a memory, not both: within a memory the planner chooses the tiles")
+    bounds = _checked_tile(tile), _checked_segments(segments), cut, _checked_memory(memory)
+    return Request(*bounds, global_ops, offload)
+
+
+def _checked_memory(memory: object) -> float | None:
+    if isinstance(memory, str):
+        return parse_bytes(memory)
+    if memory is None or (
+        isinstance(memory, (int, float)) and not isinstance(memory, bool) and 0 < memory < 2**63
+    ):
+        return memory
+    raise InputError(f"memory must be bytes, text such as '8GiB', or a share below one; found {memory!r}")
+
+
+def _checked_tile(tile: object) -> int | tuple[int, ...] | None:
+    if tile is None:
+        return None
+    numbers = tile if isinstance(tile, (tuple, list)) else (tile,)
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
+        raise InputError(f"tile must be a positive int, or one per image axis, in pixels; found {tile!r}")
+    return tuple(numbers) if isinstance(tile, (tuple, list)) else numbers[0]
+
+
+def _checked_segments(segments: object) -> int | tuple[str, ...] | None:
+    if segments is None or (isinstance(segments, int) and not isinstance(segments, bool) and segments > 0):
+        return segments
+    if isinstance(segments, (tuple, list)) and segments and all(isinstance(s, str) for s in segments):
+        return tuple(segments)
+    raise InputError(f"segments must be a positive int or module names; found {segments!r}")

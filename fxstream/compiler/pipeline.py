@@ -1,0 +1,269 @@
+"""The pipeline from a model to a graph that streams, readable as a table of contents.
+
+    capture  ->  lower  ->  type at this size  ->  plan  ->  probe  ->  rewrite  ->  run
+
+Captures are made per mode (training flags, input structure, types, devices) and probed once; everything else is
+per image size. All of it is in one bounded cache.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fxstream.compiler.analysis import Analysis, analyse, lowered
+from fxstream.compiler.cache import Cache
+from fxstream.errors import StreamingWarning
+from fxstream.graph.autograd_saves import saves_of
+from fxstream.graph.capture import Captured, capture, still_holds
+from fxstream.graph.functionalize import is_random
+from fxstream.graph.guards import attributes, mode_key
+from fxstream.graph.typed_graph import Saves
+from fxstream.io.inputs import Inputs, inputs_of
+from fxstream.machine.device import budget_of
+from fxstream.planning.plan import Plan, make_plan
+from fxstream.probe.probe import ProbeReport, probe
+from fxstream.rules import Reason
+from fxstream.runtime.progress import Bar
+from fxstream.runtime.ranks import Ranks, digest, fingerprint
+from fxstream.runtime.rewrite import read_whole, rewrite
+from fxstream.tiling.parts import streamable_parts
+from fxstream.tiling.request import Request
+from fxstream.tiling.reuse import reuse_memory
+
+__all__ = ["CapturedModel", "Options", "Pipeline", "Prepared"]
+
+logger = logging.getLogger("fxstream")
+logger.addHandler(logging.NullHandler())
+
+SMALL_SHARE = 0.5
+"""Below this share of streamed activations a warning says what stands in the way."""
+MOST_ENTRIES = 64
+"""Captures, and image sizes with their plans and tile programs, that are kept."""
+MOST_PROBES = 16
+"""Sets of streamed nodes of one capture whose reports are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """All that `compile` is asked for."""
+
+    request: Request
+    verify: bool = True
+    compile_tiles: bool = False
+    mesh: Any = None
+    progress: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedModel:
+    """Everything that is made once per capture: its graph, lowered, what autograd saves, the probe's reports."""
+
+    captured: Captured
+    lowered: Captured
+    saves: dict[str, Saves]
+    probes: Cache = field(default_factory=lambda: Cache(MOST_PROBES))
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The model made ready for one image size; `streamed` is None where the plain path does the same."""
+
+    analysis: Analysis
+    plan: Plan
+    probe: tuple[ProbeReport, ...]
+    streamed: fx.GraphModule | None
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The rewritten graph; the captured one where the plain path is taken."""
+        return self.analysis.captured.graph if self.streamed is None else self.streamed.graph
+
+    def run(self, model: nn.Module, inputs: Inputs) -> Any:
+        """What the streamed graph returns; images from outside are read whole where it needs them whole."""
+        assert self.streamed is not None
+        captured = self.analysis.captured
+        names, whole = captured.inputs, read_whole(self.streamed)
+        tensors = inputs.held([i for i in inputs.outside if names[i] in whole])
+        flat = self.streamed(*captured.model_tensors(model), *tensors)
+        return pytree.tree_unflatten(flat, captured.out_spec)
+
+
+class Pipeline:
+    """The stages for one model, with what they keep; `last` is what the last call ran."""
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self.model, self.options = model, options
+        self.last: Prepared | None = None
+        self.warned: set[str] = set()
+        """The topics that the user was warned about, or that are not worth a warning."""
+        self._cache = Cache(MOST_ENTRIES)
+        self._ranks = None if options.mesh is None else Ranks(options.mesh)
+        self._watch = Bar() if options.progress else None
+        self._volatile: set[str] = set()
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the model returns for these arguments."""
+        inputs = inputs_of(self.model, args, kwargs)
+        if self._ranks is None:
+            prepared = self.prepared(inputs)
+        else:
+            self._ranks.require_equal({"image": ", ".join(fingerprint(image) for image in inputs.given)})
+            with self._ranks.raise_together():
+                prepared = self.prepared(inputs)
+            self._ranks.require_equal(_common(prepared))
+        if prepared.streamed is None:
+            args, kwargs = inputs.plain()
+            return self.model(*args, **kwargs)
+        return prepared.run(self.model, inputs)
+
+    def prepared(self, inputs: Inputs, written: Sequence[int] | None = None) -> Prepared:
+        """The model ready for these inputs; results at the indices `written` are written as they come.
+
+        With `written` it is a call without gradients.
+        """
+        mode = mode_key(self.model, inputs.args, inputs.kwargs, self._volatile)
+        size = self._size_key(inputs, written)
+        if ("size", mode, size) not in self._cache:
+            captured = self._captured(mode, inputs)
+            mode = mode_key(self.model, inputs.args, inputs.kwargs, self._volatile)
+            self._cache.put(("size", mode, size), self._prepare(captured, inputs, written))
+        self.last = self._cache.get(("size", mode, size), lambda: self.last)
+        assert self.last is not None
+        return self.last
+
+    def _training(self, inputs: Inputs, written: Sequence[int] | None) -> bool:
+        """Whether to plan for a backward; with a tile the plan is the same in any case."""
+        if written is not None:
+            return False
+        return self.options.request.tile is not None or _records(self.model, inputs.tensors)
+
+    def _size_key(self, inputs: Inputs, written: Sequence[int] | None) -> Any:
+        training = self._training(inputs, written)
+        differentiates = training and self.options.request.tile is None
+        shapes = tuple((tuple(t.shape), differentiates and t.requires_grad) for t in inputs.tensors)
+        return shapes, training, inputs.outside, None if written is None else tuple(written)
+
+    def _captured(self, mode: Any, inputs: Inputs) -> CapturedModel:
+        """The capture for this mode; one that is bound to its size is not kept for other sizes."""
+        model, args, kwargs, key = self.model, inputs.args, inputs.kwargs, ("capture", mode)
+        known = key in self._cache
+        if known:
+            cached = self._cache.get(key, lambda: None)
+            assert isinstance(cached, CapturedModel)
+            if not cached.captured.reads_sizes or still_holds(
+                cached.captured, model, args, kwargs, inputs.tensors
+            ):
+                return cached
+        before = attributes(model)
+        captured = capture(model, args, kwargs)
+        self._volatile |= {name for name, value in attributes(model).items() if before.get(name) != value}
+        made = self._made(captured, inputs)
+        if captured.bound or known:
+            self.warn_once(
+                "bound",
+                f"{type(model).__name__} is bound to the size of its input: each new image or batch size is"
+                " captured anew",
+            )
+        else:
+            self._cache.put(("capture", mode_key(model, args, kwargs, self._volatile)), made)
+        return made
+
+    def _made(self, captured: Captured, inputs: Inputs) -> CapturedModel:
+        """What is made once of a capture, at the size of these inputs."""
+        combines = self.options.request.global_ops != "cut"
+        simple = lowered(captured, self.model, inputs.tensors, combines)
+        return CapturedModel(
+            captured, simple, saves_of(analyse(simple, self.model, inputs.tensors, combines).graph)
+        )
+
+    def _prepare(self, captured: CapturedModel, inputs: Inputs, written: Sequence[int] | None) -> Prepared:
+        tensors, options = inputs.tensors, self.options
+        analysis = analyse(captured.lowered, self.model, tensors, options.request.global_ops != "cut")
+        graph = reuse_memory(analysis.graph.with_saves(captured.saves))
+        analysis, names = replace(analysis, graph=graph), captured.lowered.inputs
+        plan = make_plan(
+            graph,
+            self._request(tensors[0].device),
+            training=self._training(inputs, written),
+            device=tensors[0].device,
+            differentiated=frozenset(n for n, t in zip(names, tensors, strict=True) if t.requires_grad),
+            outside=frozenset(names[i] for i in inputs.outside),
+            written=frozenset(captured.lowered.results[i] for i in written or ()),
+            ranks=1 if self._ranks is None else self._ranks.count,
+        )
+        logger.info("%s", plan)
+        self._warn_what_stops_the_stream(analysis, plan, tensors[0].device)
+        if plan.is_trivial:
+            return Prepared(analysis, plan, (), None)
+        reports = self._verified(captured, analysis, plan)
+        streamed = rewrite(captured.lowered, graph, plan, options.compile_tiles, self._ranks, self._watch)
+        return Prepared(analysis, plan, reports, streamed)
+
+    def _request(self, device: torch.device) -> Request:
+        """The request; ranks that share tiles plan for the least memory of any."""
+        request = self.options.request
+        if self._ranks is None:
+            return request
+        budget = self._ranks.least(budget_of(request.memory, device))
+        return replace(request, memory=None if request.tile is not None else budget)
+
+    def _verified(self, captured: CapturedModel, analysis: Analysis, plan: Plan) -> tuple[ProbeReport, ...]:
+        """The probe's reports on what the plan streams, once per capture. Raises `ProbeError` on a mismatch."""
+        if not self.options.verify:
+            return ()
+        streamed = frozenset(name for segment in plan.segments for name in segment.segment.covers)
+        return captured.probes.get(streamed, lambda: self._probed(analysis, streamed))
+
+    def _probed(self, analysis: Analysis, streamed: frozenset[str]) -> tuple[ProbeReport, ...]:
+        parts = [[n for n in part if n in streamed] for part in streamable_parts(analysis.graph)]
+        reports = tuple(probe(analysis.graph, part, f"region {i}") for i, part in enumerate(parts) if part)
+        for report in reports:
+            logger.info("%s", report)
+            report.raise_on_mismatch()
+            if report.unprobed:
+                self.warn_once(report.part, f"{report}; it is streamed by its rules alone")
+        return reports
+
+    def _warn_what_stops_the_stream(self, analysis: Analysis, plan: Plan, device: torch.device) -> None:
+        barriers, request = analysis.barriers, self.options.request
+        fits = request.tile is None and plan.prediction.plain_bytes <= budget_of(request.memory, device)
+        if plan.streamed_share >= SMALL_SHARE or request.cut is not None or fits or not barriers:
+            return
+        first, advice = f": {barriers[0]}", ""
+        statistics = [v for v in barriers if v.not_tileable_for(Reason.BATCH_STATISTICS)]
+        if statistics:
+            first += f" ({len(statistics)} BatchNorm layers use batch statistics)"
+            advice = ". fxstream.freeze_batch_norm(model) makes them local"
+        name = type(self.model).__name__
+        self.warn_once(
+            "share", f"{plan.streamed_share:.0%} of the activations of {name} are streamed{first}{advice}"
+        )
+
+    def warn_once(self, topic: str, message: str) -> None:
+        """A warning, the first time that something is to be said about a topic."""
+        if topic not in self.warned:
+            self.warned.add(topic)
+            warnings.warn(message, StreamingWarning, stacklevel=2)
+
+
+def _common(prepared: Prepared) -> dict[str, str]:
+    """What ranks that share tiles must have in common, besides the image."""
+    draws = any(is_random(node) for node in prepared.analysis.captured.graph.nodes)
+    plan = str(prepared.plan)
+    return {
+        "plan": f"{len(prepared.plan.segments)} segments #{digest(plan.encode())}",
+        "random state": digest(torch.get_rng_state().numpy().tobytes()) if draws else "",
+    }
+
+
+def _records(model: nn.Module, tensors: list[torch.Tensor]) -> bool:
+    """Whether this call will be followed by a backward, as far as one can know."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (*model.parameters(), *tensors))

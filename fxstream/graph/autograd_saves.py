@@ -1,0 +1,142 @@
+"""What autograd saves of each operator for its backward, found by asking the operator itself.
+
+Every distinct call runs once on meta tensors, which have shapes but no memory, under hooks that see what is saved.
+An operator that does not run there is taken to save all of its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from fxstream.graph.typed_graph import Saves, TypedGraph, TypedNode
+
+__all__ = ["in_place_variant", "may_reuse", "saves_of"]
+
+
+def saves_of(graph: TypedGraph) -> dict[str, Saves]:
+    """For every operator that depends on an image, what autograd saves, at any size.
+
+    Inputs are indices in `fx.Node.all_input_nodes`.
+    """
+    cache: dict[Any, Saves] = {}
+    saves = {}
+    for name, node in graph.nodes.items():
+        if node.verdict is not None and node.values and node.depends_on_image:
+            key = _key(graph, node.node)
+            if key not in cache:
+                cache[key] = _ask(graph, node.node)
+            saves[name] = cache[key]
+    return saves
+
+
+def _key(graph: TypedGraph, node: fx.Node) -> Any:
+    """What the answer depends on: the operator, its numbers, the shapes of its tensors, which are the same."""
+    inputs = node.all_input_nodes
+
+    def described(tensor: fx.Node) -> Any:
+        typed = graph[tensor.name]
+        shapes = [(value.shape, value.dtype) for value in typed.values]
+        return str((inputs.index(tensor), typed.is_tuple, shapes))
+
+    return node.target, str(map_arg(graph.arguments(node), described))
+
+
+def _ask(graph: TypedGraph, node: fx.Node) -> Saves:
+    inputs = node.all_input_nodes
+    every = Saves(frozenset(range(len(inputs))), True, 0)
+    if any(graph[n.name].is_tuple for n in inputs):
+        return Saves(frozenset(), False, 0, 0, True)
+    tensors = [_meta_tensor(graph[n.name]) for n in inputs]
+    args, kwargs = map_arg(graph.arguments(node), dict(zip(inputs, tensors, strict=True)).__getitem__)
+    for statistic in _statistics(node, args):
+        statistic.requires_grad_(False)
+    packed: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        packed.append(tensor.detach())
+        return tensor
+
+    assert callable(node.target)
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            results = [r for r in pytree.tree_leaves(node.target(*args, **kwargs)) if isinstance(r, torch.Tensor)]
+    except Exception:  # whatever an operator without a meta kernel raises
+        return every
+    return _saves(tensors, results, packed)
+
+
+def _saves(tensors: list[torch.Tensor | None], results: list[torch.Tensor], packed: list[torch.Tensor]) -> Saves:
+    """What was packed, by whose storage it is: an input's, a result's, or its own."""
+    of_inputs = {storage: i for i, t in reversed([*enumerate(tensors)]) for storage in _storages([t])}
+    of_results = set(_storages(results)) - set(of_inputs)
+    others = {s: t for t in packed for s in _storages([t]) if s not in {*of_inputs, *of_results}}
+    elements = max(1, sum(r.numel() for r in results))
+    return Saves(
+        frozenset(of_inputs[s] for s in _storages(packed) if s in of_inputs),
+        any(s in of_results for s in _storages(packed)),
+        sum(t.untyped_storage().nbytes() for t in others.values()) / elements,
+        next((of_inputs[s] for s in _storages(results) if s in of_inputs), None),
+        _passes_on(results, tensors),
+        sum(t.untyped_storage().nbytes() for t in others.values() if t.is_floating_point()) / elements,
+    )
+
+
+def _meta_tensor(node: TypedNode) -> torch.Tensor | None:
+    if len(node.values) != 1:
+        return None
+    (value,) = node.values
+    return torch.empty(value.shape, dtype=value.dtype, device="meta", requires_grad=value.has_gradient)
+
+
+def _statistics(node: fx.Node, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The running statistics among the arguments, which have no gradient."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    names = (argument.name for argument in node.target._schema.arguments)
+    named = zip(names, args, strict=False)
+    return [t for name, t in named if name.startswith("running_") and isinstance(t, torch.Tensor)]
+
+
+def _storages(tensors: Any) -> Iterator[int]:
+    return (t.untyped_storage()._cdata for t in tensors if isinstance(t, torch.Tensor))
+
+
+def _passes_on(results: list[torch.Tensor], tensors: list[torch.Tensor | None]) -> bool:
+    """Whether no gradient of an input is new memory."""
+    outputs = [r for r in results if r.requires_grad]
+    inputs = [t for t in tensors if t is not None and t.requires_grad]
+    if not outputs or not inputs:
+        return False
+    gradients_out = [torch.empty_like(r) for r in outputs]
+    try:
+        gradients = torch.autograd.grad(outputs, inputs, gradients_out, allow_unused=True)
+    except Exception:  # no meta kernel for the backward
+        return False
+    return set(_storages(gradients)) <= set(_storages(gradients_out))
+
+
+def in_place_variant(target: Any) -> torch._ops.OpOverload | None:
+    """``relu_.default`` for ``relu.default``, or None."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    packet = getattr(torch.ops.aten, f"{target._schema.name.removeprefix('aten::')}_", None)
+    name = target._schema.overload_name or "default"
+    return getattr(packet, name) if packet is not None and name in packet.overloads() else None
+
+
+def may_reuse(graph: TypedGraph, name: str) -> bool:
+    """Whether an operator may take over its input's memory: nothing else reads that and no backward needs it."""
+    node = graph[name]
+    inputs = node.node.all_input_nodes
+    if node.saves is None or node.saves.inputs or len(inputs) != 1 or in_place_variant(node.node.target) is None:
+        return False
+    producer = graph[inputs[0].name]
+    types = {value.dtype for one in (node, producer) if not one.is_tuple for value in one.values}
+    is_new = producer.saves is not None and producer.saves.views is None and not producer.saves.result
+    return is_new and inputs[0] is node.node.args[0] and len(inputs[0].users) == 1 and len(types) == 1

@@ -1,0 +1,208 @@
+"""From a captured graph and its shapes at one size to a `TypedGraph`: verdicts, stages, regions."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from fxstream.geometry.receptive_field import IDENTITY
+from fxstream.graph.capture import module_path
+from fxstream.graph.functionalize import UNSTREAMED, ordered_nodes
+from fxstream.graph.shapes import Meta, Shape, Shapes, source_line
+from fxstream.graph.typed_graph import Region, TypedGraph, TypedNode, Verdict
+from fxstream.rules import AccessPattern, Call, Item, NotTileable, Read, Reason, Value, rule_of
+from fxstream.rules.rule import Answer
+
+__all__ = ["type_graph"]
+
+STARTS_DIMS = ("windowed", "resampled")
+"""Families whose operators define what is space, so that a map without tiled dims gets them there."""
+NO_TILED_DIM = NotTileable(Reason.NO_TILED_DIM)
+
+
+def type_graph(
+    graph: fx.Graph, shapes: Shapes, inputs: Mapping[str, tuple[int, ...]], combines: bool = True
+) -> TypedGraph:
+    """The type of every node of the graph at the size that `shapes` describes.
+
+    `inputs` are the placeholders that hold images, with their tiled dims; the others are weights. With `combines`
+    reductions over space may be combined from tiles.
+    """
+    typing = _Typing(graph, shapes, inputs, combines)
+    for node in graph.nodes:
+        typing.add(node)
+    nodes = typing.nodes
+    unread = _unread(graph, nodes)
+    images = tuple(value for name in inputs for value in nodes[name].values if value.dims)
+    return TypedGraph(graph, nodes, tuple(_regions(nodes, unread)), images, unread)
+
+
+class _Typing:
+    """The walk over the graph, node by node; `nodes` are those typed so far."""
+
+    def __init__(
+        self, graph: fx.Graph, shapes: Shapes, inputs: Mapping[str, tuple[int, ...]], combines: bool
+    ) -> None:
+        self.nodes: dict[str, TypedNode] = {}
+        self._shapes, self._inputs, self._combines = shapes, inputs, combines
+        self._alignments: dict[str, tuple[int, ...]] = {}
+        ordered = ordered_nodes(graph)
+        self._predecessor = dict(zip(ordered[1:], ordered, strict=False))
+
+    def add(self, node: fx.Node) -> None:
+        """Type one more node."""
+        name, meta = node.name, self._shapes.metas.get(node.name)
+        if node.op == "placeholder":
+            dims, image = self._inputs.get(name, ()), name in self._inputs
+            values = _values(name, meta, dims, image)
+            stage = self._stage(node, None)
+            self.nodes[name] = TypedNode(node, len(self.nodes), values, stage=stage, is_parameter=not image)
+            return
+        if node.op != "call_function":
+            self.nodes[name] = TypedNode(node, len(self.nodes), stage=self._stage(node, None))
+            return
+        answer = self._answer(node, meta)
+        verdict = Verdict(name, _operator(node), answer, module_path(node), source_line(node))
+        image = any(value.image for value in self._input_values(node))
+        dims = () if verdict.reduction is not None else answer.dims
+        self.nodes[name] = TypedNode(
+            node,
+            len(self.nodes),
+            _values(name, meta, dims, image),
+            isinstance(meta, tuple),
+            meta if isinstance(meta, int) else None,
+            verdict,
+            self._stage(node, verdict),
+            self._shapes.macs.get(name, 0),
+        )
+
+    def _input_values(self, node: fx.Node) -> list[Value]:
+        return [value for given in node.all_input_nodes for value in self.nodes[given.name].values]
+
+    def _answer(self, node: fx.Node, meta: Meta) -> Answer:
+        """What the first check says that has an answer."""
+        answer = self._without_rule(node, meta) or self._by_rule(node, meta)
+        if isinstance(answer, NotTileable):
+            return answer
+        return next(self._objections(node, answer), answer)
+
+    def _without_rule(self, node: fx.Node, meta: Meta) -> NotTileable | None:
+        """The answers that need no rule."""
+        if isinstance(meta, int):
+            return NotTileable(Reason.SHAPE_ARITHMETIC)
+        values = self._input_values(node)
+        if not any(value.image for value in values):
+            return NotTileable(Reason.NO_IMAGE)
+        if node.target is operator.getitem:
+            return None
+        rule, has_dims = rule_of(node.target), any(value.dims for value in values)
+        if rule is None and has_dims:
+            return NotTileable(Reason.UNKNOWN_OPERATOR, (), (str(node.target),))
+        return NO_TILED_DIM if rule is None or (not has_dims and rule.family not in STARTS_DIMS) else None
+
+    def _by_rule(self, node: fx.Node, meta: Meta) -> Answer:
+        """The answer of the operator's rule; of an item, the same box of the value that it is taken of."""
+        if node.target is operator.getitem:
+            several, index = node.args
+            value = self.nodes[several.name].values[index]  # type: ignore[union-attr,index,misc,arg-type]
+            if not value.dims:
+                return NO_TILED_DIM
+            return Item(value.dims, (Read("0", value, value.dims, (IDENTITY,) * len(value.dims)),), index)  # type: ignore[arg-type]
+        rule, values = rule_of(node.target), self._input_values(node)
+        assert rule is not None
+        assert isinstance(node.target, torch._ops.OpOverload)
+        answer = rule.rule(self._call(node, node.target, meta))
+        has_dims = any(value.dims for value in values) if isinstance(answer, NotTileable) else bool(answer.dims)
+        if not has_dims:
+            return NO_TILED_DIM
+        shapes = (m.shape for m in (meta if isinstance(meta, tuple) else (meta,)) if isinstance(m, Shape))
+        if any(0 in shape for shape in (*shapes, *(value.extents for value in values))):
+            return NotTileable(Reason.NO_PIXELS, answer.dims)
+        return answer
+
+    def _objections(self, node: fx.Node, pattern: AccessPattern) -> Iterator[NotTileable]:
+        """What keeps an operator from being tiled though its rule allows it."""
+        dims = () if pattern.reduces else pattern.dims
+        for marked in (node, *node.all_input_nodes) if node.target is not operator.getitem else ():
+            if UNSTREAMED in marked.meta:
+                yield NotTileable(Reason.IN_PLACE, dims, (marked.meta[UNSTREAMED],))
+        if isinstance(pattern, Item):
+            several = pattern.reads[0].value.name
+            if not self.nodes[several].is_local:
+                yield NotTileable(Reason.ITEM_OF_UNTILED, dims, (several,))
+        for read in pattern.reads:
+            if self._alignments.setdefault(read.value.name, read.dims) != read.dims:
+                yield NotTileable(Reason.READ_ALONG_OTHER_DIMS, pattern.dims, (read.value.name,))
+        if pattern.reduces and not self._combines:
+            yield NotTileable(Reason.REDUCES_SPACE)
+
+    def _call(self, node: fx.Node, target: torch._ops.OpOverload, meta: Meta) -> Call:
+        """The node as a rule sees it: schema names, defaults, values for tensors, integers for sizes."""
+
+        def value(given: fx.Node) -> Any:
+            typed = self.nodes[given.name]
+            if typed.integer is not None:
+                return typed.integer
+            return typed.values[0] if typed.values and not typed.is_tuple else typed.values
+
+        args, kwargs = map_arg(node.args, value), map_arg(dict(node.kwargs), value)
+        arguments = {
+            argument.name: args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
+            for i, argument in enumerate(target._schema.arguments)
+        }
+        results = meta if isinstance(meta, tuple) else (meta,)
+        return Call(node.name, target, arguments, tuple(m.shape for m in results if isinstance(m, Shape)))
+
+    def _stage(self, node: fx.Node, verdict: Verdict | None) -> int:
+        """The stage of a node, by the rules of the NOTE in `typed_graph`; integers are known before all."""
+        inputs = [self.nodes[given.name] for given in node.all_input_nodes]
+        inputs = [given for given in inputs if given.integer is None]
+        if node in self._predecessor:
+            inputs.append(self.nodes[self._predecessor[node].name])
+        if verdict is not None and not isinstance(verdict.answer, NotTileable):
+            return max((given.stage + (not given.is_local) for given in inputs), default=0)
+        return max((given.stage for given in inputs), default=-1)
+
+
+def _operator(node: fx.Node) -> str:
+    return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
+
+
+def _values(name: str, meta: Meta, dims: tuple[int, ...], image: bool) -> tuple[Value, ...]:
+    """The results of a node with the tiled dims that its answer leaves it."""
+    metas = meta if isinstance(meta, tuple) else (meta,)
+    return tuple(Value(name, m.shape, m.dtype, dims, image) for m in metas if isinstance(m, Shape))
+
+
+def _unread(graph: fx.Graph, nodes: Mapping[str, TypedNode]) -> frozenset[str]:
+    """The operators without an effect that only integers, and others like them, read."""
+    ordered = set(ordered_nodes(graph))
+    unread: set[str] = set()
+    for node in reversed(graph.nodes):
+        is_value = node.op == "call_function" and nodes[node.name].integer is None
+        if is_value and node not in ordered:
+            users = (user.name for user in node.users)
+            if all(user in unread or nodes[user].integer is not None for user in users):
+                unread.add(node.name)
+    return frozenset(unread)
+
+
+def _regions(nodes: Mapping[str, TypedNode], unread: frozenset[str]) -> Iterator[Region]:
+    """The connected parts of each stage's local nodes, in the order of the graph."""
+    parts = nx.Graph()
+    for name, node in nodes.items():
+        if not node.is_local or name in unread:
+            continue
+        parts.add_node(name)
+        for read in node.pattern.reads:
+            if nodes[read.value.name].stage == node.stage and read.value.name in parts:
+                parts.add_edge(read.value.name, name)
+    groups = [sorted(part, key=lambda name: nodes[name].index) for part in nx.connected_components(parts)]
+    for group in sorted(groups, key=lambda group: nodes[group[0]].index):
+        yield Region(nodes[group[0]].stage, tuple(group))

@@ -1,0 +1,303 @@
+"""The units of a plan, what each needs, and the values that go from one to others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from fxstream.graph.typed_graph import TypedGraph
+from fxstream.planning.cost import Costs, Machine
+from fxstream.tiling.order import execution_order
+from fxstream.tiling.own_padding import padded_copies
+from fxstream.tiling.segment_plan import SegmentPlan
+
+__all__ = ["Unit", "units_of"]
+
+Span = tuple[tuple[str, ...], SegmentPlan | None]
+"""The nodes of a unit, and its plan where it is a segment."""
+
+
+class Context(Protocol):
+    """What of a `CostContext` is needed here."""
+
+    @property
+    def graph(self) -> TypedGraph:
+        """The typed graph of the model."""
+
+    @property
+    def machine(self) -> Machine:
+        """The speeds of the device."""
+
+    @property
+    def training(self) -> bool:
+        """Whether there is a backward."""
+
+    @property
+    def differentiated(self) -> frozenset[str]:
+        """The images whose gradient is asked for."""
+
+    @property
+    def outside(self) -> frozenset[str]:
+        """The images that are not in the device's memory."""
+
+    @property
+    def written(self) -> frozenset[str | None]:
+        """The results that are written elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What one unit needs, in bytes and seconds of one of its tiles, whatever is kept elsewhere.
+
+    `tiles` is 0 for dense operators. `made` are the bytes of what it makes, `read` of the gradients of what it
+    reads. `holds` is what it holds until its backward (per kept tile), apart from what other units read;
+    `forward`, `backward` and `pulled` are the peaks of a forward, of a forward with its backward, and of the
+    backward of a kept tile beyond what is held. `there_forward`, `there_backward` and `gradients` are the
+    boundaries and gradients of other units that exist meanwhile. `weights` are the gradients of all of its
+    weights, `more_weights` of those that no later unit reads too: others are added to these. `folded` are the
+    weights of its fusions, which exist from its forward to its backward.
+    """
+
+    name: str
+    tiles: int
+    made: float
+    read: float
+    holds: float
+    there_forward: float
+    forward: float
+    forward_seconds: float
+    there_backward: float
+    gradients: float
+    backward: float
+    pulled: float
+    backward_seconds: float
+    weights: float
+    more_weights: float
+    folded: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Crossing:
+    """A value that goes from one unit to others: who makes it (-1 for an input), who reads it last, who holds it.
+
+    `gradient` are the bytes of its gradient, and 0 where none is asked for.
+    """
+
+    name: str
+    maker: int
+    last: int
+    holders: tuple[int, ...]
+    bytes: int
+    gradient: int
+    is_result: bool
+
+    def in_forward(self, unit: int) -> bool:
+        """Whether it exists when a later unit runs forward."""
+        return self.maker < unit and (unit <= self.last or any(holder < unit for holder in self.holders))
+
+    def in_backward(self, unit: int) -> bool:
+        """Whether it exists when a later unit runs backward; a result of the network always does."""
+        return self.is_result or (self.maker < unit and any(holder <= unit for holder in self.holders))
+
+    def has_gradient(self, unit: int) -> bool:
+        """Whether its gradient exists when a unit runs backward."""
+        return self.maker <= unit <= self.last
+
+
+def units_of(context: Context, plans: Sequence[SegmentPlan], offloaded: frozenset[str]) -> list[Unit]:
+    """What every unit of a plan needs, in the order in which they run."""
+    spans = list(_spans(context.graph, plans))
+    costs = [
+        Costs(context.graph if plan is None else plan.segment.graph, context.machine, nodes)
+        for nodes, plan in spans
+    ]
+    crossing = list(_crossing(context, spans, costs, offloaded))
+    last = {name: k for k, cost in enumerate(costs) for name in cost.weight_bytes}
+    return [
+        _Needs(context, k, plan, cost, crossing, offloaded).unit(last)
+        for k, ((_, plan), cost) in enumerate(zip(spans, costs, strict=True))
+    ]
+
+
+def _spans(graph: TypedGraph, plans: Sequence[SegmentPlan]) -> Iterator[Span]:
+    """Segments, and the runs of dense operators between them, in the order in which they run."""
+    planned = {plan.segment.name: plan for plan in plans}
+    dense: list[str] = []
+    for name in execution_order(graph, [plan.segment for plan in plans]):
+        if name not in planned:
+            dense += [name] if graph[name].saves is not None else []
+            continue
+        if dense:
+            yield tuple(dense), None
+            dense = []
+        yield planned[name].segment.nodes, planned[name]
+    if dense:
+        yield tuple(dense), None
+
+
+def _crossing(
+    context: Context, spans: Sequence[Span], costs: Sequence[Costs], offloaded: frozenset[str]
+) -> Iterator[_Crossing]:
+    """The values that units exchange, in the order in which they are made."""
+    graph = context.graph
+    maker: dict[str, int] = dict.fromkeys((*context.differentiated, *context.outside), -1)
+    readers: dict[str, set[int]] = {}
+    holders: dict[str, set[int]] = {}
+    read_whole: set[str] = set()
+    for k, (nodes, plan) in enumerate(spans):
+        maker |= dict.fromkeys(nodes if plan is None else plan.segment.outputs, k)
+        reads = _reads(graph, nodes) if plan is None else set(plan.segment.inputs)
+        saved = reads if plan is not None else _saved_inputs(graph, nodes) | costs[k].kept
+        read_whole |= reads if plan is None else set()
+        for name in reads:
+            readers.setdefault(name, set()).add(k)
+        for name in saved:
+            holders.setdefault(name, set()).add(k)
+    for name, made in maker.items():
+        is_result = graph.is_result(name)
+        others = readers.get(name, set()) - {made}
+        if not others and not is_result:
+            continue
+        is_new = made < 0 or (not _is_view(graph, name) and name not in offloaded)
+        is_written = made >= 0 and name in context.written and spans[made][1] is not None
+        is_there = not is_written if made >= 0 else name in context.outside & read_whole
+        size = graph[name].bytes * is_new
+        yield _Crossing(
+            name,
+            made,
+            len(spans) if is_result else max(others),
+            tuple(holders.get(name, ())),
+            size * is_there,
+            size if made >= 0 or name in context.differentiated else 0,
+            is_result,
+        )
+
+
+def _is_view(graph: TypedGraph, name: str) -> bool:
+    saves = graph[name].saves
+    return saves is not None and saves.views is not None
+
+
+def _reads(graph: TypedGraph, nodes: Sequence[str]) -> set[str]:
+    return {one for name in nodes for one in graph[name].inputs}
+
+
+def _saved_inputs(graph: TypedGraph, nodes: Sequence[str]) -> set[str]:
+    """What autograd saves of the inputs of these nodes."""
+    return {graph[n].inputs[i] for n in nodes if (saves := graph[n].saves) is not None for i in saves.inputs}
+
+
+class _Needs:
+    """What one unit needs, of its operators and of what crosses it."""
+
+    def __init__(
+        self,
+        context: Context,
+        k: int,
+        plan: SegmentPlan | None,
+        cost: Costs,
+        crossing: Sequence[_Crossing],
+        offloaded: frozenset[str],
+    ) -> None:
+        self._context, self._k, self._plan, self._cost = context, k, plan, cost
+        self._crossing, self._offloaded = crossing, offloaded
+        self._is_whole = plan is None or plan.tile_count == 1
+
+    def unit(self, last: dict[str, int]) -> Unit:
+        """All of it; `last` is the last unit that reads each weight."""
+        cost, plan, k, training = self._cost, self._plan, self._k, self._context.training
+        part, shares = cost.part(), _shares(plan, cost)
+        recorded, unrecorded, held = (
+            part.profile(shares, self._outer()),
+            part.profile_unrecorded(shares),
+            part.held(shares),
+        )
+        coming = going = 0.0
+        if plan is not None:
+            held = held + self._add_copies(plan, recorded, unrecorded)
+            recorded, unrecorded = recorded + self._prefetched(plan), unrecorded + self._prefetched(plan)
+            coming, going = self._transfers(plan)
+            recorded[part.turn :] += going
+        forward, backward = (s + (coming + going) / cost.machine.host for s in map(float, part.seconds(shares)))
+        made = sum(value.bytes for value in self._crossing if value.maker == k)
+        return Unit(
+            name=plan.segment.name if plan is not None else "",
+            tiles=plan.tile_count if plan is not None else 0,
+            made=made,
+            read=sum(v.gradient for v in self._crossing if v.maker < k and k in v.holders),
+            holds=(float(held) - (made if plan is None else 0.0)) * training,
+            there_forward=sum(value.bytes for value in self._crossing if value.in_forward(k)),
+            forward=float((recorded[: part.turn] if plan is None and training else unrecorded).max()),
+            forward_seconds=forward,
+            there_backward=sum(value.bytes for value in self._crossing if value.in_backward(k)),
+            gradients=sum(v.gradient for v in self._crossing if v.has_gradient(k) and not self._is_last_of(v)),
+            backward=float(recorded.max()),
+            pulled=float(recorded[part.turn :].max()) - float(held),
+            backward_seconds=backward,
+            weights=float(cost.weight_gradients.sum()),
+            more_weights=float(sum(size for name, size in cost.weight_bytes.items() if last[name] == k)),
+            folded=float(sum(fusion.bytes for fusion in plan.segment.fusions)) if plan is not None else 0.0,
+        )
+
+    def _is_last_of(self, value: _Crossing) -> bool:
+        """Whether a value gets its gradient only here, at once: a sum over tiles exists all the while."""
+        return self._is_whole and value.last == self._k
+
+    def _outer(self) -> dict[str, float]:
+        """Bytes of gradients of values from outside, from the backward of their last reader on."""
+        outer: dict[str, float] = {}
+        if self._is_whole:
+            outer = {v.name: float(v.gradient) for v in self._crossing if v.last == self._k}
+        plan, graph = self._plan, self._context.graph
+        for name, _ in plan.segment.spatial if plan is not None else ():
+            is_box = not self._is_whole or name in self._offloaded
+            if is_box and (graph[name].saves is not None or name in self._context.differentiated):
+                outer[name] = _box_bytes(plan, name)
+        return {name: size for name, size in outer.items() if name in self._cost.outer}
+
+    def _add_copies(self, plan: SegmentPlan, recorded: torch.Tensor, unrecorded: torch.Tensor) -> float:
+        """Add padded copies of inputs to the profiles; returns the bytes of those that autograd saves."""
+        held, turns = 0.0, len(recorded) - 1
+        for name, size in padded_copies(plan.segment, plan.axes).items():
+            i, saves = self._cost.place[name], plan.segment.graph[name].saves
+            is_saved = saves is not None and 0 in saves.inputs
+            recorded[i : turns - i if is_saved else i + 1] += size
+            unrecorded[i] += size
+            held += size * is_saved
+        return held
+
+    def _prefetched(self, plan: SegmentPlan) -> float:
+        """Bytes of this tile's and the next one's boxes of what lies outside."""
+        outside = self._context.outside | self._offloaded
+        return sum(2 * _box_bytes(plan, name) for name, _ in plan.segment.spatial if name in outside)
+
+    def _transfers(self, plan: SegmentPlan) -> tuple[float, float]:
+        """Bytes of a tile's boxes of offloaded boundaries: those that it reads, those that it writes."""
+        read = (_box_bytes(plan, name) for name, _ in plan.segment.spatial if name in self._offloaded)
+        made = (_box_bytes(plan, name) for name in plan.segment.outputs if name in self._offloaded)
+        return sum(read), sum(made)
+
+
+def _shares(plan: SegmentPlan | None, cost: Costs) -> torch.Tensor:
+    """The shares of the largest tile of a segment; all ones for dense operators."""
+    shares = torch.ones(len(cost.nodes), dtype=torch.float64)
+    if plan is None:
+        return shares
+    for axis in range(len(plan.axes)):
+        nodes = [plan.segment.graph[name] for name in cost.nodes]
+        along = [plan.largest(node.name)[axis] / node.extents[axis] for node in nodes]
+        shares = shares * torch.tensor(along, dtype=torch.float64)
+    return shares
+
+
+def _box_bytes(plan: SegmentPlan | None, name: str) -> float:
+    """Bytes of the largest box that a tile holds of a spatial input or an output."""
+    assert plan is not None
+    node = plan.segment.graph[name]
+    dims = dict(plan.segment.spatial).get(name, node.values[0].dims)
+    lengths = plan.largest(name) if plan.axes else [node.values[0].shape[dim] for dim in dims]
+    return node.bytes * math.prod(n / node.values[0].shape[dim] for dim, n in zip(dims, lengths, strict=True))

@@ -1,0 +1,129 @@
+"""One tile of a call: its inputs, its run with or without recording, and what it leaves for backward."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from fxstream.errors import StreamError, StreamingWarning
+from fxstream.machine.out_of_memory import OutOfMemory, catch_oom
+from fxstream.runtime.prefetch import Image
+from fxstream.runtime.ranks import Rows
+from fxstream.runtime.schedule import Stream, TileTask
+
+__all__ = ["Inputs", "OtherRows", "Recorded", "TileRun", "combined", "halved", "retried", "rows_of"]
+
+T = TypeVar("T")
+OtherRows = dict[int, tuple[Rows, Rows]]
+"""The partial results of the ranks before and after this one, by output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A tile that ran with recording: what it read of the spatial inputs, the whole inputs, its results."""
+
+    boxes: list[torch.Tensor]
+    whole: list[torch.Tensor]
+    results: tuple[torch.Tensor, ...]
+
+
+@dataclass(slots=True, eq=False)
+class TileRun:
+    """One tile of one call of a segment: its partial results of reductions by output, its graph if it is kept."""
+
+    task: TileTask
+    partials: dict[int, torch.Tensor]
+    recorded: Recorded | None = None
+    gradients: dict[int, torch.Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The spatial and whole inputs of one call of a segment, without their history, and where it computes."""
+
+    spatial: tuple[Image, ...]
+    whole: tuple[torch.Tensor, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, stream: Stream, tensors: Sequence[Image]) -> Inputs:
+        """The inputs among all tensors that the segment is called with."""
+        bare = [tensor.detach() if isinstance(tensor, torch.Tensor) else tensor for tensor in tensors]
+        spatial, whole = tuple(bare[: stream.spatial_count]), tuple(bare[stream.spatial_count :])
+        # A spatial input may lie in host memory; whole inputs lie where the model is.
+        return cls(spatial, whole, (*whole, *spatial)[0].device)  # type: ignore[arg-type]
+
+    def run(
+        self, stream: Stream, task: TileTask, boxes: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor | None, ...]:
+        """The results of one tile, without recording."""
+        return stream.schedule.programs[task.program].run(*boxes, *self.whole, *self._tables(task))
+
+    def recorded(
+        self,
+        task: TileTask,
+        boxes: Sequence[torch.Tensor],
+        needs_grad: Sequence[bool],
+        program: Callable[..., tuple[torch.Tensor, ...]],
+    ) -> Recorded:
+        """One tile with recording, for gradients of the inputs that need one."""
+        with torch.enable_grad():
+            tiles = [box.requires_grad_(needed) for box, needed in zip(boxes, needs_grad, strict=False)]
+            pairs = zip(self.whole, needs_grad[len(tiles) :], strict=True)
+            whole = [tensor.detach().requires_grad_(needed) for tensor, needed in pairs]
+            return Recorded(tiles, whole, program(*tiles, *whole, *self._tables(task)))
+
+    def _tables(self, task: TileTask) -> list[torch.Tensor]:
+        """What one tile takes from tables."""
+        return [tensor for lookup in task.lookups for tensor in lookup.tensors(self.device)]
+
+
+def rows_of(runs: Sequence[TileRun], k: int) -> Rows:
+    """The partial results of a reduction and how many positions each is of."""
+    return [(run.partials[k], run.task.positions[k]) for run in runs if k in run.partials]
+
+
+def combined(stream: Stream, k: int, rows: Rows) -> torch.Tensor:
+    """The whole result of a reduction (rule 7)."""
+    partials = torch.stack([row for row, _ in rows])
+    counts = torch.tensor([count for _, count in rows], dtype=torch.float64, device=partials.device)
+    return stream.combined[k](partials, counts).to(stream.outputs[k].dtype)
+
+
+def retried(stream: Stream, function: Callable[..., T], *args: object) -> T:
+    """The function's result, tried again where memory ran out. Raises `StreamError` if it does again."""
+    call = functools.partial(function, *args)
+    result = catch_oom(call)
+    if isinstance(result, OutOfMemory):
+        result = catch_oom(call)
+    if isinstance(result, OutOfMemory):
+        raise StreamError(
+            f"out of memory for the results of `{stream.plan.segment.name}`: {result.message}. Plan with less:"
+            " memory= below what the device has free"
+        )
+    return result
+
+
+def halved(stream: Stream, task: TileTask, failure: OutOfMemory) -> tuple[TileTask, ...]:
+    """Two tiles in the place of one, with a warning per segment. Raises `StreamError` where nothing is smaller."""
+    halves, (first, last) = stream.schedule.halves(task), stream.plan.segment.ends
+    name = f"`{stream.plan.segment.name}` ({first} .. {last})"
+    if not halves:
+        raise StreamError(
+            f"out of memory in {name}, which cannot run in smaller parts: {failure.message}. Plan with less:"
+            " memory= below what the device has free"
+        )
+    if not stream.schedule.is_reduced:
+        stream.schedule.is_reduced = True
+        warnings.warn(
+            f"{name} ran out of memory: its tiles are made smaller where needed, with the same results. A smaller"
+            " memory= plans for it",
+            StreamingWarning,
+            stacklevel=2,
+        )
+    return halves
