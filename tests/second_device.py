@@ -1,13 +1,13 @@
 """Steps on a second device (`elsewhere`), in a process of their own: autograd must not have run before it is known.
 
-Started by `test_offload.py`.
+Started by `planning/test_offload.py`.
 """
 
 import pytest
 import torch
 from compare import integer_image
 from elsewhere import Elsewhere, elsewhere
-from test_offload import network, planned
+from offloading import network, planned
 
 from fxstream.runtime.rewrite import StreamedSegment, rewrite
 from fxstream.tiling.autograd_saves import saved_by

@@ -15,7 +15,7 @@ from fxstream.tools.zoo import define_missing_torchvision_schemas
 define_missing_torchvision_schemas()
 from torchvision.models import resnet18  # noqa: E402
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PAGES = sorted(EXAMPLES.glob("*.md"))
 
 

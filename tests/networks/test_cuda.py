@@ -6,7 +6,7 @@ import pytest
 import torch
 from compare import assert_same, assert_streams, integer_image, make_integer, relative_error
 from compare import step as named_step
-from test_cases import CASES
+from small_networks import CASES
 from torch import nn
 
 import fxstream

@@ -11,7 +11,7 @@ from PIL import Image
 
 import fxstream
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def load(name):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_streams, integer_image, make_integer
-from test_cases import Function
+from small_networks import Function
 from torch import nn
 
 import fxstream

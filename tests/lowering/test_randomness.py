@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_same, integer_image, make_integer
-from test_cases import Function
+from small_networks import Function
 from timm.layers import DropPath
 from torch import nn
 from torchvision.ops import StochasticDepth

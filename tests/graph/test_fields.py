@@ -7,7 +7,7 @@ import torch
 from compare import integer_image
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_fuzz import CHANNELS, RandomGraph, local_graphs
+from random_graphs import CHANNELS, RandomGraph, local_graphs
 from torch import nn
 
 import fxstream

@@ -10,7 +10,7 @@ from PIL import Image
 import fxstream
 
 zarr = pytest.importorskip("zarr", minversion="3")
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import large_image  # noqa: E402
 
 

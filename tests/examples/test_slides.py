@@ -13,7 +13,7 @@ import torch
 from compare import assert_streams
 from scipy.stats import rankdata
 
-FOLDER = Path(__file__).parent.parent / "examples" / "slides"
+FOLDER = Path(__file__).parents[2] / "examples" / "slides"
 
 
 def load() -> SimpleNamespace:

@@ -197,8 +197,8 @@ def network():
 
 RUN = """
     import sys, torch, zarr, fxstream
-    sys.path.insert(0, sys.argv[4])
-    from test_inference import network
+    sys.path += sys.argv[4:]
+    from test_infer import network
     torch.set_num_threads(1)
     folder, size, tile = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     image = zarr.open(f"{folder}/image", mode="r")
@@ -218,7 +218,7 @@ def lines_of(folder):
 def run(folder, size, tile, kill_at=None, wait=0.0):
     """One process of the prediction, killed when the journal has so many lines. Returns whether it ended by itself."""
     arguments = [sys.executable, "-c", textwrap.dedent(RUN), str(folder), str(size), str(tile)]
-    arguments.append(str(Path(__file__).parent))
+    arguments += map(str, Path(__file__).parents[:2])
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         if kill_at is not None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_same, assert_streams, integer_image, make_integer, relative_error, step
-from test_cases import Function, conv
+from small_networks import Function, conv
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint

@@ -6,32 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import integer_image, make_integer
+from compare import integer_image
+from offloading import network, planned
 from torch import nn
 from torch.utils import backend_registration
 
 import fxstream
 from fxstream.compiler.analysis import analyze
-from fxstream.planning.plan import make_plan
 from fxstream.tiling.request import Request
 from fxstream.tools.zoo import build
-
-
-def network():
-    layers = [nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(3, 4, 3, padding=1)]
-    return make_integer(nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1), nn.AdaptiveAvgPool2d(1)))
-
-
-def planned(model, request, *size):
-    analysis = analyze(model, size, channels=2, batch=2)
-    return analysis, make_plan(analysis.locality, request, device=torch.device("cuda"))
 
 
 def test_steps_on_a_second_device():
     """`second_device.py` in a process of its own."""
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch has no devices in Python")
-    path = Path(__file__).parent / "second_device.py"
+    path = Path(__file__).parent.parent / "second_device.py"
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -11,7 +11,7 @@ from compare import assert_streams
 from rich.console import Console
 from sklearn.datasets import load_digits
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import digit_canvases
 import resolution
 from digit_canvases import Canvases, at_resolution

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_streams
-from test_cases import Function, conv
+from small_networks import Function, conv
 from torch import nn
 
 import fxstream
