@@ -14,6 +14,7 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from fxstream.graph.nodes import bind_to
 from fxstream.graph.typed_graph import Saves, TypedGraph, TypedNode
 
 __all__ = ["in_place_variant", "may_reuse", "saves_of"]
@@ -98,8 +99,7 @@ def _statistics(node: fx.Node, args: tuple[Any, ...]) -> list[torch.Tensor]:
     """The running statistics among the arguments, which have no gradient."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return []
-    names = (argument.name for argument in node.target._schema.arguments)
-    named = zip(names, args, strict=False)
+    named = bind_to(node.target, args, {}).items()
     return [t for name, t in named if name.startswith("running_") and isinstance(t, torch.Tensor)]
 
 

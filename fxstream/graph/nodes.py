@@ -1,17 +1,21 @@
-"""Arguments of graph nodes by the names of their operator's schema, and calls made from them."""
+"""Functions on fx nodes: arguments by schema name, calls from them, copies of nodes and graphs.
+
+Every other file that reads or writes the arguments of an operator by name, or copies nodes, does it through here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-__all__ = ["TRACED", "bind", "call_with", "schema_of"]
+__all__ = ["TRACED", "bind", "bind_to", "call_with", "copy_graph", "copy_node", "parameters_of", "schema_of"]
 
 TRACED = ("nn_module_stack", "stack_trace")
-"""Keys of ``node.meta`` that say where in the user's model a node comes from."""
+"""Keys in ``node.meta`` that lead back to the user's module and source line."""
 
 
 def schema_of(node: fx.Node) -> torch.FunctionSchema | None:
@@ -19,25 +23,66 @@ def schema_of(node: fx.Node) -> torch.FunctionSchema | None:
     return node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
 
 
-def bind(
-    node: fx.Node, args: tuple[Any, ...] | None = None, kwargs: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """The arguments of an operator node, or other `args` and `kwargs` for it, by name, defaults filled in."""
-    schema = schema_of(node)
-    assert schema is not None
-    args, kwargs = node.args if args is None else args, node.kwargs if kwargs is None else kwargs
+@functools.cache
+def parameters_of(target: torch._ops.OpOverload) -> tuple[torch.Argument, ...]:
+    """The parameters in the schema of an operator, in order; reading them from the schema is slow."""
+    return tuple(target._schema.arguments)
+
+
+def bind(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator node by schema name, defaults filled in; empty for a node without a schema.
+
+    >>> graph = fx.Graph()
+    >>> x = graph.placeholder("x")
+    >>> bind(graph.call_function(torch.ops.aten.add.Tensor, (x, x)))
+    {'self': x, 'other': x, 'alpha': 1}
+    """
+    is_operator = isinstance(node.target, torch._ops.OpOverload)
+    return bind_to(node.target, node.args, node.kwargs) if is_operator else {}  # type: ignore[arg-type]
+
+
+def bind_to(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """These arguments of an operator by schema name, in the order of the schema, defaults filled in.
+
+    A parameter without a default that has no argument is None.
+    """
     return {
-        argument.name: args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
-        for i, argument in enumerate(schema.arguments)
+        parameter.name: args[i] if i < len(args) else kwargs.get(parameter.name, parameter.default_value)
+        for i, parameter in enumerate(parameters_of(target))
     }
 
 
 def call_with(graph: fx.Graph, target: torch._ops.OpOverload, arguments: Mapping[str, Any]) -> fx.Node:
-    """A call of an operator with arguments by name, in the order of its schema; others are defaults."""
+    """A call at the insertion point of the graph with arguments by schema name.
+
+    Keyword-only arguments are passed as keywords, and only those in `arguments`; all others by position, with
+    their defaults.
+    """
     positional, keywords = [], {}
-    for argument in target._schema.arguments:
-        if not argument.kwarg_only:
-            positional.append(arguments.get(argument.name, argument.default_value))
-        elif argument.name in arguments:
-            keywords[argument.name] = arguments[argument.name]
+    for parameter in parameters_of(target):
+        if not parameter.kwarg_only:
+            positional.append(arguments.get(parameter.name, parameter.default_value))
+        elif parameter.name in arguments:
+            keywords[parameter.name] = arguments[parameter.name]
     return graph.call_function(target, tuple(positional), keywords)
+
+
+def copy_node(graph: fx.Graph, node: fx.Node, replace: Callable[[fx.Node], Any]) -> fx.Node:
+    """A copy of a node, with its name and meta, at the insertion point of another graph.
+
+    `replace` gives the argument that takes the place of each node among its arguments: a node of the new graph, or
+    a constant.
+    """
+    copy = graph.node_copy(node, replace)
+    copy.name = node.name  # fx renames a node whose name is one of Python's (`input`)
+    return copy
+
+
+def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of a graph, and the copy of each node but the output; copies have the names of their nodes."""
+    copy = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    copy.output(copy.graph_copy(graph, nodes))
+    for original, node in nodes.items():
+        node.name = original.name
+    return copy, nodes

@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 from fxstream.geometry.receptive_field import IDENTITY
 from fxstream.graph.capture import module_path
 from fxstream.graph.functionalize import UNSTREAMED, ordered_nodes
+from fxstream.graph.nodes import bind_to
 from fxstream.graph.shapes import Meta, Shape, Shapes, source_line
 from fxstream.graph.typed_graph import Region, TypedGraph, TypedNode, Verdict
 from fxstream.rules import AccessPattern, Call, Item, NotTileable, Read, Reason, Value, rule_of
@@ -151,11 +152,7 @@ class _Typing:
                 return typed.integer
             return typed.values[0] if typed.values and not typed.is_tuple else typed.values
 
-        args, kwargs = map_arg(node.args, value), map_arg(dict(node.kwargs), value)
-        arguments = {
-            argument.name: args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
-            for i, argument in enumerate(target._schema.arguments)
-        }
+        arguments = bind_to(target, map_arg(node.args, value), map_arg(dict(node.kwargs), value))
         results = meta if isinstance(meta, tuple) else (meta,)
         return Call(node.name, target, arguments, tuple(m.shape for m in results if isinstance(m, Shape)))
 

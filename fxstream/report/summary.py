@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import torch
+
 from fxstream.compiler.analysis import Analysis, with_frozen_batch_norm
 from fxstream.geometry.receptive_field import ReceptiveField
 from fxstream.graph.fields import demands, extent_chains, main_image, receptive_fields
-from fxstream.graph.nodes import bind, schema_of
+from fxstream.graph.nodes import bind_to
 from fxstream.graph.typed_graph import TypedGraph, Verdict
 from fxstream.planning.plan import Plan, SegmentPlan, streamable_share, worthwhile
 from fxstream.probe.probe import ProbeReport
@@ -171,9 +173,9 @@ def _layer(
 def _window(graph: TypedGraph, name: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
     """Kernel, stride and dilation of an operator that has them."""
     node = graph[name].node
-    if schema_of(node) is None:
+    if not isinstance(node.target, torch._ops.OpOverload):
         return None
-    arguments = bind(node, *graph.arguments(node))
+    arguments = bind_to(node.target, *graph.arguments(node))
     if "weight" in arguments and "stride" in arguments:
         kernel = graph.value(arguments["weight"].name).shape[2:]
     elif "kernel_size" in arguments:

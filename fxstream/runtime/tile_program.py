@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 
 from fxstream.errors import StreamError
 from fxstream.graph.autograd_saves import in_place_variant
-from fxstream.graph.nodes import TRACED, bind, call_with
+from fxstream.graph.nodes import TRACED, bind_to, call_with
 from fxstream.graph.typed_graph import TypedNode
 from fxstream.rules import Border, Read
 from fxstream.tiling.bounds import AxisStep, AxisTile, Crop, CropPad, lookups
@@ -220,7 +220,8 @@ class _Call:
     def operator(self, replaced: Mapping[str, Any], target: torch._ops.OpOverload | None = None) -> fx.Node:
         """The segment's operator, or another, on the inputs, with the arguments that a tile replaces."""
         original = self.node.node
-        arguments = bind(original, *self.segment.graph.arguments(original))
+        assert isinstance(original.target, torch._ops.OpOverload)
+        arguments = bind_to(original.target, *self.segment.graph.arguments(original))
         reads = {(read.argument, read.index): node for read, node in zip(self.node.pattern.reads, self.inputs)}
         for name, argument in arguments.items():
             if isinstance(argument, (list, tuple)):
@@ -229,7 +230,6 @@ class _Call:
                 arguments[name] = reads[name, None]
         inputs = set(self.inputs)
         arguments = map_arg({**arguments, **replaced}, lambda n: n if n in inputs else self.whole[n.name])
-        assert isinstance(original.target, torch._ops.OpOverload)
         return call_with(self.graph, target or original.target, arguments)
 
 
