@@ -17,7 +17,8 @@ from fxstream.geometry.receptive_field import AxisExtent, AxisMap, ReceptiveFiel
 from fxstream.graph.fields import demands, extent_chains, main_image, receptive_fields
 from fxstream.report.closed_form import IMAGE, TILE, TILE_OUT, FieldForm, extent_form, tile_forms
 from fxstream.rules import Tileability
-from fxstream.tiling.bounds import AxisWalk, make_segment
+from fxstream.tiling.bounds import BoundsPass
+from fxstream.tiling.segment import make_segment
 from fxstream.tools import zoo
 
 maps = st.builds(
@@ -71,7 +72,7 @@ def test_phases_of_an_upsampling():
 
 def region_of(model, size, channels, batch=2):
     analysis = fxstream.analyze(model, size, channels=channels, batch=batch)
-    return analysis.locality, analysis.regions
+    return analysis.graph, analysis.regions
 
 
 @given(local_graphs, st.tuples(st.integers(90, 110), st.integers(90, 110)))
@@ -85,36 +86,36 @@ def test_fields_demands_and_extents_agree_with_the_integers_and_the_operators(gr
     image = integer_image(2, CHANNELS, *size).detach().abs().add(1).requires_grad_()
     try:
         outputs = model(image)
-        locality, regions = region_of(model, size, CHANNELS)
+        typed, regions = region_of(model, size, CHANNELS)
     except (RuntimeError, ValueError, CaptureError):
         return
     output = outputs if isinstance(outputs, torch.Tensor) else outputs[-1]
-    source = main_image(locality)
+    source = main_image(typed)
     for region in regions:
-        fields = receptive_fields(locality, region.nodes, source)
-        chains = extent_chains(locality, region.nodes, source)
+        fields = receptive_fields(typed, region.nodes, source)
+        chains = extent_chains(typed, region.nodes, source)
         for name, per_axis in chains.items():
             if name in region.nodes and name in fields:
                 for k, chain in enumerate(per_axis):
-                    assert extent_form(chain).subs(IMAGE, size[k]) == locality.values[name].extents[k]
-        segment = make_segment(locality, "region", region.nodes)
+                    assert extent_form(chain).subs(IMAGE, size[k]) == typed.value(name).extents[k]
+        segment = make_segment(typed, "region", region.nodes)
         for axis in range(2):
-            walk = AxisWalk(locality, segment, axis)
+            walk = BoundsPass(segment, axis)
             for place, name in enumerate(segment.outputs):
                 if name not in fields:  # branches of different strides
                     continue
-                extent = locality.values[name].extents[axis]
+                extent = typed.value(name).extents[axis]
                 owned = Interval(extent // 2, extent // 2 + 1)
                 wanted = fields[name][axis].read(owned)
                 boxes = walk.boxes([owned if i == place else Interval(0, 0) for i in range(len(segment.outputs))])
-                needed = {n: f[axis].read(owned) for n, f in demands(locality, region.nodes, name).items()}
+                needed = {n: f[axis].read(owned) for n, f in demands(typed, region.nodes, name).items()}
                 inside = all(
-                    box.start >= 0 and box.stop <= locality.values[n].extents[axis] for n, box in needed.items()
+                    box.start >= 0 and box.stop <= typed.value(n).extents[axis] for n, box in needed.items()
                 )
                 if inside:
                     assert boxes == needed
                     assert needed[source] == wanted
-                    support = gradient_support(locality, model, image, name, axis, owned.start)
+                    support = gradient_support(typed, model, image, name, axis, owned.start)
                     if support is not None:
                         assert wanted.hull(support) == wanted
                         if not any(step[0] in ("max_pool", "relu", "transposed") for step in graph):
@@ -122,11 +123,11 @@ def test_fields_demands_and_extents_agree_with_the_integers_and_the_operators(gr
     assert output is not None
 
 
-def gradient_support(locality, model, image, name, axis, pixel):
+def gradient_support(typed, model, image, name, axis, pixel):
     """The pixels of the image that one line of the model's last output depends on."""
     outputs = model(image)
     last = outputs if isinstance(outputs, torch.Tensor) else outputs[-1]
-    result = next(node for node in locality.graph.nodes if node.op == "output").args[0][-1]
+    result = next(node for node in typed.graph.nodes if node.op == "output").args[0][-1]
     if result.name != name:
         return None
     (gradient,) = torch.autograd.grad(last.narrow(2 + axis, pixel, 1).sum(), image)
@@ -136,9 +137,9 @@ def gradient_support(locality, model, image, name, axis, pixel):
 
 def stem_end(model, size=512):
     """The field of the last node of the first region, in pixels of the image."""
-    locality, regions = region_of(fxstream.freeze_batch_norm(model).eval(), size, 3)
+    typed, regions = region_of(fxstream.freeze_batch_norm(model).eval(), size, 3)
     nodes = regions[0].nodes
-    fields = receptive_fields(locality, nodes, main_image(locality))
+    fields = receptive_fields(typed, nodes, main_image(typed))
     return fields[nodes[-1]][0]
 
 
@@ -215,14 +216,14 @@ def test_measured_receptive_fields(name):
 def test_forms_of_a_tile():
     """Two 3x3 convolutions, the second with stride 2: every number by hand."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 3, 2, 1))
-    locality, (region,) = region_of(model, 64, 3)
-    source, output = main_image(locality), region.nodes[-1]
-    fields = receptive_fields(locality, region.nodes, source)
-    macs = {n: locality.footprint(n).macs / math.prod(locality.values[n].extents) for n in region.nodes}
+    typed, (region,) = region_of(model, 64, 3)
+    source, output = main_image(typed), region.nodes[-1]
+    fields = receptive_fields(typed, region.nodes, source)
+    macs = {n: typed[n].macs / math.prod(typed.value(n).extents) for n in region.nodes}
     from fractions import Fraction
 
     per_pixel = {n: Fraction(m) for n, m in macs.items()}
-    forms = tile_forms(demands(locality, region.nodes, output), fields[output], [source], per_pixel, per_pixel)
+    forms = tile_forms(demands(typed, region.nodes, output), fields[output], [source], per_pixel, per_pixel)
     assert fields[output][0].size == 5
     assert [str(form) for form in forms.box[source]] == ["2*t + 3", "2*t + 3"]
     assert str(forms.owned[0]) == "floor((T - 5)/2) + 1"
@@ -257,7 +258,7 @@ def test_what_follows_a_global_operator_depends_on_everything():
             x = self.a(x)
             return self.b(x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True))))
 
-    locality, regions = region_of(Gated(), 32, 3)
-    every = [name for name, verdict in locality.verdicts.items() if verdict.kind is Tileability.LOCAL]
-    fields = receptive_fields(locality, list(locality.verdicts), main_image(locality))
+    typed, regions = region_of(Gated(), 32, 3)
+    every = [name for name, verdict in typed.verdicts.items() if verdict.kind is Tileability.LOCAL]
+    fields = receptive_fields(typed, list(typed.verdicts), main_image(typed))
     assert set(fields) & set(every) == {regions[0].nodes[0]}

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_same, assert_streams
+from compare import assert_same, assert_streams, captures
 from small_networks import Function, conv
 from torch import nn
 
@@ -42,7 +42,7 @@ def test_a_mask_beside_an_image_does_not_bind_the_capture_to_its_size():
         x, mask = image(batch, 2, height, width), torch.rand(batch, height, width).double()
         assert torch.allclose(compiled(x, mask), model(x, mask), atol=1e-12)
         assert compiled.plan.streamed_share == 1
-    assert len(compiled._captures) == 1
+    assert captures(compiled) == 1
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -82,7 +82,7 @@ def assert_no_map_is_held(model, *inputs):
     """No segment leaves anything of the image's size."""
     compiled = fxstream.compile(model, tile=11, segments=1, verify=False)
     compiled(*inputs)
-    metas = compiled._latest().analysis.locality.metas
+    metas = compiled.pipeline.last.analysis.graph.metas
     held = {o: metas[o].shape for plan in compiled.plan.segments for o in plan.segment.outputs}
     assert all(len(shape) <= 2 for shape in held.values()), held
 
@@ -159,7 +159,7 @@ def test_the_planner_holds_no_logits():
     model, inputs = Loss(OF_CLASSES["weights"]), (image(2, 2, 40, 40), classes(2, 40, 40))
     compiled = fxstream.compile(model, tile=17)
     compiled(*inputs)
-    metas = compiled._latest().analysis.locality.metas
+    metas = compiled.pipeline.last.analysis.graph.metas
     held = [metas[o].shape for plan in compiled.plan.segments for o in plan.segment.outputs]
     assert (2, CLASSES, 40, 40) not in held
 
@@ -177,7 +177,7 @@ def test_one_capture_of_a_loss_serves_every_size():
     for batch, height, width in ((1, 20, 20), (2, 31, 17)):
         x, target = image(batch, 2, height, width), classes(batch, height, width)
         assert torch.allclose(compiled(x, target), model(x, target), atol=1e-12)
-    assert len(compiled._captures) == 1
+    assert captures(compiled) == 1
 
 
 class Segmentation(nn.Module):

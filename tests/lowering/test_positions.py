@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_streams
+from compare import assert_streams, captures
 from small_networks import Function, conv
 from torch import nn
 
@@ -48,7 +48,7 @@ def test_one_capture_serves_every_size():
         x = image(*shape)
         assert torch.allclose(compiled(x), model(x), atol=1e-12)
         assert compiled.plan.streamed_share > 0.99
-    assert len(compiled._captures) == 1
+    assert captures(compiled) == 1
 
 
 def on_map(forward, **parts):

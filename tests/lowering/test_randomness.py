@@ -7,15 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_same, integer_image, make_integer
+from compare import assert_same, captures, integer_image, make_integer, replan
 from small_networks import Function
 from timm.layers import DropPath
 from torch import nn
 from torchvision.ops import StochasticDepth
 
 import fxstream
-from fxstream.runtime.rewrite import rewrite
-from fxstream.tiling.autograd_saves import saved_by
 from fxstream.tools.check import step
 
 ONCE = {
@@ -95,13 +93,9 @@ def test_kept_tiles_have_the_mask_of_recomputed_ones():
     model, image = residual(nn.Dropout(0.5)), integer_image(2, 2, 20, 23)
     module, own = compiled(model, tile=9, segments=2)
     wanted = seeded(module, own, image)
-    last = module._last
+    last = module.pipeline.last
     plans = tuple(dataclasses.replace(s, kept=s.tile_count // 2) for s in last.plan.segments)
-    locality = last.analysis.locality
-    plan = dataclasses.replace(last.plan, segments=plans)
-    streamed = rewrite(last.analysis.captured, locality, plan, saved_by(locality))
-    for key, known in module._prepared.items():
-        module._prepared[key] = dataclasses.replace(known, plan=plan, streamed=streamed)
+    replan(module, dataclasses.replace(last.plan, segments=plans))
     assert_same(seeded(module, own, image), wanted, 0.0)
 
 
@@ -149,7 +143,7 @@ def test_draws_at_sizes_and_batches_that_were_not_captured():
     module = fxstream.compile(residual(nn.Sequential(nn.Dropout(0.5), nn.Dropout2d(0.2))), tile=12)
     for shape in ((1, 2, 20, 23), (3, 2, 31, 17), (2, 2, 40, 40)):
         assert module(integer_image(*shape)).shape == (shape[0], 2, shape[2] - 2, shape[3] - 2)
-    assert len(module._captures) == 1
+    assert captures(module) == 1
 
 
 def test_channels_last_and_other_axes():

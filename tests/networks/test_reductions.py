@@ -12,7 +12,7 @@ from torch import nn
 import fxstream
 from fxstream.errors import ProbeError
 from fxstream.rules import reductions
-from fxstream.tiling.parts import passes, streamable_parts
+from fxstream.tiling.parts import streamable_parts, sweeps
 from fxstream.tools.check import step
 from fxstream.tools.model_spec import load
 
@@ -179,7 +179,7 @@ def test_a_part_without_its_reductions_is_cut():
     module = fxstream.compile(model, tile=14, global_ops="cut")
     plain, x = copy.deepcopy(model), image(1, 3, 23, 31)
     assert_same(step(module, model, [x]), step(plain, plain, [x]), 1e-10)
-    assert not module._last.analysis.locality.reductions()
+    assert not module.pipeline.last.analysis.graph.reductions()
 
 
 def test_statistics_are_as_accurate_as_the_plain_ones():
@@ -414,24 +414,24 @@ def test_each_position_is_reduced_once():
     model = MODULES["three norms"]().double()
     module = fxstream.compile(model, tile=11, segments=1)
     module(image(1, 3, 23, 31))
-    streams = [m.stream for m in module._last.streamed.modules() if hasattr(m, "stream")]
+    streams = [m.stream for m in module.pipeline.last.streamed.modules() if hasattr(m, "stream")]
     reduced = [(s, k) for s in streams for k in s.combined]
     assert len(reduced) == 4
     for stream, k in reduced:
-        owned = sum(call.positions[k] for call in stream.calls)
+        owned = sum(call.positions[k] for call in stream.schedule.tasks)
         assert owned == (21 * 29 if stream.outputs[k].shape == (1, 2) else 23 * 31)
 
 
 def test_passes_depend_on_earlier_ones_only():
     model = MODULES["three norms"]().double()
-    locality = fxstream.analyze(model.train(), (23, 31)).locality
-    (part,) = streamable_parts(locality)
+    graph = fxstream.analyze(model.train(), (23, 31)).graph
+    (part,) = streamable_parts(graph)
     known = set()
-    for segment in passes(locality, "s", part):
-        assert set(segment.nodes) <= set(part)
-        assert all(locality.stages[output] >= len(known) - 1 for output in segment.outputs)
+    for segment in sweeps(graph, "s", part):
+        assert set(segment.covers) <= set(part)
+        assert all(graph[output].stage >= len(known) - 1 for output in segment.outputs)
         known |= set(segment.outputs)
-    assert {v.node for v in locality.reductions()} <= known
+    assert {v.node for v in graph.reductions()} <= known
 
 
 def test_a_wrong_combination_is_found(monkeypatch):

@@ -171,7 +171,7 @@ def test_tiles_with_other_tables_share_programs():
     compiled = fxstream.compile(model, tile=12, segments=1)
     compiled(torch.randn(1, 2, 90, 90))
     (segment,) = [module for module in compiled.graph.owning_module.modules() if hasattr(module, "stream")]
-    assert len(segment.stream.programs) < len(segment.stream.calls) // 4
+    assert len(segment.stream.schedule.programs) < len(segment.stream.schedule.tasks) // 4
 
 
 PLAINLY = {

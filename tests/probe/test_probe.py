@@ -40,7 +40,7 @@ class Everything(nn.Module):
 def report_of(model, size=200):
     analysis = fxstream.analyze(model, size)
     assert len(analysis.regions) >= 1
-    return probe(analysis.locality, analysis.regions[0].nodes)
+    return probe(analysis.graph, analysis.regions[0].nodes)
 
 
 def frozen(name):
@@ -67,7 +67,7 @@ def test_one_to_three_axes(dims):
     conv, pool = getattr(nn, f"Conv{dims}d"), getattr(nn, f"MaxPool{dims}d")
     model = nn.Sequential(conv(2, 4, 3, 2, 1), nn.ReLU(), pool(3, 2, 1), conv(4, 4, 3, padding=2, dilation=2))
     analysis = fxstream.analyze(model, (60,) * dims, channels=2)
-    report = probe(analysis.locality, analysis.regions[0].nodes)
+    report = probe(analysis.graph, analysis.regions[0].nodes)
     assert report.agrees, report
     assert report.measured == 4
 
@@ -105,7 +105,7 @@ def test_in_a_tile_of_ones_the_border_fades():
 def probe_of_chain(layers):
     model = nn.Sequential(*(nn.Conv1d(1, 1, 3, padding=1) for _ in range(layers)))
     analysis = fxstream.analyze(model, (400,), channels=1)
-    return probe(analysis.locality, analysis.regions[0].nodes)
+    return probe(analysis.graph, analysis.regions[0].nodes)
 
 
 def faulty_window(change):
@@ -161,13 +161,13 @@ def test_wrong_divisor_of_a_pooling_is_found(monkeypatch):
 
 
 def test_wrong_crop_of_an_upsampling_is_found(monkeypatch):
-    produce = fxstream.rules.Production.produce
+    produce = fxstream.rules.OutputSpan.of
 
     def late(self, read):
         found = produce(self, read)
         return type(found)(found.start + 1, found.stop + 1)
 
-    monkeypatch.setattr(fxstream.rules.Production, "produce", late)
+    monkeypatch.setattr(fxstream.rules.OutputSpan, "of", late)
     assert report_of(Everything()).mismatches
 
 
@@ -218,7 +218,7 @@ def test_compile_refuses_a_wrong_rule_of_the_user():
 
 def test_once_per_capture(monkeypatch):
     probed = []
-    monkeypatch.setattr("fxstream.compiler.module.probe", lambda *a: probed.append(a[2]) or probe(*a))
+    monkeypatch.setattr("fxstream.compiler.pipeline.probe", lambda *a: probed.append(a[2]) or probe(*a))
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
     module = fxstream.compile(model, tile=20, segments=1)
     for size in (40, 41, 60):
@@ -239,7 +239,7 @@ def test_what_cannot_be_measured_is_said():
             return (self.conv(x) + self.position).reshape(1, 4, 30, 30)
 
     analysis = fxstream.analyze(Bound(), 30)
-    report = probe(analysis.locality, analysis.regions[0].nodes, "part")
+    report = probe(analysis.graph, analysis.regions[0].nodes, "part")
     assert report.unprobed
     assert not report.agrees
     assert str(report).startswith("part: not probed, ")

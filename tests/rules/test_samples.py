@@ -212,9 +212,9 @@ def test_read_set_equals_the_map(name, shape, function):
     analysis = fxstream.analyze(model, shape[2:], channels=shape[1], batch=shape[0])
     assert analysis.barriers == (), f"not local: {analysis}"
     local = [v for v in analysis.verdicts if v.kind is Tileability.LOCAL]
-    image = image.to(next(iter(analysis.locality.values.values())).dtype)
+    image = image.to(next(iter(analysis.graph.nodes.values())).values[0].dtype)
     result = model(image)
-    dims = local[-1].footprint.dims
+    dims = local[-1].pattern.dims
     for axis in range(len(shape) - 2):
         claimed = [claimed_reads(local, analysis, axis, o) for o in range(result.shape[dims[axis]])]
         for pixel in range(shape[2 + axis]):
@@ -227,23 +227,23 @@ def test_read_set_equals_the_map(name, shape, function):
 @pytest.mark.parametrize("name, shape, function", CALLS, ids=[f"{i}-{c[0]}" for i, c in enumerate(CALLS)])
 def test_extents_follow_the_formula(name, shape, function):
     """At this size; whether the formula holds at others is what the windows' own test is for."""
-    locality = fxstream.analyze(Call(function), shape[2:], channels=shape[1], batch=shape[0]).locality
-    for verdict in locality.verdicts.values():
+    graph = fxstream.analyze(Call(function), shape[2:], channels=shape[1], batch=shape[0]).graph
+    for verdict in graph.verdicts.values():
         if verdict.kind is Tileability.LOCAL:
-            value, footprint = locality.values[verdict.node], verdict.footprint
-            wide = next(read for read in footprint.reads if BROADCAST not in read.maps)
-            found = [e.of(i) for e, i in zip(footprint.extents or [AxisExtent.changed(0)] * 3, wide.extents)]
-            assert tuple(found) == (value[0] if isinstance(value, tuple) else value).extents, name
+            pattern = verdict.pattern
+            wide = next(read for read in pattern.reads if BROADCAST not in read.maps)
+            found = [e.of(i) for e, i in zip(pattern.extents or [AxisExtent.changed(0)] * 3, wide.extents)]
+            assert tuple(found) == graph.value(verdict.node).extents, name
 
 
 def claimed_reads(local, analysis, axis, o) -> Interval:
     """What the image is read at for one output pixel, walking all nodes by their maps."""
     boxes = {local[-1].node: Interval(o, o + 1)}
     for verdict in reversed(local):
-        for read in verdict.footprint.reads:
+        for read in verdict.pattern.reads:
             found = read.needed(axis, boxes.get(verdict.node, Interval(0, 0)))
             boxes[read.value.name] = boxes.get(read.value.name, Interval(0, 0)).hull(found)
-    return boxes[next(n for n in boxes if n not in analysis.locality.verdicts)]
+    return boxes[next(n for n in boxes if n not in analysis.graph.verdicts)]
 
 
 def measured_writes(model, image, result, dims, axis, pixel) -> set[int]:

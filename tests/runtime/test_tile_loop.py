@@ -1,6 +1,5 @@
 """The schedule: what runs how often, and what is kept. And the oracle itself, shown to fail on seeded faults."""
 
-import dataclasses
 import gc
 import math
 import types
@@ -14,8 +13,8 @@ import fxstream
 from fxstream.geometry import box, receptive_field
 from fxstream.machine.meter import PeakMemory, measure
 from fxstream.planning import plan as planning
+from fxstream.runtime import backward, forward
 from fxstream.runtime import schedule as stream_module
-from fxstream.runtime import tile_loop as runtime
 from fxstream.tiling import bounds as demand
 from fxstream.tiling import reuse as economy
 
@@ -26,7 +25,7 @@ def network() -> nn.Module:
 
 
 def streams(module) -> list[stream_module.Stream]:
-    return [m.stream for m in module._last.streamed.modules() if hasattr(m, "stream")]
+    return [m.stream for m in module.pipeline.last.streamed.modules() if hasattr(m, "stream")]
 
 
 @pytest.mark.parametrize("segments", [1, 2])
@@ -37,7 +36,7 @@ def test_each_output_pixel_is_written_once(segments):
     for stream in streams(module):
         for k, shape in enumerate(stream.outputs):
             written = torch.zeros(shape.shape)
-            for call in stream.calls:
+            for call in stream.schedule.tasks:
                 written[call.outputs[k]] += 1
             assert torch.equal(written, torch.ones(shape.shape))
 
@@ -48,13 +47,13 @@ def test_each_tile_is_computed_once_forward_and_once_backward(monkeypatch):
     module(image)
     (stream,) = streams(module)
     calls = {"forward": [], "recomputation": []}
-    for i, program in enumerate(stream.programs):
+    for i, program in enumerate(stream.schedule.programs):
         assert program.forward is not program.recomputation  # it ends in a convolution
         for kind, found in calls.items():
             module_of_kind = getattr(program, kind)
             run = module_of_kind.forward
             monkeypatch.setattr(module_of_kind, "forward", lambda *a, i=i, f=run, c=found: (c.append(i), f(*a))[1])
-    expected = sorted(call.program for call in stream.calls)
+    expected = sorted(call.program for call in stream.schedule.tasks)
     y = module(image)
     assert (sorted(calls["forward"]), calls["recomputation"]) == (expected, [])
     y.sum().backward()
@@ -66,7 +65,7 @@ def test_a_convolution_at_the_end_is_not_recomputed():
     module, image = fxstream.compile(model, tile=13, segments=1), integer_image(2, 2, 31, 26)
     assert_same(step(module, model, [image]), step(model, model, [image]), 0.0)
     (stream,) = streams(module)
-    for program in stream.programs:
+    for program in stream.schedule.programs:
         assert program.forward.code.count("aten.conv2d.default") == 2
         assert program.recomputation.code.count("aten.conv2d.default") == 1
         assert program.recomputation.code.count("uncomputed_convolution(") == 1
@@ -109,8 +108,8 @@ def test_interior_tiles_share_one_program():
     module = fxstream.compile(network(), tile=20, segments=1)
     module(integer_image(1, 2, 160, 160))
     (stream,) = streams(module)
-    assert len(stream.calls) > 60
-    assert len(stream.programs) <= 16
+    assert len(stream.schedule.tasks) > 60
+    assert len(stream.schedule.programs) <= 16
 
 
 def test_a_tile_program_prints_its_crops_and_pads():
@@ -201,21 +200,24 @@ def test_shifted_map_is_caught(monkeypatch):
 
 
 def without_last_tile(stream: stream_module.Stream) -> stream_module.Stream:
-    return dataclasses.replace(stream, calls=stream.calls[:-1])
+    stream.schedule.tasks = stream.schedule.tasks[:-1]
+    return stream
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
 def test_skipped_tile_is_caught(monkeypatch, when):
-    allocate = runtime._allocate
+    allocate = forward._allocate
     monkeypatch.setattr(
-        runtime, "_allocate", lambda *a: allocate(*a).fill_(7)
+        forward, "_allocate", lambda *a: allocate(*a).fill_(7)
     )  # not a leftover of the right answer
     build = stream_module.build_stream
     if when == "forward":
-        monkeypatch.setattr("fxstream.runtime.rewrite.build_stream", lambda *a: without_last_tile(build(*a)))
+        monkeypatch.setattr(
+            "fxstream.runtime.rewrite.build_stream", lambda *a, **k: without_last_tile(build(*a, **k))
+        )
     else:
-        run = runtime._Backward.run
-        monkeypatch.setattr(runtime._Backward, "run", lambda self, turns, *rest: run(self, turns[:-1], *rest))
+        run = backward.Backward.run
+        monkeypatch.setattr(backward.Backward, "run", lambda self, turns, *rest: run(self, turns[:-1], *rest))
     assert caught()
 
 
@@ -223,7 +225,7 @@ def test_stale_plan_is_caught(monkeypatch):
     known = {}
     real = planning.make_plan
     monkeypatch.setattr(
-        "fxstream.compiler.module.make_plan", lambda *a, **k: known.setdefault("plan", real(*a, **k))
+        "fxstream.compiler.pipeline.make_plan", lambda *a, **k: known.setdefault("plan", real(*a, **k))
     )
     model = network()
     module = fxstream.compile(model, tile=15, segments=1)
@@ -243,13 +245,13 @@ def test_wrong_fill_is_caught(monkeypatch):
 
 
 def test_box_that_starts_late_is_caught(monkeypatch):
-    walk = demand.AxisWalk._walk
+    walk = demand.BoundsPass._walk
 
     def shifted(self, *arguments):
         starts, stops = walk(self, *arguments)
         return [s + (1 if 0 < s < e - 1 else 0) for s, e in zip(starts, stops, strict=True)], stops
 
-    monkeypatch.setattr(demand.AxisWalk, "_walk", shifted)
+    monkeypatch.setattr(demand.BoundsPass, "_walk", shifted)
     assert caught()
 
 

@@ -11,18 +11,20 @@ import fxstream
 from fxstream.machine.meter import measure
 from fxstream.planning import plan as planning
 from fxstream.runtime.rewrite import StreamedSegment
-from fxstream.tiling.fold import folds_in
+from fxstream.tiling.fuse import fuse_batch_norms
+from fxstream.tiling.parts import streamable_parts
+from fxstream.tiling.segment import isolated, make_segment
 
 
 def streamed(module) -> list[StreamedSegment]:
-    return [m for m in module._last.streamed.modules() if isinstance(m, StreamedSegment)]
+    return [m for m in module.pipeline.last.streamed.modules() if isinstance(m, StreamedSegment)]
 
 
 def code_of(module) -> str:
     return "".join(
         program.code
         for segment in streamed(module)
-        for made in segment.stream.programs
+        for made in segment.stream.schedule.programs
         for program in (made.forward, made.recomputation)
     )
 
@@ -98,10 +100,10 @@ def test_a_cut_between_them_keeps_both():
 
 def test_batch_statistics_are_not_folded():
     model = stacked(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 3)).double().train()
-    locality = fxstream.analyze(model, 40, channels=2).locality
-    assert folds_in(locality, tuple(locality.verdicts)) == {}
-    frozen = fxstream.analyze(model.eval(), 40, channels=2).locality
-    assert len(folds_in(frozen, tuple(frozen.verdicts))) == 1
+    for training, fusions in ((True, 0), (False, 1)):
+        graph = fxstream.analyze(model.train(training), 40, channels=2).graph
+        (part,) = streamable_parts(graph)
+        assert len(fuse_batch_norms(isolated(make_segment(graph, "part", part))).fusions) == fusions
 
 
 def test_narrow_weights_are_not_rounded_once_more():

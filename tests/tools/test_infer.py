@@ -19,7 +19,7 @@ from torch import nn
 import fxstream
 from fxstream.geometry.box import Box, Interval
 from fxstream.io import sink
-from fxstream.runtime import tile_loop as runtime
+from fxstream.runtime import forward
 from fxstream.tools import infer as inference
 
 
@@ -58,9 +58,9 @@ def test_written_is_what_the_model_returns(request_):
 
 def test_the_result_is_never_held(monkeypatch):
     allocated = []
-    allocate = runtime._allocate
+    allocate = forward._allocate
     monkeypatch.setattr(
-        runtime, "_allocate", lambda tile, shape, place: allocated.append(shape) or allocate(tile, shape, place)
+        forward, "_allocate", lambda tile, shape, place: allocated.append(shape) or allocate(tile, shape, place)
     )
     model, image = decoder(), integer_image(1, 3, 38, 46, requires_grad=False)
     module = fxstream.compile(model, tile=15, segments=1)
