@@ -101,14 +101,14 @@ OF_CLASSES = {
     "log likelihood, each": lambda m, z, t: F.nll_loss(z.log_softmax(1), t, reduction="none").mean(),
     "nothing counts": lambda m, z, t: F.cross_entropy(z, t * 0, ignore_index=0, reduction="sum"),
     "one class of each": lambda m, z, t: z.softmax(1).gather(1, t.unsqueeze(1)).log().mean(),
-    "focal": lambda m, z, t: (
-        lambda each: ((1 - torch.exp(-each)) ** 2 * each).mean()
-    )(F.cross_entropy(z, t, reduction="none")),
+    "focal": lambda m, z, t: (lambda each: ((1 - torch.exp(-each)) ** 2 * each).mean())(
+        F.cross_entropy(z, t, reduction="none")
+    ),
     "dice": lambda m, z, t: dice(z.softmax(1), F.one_hot(t, CLASSES).permute(0, 3, 1, 2).to(z.dtype)),
     "with others": lambda m, z, t: (
         F.cross_entropy(z, t) + dice(z.softmax(1), F.one_hot(t, CLASSES).permute(0, 3, 1, 2).to(z.dtype))
     ),
-}  # fmt: skip
+}
 
 
 def dice(p, y):

@@ -131,9 +131,13 @@ def test_training_with_batch_norm_and_several_draws():
         return m.d2(m.n2(m.b(x))).mean((2, 3))
 
     parts = {
-        "a": nn.Conv2d(2, 4, 3), "n1": nn.BatchNorm2d(4), "d1": nn.Dropout(0.3),
-        "b": nn.Conv2d(4, 4, 3), "n2": nn.BatchNorm2d(4), "d2": nn.Dropout2d(0.4),
-    }  # fmt: skip
+        "a": nn.Conv2d(2, 4, 3),
+        "n1": nn.BatchNorm2d(4),
+        "d1": nn.Dropout(0.3),
+        "b": nn.Conv2d(4, 4, 3),
+        "n2": nn.BatchNorm2d(4),
+        "d2": nn.Dropout2d(0.4),
+    }
     model = Function(forward, **parts).double().train()
     image = torch.randn(3, 2, 22, 25).double().requires_grad_()
     steps = []

@@ -71,7 +71,7 @@ def _process(rank, count, bodies, folder):
 
 
 def run(bodies, count):
-    """By the name of each body what it returns on each of so many processes; the text of its error if it raises."""
+    """By the name of each body: what it returns on each of `count` processes, or the text of its error."""
     with tempfile.TemporaryDirectory() as folder:
         processes.spawn(_process, (count, bodies, folder), nprocs=count)
         found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(count)]

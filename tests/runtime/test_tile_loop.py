@@ -11,7 +11,7 @@ from compare import assert_same, assert_streams, integer_image, make_integer, st
 from torch import nn
 
 import fxstream
-from fxstream.geometry import box, receptive_field
+from fxstream.geometry import receptive_field
 from fxstream.machine.meter import PeakMemory, measure
 from fxstream.planning import plan as planning
 from fxstream.runtime import schedule as stream_module
@@ -251,9 +251,3 @@ def test_box_that_starts_late_is_caught(monkeypatch):
 
     monkeypatch.setattr(demand.AxisWalk, "_walk", shifted)
     assert caught()
-
-
-def test_box_arithmetic():
-    boxes = box.Box((box.Interval(0, 3), box.Interval(2, 9))), box.Box((box.Interval(2, 5), box.EMPTY))
-    assert str(boxes[0].hull(boxes[1])) == "[0:5, 2:9]"
-    assert boxes[0].shape == (3, 7)

@@ -17,8 +17,6 @@ from compare import integer_image, make_integer
 from torch import nn
 
 import fxstream
-from fxstream.geometry.box import Box, Interval
-from fxstream.io import sink
 from fxstream.runtime import tile_loop as runtime
 from fxstream.tools import infer as inference
 
@@ -41,10 +39,6 @@ class Twice(nn.Module):
     def forward(self, image):
         half = self.first(image)
         return {"map": self.last(half), "half": half * 2}
-
-
-def box(*bounds):
-    return Box(tuple(Interval(*pair) for pair in bounds))
 
 
 @pytest.mark.parametrize("request_", [{"tile": 15, "segments": 1}, {"memory": "80KiB"}, {"memory": "1GiB"}])
@@ -136,19 +130,6 @@ def test_resumes_behind_what_is_written(tmp_path):
     assert len(out.written) == tiles
 
 
-def test_a_chunk_half_written_is_written_again(tmp_path):
-    """The tile that was being written shares a chunk with one that was finished."""
-    path = tmp_path / "journal"
-    notes = sink.Journal(path, {"a": 1})
-    notes.note(0, box((0, 10)), done=False)
-    notes.note(0, box((0, 10)), done=True)
-    notes.note(0, box((10, 20)), done=False)
-    assert sink.Journal(path, {"a": 1}).done(0, None) == [box((0, 10))]
-    assert sink.Journal(path, {"a": 1}).done(0, (5,)) == [box((0, 10))]
-    assert sink.Journal(path, {"a": 1}).done(0, (8,)) == []
-    assert sink.Journal(path, {"a": 1}).done(1, None) == []
-
-
 def test_a_journal_of_another_prediction_is_refused(tmp_path):
     model, image = decoder(), integer_image(1, 3, 38, 46, requires_grad=False)
     module = fxstream.compile(model, tile=15, segments=1)
@@ -182,14 +163,6 @@ def test_infer_needs_a_compiled_module():
         inference.infer(nn.Conv2d(1, 1, 1), torch.zeros(1, 1, 9, 9), out=np.zeros((1, 1, 9, 9)))
 
 
-def test_coverage():
-    whole = box((0, 10), (0, 10))
-    parts = [box((0, 5), (0, 10)), box((5, 10), (0, 4)), box((4, 10), (4, 10))]
-    assert sink._is_covered(whole, parts)
-    assert not sink._is_covered(whole, parts[:2])
-    assert not sink._is_covered(whole, [*parts[:2], box((4, 10), (5, 10))])
-
-
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)).double()
@@ -205,7 +178,8 @@ RUN = """
     out = zarr.open(f"{folder}/out", mode="r+")
     module = fxstream.compile(network(), tile=tile, segments=1, verify=False)
     print("ready", flush=True)
-    fxstream.infer(module, fxstream.source(image, layout="HWC", dtype=torch.float64), out=out, journal=f"{folder}/journal")
+    source = fxstream.source(image, layout="HWC", dtype=torch.float64)
+    fxstream.infer(module, source, out=out, journal=f"{folder}/journal")
     print("done", flush=True)
 """
 
@@ -216,7 +190,7 @@ def lines_of(folder):
 
 
 def run(folder, size, tile, kill_at=None, wait=0.0):
-    """One process of the prediction, killed when the journal has so many lines. Returns whether it ended by itself."""
+    """One process of the prediction, killed once the journal has `kill_at` lines; whether it ended by itself."""
     arguments = [sys.executable, "-c", textwrap.dedent(RUN), str(folder), str(size), str(tile)]
     arguments += map(str, Path(__file__).parents[:2])
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
