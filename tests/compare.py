@@ -69,3 +69,23 @@ def randomise_statistics(model: nn.Module) -> nn.Module:
 def integer_image(*shape: int, requires_grad: bool = True) -> torch.Tensor:
     """Small integers in float64."""
     return torch.randint(-2, 3, shape).double().requires_grad_(requires_grad)
+
+
+class Summed(torch.autograd.Function):
+    """A sum whose gradient is a real tensor, as that of a loss is."""
+
+    @staticmethod
+    def forward(ctx, y):
+        ctx.shape = y.shape
+        return y.sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.ones(ctx.shape, dtype=gradient.dtype)
+
+
+def backward_step(module, model, image) -> None:
+    """A step whose output is there until its gradient is."""
+    model.zero_grad()
+    y = module(image)
+    Summed.apply(y).backward()

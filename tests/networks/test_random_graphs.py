@@ -177,6 +177,7 @@ def test_corpus(case):
 
 
 @pytest.mark.parametrize("case", UNTILED)
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 def test_corpus_of_trivial_cases(case):
     assert not run(*case)
 

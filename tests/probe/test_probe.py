@@ -146,6 +146,21 @@ def test_a_fault_in_one_deep_operator_is_found_there(fault, monkeypatch):
     assert any(mismatch.module == "wide" for mismatch in report.mismatches)
 
 
+LARGER = {
+    "halo one longer before": lambda cls, m, *w: cls(m.num, m.den, m.first - (w[0] > 1), m.last),
+    "halo one longer after": lambda cls, m, *w: cls(m.num, m.den, m.first, m.last + (w[0] > 1)),
+    "a dilated window one longer": lambda cls, m, *w: cls(m.num, m.den, m.first, m.last + (w[3] > 1)),
+}
+"""Claims that hold all that is read, and more: results are right, tiles are larger than they need to be."""
+
+
+@pytest.mark.parametrize("fault", LARGER)
+def test_claims_that_are_too_large_are_found_in_both_directions(fault, monkeypatch):
+    monkeypatch.setattr(receptive_field.AxisMap, "window", faulty_window(LARGER[fault]))
+    report = report_of(Everything())
+    assert {mismatch.direction for mismatch in report.mismatches} >= {"forward", "backward"}, report
+
+
 @pytest.mark.parametrize("infinity", [0.0, -math.inf])
 def test_wrong_fill_of_a_pooling_is_found(monkeypatch, infinity):
     monkeypatch.setattr("fxstream.rules.windowed.math", types.SimpleNamespace(inf=infinity, prod=math.prod))
@@ -332,6 +347,7 @@ def agrees_when_streamed(model, *inputs):
     assert all(report.agrees for report in module.probe), module.probe
 
 
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 def test_images_of_integers_masks_and_gates_of_a_batch():
     class Scaled(Between):
         def forward(self, x):
