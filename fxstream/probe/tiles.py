@@ -17,7 +17,7 @@ from fxstream.graph.typed_graph import Locality
 from fxstream.probe.findings import Findings
 from fxstream.probe.strip import extents_at, verdicts_at
 from fxstream.probe.subgraph import Excerpt, excerpt
-from fxstream.rules import Kind, Value
+from fxstream.rules import Kind, Reduction, Value
 from fxstream.runtime.tile_program import tile_program
 from fxstream.tiling.bounds import AxisTile, AxisWalk, Segment, lookups, make_segment
 from fxstream.tiling.request import leaf_extents, output_extents
@@ -106,7 +106,10 @@ def _compare_tiles(locality: Locality, names: tuple[str, ...], found: Findings) 
 
 
 def compare_reductions(locality: Locality, names: Sequence[str], found: Findings) -> None:
-    """Every distinct reduction, combined from three tiles along each axis, against itself on the whole."""
+    """Every distinct reduction, combined from three tiles along each axis, against itself on the whole.
+
+    Both its values and the gradients that it sends to the map.
+    """
     known: set[object] = set()
     for name in names:
         signature = _signature(locality.nodes[name], locality)
@@ -130,22 +133,51 @@ def _compare_combined(locality: Locality, name: str, found: Findings) -> None:
     smalls = [
         _integers(at_size.value(small).shape, part.type_of(small), generator) for small in part.segment.smalls
     ]
-    extents = output_extents(at_size, name)
+    mapped = [image.requires_grad_() for image in inputs if image.is_floating_point()]
+    with torch.enable_grad():
+        (plain,) = part.module(*inputs, *smalls)
+        combined = _combined_from_tiles(at_size, part, reduction.reduction, inputs, smalls).to(plain.dtype)
+    if not _same_values(combined, plain):
+        found.add(name, 0, "values", "the result combined from tiles", _preview(combined), _preview(plain))
+    elif plain.requires_grad:
+        _compare_gradients(name, combined, plain, mapped, found)
+
+
+def _combined_from_tiles(
+    at_size: Locality,
+    part: Excerpt,
+    reduction: Reduction,
+    inputs: Sequence[torch.Tensor],
+    smalls: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """The result of a reduction from three tiles along each axis: the first pixel, all between, the last pixel."""
+    extents = output_extents(at_size, part.segment.outputs[0])
     walks = [AxisWalk(at_size, part.segment, axis) for axis in range(len(extents))]
     thirds = [[Interval(0, 1), Interval(1, extent - 1), Interval(extent - 1, extent)] for extent in extents]
     partials: list[torch.Tensor] = []
     counts: list[int] = []
-    with torch.no_grad():
-        (plain,) = part.module(*inputs, *smalls)
-        for owned in itertools.product(*thirds):
-            tiles = [walk.tile((interval,)) for walk, interval in zip(walks, owned, strict=True)]
-            program = tile_program(at_size, part.segment, tiles).forward
-            partials += program(*_cuts(part, tiles, inputs), *smalls)
-            counts.append(math.prod(map(len, owned)))
-        held = torch.tensor(counts, dtype=torch.float64)
-        combined = reduction.reduction.combine(torch.stack(partials), held).to(plain.dtype)
-    if not _same_values(combined, plain):
-        found.add(name, 0, "values", "the result combined from tiles", _preview(combined), _preview(plain))
+    for owned in itertools.product(*thirds):
+        tiles = [walk.tile((interval,)) for walk, interval in zip(walks, owned, strict=True)]
+        program = tile_program(at_size, part.segment, tiles).forward
+        partials += program(*_cuts(part, tiles, inputs), *smalls)
+        counts.append(math.prod(map(len, owned)))
+    return reduction.combine(torch.stack(partials), torch.tensor(counts, dtype=torch.float64))
+
+
+def _compare_gradients(
+    name: str, combined: torch.Tensor, plain: torch.Tensor, maps: Sequence[torch.Tensor], found: Findings
+) -> None:
+    """The gradients of both results for the same gradient, which is another integer for each of their numbers."""
+    given = torch.arange(1, plain.numel() + 1).view(plain.shape).to(plain.dtype)
+    wanted = torch.autograd.grad(plain, maps, given, allow_unused=True, materialize_grads=True)
+    if combined.requires_grad:
+        tiled = torch.autograd.grad(combined, maps, given, allow_unused=True, materialize_grads=True)
+    else:
+        tiled = tuple(map(torch.zeros_like, maps))
+    for mine, whole in zip(tiled, wanted, strict=True):
+        if not _same_values(mine, whole):
+            what = "the gradient of the result combined from tiles"
+            found.add(name, 0, "values", what, _preview(mine), _preview(whole))
 
 
 def _cuts(part: Excerpt, tiles: Sequence[AxisTile], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -6,13 +6,14 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from small_networks import Function
 from torch import nn
 
 import fxstream
 from fxstream.errors import ProbeError
 from fxstream.geometry import receptive_field
 from fxstream.probe.probe import probe
-from fxstream.rules import register_rule, unregister_rule
+from fxstream.rules import reductions, register_rule, unregister_rule
 from fxstream.tools import zoo
 
 
@@ -184,6 +185,26 @@ def test_wrong_crop_of_an_upsampling_is_found(monkeypatch):
 
     monkeypatch.setattr(fxstream.rules.Production, "produce", late)
     assert report_of(Everything()).mismatches
+
+
+def equally(partials, counts):
+    """The maximum of the maxima of tiles, of which each that attains it weighs the same."""
+    return partials.double()[:, 0].amax(0)
+
+
+def detached(partials, counts):
+    return reductions._maxima(partials.detach(), counts)
+
+
+@pytest.mark.parametrize("combine", [equally, detached])
+def test_wrong_gradient_of_a_combined_result_is_found(combine, monkeypatch):
+    """A maximum that several tiles attain: its value is right, and its gradient is not."""
+    model = Function(lambda m, x: m.a(x).relu().amax((2, 3)), a=nn.Conv2d(3, 4, 3)).double()
+    image = torch.randn(1, 3, 40, 40).double()
+    fxstream.compile(model, tile=20, segments=1)(image)
+    monkeypatch.setitem(reductions.REDUCERS, "amax", lambda call: (reductions.maximum_of, combine))
+    with pytest.raises(ProbeError, match="the gradient of the result combined from tiles"):
+        fxstream.compile(model, tile=20, segments=1)(image)
 
 
 library = torch.library.Library("fxstream_probe", "DEF")
