@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fxstream.errors import RuleError
-from fxstream.geometry.box import Interval
-from fxstream.geometry.receptive_field import AxisExtent, AxisMap, ReceptiveField
+from fxstream.geometry.box import EMPTY, Interval
+from fxstream.geometry.receptive_field import BROADCAST, IDENTITY, AxisExtent, AxisMap, ReceptiveField
 from fxstream.report.closed_form import FieldForm
 
 maps = st.builds(
@@ -81,3 +81,77 @@ def test_extents_of_windows(extent):
         except RuntimeError:
             continue
         assert AxisExtent.window(kernel, stride, padding, dilation, ceil).of(extent) == pooled.shape[-1]
+
+
+@given(maps, st.integers(-10, 10), st.integers(1, 7))
+def test_a_map_reads_what_its_formula_says(axis_map, start, length):
+    reads = set()
+    for o in range(start, start + length):
+        low, high = (
+            math.floor((axis_map.num * o + end) / axis_map.den) for end in (axis_map.first, axis_map.last)
+        )
+        reads |= {low, high}
+    assert axis_map.read(Interval(start, start + length)) == Interval(min(reads), max(reads) + 1)
+    assert axis_map.read(EMPTY) == EMPTY
+
+
+@pytest.mark.parametrize("numbers", [(-1, 1, 0, 0), (1, 0, 0, 0), (1, -1, 0, 0), (1, 1, 1, 0)])
+def test_maps_that_make_no_sense(numbers):
+    with pytest.raises(RuleError, match="an access map"):
+        AxisMap(*numbers)
+
+
+def test_common_maps():
+    assert AxisMap.window(5, 2, 1, 3) == AxisMap(2, 1, -1, 11)
+    assert AxisMap.shifted(-4).read(Interval(0, 2)) == Interval(-4, -2)
+    assert IDENTITY.read(Interval(3, 9)) == Interval(3, 9)
+    assert BROADCAST.read(Interval(3, 9)) == Interval(0, 1)
+
+
+extents_of_one = st.builds(AxisExtent, st.sampled_from([0, 1, 1, 2]), st.integers(1, 4), st.integers(-5, 9))
+
+
+@given(extents_of_one, extents_of_one, st.integers(0, 60))
+def test_one_formula_for_two_extents(consumer, producer, extent):
+    both = consumer.after(producer)
+    if both is not None:
+        assert both.of(extent) == consumer.of(producer.of(extent))
+    else:
+        assert consumer.num != 1
+        assert producer.den != 1
+
+
+def test_extents_that_add_or_replace():
+    assert AxisExtent.changed(-3).of(10) == 7
+    assert AxisExtent.fixed(4).of(10) == 4
+
+
+@given(st.lists(maps, min_size=1, max_size=3), st.integers(1, 4))
+@settings(deadline=None, max_examples=150)
+def test_what_is_derived_from_a_field_is_what_its_pixels_say(chain, periods):
+    """Halo, padding, sizes and the extent of a tile, against the reads of single pixels."""
+    field = ReceptiveField.of_map(chain[0])
+    for axis_map in chain[1:]:
+        field = ReceptiveField.of_map(axis_map).then(field)
+    assert not any(
+        all(
+            field.low(o + p) - field.low(o) == field.high(o + p) - field.high(o) == field.stride * p
+            for o in range(24)
+        )
+        for p in range(1, field.period)
+    )
+    sizes = [field.high(o) - field.low(o) + 1 for o in range(field.period)]
+    assert field.sizes == (min(sizes), max(sizes))
+    assert field.size == max(sizes)
+    assert field.padding == -field.low(0)
+    assert field.offset * 2 == field.low(0) + field.high(0)
+    count = periods * field.period
+    scale, constant = field.tile_extent()
+    assert scale * count + constant == field.high(count - 1) - field.low(0) + 1
+    cells = [(field.stride * o, field.stride * (o + 1)) for o in range(2 * field.period)]
+    before = max(math.floor(start) - field.low(o) for o, (start, _) in enumerate(cells))
+    after = max(field.high(o) - math.ceil(stop) + 1 for o, (_, stop) in enumerate(cells))
+    assert field.halo == (before, after)
+    assert field.overlap == before + after
+    assert field.read(Interval(2, 2 + count)) == Interval(field.low(2), field.high(1 + count) + 1)
+    assert field.read(EMPTY) == EMPTY

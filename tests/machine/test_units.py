@@ -3,7 +3,7 @@
 import pytest
 
 import fxstream
-from fxstream.machine.units import parse_bytes
+from fxstream.machine.units import bytes_text, macs_text, parse_bytes
 
 
 def test_memory_texts():
@@ -12,3 +12,19 @@ def test_memory_texts():
     for text in ("", "GiB", "-1GB", "0", "8 gallons"):
         with pytest.raises(fxstream.InputError, match="no amount of memory"):
             parse_bytes(text)
+
+
+def test_bytes_as_text():
+    texts = {0: "0 B", 1023: "1023 B", 1024: "1.00 KiB", 10 * 1024: "10.0 KiB", 100 * 1024: "100 KiB"}
+    texts |= {2**20: "1.00 MiB", 2**30: "1.00 GiB", 5 * 2**40: "5120 GiB"}
+    assert {count: bytes_text(count) for count in texts} == texts
+
+
+@pytest.mark.parametrize("count", [1025, 2**20 + 1, 11 * 2**20 + 1, 10**9, 123456789, 2**40 - 1])
+def test_an_amount_that_must_suffice_suffices(count):
+    assert count <= parse_bytes(bytes_text(count, up=True)) <= 1.011 * count
+
+
+def test_multiply_accumulates_as_text():
+    texts = {0: "0", 999: "999", 1500: "1.50 k", 25_300_000: "25.3 M", 4.1e9: "4.10 G", 2.5e15: "2500 T"}
+    assert {count: macs_text(count) for count in texts} == texts
