@@ -1,4 +1,4 @@
-"""Steps on a second device (`elsewhere`), in a process of their own: autograd must not have run before it is known.
+"""Steps on a second device (`elsewhere`), in a process of their own: it is defined before autograd runs.
 
 Started by `planning/test_offload.py`.
 """

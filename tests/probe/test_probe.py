@@ -6,13 +6,14 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from small_networks import Function
 from torch import nn
 
 import fxstream
 from fxstream.errors import ProbeError
 from fxstream.geometry import receptive_field
 from fxstream.probe.probe import probe
-from fxstream.rules import register_rule, unregister_rule
+from fxstream.rules import reductions, register_rule, unregister_rule
 from fxstream.tools import zoo
 
 
@@ -146,6 +147,21 @@ def test_a_fault_in_one_deep_operator_is_found_there(fault, monkeypatch):
     assert any(mismatch.module == "wide" for mismatch in report.mismatches)
 
 
+LARGER = {
+    "halo one longer before": lambda cls, m, *w: cls(m.num, m.den, m.first - (w[0] > 1), m.last),
+    "halo one longer after": lambda cls, m, *w: cls(m.num, m.den, m.first, m.last + (w[0] > 1)),
+    "a dilated window one longer": lambda cls, m, *w: cls(m.num, m.den, m.first, m.last + (w[3] > 1)),
+}
+"""Claims that hold all that is read, and more: results are right, tiles are larger than they need to be."""
+
+
+@pytest.mark.parametrize("fault", LARGER)
+def test_claims_that_are_too_large_are_found_in_both_directions(fault, monkeypatch):
+    monkeypatch.setattr(receptive_field.AxisMap, "window", faulty_window(LARGER[fault]))
+    report = report_of(Everything())
+    assert {mismatch.direction for mismatch in report.mismatches} >= {"forward", "backward"}, report
+
+
 @pytest.mark.parametrize("infinity", [0.0, -math.inf])
 def test_wrong_fill_of_a_pooling_is_found(monkeypatch, infinity):
     monkeypatch.setattr("fxstream.rules.windowed.math", types.SimpleNamespace(inf=infinity, prod=math.prod))
@@ -169,6 +185,26 @@ def test_wrong_crop_of_an_upsampling_is_found(monkeypatch):
 
     monkeypatch.setattr(fxstream.rules.OutputSpan, "of", late)
     assert report_of(Everything()).mismatches
+
+
+def equally(partials, counts):
+    """The maximum of the maxima of tiles, of which each that attains it weighs the same."""
+    return partials.double()[:, 0].amax(0)
+
+
+def detached(partials, counts):
+    return reductions._maxima(partials.detach(), counts)
+
+
+@pytest.mark.parametrize("combine", [equally, detached])
+def test_wrong_gradient_of_a_combined_result_is_found(combine, monkeypatch):
+    """A maximum that several tiles attain: its value is right, and its gradient is not."""
+    model = Function(lambda m, x: m.a(x).relu().amax((2, 3)), a=nn.Conv2d(3, 4, 3)).double()
+    image = torch.randn(1, 3, 40, 40).double()
+    fxstream.compile(model, tile=20, segments=1)(image)
+    monkeypatch.setitem(reductions.REDUCERS, "amax", lambda call: (reductions.maximum_of, combine))
+    with pytest.raises(ProbeError, match="the gradient of the result combined from tiles"):
+        fxstream.compile(model, tile=20, segments=1)(image)
 
 
 library = torch.library.Library("fxstream_probe", "DEF")
@@ -332,6 +368,7 @@ def agrees_when_streamed(model, *inputs):
     assert all(report.agrees for report in module.probe), module.probe
 
 
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 def test_images_of_integers_masks_and_gates_of_a_batch():
     class Scaled(Between):
         def forward(self, x):

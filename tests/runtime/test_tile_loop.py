@@ -10,7 +10,7 @@ from compare import assert_same, assert_streams, integer_image, make_integer, st
 from torch import nn
 
 import fxstream
-from fxstream.geometry import box, receptive_field
+from fxstream.geometry import receptive_field
 from fxstream.machine.meter import PeakMemory, measure
 from fxstream.planning import plan as planning
 from fxstream.runtime import backward, forward
@@ -42,7 +42,7 @@ def test_each_output_pixel_is_written_once(segments):
 
 
 def test_each_tile_is_computed_once_forward_and_once_backward(monkeypatch):
-    module = fxstream.compile(network(), tile=13, segments=1)
+    module = fxstream.compile(network(), tile=13, segments=1, verify=False)
     image = integer_image(1, 2, 31, 26)
     module(image)
     (stream,) = streams(module)
@@ -105,7 +105,7 @@ def test_relu_takes_over_the_memory_of_its_input_where_nothing_else_needs_it():
 
 
 def test_interior_tiles_share_one_program():
-    module = fxstream.compile(network(), tile=20, segments=1)
+    module = fxstream.compile(network(), tile=20, segments=1, verify=False)
     module(integer_image(1, 2, 160, 160))
     (stream,) = streams(module)
     assert len(stream.schedule.tasks) > 60
@@ -113,7 +113,7 @@ def test_interior_tiles_share_one_program():
 
 
 def test_a_tile_program_prints_its_crops_and_pads():
-    module = fxstream.compile(network(), tile=13, segments=1)
+    module = fxstream.compile(network(), tile=13, segments=1, verify=False)
     module(integer_image(1, 2, 31, 26))
     code = streams(module)[0].programs[0].forward.code
     assert "constant_pad_nd" in code
@@ -130,7 +130,7 @@ def test_a_convolution_pads_by_itself_where_that_computes_little_in_vain():
 
 
 def test_the_rewritten_graph_has_one_call_per_segment():
-    module = fxstream.compile(network(), tile=13, segments=2)
+    module = fxstream.compile(network(), tile=13, segments=2, verify=False)
     module(integer_image(1, 2, 31, 26))
     assert [n.name for n in module.graph.nodes if n.op == "call_module"] == ["segment_0", "segment_1"]
 
@@ -139,7 +139,7 @@ def test_nothing_is_kept_beyond_leaves_output_and_their_gradients():
     model = nn.Sequential(
         nn.Conv2d(2, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 1, 3, stride=4)
     )
-    module = fxstream.compile(model, tile=40, segments=1)
+    module = fxstream.compile(model, tile=40, segments=1, verify=False)
     module(torch.randn(1, 2, 200, 200))
     with PeakMemory() as memory:
         y = module(torch.randn(1, 2, 200, 200, requires_grad=True))
@@ -150,7 +150,7 @@ def test_nothing_is_kept_beyond_leaves_output_and_their_gradients():
 def test_peak_memory_does_not_grow_with_the_image():
     layers = [nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 1, 3, stride=8)]
     model = nn.Sequential(*layers)
-    module = fxstream.compile(model, tile=96, segments=1)
+    module = fxstream.compile(model, tile=96, segments=1, verify=False)
     peaks = []
     for size in (192, 384, 768):
         image = torch.randn(1, 1, size, size)
@@ -228,7 +228,7 @@ def test_stale_plan_is_caught(monkeypatch):
         "fxstream.compiler.pipeline.make_plan", lambda *a, **k: known.setdefault("plan", real(*a, **k))
     )
     model = network()
-    module = fxstream.compile(model, tile=15, segments=1)
+    module = fxstream.compile(model, tile=15, segments=1, verify=False)
     assert torch.equal(module(image := integer_image(1, 2, 31, 26)), model(image))
     with pytest.raises((RuntimeError, AssertionError)):
         assert torch.equal(module(other := integer_image(1, 2, 37, 40)), model(other))
@@ -253,9 +253,3 @@ def test_box_that_starts_late_is_caught(monkeypatch):
 
     monkeypatch.setattr(demand.BoundsPass, "_walk", shifted)
     assert caught()
-
-
-def test_box_arithmetic():
-    boxes = box.Box((box.Interval(0, 3), box.Interval(2, 9))), box.Box((box.Interval(2, 5), box.EMPTY))
-    assert str(boxes[0].hull(boxes[1])) == "[0:5, 2:9]"
-    assert boxes[0].shape == (3, 7)
