@@ -238,7 +238,7 @@ BAD = {
     "tile of wrong axes": (["plan", "model.py:build", "--size", "99", "--tile", "9x9x9"], "has 3 axes"),
     "memory in words": (
         ["plan", "model.py:build", "--size", "99", "--memory", "lots"],
-        "'lots' is no amount of memory: write 8GiB",
+        "cannot parse 'lots' as a size: use 8GiB",
     ),
     "segments of zero": (
         ["plan", "model.py:build", "--size", "99", "--tile", "30", "--segments", "0"],

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-ALLOCATES = "from fxstream.machine.heap import allocates_afresh; print(allocates_afresh())"
+ALLOCATES = "from fxstream.machine.heap import malloc_remaps; print(malloc_remaps())"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of the C library of Linux")
@@ -47,7 +47,7 @@ def faults():  # of four tiles
 
 def told(plenty):
     host_memory.PLENTY = plenty
-    with host_memory.heap_held(torch.device("cpu")):
+    with host_memory.heap_kept(torch.device("cpu")):
         result = tile(2**20)
         return faults(), pages() - before, result
 
