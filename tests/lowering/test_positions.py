@@ -165,6 +165,7 @@ PLAINLY = {
 
 @pytest.mark.parametrize("name", PLAINLY)
 @pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 def test_what_does_not_stream_stays_right(name, batch):
     assert_streams(PLAINLY[name], image(batch, 2, 23, 19), tile=11, segments=1, verify=batch == 1)
 
