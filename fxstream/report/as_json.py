@@ -19,7 +19,7 @@ from fxstream.planning.plan import Plan
 from fxstream.probe.probe import ProbeReport
 from fxstream.report.closed_form import FieldForm
 from fxstream.report.summary import Layer, Summary
-from fxstream.tools.benchmark import Row, Setting
+from fxstream.tools.benchmark import Row, Workload
 from fxstream.tools.check import CheckReport
 
 __all__ = ["SCHEMA", "as_json", "bench_json", "check_json", "plan_json", "probe_json"]
@@ -176,16 +176,16 @@ def probe_json(report: ProbeReport) -> dict[str, Any]:
     }
 
 
-def bench_json(setting: Setting, rows: Sequence[Row]) -> dict[str, Any]:
+def bench_json(workload: Workload, rows: Sequence[Row]) -> dict[str, Any]:
     """The rows of a benchmark as plain data."""
     return {
         "schema": SCHEMA,
-        **dataclasses.asdict(setting),
+        **dataclasses.asdict(workload),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "rows": [
             {
-                "way": row.way.label,
+                "way": row.method.label,
                 "seconds": row.seconds,
                 "peak_bytes": row.peak_bytes,
                 "resident_bytes": row.resident_bytes,
