@@ -86,7 +86,7 @@ def draw(path: Path, image: zarr.Array, scores: zarr.Array, part: SegmentPlan) -
     """What the tiles of the training step read, and the corner of four tiles: image and predicted scores there."""
     figure = Figure(figsize=(8, 3.3), layout="constrained")
     grid, corner, result = figure.subplots(1, 3)
-    stride, leaf = round(image.shape[0] / scores.shape[2]), part.segment.leaves[0][0]
+    stride, leaf = round(image.shape[0] / scores.shape[2]), part.segment.spatial[0][0]
     y, x = (min(tile.boxes[leaf].stop for tile in tiles) // stride for tiles in part.axes)
     half = min(20, y, x)
     near = (x - half) * stride, (x + half) * stride, (y + half) * stride, (y - half) * stride
@@ -106,7 +106,7 @@ def draw(path: Path, image: zarr.Array, scores: zarr.Array, part: SegmentPlan) -
 
 def draw_tiles(axes: Axes, part: SegmentPlan, linewidth: float) -> None:
     """The box of the image that every tile reads, the first one filled."""
-    leaf = part.segment.leaves[0][0]
+    leaf = part.segment.spatial[0][0]
     for k, (rows, columns) in enumerate(part.tiles()):
         y, x = rows.boxes[leaf], columns.boxes[leaf]
         box = (x.start, y.start), len(x), len(y)

@@ -87,22 +87,22 @@ def row_of(target: str, global_ops: str = "auto") -> dict[str, object]:
     else:
         return row
     row.pop("failure", None)
-    locality = analysis.locality
-    parts = worthwhile(locality)
+    graph = analysis.graph
+    parts = worthwhile(graph)
     row |= {
         "size": size,
         "bound": analysis.captured.bound,
-        "streamed": streamable_share(locality),
+        "streamed": streamable_share(graph),
         "parts": len(parts),
     }
     row["cut"] = f"{analysis.cut.operator}: {analysis.cut.reason}" if analysis.cut else ""
-    source = main_image(locality)
+    source = main_image(graph)
     if analysis.regions and source:
-        fields = receptive_fields(locality, analysis.regions[0].nodes, source)
+        fields = receptive_fields(graph, analysis.regions[0].nodes, source)
         field = fields.get(analysis.regions[0].nodes[-1])
         row["field"] = [[f.size, str(f.stride), *f.halo] for f in field] if field else None
     row["analysis_seconds"] = round(time.perf_counter() - started, 1)
-    reports = [probe(locality, part) for part in parts]
+    reports = [probe(graph, part) for part in parts]
     row |= {
         "nodes": sum(r.nodes for r in reports),
         "measured": sum(r.measured for r in reports),

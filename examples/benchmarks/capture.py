@@ -36,9 +36,9 @@ for name in options.networks:
     times.append(time.perf_counter())
     analysis = analyse(captured, model, [image])
     times.append(time.perf_counter())
-    plan = make_plan(analysis.locality, Request(options.tile))
+    plan = make_plan(analysis.graph, Request(options.tile))
     times.append(time.perf_counter())
-    rewrite(captured, analysis.locality, plan)
+    rewrite(captured, analysis.graph, plan)
     times.append(time.perf_counter())
     spent = [b - a for a, b in itertools.pairwise(times)]
     table.add_row(name, *(f"{t:.1f} s" for t in (*spent, times[-1] - times[0])))

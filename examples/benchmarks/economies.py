@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 import fxstream
+from fxstream.graph.autograd_saves import saves_of
 from fxstream.machine.meter import measure
 from fxstream.planning.plan import make_plan
-from fxstream.runtime import tile_program
 from fxstream.runtime.rewrite import rewrite
-from fxstream.tiling import fold as folding
-from fxstream.tiling.autograd_saves import saved_by
 from fxstream.tiling.request import Request
+from fxstream.tiling.reuse import reuse_memory, skip_convolutions
+from fxstream.tiling.segment import isolated, make_segment, with_nodes
+from fxstream.tiling.segment_plan import plan_segment, plan_whole
 from fxstream.tools.model_spec import load
 
 NETWORKS = ["torchvision/resnet50", "torchvision/densenet121", "torchvision/vgg11"]
@@ -40,23 +41,41 @@ warnings.simplefilter("ignore", fxstream.StreamingWarning)
 torch.manual_seed(0)
 
 
+def unmarked(segment, **marks):
+    """The segment with marks taken away from all of its nodes: `reuses` or `skips`."""
+    return with_nodes(segment, [replace(segment.graph[name], **marks) for name in segment.nodes])
+
+
+def unfused(part, graph):
+    """The same tiles of the segment with its BatchNorms as nodes of their own."""
+    segment = make_segment(graph, part.segment.name, part.segment.covers, part.segment.outputs)
+    segment = skip_convolutions(reuse_memory(isolated(segment)))
+    if not part.axes:
+        return replace(plan_whole(segment), kept=part.kept)
+    tiled = plan_segment(segment, Request(None), [len(tiles) for tiles in part.axes])
+    return replace(tiled, kept=part.kept)
+
+
+def part_without(economy, part, graph):
+    """A segment and its tiles without one of the economies."""
+    if economy == "kept graphs":
+        return replace(part, kept=0)
+    if economy == "skipped convolutions":
+        return replace(part, segment=unmarked(part.segment, skips=False))
+    if economy == "operators in place":
+        return replace(part, segment=unmarked(part.segment, reuses=False))
+    return unfused(part, graph) if economy == "folded BatchNorm" else part
+
+
 def streamed(model, image, memory, without=""):
     """A streamed graph of the model, as a function of the image, without one of the economies."""
     analysis = fxstream.analyze(model, image.shape[-1])
-    locality, captured = analysis.locality, analysis.captured
-    plan = make_plan(locality, Request(None, memory=memory))
-    if without == "kept graphs":
-        plan = replace(plan, segments=tuple(replace(segment, kept=0) for segment in plan.segments))
-    before = tile_program.without_unneeded, tile_program.reuse_inputs, folding.folds_in
-    if without == "skipped convolutions":
-        tile_program.without_unneeded = lambda program, *_: program
-    if without == "operators in place":
-        tile_program.reuse_inputs = lambda *_: None
-    if without == "folded BatchNorm":
-        folding.folds_in = lambda *_: {}
-    graph = rewrite(captured, locality, plan, saved_by(locality))
-    tile_program.without_unneeded, tile_program.reuse_inputs, folding.folds_in = before
-    return plan, lambda x: graph(*captured.model_tensors(model), x)[0]
+    captured, graph = analysis.captured, analysis.graph.with_saves(saves_of(analysis.graph))
+    marked = reuse_memory(graph)
+    plan = make_plan(marked, Request(None, memory=memory))
+    plan = replace(plan, segments=tuple(part_without(without, part, graph) for part in plan.segments))
+    module = rewrite(captured, graph if without == "operators in place" else marked, plan)
+    return plan, lambda x: module(*captured.model_tensors(model), x)[0]
 
 
 ECONOMIES = (

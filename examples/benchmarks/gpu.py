@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fxstream
+from fxstream.io.inputs import inputs_of
 from fxstream.machine.meter import measure
 from fxstream.machine.units import bytes_text
 from fxstream.runtime.rewrite import StreamedSegment
@@ -93,13 +94,12 @@ def compare(name, size, layout):
     console.print(table)
 
 
-def arguments_of(stream, call, inputs):
-    """What the tile program of a call is given: its boxes of the leaves, then the small tensors and tables."""
-    boxes = [leaf[box] for leaf, box in zip(inputs, call.leaves, strict=False)]
-    smalls = inputs[stream.leaf_count :]
+def arguments_of(stream, task, inputs):
+    """What the tile program of a task is given: its boxes of the spatial inputs, whole inputs, parts of tables."""
+    boxes = [image[box] for image, box in zip(inputs, task.reads, strict=False)]
     tiles = [box.detach().clone().requires_grad_() for box in boxes]
-    others = [small.detach().clone().requires_grad_(small.requires_grad) for small in smalls]
-    return [*tiles, *others, *stream.tables(call, device)]
+    whole = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs[len(boxes) :]]
+    return [*tiles, *whole, *(tensor for lookup in task.lookups for tensor in lookup.tensors(device))]
 
 
 def tile_step(program, given):
@@ -126,17 +126,18 @@ def compare_graphs(name, model, tile):
     seen = {}
     image = torch.randn(1, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     module(image)
-    segments = {n: m for n, m in module._last.streamed.named_modules() if isinstance(m, StreamedSegment)}
+    prepared = module._last
+    segments = {n: m for n, m in prepared.streamed.named_modules() if isinstance(m, StreamedSegment)}
     for segment_name, segment in segments.items():
         segment.register_forward_pre_hook(lambda _, given, n=segment_name: seen.update({n: given}))
     with torch.no_grad():
-        module._last.streamed(*module._last.analysis.captured.model_tensors(model), image)
+        prepared.run(model, inputs_of(model, (image,), {}))
     for segment_name, segment in segments.items():
         stream = segment.stream
-        most, _ = collections.Counter(call.program for call in stream.calls).most_common(1)[0]
-        call = next(call for call in stream.calls if call.program == most)
-        given = arguments_of(stream, call, seen[segment_name])
-        program = stream.programs[most].run_again
+        tasks = stream.schedule.tasks
+        most, _ = collections.Counter(task.program for task in tasks).most_common(1)[0]
+        given = arguments_of(stream, next(task for task in tasks if task.program == most), seen[segment_name])
+        program = stream.schedule.programs[most].run_again
         launched, replayed = tile_step(program, given), tile_step(graphed(program, given), given)
         launched(), replayed()
         box = "x".join(map(str, given[0].shape[2:]))

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 import fxstream
+from fxstream.graph.autograd_saves import saves_of
 from fxstream.machine.units import bytes_text, parse_bytes
 from fxstream.planning.plan import make_plan
-from fxstream.tiling.autograd_saves import saved_by
 from fxstream.tiling.request import Request
+from fxstream.tiling.reuse import reuse_memory
 from fxstream.tools.zoo import build
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -27,11 +28,11 @@ options = parser.parse_args()
 table = Table("network", "plain", "budget", "segments", "MACs", "time", "planned in")
 for name, budget in (("resnet18", "1.6GB"), ("resnet50", "5GiB"), ("densenet121", "6GiB")):
     model = fxstream.freeze_batch_norm(build(f"torchvision/{name}")).train()
-    locality = fxstream.analyze(model, options.size).locality
-    saved = saved_by(locality)
+    graph = fxstream.analyze(model, options.size).graph
+    graph = reuse_memory(graph.with_saves(saves_of(graph)))  # once for all budgets
 
-    def plan(memory, locality=locality, saved=saved):
-        return make_plan(locality, Request(None, memory=memory), saved=saved, device=torch.device(options.device))
+    def plan(memory, graph=graph):
+        return make_plan(graph, Request(None, memory=memory), device=torch.device(options.device))
 
     try:
         plan(1)

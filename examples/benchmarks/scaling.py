@@ -37,11 +37,11 @@ def main() -> None:
         table = Table("ranks", "segments", "tiles", "MACs", "peak", "seconds", "speed-up", "efficient")
         table.title = f"{name}, {given.size} x {given.size}, {given.memory} on every rank, predicted"
         model = fxstream.freeze_batch_norm(build(name)).train()
-        locality = analyze(model, given.size).locality
+        graph = analyze(model, given.size).graph
         alone = None
         for ranks in RANKS:
             request = Request(None, memory=parse_bytes(given.memory))
-            plan = make_plan(locality, request, device=torch.device("cuda"), ranks=ranks)
+            plan = make_plan(graph, request, device=torch.device("cuda"), ranks=ranks)
             seconds = plan.prediction.seconds
             alone = alone or seconds
             table.add_row(

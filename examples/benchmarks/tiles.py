@@ -37,13 +37,13 @@ def resnet(name):
     return fxstream.freeze_batch_norm(build(f"torchvision/{name}"))
 
 
-def smallest_tile(locality, size, grid, segments):
+def smallest_tile(graph, size, grid, segments):
     """The smallest tile that gives the first segment `grid` tiles per side, by bisection on the plan."""
     low, high = 1, size
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            first = make_plan(locality, Request(middle, segments)).segments[0]
+            first = make_plan(graph, Request(middle, segments)).segments[0]
             fits = max(len(tiles) for tiles in first.axes) <= grid
         except fxstream.PlanError:
             fits = False
@@ -76,9 +76,9 @@ for name, model, size, segments in (
     if name not in options.networks:
         continue
     image = torch.randn(1, 3, size, size)
-    locality = fxstream.analyze(model, size).locality
+    graph = fxstream.analyze(model, size).graph
     for grid in (1, 2, 3, 4):
-        tile = size if grid == 1 else smallest_tile(locality, size, grid, segments)
+        tile = size if grid == 1 else smallest_tile(graph, size, grid, segments)
         streamed = fxstream.compile(model, tile=tile, segments=segments)
         forward(streamed, image)
         ratios = []

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 import fxstream
 from fxstream.geometry.box import Interval
-from fxstream.graph.typed_graph import Locality
-from fxstream.tiling.request import output_extents
+from fxstream.graph.typed_graph import TypedGraph
 from fxstream.tiling.segment_plan import SegmentPlan
 
 LABELS = ("image", "stem: 3x3", "narrow: 1x1", "wide: 3x3,\ndilation 4", "sum", "pool: 2x2")
@@ -36,30 +35,30 @@ class Branches(nn.Module):
 def demand(size: int = 48, tile: int = 26) -> None:
     """The walk of the tile in the middle, and the grids of the image and the output."""
     model = Branches()
-    locality = fxstream.analyze(model, size).locality
+    graph = fxstream.analyze(model, size).graph
     part = fxstream.plan(model, size, tile=tile, segments=1).segments[0]
-    output, leaf = part.segment.outputs[0], part.segment.leaves[0][0]
+    output, leaf = part.segment.outputs[0], part.segment.spatial[0][0]
     figure = Figure(figsize=(8, 3.7), layout="constrained")
     walk, image, owned = figure.subplots(1, 3, width_ratios=(2.3, 1, 1))
-    draw_walk(walk, locality, part, size)
+    draw_walk(walk, graph, part, size)
     draw_grid(image, [[tile.boxes[leaf] for tile in tiles] for tiles in part.axes], size)
     shares = [[tile.outputs[0] for tile in tiles] for tiles in part.axes]
-    draw_grid(owned, shares, output_extents(locality, output)[0])
+    draw_grid(owned, shares, graph[output].extents[0])
     image.set_title("the image: boxes\noverlap", fontsize=10)
     owned.set_title("the output: rectangles\npartition it", fontsize=10)
     save(figure, "demand.png")
 
 
-def draw_walk(axes: Axes, locality: Locality, part: SegmentPlan, size: int) -> None:
+def draw_walk(axes: Axes, graph: TypedGraph, part: SegmentPlan, size: int) -> None:
     """What every operator holds for the tile in the middle, and what each of its consumers asked for."""
-    boxes, leaf = part.axes[1][len(part.axes[1]) // 2].boxes, part.segment.leaves[0][0]
+    boxes, leaf = part.axes[1][len(part.axes[1]) // 2].boxes, part.segment.spatial[0][0]
     rows = (leaf, *part.segment.nodes)
     for y, name in enumerate(rows):
-        box, scale = boxes[name], 1 if name == leaf else size / output_extents(locality, name)[1]
+        box, scale = boxes[name], 1 if name == leaf else size / graph[name].extents[1]
         axes.broken_barh([(0, size)], (y - HALF, 2 * HALF), color=GREY, alpha=0.25)
         axes.broken_barh([(box.start * scale, len(box) * scale)], (y - HALF, 2 * HALF), color=ORANGE)
         axes.text(size + 1, y, f"{box.start} .. {box.stop - 1}", va="center", fontsize=9)
-        for read in [] if name == leaf else locality.footprint(name).reads:
+        for read in [] if name == leaf else graph.pattern(name).reads:
             asked, below = read.needed(1, box).clip(read.extents[1]), rows.index(read.value.name)
             step = size / read.extents[1]
             ends = (box.start * scale, box.stop * scale, asked.stop * step, asked.start * step)

@@ -19,10 +19,11 @@ from rich.table import Table
 from torch import nn
 
 import fxstream
+from fxstream.graph.autograd_saves import saves_of
 from fxstream.machine.units import bytes_text
 from fxstream.planning.plan import Plan, make_plan
-from fxstream.tiling.autograd_saves import saved_by
 from fxstream.tiling.request import Request
+from fxstream.tiling.reuse import reuse_memory
 from fxstream.tools.zoo import build
 
 NETWORKS = {"ResNet-50": "resnet50", "DenseNet-121": "densenet121"}
@@ -33,11 +34,11 @@ RECOMPUTED = 4 / 3
 
 def plans(model: nn.Module, size: int, count: int, most: float = 0.6) -> list[Plan]:
     """Plans within `count` budgets in equal ratios, up to `most` of the plain network's memory."""
-    locality = fxstream.analyze(model, size).locality
-    saved = saved_by(locality)
+    graph = fxstream.analyze(model, size).graph
+    graph = reuse_memory(graph.with_saves(saves_of(graph)))  # once for all budgets
 
     def plan(memory: int) -> Plan:
-        return make_plan(locality, Request(None, memory=memory), saved=saved, device=torch.device("cuda"))
+        return make_plan(graph, Request(None, memory=memory), device=torch.device("cuda"))
 
     try:
         plan(1)
