@@ -27,7 +27,7 @@ from fxstream.machine.device import free_bytes, is_present
 from fxstream.machine.units import bytes_text
 from fxstream.planning.plan import Plan, make_plan, worthwhile
 from fxstream.probe.probe import probe
-from fxstream.report.as_json import SCHEMA, as_json, bench_json, check_json, plan_json
+from fxstream.report.as_json import as_json, bench_json, plan_json
 from fxstream.report.html import html_page
 from fxstream.report.plot import save_pareto, save_plot
 from fxstream.report.summary import Summary, summarise
@@ -121,7 +121,7 @@ def _plan(options: argparse.Namespace) -> int:
     summary = _summary(options, probes=False)
     assert summary.plan is not None
     if options.json:
-        _print_json({"schema": SCHEMA, "network": summary.name, **plan_json(summary.plan)})
+        _print_json(plan_json(summary.plan, summary.name))
     else:
         show_plan(summary, Console())
     return 0
@@ -148,7 +148,7 @@ def _check(options: argparse.Namespace) -> int:
             **flags.request_options(options),
         )
     if options.json:
-        _print_json(check_json(report))
+        _print_json(as_json(report))
     else:
         show_check(report, Console())
     return 0 if report.ok else 1
