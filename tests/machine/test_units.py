@@ -10,7 +10,7 @@ def test_memory_texts():
     texts = {"8GiB": 2**33, "1.5KiB": 1536, "1kB": 1000, "512": 512, "2.5 MB": 2_500_000, "1e3": 1000}
     assert {text: parse_bytes(text) for text in texts} == texts
     for text in ("", "GiB", "-1GB", "0", "8 gallons"):
-        with pytest.raises(fxstream.InputError, match="cannot parse .* as a size"):
+        with pytest.raises(fxstream.InputError, match=r"cannot parse .* as a size"):
             parse_bytes(text)
 
 
