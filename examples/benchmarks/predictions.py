@@ -14,7 +14,7 @@ from rich.table import Table
 
 import fxstream
 from fxstream.machine.units import bytes_text
-from fxstream.tools.benchmark import Setting, Way, compare
+from fxstream.tools.benchmark import FXSTREAM, PLAIN, Method, Workload, compare
 from fxstream.tools.model_spec import load
 
 NETWORKS = (
@@ -39,17 +39,19 @@ options = parser.parse_args()
 table = Table("network", "way", "predicted", "measured", "predicted / measured", "process grew by")
 for name in options.networks:
     model = fxstream.freeze_batch_norm(load(name)).train()
-    ways = [Way("plain", label="plain")]
+    methods = [Method(PLAIN, "plain")]
     for share in options.shares:
         memory, plain = budget_of_share(model, options.size, share, options.device)
-        ways.append(Way("fxstream", memory=memory, label=f"{share:.0%}"))
+        methods.append(Method(FXSTREAM, f"{share:.0%}", {"memory": memory}))
     shape = (1, 3, options.size, options.size)
-    setting = Setting(name, shape, train=True, freeze_batch_norm=True, device=options.device)
-    for row in compare(setting, ways, rounds=1):
+    workload = Workload(name, shape, train=True, freeze_batch_norm=True, device=options.device)
+    for row in compare(workload, methods, rounds=1):
         predicted = row.predicted_bytes or plain
         measured = row.failure or bytes_text(row.peak_bytes)
         ratio = f"{predicted / row.peak_bytes:.2f}" if row.peak_bytes else ""
-        table.add_row(name, row.way.label, bytes_text(predicted), measured, ratio, bytes_text(row.resident_bytes))
+        table.add_row(
+            name, row.method.label, bytes_text(predicted), measured, ratio, bytes_text(row.resident_bytes)
+        )
     table.add_section()
 console = Console(width=110)
 console.print(table)

@@ -9,15 +9,12 @@ from torch import nn
 
 from fxstream.compiler.analysis import analyze
 from fxstream.compiler.module import StreamedModule
+from fxstream.compiler.options import request_of
 from fxstream.compiler.pipeline import Options
 from fxstream.errors import InputError
-from fxstream.machine.units import parse_bytes
 from fxstream.planning.plan import Plan, make_plan
-from fxstream.tiling.request import Request
 
-__all__ = ["GLOBAL_OPS", "checked_request", "compile", "plan"]
-
-GLOBAL_OPS = ("auto", "stream", "cut")
+__all__ = ["compile", "plan"]
 
 
 def compile(
@@ -65,7 +62,9 @@ def compile(
         raise InputError(f"compile needs an nn.Module, found {type(model).__name__}")
     if offload and mesh is not None:
         raise InputError("offload and mesh exclude each other: ranks exchange boundaries on the device")
-    request = checked_request(tile, segments, cut, memory, global_ops, offload)
+    request = request_of(
+        tile=tile, memory=memory, segments=segments, cut=cut, global_ops=global_ops, offload=offload
+    )
     return StreamedModule(model, Options(request, verify, compile_tiles, mesh, progress))
 
 
@@ -90,51 +89,9 @@ def plan(
     need not exist where the memory is given in bytes. Raises what `analyze` and the first call of a compiled
     module raise.
     """
-    request = checked_request(tile, segments, cut, memory, global_ops, offload)
+    request = request_of(
+        tile=tile, memory=memory, segments=segments, cut=cut, global_ops=global_ops, offload=offload
+    )
     there = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     graph = analyze(model, size, channels=channels, batch=batch, global_ops=global_ops).graph
     return make_plan(graph, request, training=training, device=torch.device(device or there))
-
-
-def checked_request(
-    tile: object,
-    segments: object,
-    cut: str | None,
-    memory: object = None,
-    global_ops: str = "auto",
-    offload: bool = False,
-) -> Request:
-    """The user's request. Raises `InputError` for a tile, a memory or segments that make no sense."""
-    if global_ops not in GLOBAL_OPS:
-        raise InputError(f"global_ops must be one of {', '.join(map(repr, GLOBAL_OPS))}; found {global_ops!r}")
-    if tile is not None and memory is not None:
-        raise InputError("give a tile or a memory, not both: within a memory the planner chooses the tiles")
-    bounds = _checked_tile(tile), _checked_segments(segments), cut, _checked_memory(memory)
-    return Request(*bounds, global_ops, offload)
-
-
-def _checked_memory(memory: object) -> float | None:
-    if isinstance(memory, str):
-        return parse_bytes(memory)
-    if memory is None or (
-        isinstance(memory, (int, float)) and not isinstance(memory, bool) and 0 < memory < 2**63
-    ):
-        return memory
-    raise InputError(f"memory must be bytes, text such as '8GiB', or a share below one; found {memory!r}")
-
-
-def _checked_tile(tile: object) -> int | tuple[int, ...] | None:
-    if tile is None:
-        return None
-    numbers = tile if isinstance(tile, (tuple, list)) else (tile,)
-    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
-        raise InputError(f"tile must be a positive int, or one per image axis, in pixels; found {tile!r}")
-    return tuple(numbers) if isinstance(tile, (tuple, list)) else numbers[0]
-
-
-def _checked_segments(segments: object) -> int | tuple[str, ...] | None:
-    if segments is None or (isinstance(segments, int) and not isinstance(segments, bool) and segments > 0):
-        return segments
-    if isinstance(segments, (tuple, list)) and segments and all(isinstance(s, str) for s in segments):
-        return tuple(segments)
-    raise InputError(f"segments must be a positive int or module names; found {segments!r}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fxstream.errors import InputError
 from fxstream.machine.units import bytes_text
 from fxstream.report.summary import Summary
-from fxstream.tools.benchmark import Row, Setting
+from fxstream.tools.benchmark import Row, Workload
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,15 +74,17 @@ def _mark_cut(axes: Axes, summary: Summary, count: int) -> None:
         )
 
 
-def save_pareto(setting: Setting, rows: Sequence[Row], path: Path) -> None:
+def save_pareto(workload: Workload, rows: Sequence[Row], path: Path) -> None:
     """Time over peak memory of every way that ran. Raises `InputError` without matplotlib."""
     figure = _figure(6.4, 4.4)
     axes = figure.subplots()
     ran = [row for row in rows if not row.failure]
-    plain = next((row for row in ran if row.way.kind == "plain"), None)
+    plain = next((row for row in ran if row.method.kind == "plain"), None)
     seconds, unit = (plain.seconds, plain.peak_bytes) if plain else (1.0, 2**30)
     for kind, color, marker in (("plain", PLAIN, "s"), ("checkpoint", CHECKPOINT, "^"), ("fxstream", TILED, "o")):
-        own = sorted((r.peak_bytes / unit, r.seconds / seconds, r.way.label) for r in ran if r.way.kind == kind)
+        own = sorted(
+            (r.peak_bytes / unit, r.seconds / seconds, r.method.label) for r in ran if r.method.kind == kind
+        )
         if own:
             line = "-" if kind == "fxstream" else ""
             places = [x for x, *_ in own], [y for _, y, _ in own]
@@ -95,7 +97,7 @@ def save_pareto(setting: Setting, rows: Sequence[Row], path: Path) -> None:
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9)
-    axes.set_title(f"{setting.target}, {'x'.join(map(str, setting.shape))}", fontsize=10)
+    axes.set_title(f"{workload.target}, {'x'.join(map(str, workload.shape))}", fontsize=10)
     figure.savefig(path, dpi=150)
 
 

@@ -15,7 +15,7 @@ from fxstream.machine.units import bytes_text, macs_text
 from fxstream.report.closed_form import FieldForm
 from fxstream.report.summary import Layer, Summary
 from fxstream.rules import OpRule, Tileability
-from fxstream.tools.benchmark import Row, Setting
+from fxstream.tools.benchmark import Row, Workload
 from fxstream.tools.check import CheckReport
 
 __all__ = [
@@ -215,9 +215,9 @@ def show_check(report: CheckReport, console: Console, rows: int = 12) -> None:
         console.print(f"and {len(report.differences) - rows} with smaller errors", highlight=False)
 
 
-def show_bench(setting: Setting, rows: Sequence[Row], console: Console) -> None:
+def show_bench(workload: Workload, rows: Sequence[Row], console: Console) -> None:
     """One line per way: seconds and bytes, over those of the plain network, and what was predicted."""
-    plain = next((row for row in rows if row.way.kind == "plain" and not row.failure), None)
+    plain = next((row for row in rows if row.method.kind == "plain" and not row.failure), None)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
     for name in ("seconds", "time", "peak", "memory", "predicted", "MACs"):
@@ -225,10 +225,10 @@ def show_bench(setting: Setting, rows: Sequence[Row], console: Console) -> None:
     failures = []
     for row in rows:
         if row.failure:
-            failures.append(f"{row.way.label}: {row.failure}")
+            failures.append(f"{row.method.label}: {row.failure}")
             continue
         table.add_row(
-            row.way.label,
+            row.method.label,
             f"{row.seconds:.2f}",
             f"{row.seconds / plain.seconds:.2f}x" if plain else "",
             bytes_text(row.peak_bytes),
@@ -236,8 +236,8 @@ def show_bench(setting: Setting, rows: Sequence[Row], console: Console) -> None:
             bytes_text(row.predicted_bytes) if row.predicted_bytes is not None else "",
             f"{row.overhead:.2f}x" if row.overhead is not None else "",
         )
-    shape = "x".join(map(str, setting.shape))
-    console.print(f"{setting.target}, image {shape}, one training step on {setting.device}", highlight=False)
+    shape = "x".join(map(str, workload.shape))
+    console.print(f"{workload.target}, image {shape}, one training step on {workload.device}", highlight=False)
     console.print(table)
     for failure in failures:
         console.print(failure, highlight=False, markup=False)

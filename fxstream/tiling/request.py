@@ -31,7 +31,7 @@ class Request:
     boundaries lie in host memory.
     """
 
-    tile: int | tuple[int, ...] | None
+    tile: int | tuple[int, ...] | None = None
     segments: int | tuple[str, ...] | None = None
     cut: str | None = None
     memory: float | None = None

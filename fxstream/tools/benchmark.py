@@ -1,22 +1,21 @@
-"""One training step in several ways, each measured in processes of its own, by turns.
+"""One training step by several methods, each measured in processes of its own, by turns.
 
-The ways are the plain network, `torch.utils.checkpoint` around every block, and fxstream with a tile or a memory.
-A process builds the network, runs one step to warm up (fxstream captures and plans in it), one that counts bytes
-and one that is timed. Medians over the rounds are given; a way that runs out of memory is a result too.
+The methods are the plain network, `torch.utils.checkpoint` around every block, and fxstream with a tile or a
+memory. A process builds the network, runs one step to warm up (fxstream captures and plans in it), one that counts
+bytes and one that is timed. Medians over the rounds are reported; running out of memory is a result too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,49 +26,48 @@ from torch.utils.checkpoint import checkpoint
 
 from fxstream.compiler.compile import compile
 from fxstream.compiler.module import StreamedModule
-from fxstream.machine.meter import measure
+from fxstream.compiler.options import RequestOptions
+from fxstream.machine.device import synchronize
+from fxstream.machine.meter import measure, resident_bytes
 from fxstream.tools.freeze import freeze_batch_norm
 from fxstream.tools.model_spec import load
 
-__all__ = ["Row", "Setting", "Way", "checkpointed", "compare"]
+__all__ = ["CHECKPOINT", "FXSTREAM", "PLAIN", "Method", "Row", "Workload", "checkpointed", "compare"]
 
+PLAIN, CHECKPOINT, FXSTREAM = "plain", "checkpoint", "fxstream"
 KILLED = (-9, 137)
 """Exit codes of a process that the system ended for its memory."""
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """What all ways have in common: the network, its mode, the image's shape, the device."""
+class Workload:
+    """What all methods have in common: network, mode, shape of the image, device, options of `compile`."""
 
     target: str
     shape: tuple[int, ...]
     train: bool = False
     freeze_batch_norm: bool = False
     device: str = "cpu"
-    segments: int | None = None
-    cut: str | None = None
-    global_ops: str = "auto"
-    offload: bool = False
+    options: RequestOptions = field(default_factory=RequestOptions)
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """One way to run a step: "plain", "checkpoint", or "fxstream" with a tile or a memory in bytes."""
+class Method:
+    """How a step is run: `PLAIN`, `CHECKPOINT`, or `FXSTREAM` with a tile or a memory among its options."""
 
     kind: str
-    tile: int | tuple[int, ...] | None = None
-    memory: int | None = None
-    label: str = ""
+    label: str
+    options: RequestOptions = field(default_factory=RequestOptions)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a way was measured to take; `failure` says why where it did not run.
+    """What a method was measured to take, in seconds and bytes; `failure` says why where it did not run.
 
-    `resident_bytes` is what the process itself grew by, which includes what allocators hold back.
+    `resident_bytes` is what the process itself grew by, with what allocators keep for later.
     """
 
-    way: Way
+    method: Method
     seconds: float = 0.0
     peak_bytes: int = 0
     resident_bytes: int = 0
@@ -80,16 +78,26 @@ class Row:
 
 
 def compare(
-    setting: Setting, ways: Sequence[Way], rounds: int, told: Callable[[str], None] = lambda _: None
+    workload: Workload,
+    methods: Sequence[Method],
+    rounds: int,
+    announce: Callable[[str], None] = lambda _: None,
+    too_large: str = "",
 ) -> list[Row]:
-    """Measure every way in every round, by turns; medians of the seconds, the largest of the bytes."""
-    found: dict[int, list[Row]] = {i: [] for i in range(len(ways))}
-    for turn in range(rounds):
-        for i, way in enumerate(ways):
-            told(f"round {turn + 1} of {rounds}: {way.label}")
-            if not any(row.failure for row in found[i]):
-                found[i].append(_in_a_process(setting, way))
-    return [_median(rows) for rows in found.values()]
+    """Measure every method in every round, by turns; medians of the seconds, the largest of the bytes.
+
+    `too_large` says why the dense network cannot run: only `FXSTREAM` is measured. `announce` is called with a
+    line about each measurement before it starts.
+    """
+    rows: list[list[Row]] = [
+        [Row(method, failure=too_large)] if too_large and method.kind != FXSTREAM else [] for method in methods
+    ]
+    for number in range(1, rounds + 1):
+        for method, measured in zip(methods, rows, strict=True):
+            if not any(row.failure for row in measured):
+                announce(f"round {number} of {rounds}: {method.label}")
+                measured.append(_in_a_process(workload, method))
+    return [_median(measured) for measured in rows]
 
 
 def _median(rows: Sequence[Row]) -> Row:
@@ -104,8 +112,8 @@ def _median(rows: Sequence[Row]) -> Row:
     )
 
 
-def _in_a_process(setting: Setting, way: Way) -> Row:
-    task = json.dumps({"setting": dataclasses.asdict(setting), "way": dataclasses.asdict(way)})
+def _in_a_process(workload: Workload, method: Method) -> Row:
+    task = json.dumps([dataclasses.asdict(workload), dataclasses.asdict(method)])
     done = subprocess.run(
         [sys.executable, "-c", "from fxstream.tools.benchmark import worker; worker()"],
         input=task,
@@ -114,61 +122,53 @@ def _in_a_process(setting: Setting, way: Way) -> Row:
         check=False,
     )
     if done.returncode == 0:
-        return Row(way, **json.loads(done.stdout.splitlines()[-1]))
+        return Row(method, **json.loads(done.stdout.splitlines()[-1]))
     lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
     if done.returncode in KILLED or "OutOfMemory" in lines[-1] or "can't allocate memory" in lines[-1]:
-        return Row(way, failure="out of memory")
-    return Row(way, failure=lines[-1])
+        return Row(method, failure="out of memory")
+    return Row(method, failure=lines[-1])
 
 
 def worker() -> None:
     """Run the task on standard input and print what was measured as JSON."""
-    task = json.loads(sys.stdin.read())
-    shape, tile = tuple(task["setting"].pop("shape")), task["way"].pop("tile")
-    setting = Setting(shape=shape, **task["setting"])
-    way = Way(tile=tuple(tile) if isinstance(tile, list) else tile, **task["way"])
+    workload, method = json.loads(sys.stdin.read())
+    shape = tuple(workload.pop("shape"))
     warnings.simplefilter("ignore")
-    print(json.dumps(_measured(setting, way)))
+    print(json.dumps(_measured(Workload(shape=shape, **workload), Method(**method))))
 
 
-def _measured(setting: Setting, way: Way) -> dict[str, Any]:
+def _measured(workload: Workload, method: Method) -> dict[str, Any]:
+    """The fields of a row that are measured, by name."""
     torch.manual_seed(0)
-    device = torch.device(setting.device)
-    model = load(setting.target, weights=True).train(setting.train).to(device)
-    if setting.freeze_batch_norm:
+    device = torch.device(workload.device)
+    model = load(workload.target, weights=True).train(workload.train).to(device)
+    if workload.freeze_batch_norm:
         freeze_batch_norm(model)
-    image = torch.randn(setting.shape, device=device)
-    module: nn.Module = model
-    if way.kind == "checkpoint":
-        module = checkpointed(model)
-    if way.kind == "fxstream":
-        names = ("segments", "cut", "global_ops", "offload")
-        options = {name: getattr(setting, name) for name in names}
-        module = compile(model, tile=way.tile, memory=way.memory, **options)
-    step = partial(one_step, module, model, image)
-    before = _resident()
+    module = _by_method(model, method, workload.options)
+    step = partial(one_step, module, model, torch.randn(workload.shape, device=device))
+    before = resident_bytes()
     step()
-    counted = measure(step, device)
-    grown = _resident() - before
+    peak, grown = measure(step, device).peak_bytes, resident_bytes() - before
     start = time.perf_counter()
     step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    found: dict[str, Any] = {
-        "seconds": time.perf_counter() - start,
-        "peak_bytes": counted.peak_bytes,
-        "resident_bytes": grown,
+    synchronize(device)
+    row = {"seconds": time.perf_counter() - start, "peak_bytes": peak, "resident_bytes": grown}
+    return row | (_predicted(module) if isinstance(module, StreamedModule) else {})
+
+
+def _by_method(model: nn.Module, method: Method, options: RequestOptions) -> nn.Module:
+    if method.kind == FXSTREAM:
+        return compile(model, **(options | method.options))
+    return checkpointed(model) if method.kind == CHECKPOINT else model
+
+
+def _predicted(module: StreamedModule) -> dict[str, Any]:
+    plan = module.plan
+    return {
+        "predicted_bytes": plan.prediction.bytes,
+        "predicted_time": plan.prediction.time_ratio,
+        "overhead": plan.overhead,
     }
-    if isinstance(module, StreamedModule):
-        plan = module.plan
-        found |= {"predicted_bytes": plan.prediction.bytes, "predicted_time": plan.prediction.time_ratio}
-        found |= {"overhead": plan.overhead}
-    return found
-
-
-def _resident() -> int:
-    """The largest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def one_step(module: nn.Module, model: nn.Module, image: torch.Tensor) -> None:
@@ -181,8 +181,8 @@ def one_step(module: nn.Module, model: nn.Module, image: torch.Tensor) -> None:
 def checkpointed(model: nn.Module) -> nn.Module:
     """The model with `torch.utils.checkpoint` around its blocks, in place.
 
-    Blocks are the children with children of their own of every `nn.Sequential`, the outermost first; where there
-    are none, all of the model's own children.
+    Blocks are those children of every `nn.Sequential` that have children themselves, the outermost first; where
+    there are none, the direct children of the model.
     """
     blocks = list(_blocks(model)) or [m for m in model.children() if any(True for _ in m.parameters())]
     for block in blocks:

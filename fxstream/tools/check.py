@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,15 +18,24 @@ from torch.utils import _pytree as pytree
 
 from fxstream.compiler.analysis import example_image
 from fxstream.compiler.compile import compile
+from fxstream.compiler.options import RequestOptions
 from fxstream.errors import InputError
+from fxstream.machine.device import is_accelerator
 from fxstream.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["CheckReport", "Difference", "check", "least_norms", "relative_error", "step"]
 
+Step = dict[str, torch.Tensor | None]
+"""The tensors of a step by name; None is a gradient that is absent."""
 TOLERANCE = 1e-10
+"""Relative error that is allowed in float64."""
 CANCELLED = 1e-4
-"""A gradient, or a buffer, is measured at least on this share of the largest: one that cancels is but rounding."""
+"""Errors of gradients and of buffers are relative to at least this share of the largest; less is rounding."""
 FACTOR = 4.0
+"""In another precision streaming may be this much further from float64 than plain is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +92,26 @@ class CheckReport:
 
 def step(
     module: nn.Module, model: nn.Module, inputs: Sequence[torch.Tensor], kwargs: Mapping[str, Any] | None = None
-) -> dict[str, torch.Tensor | None]:
+) -> Step:
     """Every tensor of one forward and backward of `module`, by name; `model` owns the parameters.
 
     The loss weighs every output element with a small random integer, the same at every call.
     """
     for parameter in model.parameters():
         parameter.grad = None
-    own = [given.detach().clone().requires_grad_(given.requires_grad) for given in inputs]
-    results = pytree.tree_leaves(module(*own, **(kwargs or {})))
+    leaves = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs]
+    results = pytree.tree_leaves(module(*leaves, **(kwargs or {})))
     outputs = [result for result in results if isinstance(result, torch.Tensor)]
-    found: dict[str, torch.Tensor | None] = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    tensors: Step = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    _pull_back(outputs)
+    tensors |= {f"grad of {name}": parameter.grad for name, parameter in model.named_parameters()}
+    tensors |= {f"grad of input {i}": leaf.grad for i, leaf in enumerate(leaves)}
+    tensors |= {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
+    return tensors
+
+
+def _pull_back(outputs: Sequence[torch.Tensor]) -> None:
+    """Backward of the sum of all output elements, each weighted with a small random integer."""
     generator = torch.Generator().manual_seed(7)
     weighted = [
         (output * torch.randint(-2, 3, output.shape, generator=generator).to(output)).sum()
@@ -102,14 +120,10 @@ def step(
     ]
     if weighted:
         torch.stack([loss.to(weighted[0]) for loss in weighted]).sum().backward()  # type: ignore[no-untyped-call]
-    found |= {f"grad of {name}": parameter.grad for name, parameter in model.named_parameters()}
-    found |= {f"grad of input {i}": given.grad for i, given in enumerate(own)}
-    found |= {f"buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
-    return found
 
 
-def relative_error(found: torch.Tensor | None, wanted: torch.Tensor | None, least: float = 1e-300) -> float:
-    """Norm of the difference over the norm of what is wanted; 0 only where both are the same, NaN included.
+def relative_error(result: torch.Tensor | None, expected: torch.Tensor | None, least: float = 1e-300) -> float:
+    """Norm of the difference over the norm of what is expected; 0 only where both are the same, NaN included.
 
     The norm counts as `least` at least. An absent gradient equals a zero one; anything else of another shape or
     type is infinitely far.
@@ -117,15 +131,15 @@ def relative_error(found: torch.Tensor | None, wanted: torch.Tensor | None, leas
     >>> relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0]))
     0.1
     """
-    if found is None or wanted is None:
-        present = [tensor for tensor in (found, wanted) if tensor is not None]
+    if result is None or expected is None:
+        present = [tensor for tensor in (result, expected) if tensor is not None]
         return 0.0 if all(tensor.count_nonzero() == 0 for tensor in present) else math.inf
-    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+    if result.shape != expected.shape or result.dtype != expected.dtype:
         return math.inf
-    if torch.equal(torch.nan_to_num(found), torch.nan_to_num(wanted)):
-        return 0.0 if torch.equal(found.isnan(), wanted.isnan()) else math.inf
-    difference = (found.double() - wanted.double()).norm()
-    error = (difference / wanted.double().norm().clamp_min(least)).item()
+    if torch.equal(torch.nan_to_num(result), torch.nan_to_num(expected)):
+        return 0.0 if torch.equal(result.isnan(), expected.isnan()) else math.inf
+    difference = (result.double() - expected.double()).norm()
+    error = (difference / expected.double().norm().clamp_min(least)).item()
     return math.inf if math.isnan(error) else error
 
 
@@ -133,56 +147,53 @@ def check(
     model: nn.Module,
     size: int | tuple[int, ...],
     *,
-    tile: int | tuple[int, ...] | None = None,
-    memory: float | str | None = None,
-    segments: int | tuple[str, ...] | None = None,
-    cut: str | None = None,
-    global_ops: str = "auto",
     channels: int = 3,
     batch: int = 1,
     native: bool = False,
     seed: int = 0,
+    **options: Unpack[RequestOptions],
 ) -> CheckReport:
     """Compare one streamed training step of a copy of `model` with the plain one, on a random image.
 
     In float64 on the CPU, or with `native` in the model's own type on its own device. `size`, `channels` and
-    `batch` are those of the image, as in `analyze`; `tile`, `memory`, `segments`, `cut`, `global_ops` as in
-    `compile`. The model is not changed. Raises what `compile` raises, and `InputError` for a model on the meta
-    device.
+    `batch` are those of the image, as in `analyze`; `options` (`tile`, `memory`, ...) are those of `compile`. The
+    model is not changed. Raises what `compile` raises, and `InputError` for a model on the meta device.
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise InputError("a model on the meta device has no weights to check: build it on a real device")
     plain = copy.deepcopy(model)
     if not native:
         plain = plain.to(device="cpu", dtype=torch.float64)
-    streamed = copy.deepcopy(plain)
+    compiled = compile(copy.deepcopy(plain), **options)
     image = example_image(plain, size, channels, batch)
-    with torch.random.fork_rng(devices=[image.device] if image.is_cuda else []):
+    generators = [image.device] if is_accelerator(image.device) else []
+    with torch.random.fork_rng(generators, device_type=image.device.type):
         torch.manual_seed(seed)
         image = torch.randn(image.shape, dtype=image.dtype, device=image.device).requires_grad_()
-        compiled = compile(streamed, tile=tile, memory=memory, segments=segments, cut=cut, global_ops=global_ops)
-        found = _seeded_step(compiled, streamed, image, seed)
-        wanted = _seeded_step(plain, plain, image, seed)
-        if native:
-            exact = copy.deepcopy(model).to(device="cpu", dtype=torch.float64)
-            reference = _seeded_step(exact, exact, image.detach().cpu().double().requires_grad_(), seed)
-            differences = _against(found, wanted, reference)
-        else:
-            least = least_norms(wanted)
-            differences = [Difference(n, relative_error(found[n], wanted[n], least[n]), TOLERANCE) for n in wanted]
+        streamed = _seeded_step(compiled, compiled.model, image, seed)
+        expected = _seeded_step(plain, plain, image, seed)
+        differences = (
+            _in_precision(streamed, expected, _exact_step(model, image, seed))
+            if native
+            else _in_float64(streamed, expected)
+        )
     ordered = sorted(differences, key=lambda d: -d.excess)
     return CheckReport(tuple(ordered), image.dtype, compiled.plan)
 
 
-def _seeded_step(
-    module: nn.Module, model: nn.Module, image: torch.Tensor, seed: int
-) -> dict[str, torch.Tensor | None]:
+def _seeded_step(module: nn.Module, model: nn.Module, image: torch.Tensor, seed: int) -> Step:
     torch.manual_seed(seed)
     return step(module, model, [image])
 
 
-def least_norms(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, float]:
-    """The norm on which each gradient and each buffer is measured at least; outputs are measured on their own."""
+def _exact_step(model: nn.Module, image: torch.Tensor, seed: int) -> Step:
+    """The step of a copy of the model in float64 on the CPU."""
+    exact = copy.deepcopy(model).to(device="cpu", dtype=torch.float64)
+    return _seeded_step(exact, exact, image.detach().cpu().double().requires_grad_(), seed)
+
+
+def least_norms(tensors: Step) -> dict[str, float]:
+    """The least norm that the error of each gradient and each buffer is divided by; 1e-300 for an output."""
     largest: dict[str, float] = {}
     for name, tensor in tensors.items():
         kind = name.split()[0]
@@ -191,20 +202,23 @@ def least_norms(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, float]:
     return {name: max(1e-300, CANCELLED * largest.get(name.split()[0], 0.0)) for name in tensors}
 
 
-def _against(
-    found: Mapping[str, torch.Tensor | None],
-    wanted: Mapping[str, torch.Tensor | None],
-    reference: Mapping[str, torch.Tensor | None],
-) -> list[Difference]:
-    """Streamed and plain, both compared with float64; a tensor of integers must be equal."""
-    differences, least = [], least_norms(reference)
-    for name, exact in reference.items():
-        errors = [
-            relative_error(_wide(tensor), _wide(exact), least[name]) for tensor in (found[name], wanted[name])
-        ]
-        plain = wanted[name]
-        unit = torch.finfo(plain.dtype).eps if plain is not None and plain.is_floating_point() else TOLERANCE
-        differences.append(Difference(name, errors[0], FACTOR * max(errors[1], unit)))
+def _in_float64(streamed: Step, plain: Step) -> list[Difference]:
+    """Streamed compared with plain, both in float64."""
+    least = least_norms(plain)
+    return [Difference(n, relative_error(streamed[n], plain[n], least[n]), TOLERANCE) for n in plain]
+
+
+def _in_precision(streamed: Step, plain: Step, exact: Step) -> list[Difference]:
+    """Streamed and plain in another precision, both compared with float64; a tensor of integers must be equal."""
+    differences, least = [], least_norms(exact)
+    for name, tensor in plain.items():
+        reference = _wide(exact[name])
+        error, allowed = (
+            relative_error(_wide(result[name]), reference, least[name]) for result in (streamed, plain)
+        )
+        floating = tensor is not None and tensor.is_floating_point()
+        unit = torch.finfo(tensor.dtype).eps if tensor is not None and floating else TOLERANCE
+        differences.append(Difference(name, error, FACTOR * max(allowed, unit)))
     return differences
 
 

@@ -1,4 +1,4 @@
-"""Helpers that do change a model, each an explicit call."""
+"""Functions that change a model, each an explicit call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def freeze_batch_norm(model: nn.Module) -> nn.Module:
     """Make every BatchNorm of `model` use its running statistics from now on, also in training; returns it.
 
     The statistics are no longer updated; scale and shift stay trainable. Running statistics make a BatchNorm
-    local, so that the layers behind it can be streamed. The model is changed in place, and a copy or a pickle
+    local, so that the layers after it can be streamed. The model is changed in place, and a copy or a pickle
     of it stays frozen. Raises `InputError` where a BatchNorm has no running statistics to use.
 
     >>> model = freeze_batch_norm(nn.Sequential(nn.BatchNorm2d(3))).train()

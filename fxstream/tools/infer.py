@@ -1,4 +1,4 @@
-"""Prediction whose result does not fit into memory: written into arrays tile by tile, resumable."""
+"""Inference whose result does not fit into memory: written into arrays tile by tile, resumable."""
 
 from __future__ import annotations
 
@@ -33,41 +33,39 @@ def infer(
     """The model's results for these arguments, written into `out`; without gradients.
 
     `out` is an array of the result's shape (numpy memmap, zarr, h5py), or for several results such arrays in the
-    structure that the model returns, with None for those to be returned as tensors. What the last segment makes
-    is written tile by tile and never held. `journal` is a file that notes what is written: a prediction that was
-    killed and is started again with the same arrays goes on behind what is written. (HDF5 files may themselves be
-    broken by a kill; zarr stores and memory maps are not.)
+    structure that the model returns, with None for those to be returned as tensors. Results of the last segment
+    are written tile by tile and never exist as a whole. `journal` is a file that records what is written: a run
+    that was killed and is started again with the same arrays continues after what is written. (HDF5 files may
+    themselves be broken by a kill; zarr stores and memory maps are not.)
 
-    Returns `out`, with tensors in the place of None. Raises `InputError` for an `out` of the wrong shape, type or
-    structure and for a journal of another prediction, `StreamError` where reading or writing fails.
+    Returns `out`, with tensors instead of None. Raises `InputError` for an `out` of the wrong shape, type or
+    structure and for a journal of another run, `StreamError` where reading or writing fails.
     """
     if not isinstance(module, StreamedModule):
         raise InputError(f"infer needs a module made by fxstream.compile, found {type(module).__name__}")
     if module.pipeline.options.mesh is not None:
         raise InputError("infer cannot share tiles over a mesh: give every rank images, or arrays, of its own")
-    arrays, spec = pytree.tree_flatten(out, is_leaf=lambda given: given is None)
+    arrays, spec = pytree.tree_flatten(out, is_leaf=lambda leaf: leaf is None)
     with torch.no_grad():
         inputs = inputs_of(module.model, args, kwargs)
-        written = [place for place, array in enumerate(arrays) if array is not None]
+        written = [index for index, array in enumerate(arrays) if array is not None]
         prepared = module.pipeline.prepared(inputs, written)
         shapes = _shapes(prepared)
         if len(arrays) != len(shapes):
             raise InputError(f"out has {len(arrays)} arrays and the model returns {len(shapes)} tensors")
-        notes = None if journal is None else Journal(journal, _description(module.model, inputs, shapes, arrays))
-        sinks = {
-            place: Sink(arrays[place], shapes[place].shape, shapes[place].dtype, place, notes) for place in written
-        }
-        found = _run(module, prepared, inputs, sinks)
-    results = [given if array is None else array for given, array in zip(found, arrays, strict=True)]
+        log = None if journal is None else Journal(journal, _description(module.model, inputs, shapes, arrays))
+        sinks = {i: Sink(arrays[i], shapes[i].shape, shapes[i].dtype, i, log) for i in written}
+        flat = _run(module, prepared, inputs, sinks)
+    results = [tensor if array is None else array for tensor, array in zip(flat, arrays, strict=True)]
     return pytree.tree_unflatten(results, spec)
 
 
 def _shapes(prepared: Prepared) -> list[Shape]:
     """Shape and type of every result. Raises `InputError` for a model that returns something else."""
     analysis = prepared.analysis
-    found = [analysis.graph.metas.get(name or "") for name in analysis.captured.results]
-    shapes = [meta for meta in found if isinstance(meta, Shape)]
-    if len(shapes) != len(found):
+    metas = [analysis.graph.metas.get(name or "") for name in analysis.captured.results]
+    shapes = [meta for meta in metas if isinstance(meta, Shape)]
+    if len(shapes) != len(metas):
         raise InputError("infer needs a model that returns tensors only")
     return shapes
 
@@ -96,17 +94,14 @@ def _description(
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    pairs = zip(inputs.tensors, inputs.given, strict=True)
     return {
-        "inputs": [repr(given) if given is not own else _told(own) for own, given in _pairs(inputs)],
-        "results": [f"{shape.dtype} {list(shape.shape)}" for shape in shapes],
-        "arrays": [None if array is None else f"{array.dtype} {list(array.shape)}" for array in arrays],
+        "inputs": [_form(tensor) if image is tensor else repr(image) for tensor, image in pairs],
+        "results": [_form(shape) for shape in shapes],
+        "arrays": [None if array is None else _form(array) for array in arrays],
         "weights": digest.hexdigest(),
     }
 
 
-def _pairs(inputs: Inputs) -> list[tuple[torch.Tensor, Any]]:
-    return list(zip(inputs.tensors, inputs.given, strict=True))
-
-
-def _told(tensor: torch.Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"
+def _form(array: Any) -> str:
+    return f"{array.dtype} {list(array.shape)}"

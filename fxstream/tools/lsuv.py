@@ -21,7 +21,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,9 +30,13 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fxstream.compiler.compile import compile
 from fxstream.compiler.module import StreamedModule
+from fxstream.compiler.options import RequestOptions
 from fxstream.errors import InputError, StreamingWarning
 from fxstream.graph.export import export
 from fxstream.tiling.request import belongs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["lsuv_"]
 
@@ -47,21 +51,20 @@ def lsuv_(
     center: bool = False,
     orthogonal: bool = False,
     skip: Collection[str] = (),
-    tile: int | tuple[int, ...] | None = None,
-    memory: float | str | None = None,
     verify: bool = True,
+    **options: Unpack[RequestOptions],
 ) -> nn.Module:
     """Scale every convolution and Linear layer to outputs of variance one over `batches`; returns the model.
 
     A batch is what the model takes: a tensor, or a tuple of its arguments. All batches are read again for each
-    layer, so that a dataset that loads its images may be given. Variance is per channel of the output, or with
+    layer; they may be a dataset that loads its images. Variance is per channel of the output, or with
     ``per_channel=False`` over all its values. `center` makes the mean zero as well, of layers that have a bias.
-    `orthogonal` first draws every weight from `torch.nn.init.orthogonal_`. `tile`, `memory` and `verify` are those
-    of `compile`. Modules at or below the paths in `skip` stay as they are.
+    `orthogonal` first draws every weight from `torch.nn.init.orthogonal_`. Modules at or below the paths in `skip`
+    stay as they are. `verify` and `options` (`tile`, `memory`, ...) are those of `compile`.
 
     The model runs in the mode that it is in. Its weights change in place, at the end, and nothing else does:
     after an exception it is as it was. Raises `InputError` for a layer that never runs or runs more than once,
-    that shares its parameters or computes its weight, and for an output that is constant or not finite; and what
+    that shares its parameters or computes its weight, and for an output that is constant or not finite, and what
     a compiled module raises.
     """
     model = model.model if isinstance(model, StreamedModule) else model
@@ -73,20 +76,20 @@ def lsuv_(
             nn.init.orthogonal_(layer.weight)
     with torch.no_grad():
         for path in _order(scaled, layers, _arguments(next(iter(batches)))):
-            found = _measured(compile(_UpToLayer(scaled, path), tile=tile, memory=memory, verify=verify), batches)
-            mean, variance = _combined(found, per_channel)
-            _check_moments(path, mean, variance, torch.finfo(found[0][1].dtype).eps)
+            moments = _measured(compile(_UpToLayer(scaled, path), verify=verify, **options), batches)
+            mean, variance = _combined(moments, per_channel)
+            _check_moments(path, mean, variance, torch.finfo(moments[0][1].dtype).eps)
             _scale(layers[path], mean if center else torch.zeros_like(mean), variance.sqrt())
         for path, layer in layers.items():
-            for own, new in zip(model.get_submodule(path).parameters(), layer.parameters(), strict=True):
-                own.copy_(new)
+            for parameter, new in zip(model.get_submodule(path).parameters(), layer.parameters(), strict=True):
+                parameter.copy_(new)
     return model
 
 
 class _UpToLayer(nn.Module):
     """Per channel of one layer's output: how many values it has, their mean and their variance.
 
-    What runs behind the layer has no influence on them, and the capture drops it.
+    What runs after the layer has no influence on them, and the capture drops it.
     """
 
     def __init__(self, model: nn.Module, path: str) -> None:
@@ -114,12 +117,12 @@ def _check_arguments(model: object, batches: Iterable[Any], skip: Collection[str
     if not isinstance(model, nn.Module):
         raise InputError(f"lsuv_ needs an nn.Module, found {type(model).__name__}")
     if isinstance(batches, (torch.Tensor, Iterator)):
-        found = type(batches).__name__
-        raise InputError(f"batches are read once per layer: give a list or a dataset of them, found {found}")
+        kind = type(batches).__name__
+        raise InputError(f"batches are read once per layer: give a list or a dataset of them, found {kind}")
     if next(iter(batches), None) is None:
         raise InputError("lsuv_ needs at least one batch")
-    known = {path for path, _ in model.named_modules(remove_duplicate=False)}
-    unknown = [skip] if isinstance(skip, str) else sorted(set(skip) - known)
+    paths = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    unknown = [skip] if isinstance(skip, str) else sorted(set(skip) - paths)
     if unknown:
         raise InputError(f"skip must be a collection of module paths; the model has none named {unknown[0]!r}")
 
@@ -129,14 +132,14 @@ def _arguments(batch: Any) -> tuple[Any, ...]:
 
 
 def _measured(streamed: nn.Module, batches: Iterable[Any]) -> list[tuple[torch.Tensor, ...]]:
-    """The moments of every batch; how much of each capture is streamed is not told, there are many."""
+    """The moments of every batch, without a warning for each of the many captures of which little is streamed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StreamingWarning)
         return [streamed(*_arguments(batch)) for batch in batches]
 
 
 def _without_running_statistics(model: nn.Module) -> nn.Module:
-    """The model whose BatchNorms in training keep no running statistics: no effect is left behind a layer."""
+    """The model; its BatchNorms in training lose their running statistics, so that no layer has a side effect."""
     for module in model.modules():
         if isinstance(module, _BatchNorm) and module.training:
             module.running_mean = module.running_var = module.num_batches_tracked = None
@@ -183,9 +186,9 @@ def _order(model: nn.Module, layers: dict[str, Layer], args: tuple[Any, ...]) ->
     return ran
 
 
-def _combined(found: Sequence[tuple[torch.Tensor, ...]], per_channel: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _combined(moments: Sequence[tuple[torch.Tensor, ...]], per_channel: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance over all batches, and over all channels unless they are asked for per channel."""
-    counts, means, variances = (torch.stack(tensors).cpu().double() for tensors in zip(*found, strict=True))
+    counts, means, variances = (torch.stack(tensors).cpu().double() for tensors in zip(*moments, strict=True))
     dims = [0] if per_channel else [0, 1]
     shares = counts / counts.sum(dims, keepdim=True)
     mean = (shares * means).sum(dims, keepdim=True)

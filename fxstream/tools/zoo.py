@@ -1,8 +1,8 @@
 """Networks of torchvision and timm by name.
 
-With a build of torch that its compiled operators do not go with, `import torchvision` fails on the fake-tensor
-rules that it registers for two of them. Defining their schemas is enough for the networks, which use neither; this
-is the one place where that happens, and only where loading the compiled operators fails: to define twice is fatal.
+With a build of torch that its compiled operators do not fit, `import torchvision` fails on the fake-tensor rules
+that it registers for two of them. Defining their schemas is enough for the networks, which use neither. That
+happens only here, and only where loading the compiled operators fails: a second definition is an error.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ __all__ = ["build", "define_missing_torchvision_schemas"]
 @functools.cache
 def define_missing_torchvision_schemas() -> torch.library.Library | None:
     """Define `torchvision::nms` and `torchvision::qnms` where no compiled operators do; returns the library."""
-    found = importlib.util.find_spec("torchvision")
-    if found is None:
+    package = importlib.util.find_spec("torchvision")
+    if package is None:
         return None
-    folders = map(Path, found.submodule_search_locations or ())
+    folders = map(Path, package.submodule_search_locations or ())
     files = [folder / f"_C{suffix}" for folder in folders for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     for file in filter(Path.is_file, files):
-        with contextlib.suppress(OSError):  # made for another build of torch
+        with contextlib.suppress(OSError):  # compiled for another build of torch
             torch.ops.load_library(file)
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
@@ -45,7 +45,7 @@ def define_missing_torchvision_schemas() -> torch.library.Library | None:
 def build(target: str, **options: Any) -> nn.Module:
     """The network `torchvision/NAME` or `timm/NAME`, without weights; `options` go to its constructor.
 
-    Raises `InputError` for a name of another form or a network that is not known.
+    Raises `InputError` for a name of another form and for an unknown network.
     """
     library, _, name = target.partition("/")
     if library not in ("torchvision", "timm") or not name:
