@@ -5,12 +5,14 @@ in any order).
 """
 
 import copy
+import dataclasses
 
 import torch
 from torch import nn
 
 import fxstream
 from fxstream.planning.plan import Plan
+from fxstream.runtime.rewrite import rewrite
 from fxstream.tools.check import least_norms, relative_error, step
 
 
@@ -69,3 +71,43 @@ def randomise_statistics(model: nn.Module) -> nn.Module:
 def integer_image(*shape: int, requires_grad: bool = True) -> torch.Tensor:
     """Small integers in float64."""
     return torch.randint(-2, 3, shape).double().requires_grad_(requires_grad)
+
+
+def streams(module):
+    """The segments of the last call, made ready to run."""
+    return [m.stream for m in module.pipeline.last.streamed.modules() if hasattr(m, "stream")]
+
+
+def captures(module):
+    """How many captures a compiled module keeps."""
+    return sum(key[0] == "capture" for key in module.pipeline._cache._entries)
+
+
+def replan(module, plan):
+    """Let a compiled module run another plan at the size of its last call."""
+    last = module.pipeline.last
+    streamed = rewrite(last.analysis.captured, last.analysis.graph, plan)
+    entries = module.pipeline._cache._entries
+    for key, prepared in entries.items():
+        if prepared is last:
+            entries[key] = dataclasses.replace(last, plan=plan, streamed=streamed)
+
+
+class Summed(torch.autograd.Function):
+    """A sum whose gradient is a real tensor, as that of a loss is."""
+
+    @staticmethod
+    def forward(ctx, y):
+        ctx.shape = y.shape
+        return y.sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.ones(ctx.shape, dtype=gradient.dtype)
+
+
+def backward_step(module, model, image) -> None:
+    """A step whose output is there until its gradient is."""
+    model.zero_grad()
+    y = module(image)
+    Summed.apply(y).backward()

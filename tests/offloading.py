@@ -15,4 +15,4 @@ def network():
 
 def planned(model, request, *size):
     analysis = analyze(model, size, channels=2, batch=2)
-    return analysis, make_plan(analysis.locality, request, device=torch.device("cuda"))
+    return analysis, make_plan(analysis.graph, request, device=torch.device("cuda"))

@@ -1,4 +1,4 @@
-"""Steps on a second device (`elsewhere`), in a process of their own: autograd must not have run before it is known.
+"""Steps on a second device (`elsewhere`), in a process of their own: it is defined before autograd runs.
 
 Started by `planning/test_offload.py`.
 """
@@ -9,9 +9,10 @@ from compare import integer_image
 from elsewhere import Elsewhere, elsewhere
 from offloading import network, planned
 
+from fxstream.graph.autograd_saves import saves_of
 from fxstream.runtime.rewrite import StreamedSegment, rewrite
-from fxstream.tiling.autograd_saves import saved_by
 from fxstream.tiling.request import Request
+from fxstream.tiling.reuse import reuse_memory
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,8 @@ def there(tensor):
 def run_there(model, request, image, on_host):
     """Output, gradients of the image and the weights, and what each segment yielded, of a step elsewhere."""
     analysis, plan = planned(model, request, *image.shape[2:])
-    streamed = rewrite(analysis.captured, analysis.locality, plan, saved_by(analysis.locality))
+    graph = reuse_memory(analysis.graph.with_saves(saves_of(analysis.graph)))
+    streamed = rewrite(analysis.captured, graph, plan)
     yielded = {}
     for name, module in streamed.named_modules():
         if isinstance(module, StreamedSegment):

@@ -40,7 +40,7 @@ def image(height=33, width=35, batch=2):
 
 
 class Net(nn.Module):
-    """Batch statistics, a buffer, sizes in the graph, keyword arguments, outputs of every kind; a break at will."""
+    """Batch statistics, a buffer, sizes in the graph, keyword arguments, outputs of all kinds; a break at will."""
 
     def __init__(self, breaks=False):
         super().__init__()

@@ -72,14 +72,14 @@ def test_unknown_module_in_cut(model):
 def test_image_smaller_than_the_kernel(model):
     with pytest.raises(CaptureError, match=r"Kernel size can't be greater|cannot run on inputs"):
         fxstream.compile(model, tile=8)(torch.randn(1, 3, 4, 4))
-    compiled = fxstream.compile(model, tile=12)
+    compiled = fxstream.compile(model, tile=12, verify=False)
     compiled(torch.randn(1, 3, 30, 30))
     with pytest.raises(InputError, match=r"`conv2d_1`.*fails with"):
         compiled(torch.randn(1, 3, 7, 7))
 
 
 def test_wrong_number_of_channels(model):
-    compiled = fxstream.compile(model, tile=12)
+    compiled = fxstream.compile(model, tile=12, verify=False)
     compiled(torch.randn(1, 3, 30, 30))
     with pytest.raises(CaptureError, match=r"expected input.* to have 3 channels, but got 1"):
         compiled(torch.randn(1, 1, 30, 30))
@@ -123,7 +123,7 @@ class DataDependent(nn.Module):
 
 
 def test_data_dependent_control_flow():
-    with pytest.raises(CaptureError, match=r"test_bad_input.py:\d+ \(`if x.sum\(\) > 0:`\).*values of a tensor"):
+    with pytest.raises(CaptureError, match=r"test_errors.py:\d+ \(`if x.sum\(\) > 0:`\).*values of a tensor"):
         fxstream.compile(DataDependent(), tile=12)(torch.randn(1, 3, 30, 30))
 
 
@@ -142,13 +142,13 @@ def test_nothing_is_local():
 
 def test_double_backward(model):
     x = torch.randn(1, 3, 30, 30, requires_grad=True)
-    y = fxstream.compile(model, tile=14)(x).sum()
+    y = fxstream.compile(model, tile=14, verify=False)(x).sum()
     with pytest.raises(StreamError, match="no double backward"):
         torch.autograd.grad(y, x, create_graph=True)
 
 
 def test_functional_transforms(model):
-    compiled = fxstream.compile(model, tile=14)
+    compiled = fxstream.compile(model, tile=14, verify=False)
     x = torch.randn(1, 3, 30, 30)
     compiled(x)
     with pytest.raises(StreamError, match=r"torch\.func"):
@@ -157,7 +157,7 @@ def test_functional_transforms(model):
 
 def test_parameter_changed_in_place_between_forward_and_backward():
     model = network()
-    y = fxstream.compile(model, tile=14)(torch.randn(1, 3, 30, 30)).sum()
+    y = fxstream.compile(model, tile=14, verify=False)(torch.randn(1, 3, 30, 30)).sum()
     with torch.no_grad():
         model[2].weight.mul_(2)
     with pytest.raises(StreamError, match=r"`2\.weight` was changed in place between forward and backward"):
@@ -167,10 +167,10 @@ def test_parameter_changed_in_place_between_forward_and_backward():
 def test_double_backward_refused_leaves_the_graph_usable():
     model = make_integer(network())
     x = integer_image(1, 3, 30, 30)
-    y = fxstream.compile(model, tile=14)(x).sum()
+    y = fxstream.compile(model, tile=14, verify=False)(x).sum()
     with pytest.raises(StreamError):
         torch.autograd.grad(y, x, create_graph=True)
-    y = fxstream.compile(model, tile=14)(x).sum()
+    y = fxstream.compile(model, tile=14, verify=False)(x).sum()
     assert torch.equal(torch.autograd.grad(y, x)[0], torch.autograd.grad(model(x).sum(), x)[0])
 
 
@@ -191,7 +191,7 @@ def test_gradients_that_a_stream_does_not_have():
     with pytest.raises(CaptureError, match=r"y\.register_hook.*register_hook on a tensor that the model computes"):
         fxstream.compile(Hooked(), tile=14)(x)
     model = network()
-    compiled = fxstream.compile(model, tile=14)
+    compiled = fxstream.compile(model, tile=14, verify=False)
     compiled(x)
     model[2].register_full_backward_hook(lambda *_: None)
     with pytest.raises(CaptureError, match=r"`2` \(Conv2d\) has a backward hook"):

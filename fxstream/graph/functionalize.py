@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxstream.graph.nodes import bind, parameters_of, schema_of
+
 __all__ = [
     "UNSTREAMED",
     "WAS_IN_PLACE",
@@ -59,15 +61,11 @@ FACTORIES = {
 """What makes the same tensor without another one to take type and device from."""
 
 
-def schema_of(node: fx.Node) -> torch.FunctionSchema | None:
-    """The schema of an operator node, or None for anything else."""
-    return node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
-
-
 def mutated_inputs(node: fx.Node) -> list[fx.Node]:
     """The inputs that the node changes in place: by its schema, as running statistics, or in its subgraphs."""
     if updates_statistics(node):
-        return [given for given in node.args[3:5] if isinstance(given, fx.Node)]
+        arguments = bind(node)
+        return [arguments["running_mean"], arguments["running_var"]]
     if any(mutated_inputs(inner) for inner in inner_nodes(node)):
         return [given for given in node.all_input_nodes if given.op != "get_attr"]
     return [given for given, alias in _arguments(node) if alias is not None and alias.is_write]
@@ -89,15 +87,12 @@ def inner_nodes(node: fx.Node) -> list[fx.Node]:
 
 def _arguments(node: fx.Node) -> list[tuple[fx.Node, Any | None]]:
     """The tensor arguments with their alias annotation."""
-    schema = schema_of(node)
-    if schema is None:
+    if not isinstance(node.target, torch._ops.OpOverload):
         return []
-    named = {argument.name: argument for argument in schema.arguments}
-    bound = dict(zip(named, node.args, strict=False)) | dict(node.kwargs)
     return [
-        (leaf, named[name].alias_info)
-        for name, given in bound.items()
-        for leaf in (given if isinstance(given, (list, tuple)) else (given,))
+        (leaf, parameter.alias_info)
+        for parameter, argument in zip(parameters_of(node.target), bind(node).values(), strict=True)
+        for leaf in (argument if isinstance(argument, (list, tuple)) else (argument,))
         if isinstance(leaf, fx.Node)
     ]
 
@@ -215,11 +210,11 @@ def _replace(
     several types is followed by a conversion back.
     """
     with graph.inserting_before(node):
-        new = graph.create_node("call_function", twin, _all_positional(node), _keyword_only(node))
+        new = _call_positionally(graph, node, twin)
         new.meta = dict(node.meta) | {WAS_IN_PLACE: True}
         result = new
         if len(_types(node)) > 1:
-            result = graph.create_node("call_function", torch.ops.aten.type_as.default, (new, changed))
+            result = graph.call_function(torch.ops.aten.type_as.default, (new, changed))
             result.meta = dict(node.meta)
     now = position[node]
     position[new] = position[result] = now
@@ -236,19 +231,15 @@ def _types(node: fx.Node) -> set[object]:
     return {getattr(given.meta.get("val"), "dtype", given) for given in node.all_input_nodes}
 
 
-def _all_positional(node: fx.Node) -> tuple[Any, ...]:
-    """The arguments with the defaults that the in-place operator has and its twin may lack."""
-    schema = schema_of(node)
-    assert schema is not None
-    missing = [a for a in schema.arguments[len(node.args) :] if not a.kwarg_only]
-    return (*node.args, *(node.kwargs.get(a.name, a.default_value) for a in missing))
+def _call_positionally(graph: fx.Graph, node: fx.Node, twin: torch._ops.OpOverload) -> fx.Node:
+    """A call of the twin with the arguments of an in-place operator, and with defaults that its twin may lack.
 
-
-def _keyword_only(node: fx.Node) -> dict[str, Any]:
-    schema = schema_of(node)
-    assert schema is not None
-    names = {argument.name for argument in schema.arguments if argument.kwarg_only}
-    return {name: given for name, given in node.kwargs.items() if name in names}
+    The two name their arguments differently; only those that must be keywords have the same names.
+    """
+    assert isinstance(node.target, torch._ops.OpOverload)
+    keywords = {parameter.name for parameter in parameters_of(node.target) if parameter.kwarg_only}
+    args = tuple(argument for name, argument in bind(node).items() if name not in keywords)
+    return graph.call_function(twin, args, {name: node.kwargs[name] for name in node.kwargs if name in keywords})
 
 
 def is_random(node: fx.Node) -> bool:
@@ -258,16 +249,17 @@ def is_random(node: fx.Node) -> bool:
         return any(is_random(inner) for inner in inner_nodes(node))
     if torch.Tag.nondeterministic_seeded not in node.target.tags:  # type: ignore[union-attr]
         return False
-    given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
-    in_training = given.get("train", given.get("training", True)) is not False
-    return in_training and bool(given.get("p", 1) != 0)
+    arguments = bind(node)
+    in_training = arguments.get("train", arguments.get("training", True)) is not False
+    return in_training and bool(arguments.get("p", 1) != 0)
 
 
 def updates_statistics(node: fx.Node) -> bool:
     """Whether the node is a batch norm in training, which changes its running statistics."""
-    schema = schema_of(node)
-    is_batch_norm = schema is not None and schema.name == "aten::batch_norm"
-    return is_batch_norm and node.args[5] is True and node.args[3] is not None
+    if node.target is not torch.ops.aten.batch_norm.default:
+        return False
+    arguments = bind(node)
+    return arguments["training"] is True and arguments["running_mean"] is not None
 
 
 def ordered_nodes(graph: fx.Graph) -> list[fx.Node]:

@@ -15,6 +15,7 @@ import torch
 
 from fxstream.errors import InputError, StreamError
 from fxstream.geometry.box import Box
+from fxstream.machine.copies import staged
 
 __all__ = [
     "LARGEST_AXES",
@@ -78,9 +79,7 @@ class Source:
 
     def place(self, stored: torch.Tensor) -> torch.Tensor:
         """What was read, on the device and in the type that the model is given."""
-        if self.device.type == "cuda":
-            stored = stored.pin_memory()
-        return stored.to(self.device, non_blocking=True).to(self.dtype)
+        return staged(stored, self.device).to(self.device, non_blocking=True).to(self.dtype)
 
     def _read_one(self, sample: int, bounds: Sequence[range]) -> torch.Tensor:
         """A box [1, C, spatial dims...] of one sample of the batch."""

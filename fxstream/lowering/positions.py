@@ -30,11 +30,12 @@ from fxstream.graph.capture import Captured
 from fxstream.graph.functionalize import UNSTREAMED, is_random, remove_dead_nodes, updates_statistics
 from fxstream.graph.shapes import Meta, Shape
 from fxstream.graph.typed_graph import TypedGraph
-from fxstream.lowering.twins import Twin, blocks
+from fxstream.lowering.twins import Twin
 from fxstream.lowering.writer import Lowering, Writer, copied
 from fxstream.rules import rule_of
 from fxstream.rules.channelwise import CLASS_LOSSES, KEEPING, PIXEL_LOSSES, REDUCING, SPLITTING
 from fxstream.rules.ops import overload
+from fxstream.rules.shuffled import align
 
 __all__ = ["LOWERINGS", "with_positions"]
 
@@ -174,7 +175,7 @@ class _Rewriting:
         if name == "flatten":
             return self._join(writer, source, twin, dims)
         sizes = self._sizes(name, writer)
-        pairs = [pair for pair in blocks(shape, writer.result.shape) if set(pair[0]) & set(dims)]
+        pairs = [pair for pair in align(shape, writer.result.shape) if set(pair[0]) & set(dims)]
         if all(len(one) == len(other) == 1 for one, other in pairs):
             return self._take_apart(writer, twin, {one[0]: other[0] for one, other in pairs}, sizes)
         if len(pairs) != 1 or len(pairs[0][1]) != 1 or sizes is None:

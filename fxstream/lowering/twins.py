@@ -6,13 +6,12 @@ is the twin, reshaped. So an operator that treats positions as nothing but posit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
-__all__ = ["Twin", "blocks"]
+__all__ = ["Twin"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,26 +56,3 @@ class Twin:
     def fits(self, other: Twin) -> bool:
         """Whether both have the same positions."""
         return self.extents == other.extents and self.space == other.space
-
-
-def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, range]]:
-    """Which dims of a shape become which of another, in the smallest groups of equal product.
-
-    >>> blocks((2, 12, 5, 7), (2, 3, 4, 35))
-    [(range(0, 1), range(0, 1)), (range(1, 2), range(1, 3)), (range(2, 4), range(3, 4))]
-    """
-    found: list[tuple[range, range]] = []
-    i = j = 0
-    while i < len(before) and j < len(after):
-        first_i, first_j = i, j
-        i, j = i + 1, j + 1
-        while (left := math.prod(before[first_i:i])) != (right := math.prod(after[first_j:j])):
-            if left < right:
-                i += 1
-            else:
-                j += 1
-        found.append((range(first_i, i), range(first_j, j)))
-    if found:
-        (one, other) = found[-1]
-        found[-1] = (range(one.start, len(before)), range(other.start, len(after)))
-    return found

@@ -1,19 +1,26 @@
-"""Copies of tensors between a device and host memory."""
+"""Copies of tensors between an accelerator and host memory, by way of pinned memory where that is faster."""
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["pinned", "to_device"]
+__all__ = ["staged", "to_device"]
+
+PINNING = frozenset({"cuda"})
+"""Types of accelerators that reach pinned host memory directly, several times faster than other host memory."""
 
 
-def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory that a GPU reaches directly, several times faster than other host memory."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+def staged(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of host memory, ready to be copied to a device: in pinned memory where the device uses that."""
+    return _pinned(tensor) if device.type in PINNING else tensor
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on a device; from a GPU into host memory by way of pinned memory."""
-    if device.type == "cpu" and tensor.is_cuda:
-        return pinned(tensor)
+    """The tensor on a device; from an accelerator into host memory by way of pinned memory."""
+    if device.type == "cpu" and tensor.device.type in PINNING:
+        return _pinned(tensor)
     return tensor.to(device)
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)

@@ -1,16 +1,18 @@
-"""Memory of the host: which allocations are new to the process, and the heap that a pass holds on to.
+"""The heap of the host: which allocations are newly mapped pages, and how tiles reuse the pages of others.
 
-NOTE [memory that is used again]
-1. The C library of Linux maps an allocation of more than `REUSED` bytes anew, whatever was freed before, and the
-   kernel clears each of its pages at the first use. Smaller ones come from a heap that grows at its end.
-2. When the end of that heap is free it goes back to the kernel, so a loop of tiles pays for the same pages with
-   every tile, or does not: by what happens to lie at the end. `heap_held` puts a block there that nothing uses;
-   below it the memory of one tile stays for the next. What the block lies on is address space until a tile writes
-   to it.
-3. How large an allocation may be to come from the heap is learned from what is freed, up to `REUSED`.
-4. What is free behind a pass stays with the process, in pieces, and is used again by whatever runs next; so the
+NOTE [reused pages]
+1. The C library of Linux maps every allocation of more than `REUSED` bytes anew, whatever was freed before, and
+   the kernel clears each of its pages at the first use. Smaller ones come from a heap that grows at its top.
+2. The C library gives free memory at the top of that heap back to the kernel, so that a loop of tiles may pay for
+   the same pages with every tile, depending on what happens to lie at the top. `heap_kept` puts a block there that
+   nothing uses; below it the memory of one tile stays for the next. The block is address space, and takes no
+   memory until a tile writes to it.
+3. The C library learns from freed blocks how large an allocation from the heap may be, up to `REUSED`. The
+   threshold never falls again: `heap_kept` changes it for the whole process.
+4. What is free after a pass stays with the process, in pieces, and is used by whatever runs next; so the
    process may be larger than its tensors. Where memory is scarce, all of it goes back to the kernel: measured on
    DenseNet-121 within 2 GiB, that is 3.0 instead of 4.1 GiB of process, in 1.15 times the time.
+5. With another C library nothing is done: `malloc_remaps` is False, or `heap_kept` does nothing.
 """
 
 from __future__ import annotations
@@ -29,24 +31,24 @@ try:
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = ["REUSED", "allocates_afresh", "heap_held"]
+__all__ = ["REUSED", "heap_kept", "malloc_remaps"]
 
 REUSED = 32 * 2**20
 """Bytes of the largest allocation that the C library takes from what was freed before (M_MMAP_THRESHOLD)."""
-HELD = 2**30
-"""Bytes of address space that a pass holds on to: what tiles allocate in pieces up to `REUSED` fits in."""
+KEPT = 2**30
+"""Bytes of address space that stay mapped during a pass; tiles allocate in them in pieces up to `REUSED`."""
 BLOCK = 2**24
-"""Bytes of a block of these: well below what is mapped on its own."""
+"""Bytes of one block of `KEPT`: well below what is mapped on its own."""
 PLENTY = 0.5
 """Where at least this share of the host's memory is free, a process may keep what it has freed."""
 
 
 @functools.cache
-def allocates_afresh() -> bool:
-    """Whether host memory for a large tensor is new to the process each time, and cleared page by page.
+def malloc_remaps() -> bool:
+    """Whether host memory for a large tensor is newly mapped each time, and cleared page by page.
 
-    So it is with the C library of Linux as it comes, and not with allocators that keep what was freed. Page faults
-    tell: a buffer that is allocated after equal ones were freed has one for every page each time, or not.
+    That holds for the C library of Linux by default, and not for allocators that keep what was freed. It is
+    measured: a newly mapped buffer has a page fault for every page, also after equal buffers were freed.
     """
     if resource is None:
         return False
@@ -59,14 +61,14 @@ def allocates_afresh() -> bool:
 
 
 @contextlib.contextmanager
-def heap_held(device: torch.device) -> Iterator[None]:
-    """Within it, memory of the host that was freed is used again; rule 4 is for what comes behind it."""
-    library = _c_library() if device.type == "cpu" and allocates_afresh() else None
+def heap_kept(device: torch.device) -> Iterator[None]:
+    """Keep the top of the malloc heap mapped, so that tiles reuse pages; rule 4 is about the memory afterwards."""
+    library = _c_library() if device.type == "cpu" and malloc_remaps() else None
     if library is None:
         yield
         return
     library.free(library.malloc(REUSED - BLOCK // 8))  # rule 3
-    blocks = sorted(filter(None, (library.malloc(BLOCK) for _ in range(HELD // BLOCK))))
+    blocks = sorted(filter(None, (library.malloc(BLOCK) for _ in range(KEPT // BLOCK))))
     for block in blocks[:-1]:
         library.free(block)
     try:
@@ -81,8 +83,11 @@ def heap_held(device: torch.device) -> Iterator[None]:
 @functools.cache
 def _c_library() -> ctypes.CDLL | None:
     """The C library of Linux, or None where it is another."""
-    library = ctypes.CDLL(None) if resource is not None else None
-    if library is None or not hasattr(library, "malloc_trim"):
+    try:
+        library = ctypes.CDLL(None)
+    except (OSError, TypeError):  # not on Windows
+        return None
+    if not hasattr(library, "malloc_trim"):
         return None
     library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]

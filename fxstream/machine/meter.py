@@ -1,12 +1,13 @@
 """Measuring: the peak of live tensor bytes and the time of a step.
 
-On CUDA the allocator knows its peak. On the CPU resident memory is noisy and depends on the allocator, so
+The allocator of an accelerator counts its peak. On the host resident memory is noisy and depends on the allocator:
 `PeakMemory` counts the bytes of all tensor storages that operators create while it is active, each once for as
-long as it lives. Workspaces inside an operator are not seen.
+long as it lives. Workspaces inside an operator are not counted.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -17,7 +18,14 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Measured", "PeakMemory", "measure"]
+from fxstream.machine.device import is_accelerator, synchronize
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
+__all__ = ["Measured", "PeakMemory", "measure", "resident_bytes"]
 
 
 class PeakMemory(TorchDispatchMode):
@@ -35,7 +43,7 @@ class PeakMemory(TorchDispatchMode):
         super().__init__()
         self.live = 0
         self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self._counted: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -52,9 +60,9 @@ class PeakMemory(TorchDispatchMode):
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known or storage.device.type == "meta":  # fake tensors have no memory
+        if storage in self._counted or storage.device.type == "meta":  # fake tensors have no memory
             return
-        self._known.add(storage)
+        self._counted.add(storage)
         size = storage.nbytes()
         self.live += size
         self.peak = max(self.peak, self.live)
@@ -74,17 +82,24 @@ class Measured:
 
 
 def measure(step: Callable[[], Any], device: torch.device | None = None) -> Measured:
-    """Run `step` once; on CUDA the peak is the allocator's, above what was allocated before."""
-    if device is not None and device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before, start = torch.cuda.memory_allocated(device), time.perf_counter()
+    """Run `step` once; on an accelerator the peak is the allocator's, above what was allocated before."""
+    if device is not None and is_accelerator(device):
+        synchronize(device)
+        torch.accelerator.reset_peak_memory_stats(device)
+        before, start = torch.accelerator.memory_allocated(device), time.perf_counter()
         result = step()
-        torch.cuda.synchronize(device)
+        synchronize(device)
         seconds = time.perf_counter() - start
-        return Measured(result, seconds, torch.cuda.max_memory_allocated(device) - before)
+        return Measured(result, seconds, torch.accelerator.max_memory_allocated(device) - before)
     with PeakMemory() as memory:
         start = time.perf_counter()
         result = step()
         seconds = time.perf_counter() - start
     return Measured(result, seconds, memory.peak)
+
+
+def resident_bytes() -> int:
+    """The largest resident memory of this process so far; 0 where the operating system does not say (Windows)."""
+    if resource is None:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""What to do where an allocation fails: tell it from other errors, and let go of what the failure holds."""
+"""Failed allocations: told apart from other errors, and turned into results that keep no memory alive."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+
+from fxstream.machine.device import release_cached
 
 __all__ = ["OutOfMemory", "catch_oom"]
 
@@ -21,7 +23,7 @@ MESSAGES = (
     "alloc_failed",
     "could not create a memory object",
 )
-"""What allocators say that have no error class of their own: torch on the CPU, oneDNN, cuBLAS and cuDNN."""
+"""Parts of the messages of allocators without an error class: torch on the CPU, oneDNN, cuBLAS and cuDNN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class OutOfMemory:
 
 
 def catch_oom(function: Callable[[], T]) -> T | OutOfMemory:
-    """The function's result, or `OutOfMemory` where it ran out of memory; then nothing of its frames is held.
+    """The function's result, or `OutOfMemory` where an allocation failed; then nothing keeps its frames alive.
 
     >>> def fails():
     ...     raise torch.OutOfMemoryError("CUDA out of memory")
@@ -46,8 +48,7 @@ def catch_oom(function: Callable[[], T]) -> T | OutOfMemory:
             raise
         failure = OutOfMemory((str(error) or type(error).__name__).splitlines()[0])
     gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    release_cached()
     return failure
 
 

@@ -25,12 +25,12 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     units = {name.lower(): factor for name, factor in UNITS.items()}
     if match is None or match[2].lower() not in units or float(match[1]) <= 0:
-        raise InputError(f"{text!r} is no amount of memory: write 8GiB, 500MB or a number of bytes")
+        raise InputError(f"cannot parse {text!r} as a size: use 8GiB, 500MB or a number of bytes")
     return int(float(match[1]) * units[match[2].lower()])
 
 
 def bytes_text(count: float, *, up: bool = False) -> str:
-    """Bytes with a binary unit and three digits, rounded; `up` for an amount that must suffice.
+    """Bytes with a binary unit and three digits, rounded to nearest, or `up` for an amount that must suffice.
 
     >>> bytes_text(3.3 * 2**30), bytes_text(1023), bytes_text(2**20 + 1, up=True)
     ('3.30 GiB', '1023 B', '1.01 MiB')

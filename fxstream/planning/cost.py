@@ -22,50 +22,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from fxstream.graph.functionalize import WAS_IN_PLACE
 from fxstream.graph.typed_graph import Saves, TypedGraph
-from fxstream.machine.heap import REUSED, allocates_afresh
+from fxstream.machine.heap import REUSED
+from fxstream.machine.speeds import Machine
 
-__all__ = ["Costs", "Machine", "Part"]
+__all__ = ["Costs", "Part"]
 
 CONVOLUTIONS = {f"aten::conv{n}d" for n in (1, 2, 3)}
 BACKWARD = 2
 """Cost of a backward over that of its forward."""
 WEIGHTS_BACKWARD = 5
 """How often a backward moves the weights: read, their gradient written, read and added to the sum."""
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """Multiply-accumulates and bytes per second, seconds per operator, bytes per second between ranks.
-
-    `fresh` are bytes per second of memory that is new to the process: every allocation above `REUSED`. `host` are
-    bytes per second between the device and host memory.
-    """
-
-    macs: float
-    bandwidth: float
-    call: float
-    link: float = 1e9
-    fresh: float = math.inf
-    host: float = math.inf
-
-    @classmethod
-    def of(cls, device: torch.device) -> Machine:
-        """A typical machine of this kind. Only ratios matter: they weigh recomputation against traffic."""
-        if device.type == "cuda":
-            return cls(5e13, 2e12, 3e-5, 2e11, host=2e10)
-        threads = torch.get_num_threads()
-        fresh = 1.25e9 * threads if allocates_afresh() else math.inf
-        return cls(5e10 * threads, 1.25e10 * threads, 1e-5, fresh=fresh)
-
-    def writing(self, count: float) -> float:
-        """Seconds to fill a buffer of so many bytes."""
-        return count / self.bandwidth + (count / self.fresh if count > REUSED else 0.0)
 
 
 class Costs:

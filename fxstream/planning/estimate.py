@@ -26,8 +26,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from fxstream.graph.typed_graph import TypedGraph
+from fxstream.machine.speeds import Machine
 from fxstream.machine.units import bytes_text
-from fxstream.planning.cost import Costs, Machine
+from fxstream.planning.cost import Costs
 from fxstream.planning.units import Unit, units_of
 from fxstream.tiling.segment_plan import SegmentPlan, offloadable
 

@@ -25,7 +25,7 @@ class PartCosts:
         self.costs = Costs(segment.graph, context.machine, segment.nodes)
         left = set(segment.nodes)
         self._kept = torch.tensor([i for i, name in enumerate(nodes) if name in left])
-        self._before = [0, *itertools.accumulate(name in left for name in nodes)]
+        self._before = [0, *itertools.accumulate(int(name in left) for name in nodes)]
         fused = {fusion.node: float(fusion.bytes) for fusion in segment.fusions}
         self.folded = torch.tensor([fused.get(name, 0.0) for name in nodes], dtype=torch.float64)
         """Bytes of the weight of the fusion into each node."""

@@ -21,8 +21,8 @@ from fxstream.errors import PlanError
 from fxstream.graph.autograd_saves import saves_of
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.machine.device import budget_of
+from fxstream.machine.speeds import Machine
 from fxstream.machine.units import bytes_text
-from fxstream.planning.cost import Machine
 from fxstream.planning.estimate import CostContext, Prediction, keep_graphs, predict
 from fxstream.planning.partition import FEW_PASSES, RegionPlanner
 from fxstream.planning.search import Search

@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 
 from fxstream.graph.typed_graph import TypedGraph
-from fxstream.planning.cost import Costs, Machine
+from fxstream.machine.speeds import Machine
+from fxstream.planning.cost import Costs
 from fxstream.tiling.order import execution_order
 from fxstream.tiling.own_padding import padded_copies
 from fxstream.tiling.segment_plan import SegmentPlan

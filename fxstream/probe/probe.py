@@ -23,7 +23,7 @@ NOTE [what is measured]
    report counts such nodes.
 6. A tile without valid interior is an error, not an overlap of zero.
 7. Every distinct reduction over space is combined from tiles of random integers, and compared with the operator on
-   the whole.
+   the whole: its result, and the gradient that it sends to the map.
 
 Reference: Pinckaers, van Ginneken, Litjens (StreamingCNN), section III-C and Algorithm 2.
 """

@@ -91,7 +91,10 @@ def _drawn(part: Subgraph, segment: Segment) -> tuple[list[torch.Tensor], list[t
 
 
 def compare_reductions(graph: TypedGraph, names: Sequence[str], found: Findings) -> None:
-    """Every distinct reduction, combined from three tiles along each axis, against itself on the whole."""
+    """Every distinct reduction, combined from three tiles along each axis, against itself on the whole.
+
+    Both its values and the gradients that it sends to the map.
+    """
     compared: set[object] = set()
     for name in names:
         signature = _signature(graph, graph[name].node)
@@ -107,24 +110,49 @@ def _compare_combined(graph: TypedGraph, name: str, found: Findings) -> None:
     segment = _at_small_size(part)
     if segment is None or not segment.graph[name].reduces:
         return
-    reduction = segment.graph.pattern(name)
-    assert isinstance(reduction, Reduced)
     inputs, whole = _drawn(part, segment)
-    extents = segment.graph[name].extents
+    maps = [image.requires_grad_() for image in inputs if image.is_floating_point()]
+    with torch.enable_grad():
+        (plain,) = part.module(*inputs, *whole)
+        combined = _combined_from_tiles(segment, inputs, whole).to(plain.dtype)
+    if not _same_values(combined, plain):
+        found.add(name, 0, "values", "the result combined from tiles", _preview(combined), _preview(plain))
+    elif plain.requires_grad:
+        _compare_gradients(name, combined, plain, maps, found)
+
+
+def _combined_from_tiles(
+    segment: Segment, inputs: Sequence[torch.Tensor], whole: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """The result of a reduction from three tiles along each axis: the first pixel, all between, the last pixel."""
+    (output,) = segment.outputs
+    reduction, extents = segment.graph.pattern(output), segment.graph[output].extents
+    assert isinstance(reduction, Reduced)
     walks = [BoundsPass(segment, axis) for axis in range(len(extents))]
     thirds = [[Interval(0, 1), Interval(1, extent - 1), Interval(extent - 1, extent)] for extent in extents]
     partials: list[torch.Tensor] = []
     counts: list[int] = []
-    with torch.no_grad():
-        (plain,) = part.module(*inputs, *whole)
-        for owned in itertools.product(*thirds):
-            tiles = [walk.tile((interval,)) for walk, interval in zip(walks, owned, strict=True)]
-            partials += tile_program(segment, tiles).forward(*_boxes(segment, tiles, inputs), *whole)
-            counts.append(math.prod(map(len, owned)))
-        sizes = torch.tensor(counts, dtype=torch.float64)
-        combined = reduction.combine(torch.stack(partials), sizes).to(plain.dtype)
-    if not _same_values(combined, plain):
-        found.add(name, 0, "values", "the result combined from tiles", _preview(combined), _preview(plain))
+    for owned in itertools.product(*thirds):
+        tiles = [walk.tile((interval,)) for walk, interval in zip(walks, owned, strict=True)]
+        partials += tile_program(segment, tiles).forward(*_boxes(segment, tiles, inputs), *whole)
+        counts.append(math.prod(map(len, owned)))
+    return reduction.combine(torch.stack(partials), torch.tensor(counts, dtype=torch.float64))
+
+
+def _compare_gradients(
+    name: str, combined: torch.Tensor, plain: torch.Tensor, maps: Sequence[torch.Tensor], found: Findings
+) -> None:
+    """The gradients of both results for the same gradient, which is another integer for each of their numbers."""
+    gradient = torch.arange(1, plain.numel() + 1).view(plain.shape).to(plain.dtype)
+    expected = torch.autograd.grad(plain, maps, gradient, allow_unused=True, materialize_grads=True)
+    if combined.requires_grad:
+        tiled = torch.autograd.grad(combined, maps, gradient, allow_unused=True, materialize_grads=True)
+    else:
+        tiled = tuple(map(torch.zeros_like, maps))
+    for of_tiles, of_whole in zip(tiled, expected, strict=True):
+        if not _same_values(of_tiles, of_whole):
+            what = "the gradient of the result combined from tiles"
+            found.add(name, 0, "values", what, _preview(of_tiles), _preview(of_whole))
 
 
 def _boxes(segment: Segment, tiles: Sequence[AxisTile], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ They are local as long as every tiled dim stays a dim of its own. Size arguments
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from fxstream.rules.patterns import Moved
 from fxstream.rules.reasons import NotTileable, Reason
 from fxstream.rules.rule import Answer, Call, RuleTable
 
-__all__ = ["add_rules", "moved"]
+__all__ = ["add_rules", "align", "moved"]
 
 
 def add_rules(table: RuleTable) -> None:
@@ -117,8 +118,6 @@ def squeeze(call: Call) -> Answer:
 def _follow_dims(before: Sequence[int], after: Sequence[int], dims: tuple[int, ...]) -> tuple[int, ...] | None:
     """Where tiled dims end up in a reshape; None where one is joined, split or of ambiguous size 1.
 
-    Both shapes are read from the left in blocks of equal product; a stream dim must be a block of its own.
-
     >>> _follow_dims((2, 12, 5, 7), (2, 3, 4, 5, 7), (2, 3))
     (3, 4)
     >>> _follow_dims((2, 12, 5, 7), (2, 12, 35), (2, 3)) is None
@@ -126,26 +125,35 @@ def _follow_dims(before: Sequence[int], after: Sequence[int], dims: tuple[int, .
     """
     if tuple(before) == tuple(after):
         return dims
-    if any(before[d] == 1 for d in dims):
-        return None
-    old = [d for d in range(len(before)) if before[d] != 1]
-    new = [d for d in range(len(after)) if after[d] != 1]
-    where: dict[int, int] = {}
-    i = j = 0
-    while i < len(old) and j < len(new):
-        first_i, first_j = i, j
-        left, right = before[old[i]], after[new[j]]
-        while left != right:
-            if left < right:
-                i += 1
-                left *= before[old[i]]
-            else:
-                j += 1
-                right *= after[new[j]]
-        if i == first_i and j == first_j:
-            where[old[i]] = new[j]
-        i, j = i + 1, j + 1
+    old, new = ([d for d, size in enumerate(shape) if size != 1] for shape in (before, after))
+    groups = align([before[d] for d in old], [after[d] for d in new])
+    where = {old[one[0]]: new[other[0]] for one, other in groups if len(one) == len(other) == 1}
     return tuple(where[d] for d in dims) if all(d in where for d in dims) else None
+
+
+def align(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, range]]:
+    """Which dims of a shape become which of another in a reshape, in the smallest groups of equal product.
+
+    Both shapes are read from the left; what is left of one of them at the end, dims of size 1, is part of the last
+    group. A group that no further dims complete (one shape has no elements) ends the list and is not in it.
+
+    >>> align((2, 12, 5, 7), (2, 3, 4, 35))
+    [(range(0, 1), range(0, 1)), (range(1, 2), range(1, 3)), (range(2, 4), range(3, 4))]
+    """
+    groups: list[tuple[range, range]] = []
+    i = j = 0
+    while i < len(before) and j < len(after):
+        start_i, start_j = i, j
+        i, j = i + 1, j + 1
+        while (left := math.prod(before[start_i:i])) != (right := math.prod(after[start_j:j])):
+            i, j = i + (left < right), j + (left > right)
+            if i > len(before) or j > len(after):
+                return groups
+        groups.append((range(start_i, i), range(start_j, j)))
+    if groups:
+        (one, other) = groups[-1]
+        groups[-1] = (range(one.start, len(before)), range(other.start, len(after)))
+    return groups
 
 
 def expand(call: Call) -> Answer:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from fxstream.errors import StreamError
-from fxstream.machine.heap import heap_held
+from fxstream.machine.heap import heap_kept
 from fxstream.machine.out_of_memory import OutOfMemory, catch_oom
 from fxstream.runtime.accumulate import Accumulator, Contribution
 from fxstream.runtime.prefetch import Image, Reader
@@ -69,7 +69,7 @@ class Backward:
         waiting = [run.task for run in reversed(runs) if run.recorded is None]
         done = 0
         reading = Reader(self._inputs.spatial, waiting, self._inputs.device)
-        with reading as reader, heap_held(self._inputs.device), self._stream.watched("backward") as report:
+        with reading as reader, heap_kept(self._inputs.device), self._stream.watched("backward") as report:
             while runs:
                 following = runs[-2].task if len(runs) > 1 and runs[-2].recorded is None else None
                 pulled = catch_oom(functools.partial(self._pulled_back, runs[-1], grads, reader, following))

@@ -10,7 +10,7 @@ import torch
 
 from fxstream.geometry.box import Box
 from fxstream.machine.copies import to_device
-from fxstream.machine.heap import heap_held
+from fxstream.machine.heap import heap_kept
 from fxstream.machine.out_of_memory import OutOfMemory, catch_oom
 from fxstream.runtime.prefetch import Image, Reader
 from fxstream.runtime.ranks import Ranks
@@ -47,7 +47,7 @@ class Forward:
 
     def _run_tiles(self, tasks: list[TileTask]) -> None:
         reading = Reader(self._inputs.spatial, tasks, self._inputs.device)
-        with reading as reader, heap_held(self._inputs.device), self._stream.watched("forward") as report:
+        with reading as reader, heap_kept(self._inputs.device), self._stream.watched("forward") as report:
             while len(self.runs) < len(tasks):
                 run = catch_oom(functools.partial(self._run, reader, *tasks[len(self.runs) :][:2]))
                 if isinstance(run, OutOfMemory):

@@ -18,7 +18,7 @@ import torch
 
 from fxstream.geometry.box import Box, Interval
 from fxstream.io.source import Source
-from fxstream.machine.copies import pinned
+from fxstream.machine.copies import staged
 from fxstream.runtime.schedule import Subscript, TileTask
 
 __all__ = ["MOST_HELD", "Image", "Reader", "shared_boxes"]
@@ -65,7 +65,7 @@ class Reader:
         ]
 
     def _stored(self, task: TileTask) -> list[torch.Tensor]:
-        """The boxes as they are stored; tensors of the host in pinned memory."""
+        """The boxes as they are stored; tensors of the host ready to be copied to the device."""
         stored = []
         for image, box, overlaps, outside in zip(
             self._images, task.reads, self._overlaps, self._outside, strict=True
@@ -73,8 +73,7 @@ class Reader:
             if overlaps is not None:
                 stored.append(overlaps.read(box))
             else:
-                pins = outside and isinstance(image, torch.Tensor) and self._device.type == "cuda"
-                stored.append(pinned(image[box]) if pins else image[box])
+                stored.append(staged(image[box], self._device) if outside else image[box])
         return stored
 
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from fxstream.errors import InputError, StreamError
 from fxstream.io.source import Source
+from fxstream.machine.device import current_device
 
 __all__ = ["Ranks", "Rows", "assigned", "digest", "fingerprint"]
 
@@ -95,9 +96,10 @@ class Ranks:
 
     def gather_rows(self, rows: Sequence[torch.Tensor], counts: Sequence[int]) -> tuple[Rows, Rows]:
         """The rows of the ranks before and of those behind this one, each row with its count."""
-        everyone = self._all_gather((list(counts), None if not rows else (tuple(rows[0].shape), rows[0].dtype)))
-        shape, dtype = next(form for _, form in everyone if form is not None)
-        device = rows[0].device if rows else self._device()
+        form = (tuple(rows[0].shape), rows[0].dtype, rows[0].device.type) if rows else None
+        everyone = self._all_gather((list(counts), form))
+        shape, dtype, kind = next(theirs for _, theirs in everyone if theirs is not None)
+        device = rows[0].device if rows else current_device(kind)
         before: Rows = []
         behind: Rows = []
         for rank, (theirs, _) in enumerate(everyone):
@@ -140,10 +142,6 @@ class Ranks:
     def _broadcast(self, values: torch.Tensor, rank: int) -> None:
         with _reaching():
             dist.broadcast(values, dist.get_global_rank(self._group, rank), group=self._group)
-
-    def _device(self) -> torch.device:
-        on_cuda = "nccl" in dist.get_backend(self._group)
-        return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
 
 
 @contextlib.contextmanager

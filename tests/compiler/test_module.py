@@ -32,8 +32,8 @@ def frozen() -> nn.Module:
     return fxstream.freeze_batch_norm(Net()).double().train()
 
 
-def compiled(model) -> fxstream.StreamedModule:
-    return fxstream.compile(model, tile=16)
+def compiled(model, verify=False) -> fxstream.StreamedModule:
+    return fxstream.compile(model, tile=16, verify=verify)
 
 
 def image(batch=2):
@@ -88,7 +88,7 @@ def test_deepcopy_and_pickle():
 
 def test_train_and_eval():
     model = Net().double()
-    module = compiled(model)
+    module = compiled(model, verify=True)
     assert module.eval().model.training is False
     check(module, model, image())
     module.train()
@@ -266,3 +266,21 @@ def test_ddp_over_two_processes():
     model(images).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert relative_error(torch.from_numpy(found[name]), parameter.grad) < 1e-12, name
+
+
+def test_a_call_without_gradients_has_a_plan_of_its_own():
+    """Within a memory that a prediction fits and a step does not: the step does not run by the first plan."""
+    layers = [layer for _ in range(6) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *layers)
+    image = torch.randn(1, 3, 96, 96)
+    plain = [fxstream.plan(model, 96, memory="1GiB", training=t).prediction.plain_bytes for t in (False, True)]
+    assert 1.5 * plain[0] < plain[1]
+    module = fxstream.compile(model, memory=int(1.2 * plain[0]), verify=False)
+    with torch.no_grad():
+        module(image)
+    assert (module.plan.is_trivial, module.plan.prediction.training) == (True, False)
+    module(image).sum().backward()
+    assert (module.plan.is_trivial, module.plan.prediction.training) == (False, True)
+    with torch.no_grad():
+        module(image)
+    assert module.plan.is_trivial

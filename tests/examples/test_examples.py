@@ -73,7 +73,7 @@ def test_table_one_has_the_papers_tiles():
 
 
 def test_table_one_compares_with_plain(tmp_path, capsys, monkeypatch):
-    """Peaks of the network on 64 and 128 pixels; the larger plain one is scaled, and the paper's ratios are printed."""
+    """Peaks on 64 and 128 pixels; the larger plain one is scaled, and the paper's ratios are printed."""
     example = load("benchmarks/table1.py")
     paper = [setting.paper for setting in example.PAPER]
     small = ((64, 64, 1, paper[0]), (64, 38, 4, paper[1]), (128, 38, 16, paper[4]))

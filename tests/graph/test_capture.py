@@ -169,7 +169,7 @@ def test_in_place_operators(through_view):
 def test_capture_allocates_nothing_of_the_images_size():
     model = nn.Sequential(nn.Conv2d(2, 64, 3), nn.ReLU(), nn.Conv2d(64, 2, 3))
     analysis = fxstream.analyze(model, 200_000, channels=2)
-    assert analysis.locality.activation_bytes([v.node for v in analysis.verdicts]) > 10**13
+    assert analysis.graph.activation_bytes([v.node for v in analysis.verdicts]) > 10**13
 
 
 def test_the_model_is_not_changed_by_capture():

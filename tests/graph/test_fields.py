@@ -1,7 +1,5 @@
 """Receptive fields: closed forms against integer propagation, both against the real operators, and literature."""
 
-import math
-
 import pytest
 import torch
 from compare import integer_image
@@ -11,67 +9,19 @@ from random_graphs import CHANNELS, RandomGraph, local_graphs
 from torch import nn
 
 import fxstream
-from fxstream.errors import CaptureError, RuleError
+from fxstream.errors import CaptureError
 from fxstream.geometry.box import Interval
-from fxstream.geometry.receptive_field import AxisExtent, AxisMap, ReceptiveField
 from fxstream.graph.fields import demands, extent_chains, main_image, receptive_fields
-from fxstream.report.closed_form import IMAGE, TILE, TILE_OUT, FieldForm, extent_form, tile_forms
+from fxstream.report.closed_form import IMAGE, extent_form
 from fxstream.rules import Tileability
-from fxstream.tiling.bounds import AxisWalk, make_segment
+from fxstream.tiling.bounds import BoundsPass
+from fxstream.tiling.segment import make_segment
 from fxstream.tools import zoo
-
-maps = st.builds(
-    lambda num, den, first, width: AxisMap(num, den, first, first + width),
-    st.integers(1, 4), st.integers(1, 4), st.integers(-5, 5), st.integers(0, 7),
-)  # fmt: skip
-
-
-@given(st.lists(maps, min_size=1, max_size=5), st.integers(-40, 40))
-@settings(deadline=None, max_examples=300)
-def test_composition_is_exact(chain, pixel):
-    """`maps` from the source on; the field of the last operator reads what map by map reading reads."""
-    field = ReceptiveField.of_map(chain[0])
-    for axis_map in chain[1:]:
-        field = ReceptiveField.of_map(axis_map).then(field)
-    box = Interval(pixel, pixel + 1)
-    for axis_map in reversed(chain):
-        box = axis_map.read(box)
-    assert (field.low(pixel), field.high(pixel) + 1) == (box.start, box.stop)
-    assert FieldForm.of(field).at(abs(pixel)) == (field.low(abs(pixel)), field.high(abs(pixel)))
-    assert field.stride == math.prod(ReceptiveField.of_map(m).stride for m in chain)
-
-
-@given(
-    st.lists(maps, min_size=2, max_size=4).filter(lambda m: len({ReceptiveField.of_map(x).stride for x in m}) == 1)
-)
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.filter_too_much])
-def test_hull_is_the_hull_of_every_pixel(branches):
-    fields = [ReceptiveField.of_map(m) for m in branches]
-    hull = fields[0]
-    for field in fields[1:]:
-        hull = hull.hull(field)
-    for pixel in range(-12, 12):
-        assert hull.low(pixel) == min(f.low(pixel) for f in fields)
-        assert hull.high(pixel) == max(f.high(pixel) for f in fields)
-
-
-def test_branches_of_different_stride_have_no_field():
-    with pytest.raises(RuleError, match="strides 1 and 2"):
-        ReceptiveField.of_map(AxisMap(1, 1, 0, 0)).hull(ReceptiveField.of_map(AxisMap(2, 1, 0, 0)))
-
-
-def test_phases_of_an_upsampling():
-    up = ReceptiveField.of_map(AxisMap(1, 2, 0, 0))
-    smooth = ReceptiveField.of_map(AxisMap.window(3, 1, 1)).then(up)
-    assert (smooth.period, smooth.advance, smooth.lows, smooth.highs) == (2, 1, (-1, 0), (0, 1))
-    assert str(FieldForm.of(smooth)) == "floor((o - 1)/2) .. floor((o + 1)/2)"
-    assert ReceptiveField.of_map(AxisMap(2, 1, 0, 0)).then(up) == ReceptiveField.of_map(AxisMap(1, 1, 0, 0))
-    assert smooth.sizes == (2, 2)
 
 
 def region_of(model, size, channels, batch=2):
     analysis = fxstream.analyze(model, size, channels=channels, batch=batch)
-    return analysis.locality, analysis.regions
+    return analysis.graph, analysis.regions
 
 
 @given(local_graphs, st.tuples(st.integers(90, 110), st.integers(90, 110)))
@@ -85,36 +35,36 @@ def test_fields_demands_and_extents_agree_with_the_integers_and_the_operators(gr
     image = integer_image(2, CHANNELS, *size).detach().abs().add(1).requires_grad_()
     try:
         outputs = model(image)
-        locality, regions = region_of(model, size, CHANNELS)
+        typed, regions = region_of(model, size, CHANNELS)
     except (RuntimeError, ValueError, CaptureError):
         return
     output = outputs if isinstance(outputs, torch.Tensor) else outputs[-1]
-    source = main_image(locality)
+    source = main_image(typed)
     for region in regions:
-        fields = receptive_fields(locality, region.nodes, source)
-        chains = extent_chains(locality, region.nodes, source)
+        fields = receptive_fields(typed, region.nodes, source)
+        chains = extent_chains(typed, region.nodes, source)
         for name, per_axis in chains.items():
             if name in region.nodes and name in fields:
                 for k, chain in enumerate(per_axis):
-                    assert extent_form(chain).subs(IMAGE, size[k]) == locality.values[name].extents[k]
-        segment = make_segment(locality, "region", region.nodes)
+                    assert extent_form(chain).subs(IMAGE, size[k]) == typed.value(name).extents[k]
+        segment = make_segment(typed, "region", region.nodes)
         for axis in range(2):
-            walk = AxisWalk(locality, segment, axis)
+            walk = BoundsPass(segment, axis)
             for place, name in enumerate(segment.outputs):
                 if name not in fields:  # branches of different strides
                     continue
-                extent = locality.values[name].extents[axis]
+                extent = typed.value(name).extents[axis]
                 owned = Interval(extent // 2, extent // 2 + 1)
                 wanted = fields[name][axis].read(owned)
                 boxes = walk.boxes([owned if i == place else Interval(0, 0) for i in range(len(segment.outputs))])
-                needed = {n: f[axis].read(owned) for n, f in demands(locality, region.nodes, name).items()}
+                needed = {n: f[axis].read(owned) for n, f in demands(typed, region.nodes, name).items()}
                 inside = all(
-                    box.start >= 0 and box.stop <= locality.values[n].extents[axis] for n, box in needed.items()
+                    box.start >= 0 and box.stop <= typed.value(n).extents[axis] for n, box in needed.items()
                 )
                 if inside:
                     assert boxes == needed
                     assert needed[source] == wanted
-                    support = gradient_support(locality, model, image, name, axis, owned.start)
+                    support = gradient_support(typed, model, image, name, axis, owned.start)
                     if support is not None:
                         assert wanted.hull(support) == wanted
                         if not any(step[0] in ("max_pool", "relu", "transposed") for step in graph):
@@ -122,11 +72,11 @@ def test_fields_demands_and_extents_agree_with_the_integers_and_the_operators(gr
     assert output is not None
 
 
-def gradient_support(locality, model, image, name, axis, pixel):
+def gradient_support(typed, model, image, name, axis, pixel):
     """The pixels of the image that one line of the model's last output depends on."""
     outputs = model(image)
     last = outputs if isinstance(outputs, torch.Tensor) else outputs[-1]
-    result = next(node for node in locality.graph.nodes if node.op == "output").args[0][-1]
+    result = next(node for node in typed.graph.nodes if node.op == "output").args[0][-1]
     if result.name != name:
         return None
     (gradient,) = torch.autograd.grad(last.narrow(2 + axis, pixel, 1).sum(), image)
@@ -136,14 +86,14 @@ def gradient_support(locality, model, image, name, axis, pixel):
 
 def stem_end(model, size=512):
     """The field of the last node of the first region, in pixels of the image."""
-    locality, regions = region_of(fxstream.freeze_batch_norm(model).eval(), size, 3)
+    typed, regions = region_of(fxstream.freeze_batch_norm(model).eval(), size, 3)
     nodes = regions[0].nodes
-    fields = receptive_fields(locality, nodes, main_image(locality))
+    fields = receptive_fields(typed, nodes, main_image(typed))
     return fields[nodes[-1]][0]
 
 
 def original_strides(model):
-    """Strides on the 1x1 convolution of a bottleneck, as published; torchvision's version 1.5 has them on the 3x3."""
+    """Strides on the 1x1 convolution of a bottleneck, as published; torchvision has them on the 3x3."""
     for block in model.modules():
         if isinstance(block, zoo_bottleneck()):
             block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
@@ -157,7 +107,8 @@ def zoo_bottleneck():
     return Bottleneck
 
 
-PUBLISHED = {  # Araujo, Norris, Sim, "Computing receptive fields of convolutional neural networks", Distill 2019, table 1
+# Araujo, Norris, Sim, "Computing receptive fields of convolutional neural networks", Distill 2019, table 1
+PUBLISHED = {
     "alexnet": ("torchvision/alexnet", 195, 32),
     "vgg16": ("torchvision/vgg16", 212, 32),
     "mobilenet v1": ("timm/mobilenetv1_100", 315, 32),
@@ -186,8 +137,18 @@ MEASURED = {  # gradient support of the real operators; torchvision's ResNets ha
 }
 
 
-IN_SUITE = {"alexnet", "vgg16", "resnet50", "mobilenet v1", "resnet18", "densenet121", "convnext_tiny", "googlenet",
-            "shufflenet_v2_x1_0", "squeezenet1_1"}  # fmt: skip
+IN_SUITE = {
+    "alexnet",
+    "vgg16",
+    "resnet50",
+    "mobilenet v1",
+    "resnet18",
+    "densenet121",
+    "convnext_tiny",
+    "googlenet",
+    "shufflenet_v2_x1_0",
+    "squeezenet1_1",
+}
 
 
 def in_suite(names):
@@ -212,41 +173,6 @@ def test_measured_receptive_fields(name):
     assert field.overlap == field.size - field.stride
 
 
-def test_forms_of_a_tile():
-    """Two 3x3 convolutions, the second with stride 2: every number by hand."""
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 3, 2, 1))
-    locality, (region,) = region_of(model, 64, 3)
-    source, output = main_image(locality), region.nodes[-1]
-    fields = receptive_fields(locality, region.nodes, source)
-    macs = {n: locality.footprint(n).macs / math.prod(locality.values[n].extents) for n in region.nodes}
-    from fractions import Fraction
-
-    per_pixel = {n: Fraction(m) for n, m in macs.items()}
-    forms = tile_forms(demands(locality, region.nodes, output), fields[output], [source], per_pixel, per_pixel)
-    assert fields[output][0].size == 5
-    assert [str(form) for form in forms.box[source]] == ["2*t + 3", "2*t + 3"]
-    assert str(forms.owned[0]) == "floor((T - 5)/2) + 1"
-    assert forms.owned[0].subs(TILE, 21) == 9
-    assert str(forms.overlap[0]) == "3/T"
-    t = 9
-    held, owned = (2 * t + 1) ** 2 * per_pixel[region.nodes[0]], t**2 * per_pixel[output]
-    assert forms.macs.subs(TILE_OUT, t) == held + owned
-    assert forms.overhead.subs(TILE_OUT, t) == (held + owned) / (4 * t**2 * per_pixel[region.nodes[0]] + owned)
-    assert forms.evaluate(21)["owned"] == 9
-
-
-@pytest.mark.parametrize("extent", range(1, 30))
-def test_extents_of_windows(extent):
-    for kernel, stride, padding, dilation, ceil in [(3, 2, 1, 1, True), (2, 2, 0, 1, True), (3, 3, 1, 1, True),
-                                                    (3, 2, 0, 1, False), (2, 3, 1, 2, False), (5, 1, 2, 1, False)]:  # fmt: skip
-        image = torch.zeros(1, 1, extent)
-        try:
-            pooled = nn.functional.max_pool1d(image, kernel, stride, padding, dilation, ceil)
-        except RuntimeError:
-            continue
-        assert AxisExtent.window(kernel, stride, padding, dilation, ceil).of(extent) == pooled.shape[-1]
-
-
 def test_what_follows_a_global_operator_depends_on_everything():
     class Gated(nn.Module):
         def __init__(self):
@@ -257,7 +183,7 @@ def test_what_follows_a_global_operator_depends_on_everything():
             x = self.a(x)
             return self.b(x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True))))
 
-    locality, regions = region_of(Gated(), 32, 3)
-    every = [name for name, verdict in locality.verdicts.items() if verdict.kind is Tileability.LOCAL]
-    fields = receptive_fields(locality, list(locality.verdicts), main_image(locality))
+    typed, regions = region_of(Gated(), 32, 3)
+    every = [name for name, verdict in typed.verdicts.items() if verdict.kind is Tileability.LOCAL]
+    fields = receptive_fields(typed, list(typed.verdicts), main_image(typed))
     assert set(fields) & set(every) == {regions[0].nodes[0]}

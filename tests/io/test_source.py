@@ -64,7 +64,7 @@ def test_overlaps_are_read_again_where_they_may_not_be_held(monkeypatch):
     model = make_integer(Normalising())
     array = Counted(bytes_image(43, 58, 3))
     with torch.no_grad():
-        found = fxstream.compile(model, tile=21, segments=1)(fxstream.source(array, layout="HWC"))
+        found = fxstream.compile(model, tile=21, segments=1, verify=False)(fxstream.source(array, layout="HWC"))
         assert torch.equal(found, model(torch.from_numpy(array.array).permute(2, 0, 1)[None]))
     assert array.counts.min() == 1
     assert array.counts.max() > 1
@@ -83,7 +83,7 @@ def test_layouts_and_types(layout, shape, dtype):
         image = image if axis in layout else image.unsqueeze(dim)
     model = make_integer(Normalising(image.shape[1]))
     with torch.no_grad():
-        module = fxstream.compile(model, tile=11, segments=1)
+        module = fxstream.compile(model, tile=11, segments=1, verify=False)
         assert torch.equal(module(fxstream.source(array, layout=layout)), model(image))
 
 
@@ -91,7 +91,7 @@ def test_batches():
     model = make_integer(Normalising())
     stack = bytes_image(5, 25, 31, 3)
     image = torch.from_numpy(stack).permute(0, 3, 1, 2)
-    module = fxstream.compile(model, tile=11, segments=1)
+    module = fxstream.compile(model, tile=11, segments=1, verify=False)
     with torch.no_grad():
         picked = module(fxstream.source(stack, layout="NHWC", batch=[4, 1]))
         assert torch.equal(picked, model(image[[4, 1]]))
@@ -104,7 +104,7 @@ def test_type_on_the_device():
     array = bytes_image(25, 31, 3)
     image = torch.from_numpy(array).permute(2, 0, 1)[None].double()
     with torch.no_grad():
-        found = fxstream.compile(model, tile=11, segments=1)(
+        found = fxstream.compile(model, tile=11, segments=1, verify=False)(
             fxstream.source(array, layout="HWC", dtype=torch.float64)
         )
     assert torch.equal(found, model(image))
@@ -112,7 +112,7 @@ def test_type_on_the_device():
 
 @pytest.mark.parametrize("kind", ["memmap", "zarr", "h5py", "tifffile"])
 def test_stores(tmp_path, kind):
-    array = bytes_image(70, 50, 3)
+    array, store = bytes_image(70, 50, 3), None
     if kind == "memmap":
         stored = np.memmap(tmp_path / "image", mode="w+", shape=array.shape, dtype=array.dtype)
         stored[:] = array
@@ -120,16 +120,19 @@ def test_stores(tmp_path, kind):
     elif kind == "zarr":
         stored = pytest.importorskip("zarr").create_array(str(tmp_path / "z"), data=array, chunks=(16, 16, 3))
     elif kind == "h5py":
-        file = pytest.importorskip("h5py").File(tmp_path / "image.h5", "w")
-        stored = file.create_dataset("image", data=array, chunks=(16, 16, 3))
+        store = pytest.importorskip("h5py").File(tmp_path / "image.h5", "w")
+        stored = store.create_dataset("image", data=array, chunks=(16, 16, 3))
     else:
         tifffile, zarr = pytest.importorskip("tifffile"), pytest.importorskip("zarr")
         tifffile.imwrite(tmp_path / "image.tif", array, tile=(16, 16))
-        stored = zarr.open(tifffile.imread(tmp_path / "image.tif", aszarr=True), mode="r")
+        store = tifffile.imread(tmp_path / "image.tif", aszarr=True)
+        stored = zarr.open(store, mode="r")
     model = make_integer(Normalising())
     with torch.no_grad():
-        found = fxstream.compile(model, tile=23, segments=1)(fxstream.source(stored, layout="HWC"))
+        found = fxstream.compile(model, tile=23, segments=1, verify=False)(fxstream.source(stored, layout="HWC"))
     assert torch.equal(found, model(torch.from_numpy(array).permute(2, 0, 1)[None]))
+    if store is not None:
+        store.close()
 
 
 def test_a_volume():
@@ -137,7 +140,7 @@ def test_a_volume():
     volume = bytes_image(14, 17, 12)
     with torch.no_grad():
         source = fxstream.source(volume, layout="ZYX", dtype=torch.float64)
-        found = fxstream.compile(model, tile=9, segments=1)(source)
+        found = fxstream.compile(model, tile=9, segments=1, verify=False)(source)
         assert torch.equal(found, model(torch.from_numpy(volume)[None, None].double()))
 
 
@@ -165,7 +168,7 @@ def test_an_image_outside_counts_where_it_is_read_whole():
     model = make_integer(Normalising())
     array = bytes_image(200, 200, 3)
     with torch.no_grad():
-        module = fxstream.compile(model, memory="300KiB")
+        module = fxstream.compile(model, memory="300KiB", verify=False)
         module(fxstream.source(array, layout="HWC"))
         streamed = module.plan.prediction
         module(integer_image(1, 3, 200, 200, requires_grad=False).to(torch.uint8))
@@ -190,7 +193,7 @@ class Shrinking(Counted):
 
 def test_errors_name_region_and_source():
     model = make_integer(Normalising())
-    module = fxstream.compile(model, tile=21, segments=1)
+    module = fxstream.compile(model, tile=21, segments=1, verify=False)
     broken = failing_after(bytes_image(43, 58, 3), 3)
     with (
         torch.no_grad(),

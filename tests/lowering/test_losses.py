@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_same, assert_streams
+from compare import assert_same, assert_streams, captures
 from small_networks import Function, conv
 from torch import nn
 
@@ -42,7 +42,7 @@ def test_a_mask_beside_an_image_does_not_bind_the_capture_to_its_size():
         x, mask = image(batch, 2, height, width), torch.rand(batch, height, width).double()
         assert torch.allclose(compiled(x, mask), model(x, mask), atol=1e-12)
         assert compiled.plan.streamed_share == 1
-    assert len(compiled._captures) == 1
+    assert captures(compiled) == 1
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -52,7 +52,9 @@ def test_masks_and_images_of_several_resolutions(batch):
 
     model = Function(forward, a=conv(2, 3, padding=1), b=conv(1, 3, padding=1)).double()
     mask, other = image(batch, 1, 22, 26), torch.randint(0, 2, (batch, 22, 26)).bool()
-    plan = assert_streams(model, image(batch, 2, 22, 26), image(batch, 1, 11, 13), mask, other, tile=9)
+    plan = assert_streams(
+        model, image(batch, 2, 22, 26), image(batch, 1, 11, 13), mask, other, tile=9, verify=batch == 1
+    )
     assert plan.streamed_share == 1
 
 
@@ -82,7 +84,7 @@ def assert_no_map_is_held(model, *inputs):
     """No segment leaves anything of the image's size."""
     compiled = fxstream.compile(model, tile=11, segments=1, verify=False)
     compiled(*inputs)
-    metas = compiled._latest().analysis.locality.metas
+    metas = compiled.pipeline.last.analysis.graph.metas
     held = {o: metas[o].shape for plan in compiled.plan.segments for o in plan.segment.outputs}
     assert all(len(shape) <= 2 for shape in held.values()), held
 
@@ -101,14 +103,14 @@ OF_CLASSES = {
     "log likelihood, each": lambda m, z, t: F.nll_loss(z.log_softmax(1), t, reduction="none").mean(),
     "nothing counts": lambda m, z, t: F.cross_entropy(z, t * 0, ignore_index=0, reduction="sum"),
     "one class of each": lambda m, z, t: z.softmax(1).gather(1, t.unsqueeze(1)).log().mean(),
-    "focal": lambda m, z, t: (
-        lambda each: ((1 - torch.exp(-each)) ** 2 * each).mean()
-    )(F.cross_entropy(z, t, reduction="none")),
+    "focal": lambda m, z, t: (lambda each: ((1 - torch.exp(-each)) ** 2 * each).mean())(
+        F.cross_entropy(z, t, reduction="none")
+    ),
     "dice": lambda m, z, t: dice(z.softmax(1), F.one_hot(t, CLASSES).permute(0, 3, 1, 2).to(z.dtype)),
     "with others": lambda m, z, t: (
         F.cross_entropy(z, t) + dice(z.softmax(1), F.one_hot(t, CLASSES).permute(0, 3, 1, 2).to(z.dtype))
     ),
-}  # fmt: skip
+}
 
 
 def dice(p, y):
@@ -120,7 +122,7 @@ def dice(p, y):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_losses_of_classes(name, batch):
     model, inputs = Loss(OF_CLASSES[name]), (image(batch, 2, 23, 19), classes(batch, 23, 19))
-    plan = assert_streams(model, *inputs, tile=11)
+    plan = assert_streams(model, *inputs, tile=11, verify=batch == 1)
     assert plan.streamed_share > 0.99
     assert_no_map_is_held(model, *inputs)
 
@@ -148,9 +150,10 @@ OF_ELEMENTS = {
 @pytest.mark.filterwarnings("ignore:reduction:UserWarning")
 @pytest.mark.parametrize("name", OF_ELEMENTS)
 @pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 def test_losses_of_elements(name, batch):
     model, inputs = Loss(OF_ELEMENTS[name]), (image(batch, 2, 23, 19), image(batch, CLASSES, 23, 19).detach())
-    plan = assert_streams(model, *inputs, tile=11)
+    plan = assert_streams(model, *inputs, tile=11, verify=batch == 1)
     assert plan.streamed_share > 0.99
     assert_no_map_is_held(model, *inputs)
 
@@ -159,7 +162,7 @@ def test_the_planner_holds_no_logits():
     model, inputs = Loss(OF_CLASSES["weights"]), (image(2, 2, 40, 40), classes(2, 40, 40))
     compiled = fxstream.compile(model, tile=17)
     compiled(*inputs)
-    metas = compiled._latest().analysis.locality.metas
+    metas = compiled.pipeline.last.analysis.graph.metas
     held = [metas[o].shape for plan in compiled.plan.segments for o in plan.segment.outputs]
     assert (2, CLASSES, 40, 40) not in held
 
@@ -177,7 +180,7 @@ def test_one_capture_of_a_loss_serves_every_size():
     for batch, height, width in ((1, 20, 20), (2, 31, 17)):
         x, target = image(batch, 2, height, width), classes(batch, height, width)
         assert torch.allclose(compiled(x, target), model(x, target), atol=1e-12)
-    assert len(compiled._captures) == 1
+    assert captures(compiled) == 1
 
 
 class Segmentation(nn.Module):

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_streams
+from compare import assert_streams, captures
 from small_networks import Function, conv
 from torch import nn
 
 import fxstream
 from fxstream.graph.capture import capture
-from fxstream.lowering.twins import blocks
+from fxstream.rules.shuffled import align
 
 
 def image(*shape):
@@ -17,7 +17,7 @@ def image(*shape):
 
 
 class AttentionPooling(nn.Module):
-    """Attention-based multiple instance learning (Ilse, Tomczak, Welling, 2018) on a small convolutional network."""
+    """Attention-based multiple instance learning (Ilse, Tomczak, Welling, 2018) on a small network."""
 
     def __init__(self, gated=False):
         super().__init__()
@@ -37,7 +37,9 @@ class AttentionPooling(nn.Module):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_attention_pooling(gated, batch):
-    plan = assert_streams(AttentionPooling(gated).double(), image(batch, 3, 41, 37), tile=15, segments=1)
+    plan = assert_streams(
+        AttentionPooling(gated).double(), image(batch, 3, 41, 37), tile=15, segments=1, verify=batch == 1
+    )
     assert plan.streamed_share > 0.99
 
 
@@ -48,7 +50,7 @@ def test_one_capture_serves_every_size():
         x = image(*shape)
         assert torch.allclose(compiled(x), model(x), atol=1e-12)
         assert compiled.plan.streamed_share > 0.99
-    assert len(compiled._captures) == 1
+    assert captures(compiled) == 1
 
 
 def on_map(forward, **parts):
@@ -96,7 +98,9 @@ STREAMED = {
     "maximum": on_map(lambda m, x: tokens(x).amax(1)),
     "norm": on_map(lambda m, x: F.normalize(x.flatten(2).mean(-1) + x.flatten(2).norm(dim=-1), dim=1)),
     "logsumexp": on_map(lambda m, x: x.flatten(2).logsumexp(-1)),
-    "channels": on_map(lambda m, x: m.norm(m.fc(tokens(x))).relu().mean(1), fc=nn.Linear(4, 6), norm=nn.LayerNorm(6)),
+    "channels": on_map(
+        lambda m, x: m.norm(m.fc(tokens(x))).relu().mean(1), fc=nn.Linear(4, 6), norm=nn.LayerNorm(6)
+    ),
     "heads": on_map(lambda m, x: (x.flatten(2).reshape(x.shape[0], 2, 2, -1).softmax(2) ** 2).sum(-1)),
     "global context": on_map(
         global_context, mask=conv(4, 1, 1), transform=nn.Sequential(conv(4, 2, 1), nn.ReLU(), conv(2, 4, 1))
@@ -105,7 +109,9 @@ STREAMED = {
     "covariance": on_map(lambda m, x: x.flatten(2) @ tokens(x)),
     "bilinear": on_map(lambda m, x: torch.bmm(x.flatten(2), m.a(x).flatten(2).transpose(1, 2)), a=conv(4, 3, 1)),
     "einsum": on_map(lambda m, x: torch.einsum("nchw,nkhw->nck", x, m.a(x).softmax(1)), a=conv(4, 3, 1)),
-    "einsum, flat": on_map(lambda m, x: torch.einsum("ncp,nkp->nck", x.flatten(2), m.a(x).flatten(2).softmax(-1)), a=conv(4, 3, 1)),
+    "einsum, flat": on_map(
+        lambda m, x: torch.einsum("ncp,nkp->nck", x.flatten(2), m.a(x).flatten(2).softmax(-1)), a=conv(4, 3, 1)
+    ),
     "gate of positions": on_map(spatial_gate, mask=conv(4, 1, 1)),
     "instances of all images": on_map(instances, fc=nn.Linear(4, 2)),
     "embedding of positions": on_map(
@@ -118,26 +124,35 @@ STREAMED = {
     "log softmax": on_map(lambda m, x: (x.flatten(2).log_softmax(-1) * x.flatten(2)).mean((1, 2))),
     "normalised": on_map(lambda m, x: m.norm(x.flatten(2)).relu().mean(-1), norm=nn.BatchNorm1d(4)),
     "single pixels": on_map(lambda m, x: m.a(x.flatten(2)).relu().sum(-1), a=nn.Conv1d(4, 3, 1)),
-    "apart": on_map(lambda m, x: torch.cat([*x.flatten(2).chunk(2, 1)[::-1], x.flatten(2)], 1).select(1, 1).mean(-1)),
-    "dice of a view": on_map(
-        lambda m, x: (x.sigmoid().reshape(x.shape[0], -1) * x.relu().reshape(x.shape[0], -1)).sum(1)
-        / (x.sigmoid().reshape(x.shape[0], -1).sum(1) + 1)
+    "apart": on_map(
+        lambda m, x: torch.cat([*x.flatten(2).chunk(2, 1)[::-1], x.flatten(2)], 1).select(1, 1).mean(-1)
     ),
-}  # fmt: skip
+    "dice of a view": on_map(
+        lambda m, x: (
+            (x.sigmoid().reshape(x.shape[0], -1) * x.relu().reshape(x.shape[0], -1)).sum(1)
+            / (x.sigmoid().reshape(x.shape[0], -1).sum(1) + 1)
+        )
+    ),
+}
 
 
 @pytest.mark.parametrize("name", STREAMED)
 @pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 def test_positions_stream(name, batch):
-    plan = assert_streams(STREAMED[name], image(batch, 2, 23, 19), tile=11, segments=1)
+    plan = assert_streams(STREAMED[name], image(batch, 2, 23, 19), tile=11, segments=1, verify=batch == 1)
     assert plan.streamed_share > 0.95, plan
 
 
 PLAINLY = {
     "sorted": on_map(lambda m, x: x.flatten(2).sort(-1)[0].cumsum(-1)),
-    "attention": on_map(lambda m, x: m.last(F.scaled_dot_product_attention(tokens(x), tokens(x), tokens(x))), last=nn.Linear(4, 2)),
+    "attention": on_map(
+        lambda m, x: m.last(F.scaled_dot_product_attention(tokens(x), tokens(x), tokens(x))), last=nn.Linear(4, 2)
+    ),
     "attention by hand": on_map(lambda m, x: (tokens(x) @ x.flatten(2)).softmax(-1) @ tokens(x)),
-    "a class token": on_map(lambda m, x: m.fc(torch.cat([x.mean((2, 3)).unsqueeze(1), tokens(x)], 1)), fc=nn.Linear(4, 2)),
+    "a class token": on_map(
+        lambda m, x: m.fc(torch.cat([x.mean((2, 3)).unsqueeze(1), tokens(x)], 1)), fc=nn.Linear(4, 2)
+    ),
     "transposed map": on_map(lambda m, x: x.flatten(2).view(x.shape[0], 4, x.shape[3], x.shape[2])),
     "every second": on_map(lambda m, x: x.flatten(2)[:, :, ::2].mean(-1)),
     "some positions": on_map(lambda m, x: tokens(x)[:, 3] + tokens(x).max(1)[0]),
@@ -145,16 +160,17 @@ PLAINLY = {
     "classifier": on_map(lambda m, x: m.fc(x.flatten(1)), fc=nn.Linear(4 * 23 * 19, 3)),
     "random": on_map(lambda m, x: F.dropout(x.flatten(2), 0.0).mean(-1)),
     "squeezed batch": on_map(lambda m, x: x.flatten(2).squeeze(0).mean(-1)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PLAINLY)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_what_does_not_stream_stays_right(name, batch):
-    assert_streams(PLAINLY[name], image(batch, 2, 23, 19), tile=11, segments=1)
+    assert_streams(PLAINLY[name], image(batch, 2, 23, 19), tile=11, segments=1, verify=batch == 1)
 
 
 @pytest.mark.parametrize("name", [*STREAMED, *PLAINLY])
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 def test_rewritten_graphs_hold_at_every_size(name):
     """First a square image alone, where many sizes are equal, then others."""
     model = (STREAMED | PLAINLY)[name]
@@ -174,7 +190,9 @@ def test_signals(batch):
         h = m.a(x)
         return m.score(h).softmax(-1) @ h.transpose(1, 2), (h * h.softmax(2)).amax(-1)
 
-    plan = assert_streams(Function(forward, **parts).double(), image(batch, 2, 61), tile=17, segments=1)
+    plan = assert_streams(
+        Function(forward, **parts).double(), image(batch, 2, 61), tile=17, segments=1, verify=batch == 1
+    )
     assert plan.streamed_share > 0.95
 
 
@@ -232,8 +250,10 @@ def test_a_map_of_which_only_the_size_is_read_is_not_computed():
 
 
 def test_which_dims_become_which():
-    assert blocks((1, 1, 8, 9), (72,)) == [(range(4), range(1))]
-    assert blocks((1, 4, 8, 9), (1, 4, 72)) == [
-        (range(1), range(1)), (range(1, 2), range(1, 2)), (range(2, 4), range(2, 3))
-    ]  # fmt: skip
-    assert blocks((3, 8, 9, 1), (3, 72)) == [(range(1), range(1)), (range(1, 4), range(1, 2))]
+    assert align((1, 1, 8, 9), (72,)) == [(range(4), range(1))]
+    assert align((1, 4, 8, 9), (1, 4, 72)) == [
+        (range(1), range(1)),
+        (range(1, 2), range(1, 2)),
+        (range(2, 4), range(2, 3)),
+    ]
+    assert align((3, 8, 9, 1), (3, 72)) == [(range(1), range(1)), (range(1, 4), range(1, 2))]

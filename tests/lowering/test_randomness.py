@@ -7,15 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_same, integer_image, make_integer
+from compare import assert_same, captures, integer_image, make_integer, replan
 from small_networks import Function
 from timm.layers import DropPath
 from torch import nn
 from torchvision.ops import StochasticDepth
 
 import fxstream
-from fxstream.runtime.rewrite import rewrite
-from fxstream.tiling.autograd_saves import saved_by
 from fxstream.tools.check import step
 
 ONCE = {
@@ -60,7 +58,7 @@ def test_what_is_drawn_once_is_what_the_plain_model_draws(name, batch):
     model, image = residual(ONCE[name]), integer_image(batch, 2, 20, 23)
     wanted = seeded(model, model, image)
     for tile, segments in ((9, 1), (9, None), (14, 2)):
-        module, own = compiled(model, tile=tile, segments=segments)
+        module, own = compiled(model, tile=tile, segments=segments, verify=(tile, segments) == (9, 1))
         assert_same(seeded(module, own, image), wanted, 0.0)
         assert all(report.agrees for report in module.probe)
 
@@ -70,7 +68,7 @@ def test_one_mask_whatever_the_tiling(name):
     model, image = residual(ELEMENTS[name]), integer_image(3, 2, 20, 23)
     steps = []
     for tile, segments in ((9, 1), (9, 3), (14, 2), ((8, 23), 1), (22, 1)):
-        module, own = compiled(model, tile=tile, segments=segments)
+        module, own = compiled(model, tile=tile, segments=segments, verify=(tile, segments) == (9, 1))
         steps.append(seeded(module, own, image))
         assert_nothing_is_whole(module)
         assert all(report.agrees for report in module.probe)
@@ -95,13 +93,9 @@ def test_kept_tiles_have_the_mask_of_recomputed_ones():
     model, image = residual(nn.Dropout(0.5)), integer_image(2, 2, 20, 23)
     module, own = compiled(model, tile=9, segments=2)
     wanted = seeded(module, own, image)
-    last = module._last
+    last = module.pipeline.last
     plans = tuple(dataclasses.replace(s, kept=s.tile_count // 2) for s in last.plan.segments)
-    locality = last.analysis.locality
-    plan = dataclasses.replace(last.plan, segments=plans)
-    streamed = rewrite(last.analysis.captured, locality, plan, saved_by(locality))
-    for key, known in module._prepared.items():
-        module._prepared[key] = dataclasses.replace(known, plan=plan, streamed=streamed)
+    replan(module, dataclasses.replace(last.plan, segments=plans))
     assert_same(seeded(module, own, image), wanted, 0.0)
 
 
@@ -131,14 +125,18 @@ def test_training_with_batch_norm_and_several_draws():
         return m.d2(m.n2(m.b(x))).mean((2, 3))
 
     parts = {
-        "a": nn.Conv2d(2, 4, 3), "n1": nn.BatchNorm2d(4), "d1": nn.Dropout(0.3),
-        "b": nn.Conv2d(4, 4, 3), "n2": nn.BatchNorm2d(4), "d2": nn.Dropout2d(0.4),
-    }  # fmt: skip
+        "a": nn.Conv2d(2, 4, 3),
+        "n1": nn.BatchNorm2d(4),
+        "d1": nn.Dropout(0.3),
+        "b": nn.Conv2d(4, 4, 3),
+        "n2": nn.BatchNorm2d(4),
+        "d2": nn.Dropout2d(0.4),
+    }
     model = Function(forward, **parts).double().train()
     image = torch.randn(3, 2, 22, 25).double().requires_grad_()
     steps = []
     for tile, segments in ((9, 1), (13, None), ((25, 8), 3)):
-        module, own = compiled(model, tile=tile, segments=segments)
+        module, own = compiled(model, tile=tile, segments=segments, verify=(tile, segments) == (9, 1))
         steps.append(seeded(module, own, image))
         assert_nothing_is_whole(module)
     for other in steps[1:]:
@@ -149,7 +147,7 @@ def test_draws_at_sizes_and_batches_that_were_not_captured():
     module = fxstream.compile(residual(nn.Sequential(nn.Dropout(0.5), nn.Dropout2d(0.2))), tile=12)
     for shape in ((1, 2, 20, 23), (3, 2, 31, 17), (2, 2, 40, 40)):
         assert module(integer_image(*shape)).shape == (shape[0], 2, shape[2] - 2, shape[3] - 2)
-    assert len(module._captures) == 1
+    assert captures(module) == 1
 
 
 def test_channels_last_and_other_axes():

@@ -73,6 +73,7 @@ def test_a_network_in_low_precision(device, dtype):
 @pytest.mark.parametrize(
     "norm", [nn.InstanceNorm2d(3, affine=True), nn.LayerNorm([3, 30, 29]), nn.RMSNorm([30, 29])]
 )
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 def test_normalisations_keep_a_low_precision(norm, dtype):
     """They gave float32, and RMSNorm took the epsilon of the type of the image, not of what it computes in."""
     model = nn.Sequential(nn.Conv2d(2, 3, 3), norm, nn.Conv2d(3, 2, 1)).to(dtype)

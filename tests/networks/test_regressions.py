@@ -29,6 +29,7 @@ def detached_average(m, x):
 
 
 @pytest.mark.parametrize("forward", [no_grad_average, detached_average])
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 def test_buffer_updated_without_gradient(forward):
     model = make_integer(Function(forward, a=conv(3, 4), b=conv(4, 4)))
     model.register_buffer("average", torch.zeros(4, dtype=torch.double))
@@ -49,6 +50,7 @@ def stochastic_depth(m, x):
 
 
 @pytest.mark.parametrize("forward", [random_in_a_block, stochastic_depth])
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 def test_random_draws_keep_their_order(forward):
     model = Function(forward, a=conv(3, 4), b=conv(4, 4), drop=StochasticDepth(0.5, "row")).double().train()
     plain, image = copy.deepcopy(model), integer_image(4, 3, 30, 40)
@@ -131,6 +133,7 @@ def transpose_in_place(m, x):
 
 
 @pytest.mark.parametrize("forward", [through_einsum, copy_in_place, transpose_in_place])
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 def test_in_place_through_unusual_ways(forward):
     model = make_integer(Function(forward, a=conv(3, 4), b=conv(4, 4)))
     assert_streams(model, integer_image(1, 3, 40, 40), tile=16, segments=1, tolerance=1e-12, at_least_tiles=1)
@@ -231,6 +234,7 @@ def test_average_pooling_of_other_types_at_the_border(dtype):
     assert relative_error(found, wanted) < 1e-3
 
 
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 def test_a_parameter_read_along_two_alignments():
     def forward(m, x):
         y = m.a(x)

@@ -60,7 +60,7 @@ def test_less_memory_is_needed_where_boundaries_are_elsewhere():
     assert least[1] < least[0]
     plan = fxstream.plan(model, 4096, memory=least[1], offload=True, device="cuda", segments=4)
     assert plan.prediction.bytes <= least[1]
-    assert plan.prediction.offloaded == analyze(model, 4096).locality.activation_bytes(plan.offloaded)
+    assert plan.prediction.offloaded == analyze(model, 4096).graph.activation_bytes(plan.offloaded)
     assert "in host memory: boundaries" in str(plan)
 
 

@@ -6,13 +6,14 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from small_networks import Function
 from torch import nn
 
 import fxstream
 from fxstream.errors import ProbeError
 from fxstream.geometry import receptive_field
 from fxstream.probe.probe import probe
-from fxstream.rules import register_rule, unregister_rule
+from fxstream.rules import reductions, register_rule, unregister_rule
 from fxstream.tools import zoo
 
 
@@ -40,7 +41,7 @@ class Everything(nn.Module):
 def report_of(model, size=200):
     analysis = fxstream.analyze(model, size)
     assert len(analysis.regions) >= 1
-    return probe(analysis.locality, analysis.regions[0].nodes)
+    return probe(analysis.graph, analysis.regions[0].nodes)
 
 
 def frozen(name):
@@ -67,7 +68,7 @@ def test_one_to_three_axes(dims):
     conv, pool = getattr(nn, f"Conv{dims}d"), getattr(nn, f"MaxPool{dims}d")
     model = nn.Sequential(conv(2, 4, 3, 2, 1), nn.ReLU(), pool(3, 2, 1), conv(4, 4, 3, padding=2, dilation=2))
     analysis = fxstream.analyze(model, (60,) * dims, channels=2)
-    report = probe(analysis.locality, analysis.regions[0].nodes)
+    report = probe(analysis.graph, analysis.regions[0].nodes)
     assert report.agrees, report
     assert report.measured == 4
 
@@ -105,7 +106,7 @@ def test_in_a_tile_of_ones_the_border_fades():
 def probe_of_chain(layers):
     model = nn.Sequential(*(nn.Conv1d(1, 1, 3, padding=1) for _ in range(layers)))
     analysis = fxstream.analyze(model, (400,), channels=1)
-    return probe(analysis.locality, analysis.regions[0].nodes)
+    return probe(analysis.graph, analysis.regions[0].nodes)
 
 
 def faulty_window(change):
@@ -146,6 +147,21 @@ def test_a_fault_in_one_deep_operator_is_found_there(fault, monkeypatch):
     assert any(mismatch.module == "wide" for mismatch in report.mismatches)
 
 
+LARGER = {
+    "halo one longer before": lambda cls, m, *w: cls(m.num, m.den, m.first - (w[0] > 1), m.last),
+    "halo one longer after": lambda cls, m, *w: cls(m.num, m.den, m.first, m.last + (w[0] > 1)),
+    "a dilated window one longer": lambda cls, m, *w: cls(m.num, m.den, m.first, m.last + (w[3] > 1)),
+}
+"""Claims that hold all that is read, and more: results are right, tiles are larger than they need to be."""
+
+
+@pytest.mark.parametrize("fault", LARGER)
+def test_claims_that_are_too_large_are_found_in_both_directions(fault, monkeypatch):
+    monkeypatch.setattr(receptive_field.AxisMap, "window", faulty_window(LARGER[fault]))
+    report = report_of(Everything())
+    assert {mismatch.direction for mismatch in report.mismatches} >= {"forward", "backward"}, report
+
+
 @pytest.mark.parametrize("infinity", [0.0, -math.inf])
 def test_wrong_fill_of_a_pooling_is_found(monkeypatch, infinity):
     monkeypatch.setattr("fxstream.rules.windowed.math", types.SimpleNamespace(inf=infinity, prod=math.prod))
@@ -161,14 +177,34 @@ def test_wrong_divisor_of_a_pooling_is_found(monkeypatch):
 
 
 def test_wrong_crop_of_an_upsampling_is_found(monkeypatch):
-    produce = fxstream.rules.Production.produce
+    produce = fxstream.rules.OutputSpan.of
 
     def late(self, read):
         found = produce(self, read)
         return type(found)(found.start + 1, found.stop + 1)
 
-    monkeypatch.setattr(fxstream.rules.Production, "produce", late)
+    monkeypatch.setattr(fxstream.rules.OutputSpan, "of", late)
     assert report_of(Everything()).mismatches
+
+
+def equally(partials, counts):
+    """The maximum of the maxima of tiles, of which each that attains it weighs the same."""
+    return partials.double()[:, 0].amax(0)
+
+
+def detached(partials, counts):
+    return reductions._maxima(partials.detach(), counts)
+
+
+@pytest.mark.parametrize("combine", [equally, detached])
+def test_wrong_gradient_of_a_combined_result_is_found(combine, monkeypatch):
+    """A maximum that several tiles attain: its value is right, and its gradient is not."""
+    model = Function(lambda m, x: m.a(x).relu().amax((2, 3)), a=nn.Conv2d(3, 4, 3)).double()
+    image = torch.randn(1, 3, 40, 40).double()
+    fxstream.compile(model, tile=20, segments=1)(image)
+    monkeypatch.setitem(reductions.REDUCERS, "amax", lambda call: (reductions.maximum_of, combine))
+    with pytest.raises(ProbeError, match="the gradient of the result combined from tiles"):
+        fxstream.compile(model, tile=20, segments=1)(image)
 
 
 library = torch.library.Library("fxstream_probe", "DEF")
@@ -218,7 +254,7 @@ def test_compile_refuses_a_wrong_rule_of_the_user():
 
 def test_once_per_capture(monkeypatch):
     probed = []
-    monkeypatch.setattr("fxstream.compiler.module.probe", lambda *a: probed.append(a[2]) or probe(*a))
+    monkeypatch.setattr("fxstream.compiler.pipeline.probe", lambda *a: probed.append(a[2]) or probe(*a))
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
     module = fxstream.compile(model, tile=20, segments=1)
     for size in (40, 41, 60):
@@ -239,7 +275,7 @@ def test_what_cannot_be_measured_is_said():
             return (self.conv(x) + self.position).reshape(1, 4, 30, 30)
 
     analysis = fxstream.analyze(Bound(), 30)
-    report = probe(analysis.locality, analysis.regions[0].nodes, "part")
+    report = probe(analysis.graph, analysis.regions[0].nodes, "part")
     assert report.unprobed
     assert not report.agrees
     assert str(report).startswith("part: not probed, ")
@@ -332,6 +368,7 @@ def agrees_when_streamed(model, *inputs):
     assert all(report.agrees for report in module.probe), module.probe
 
 
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 def test_images_of_integers_masks_and_gates_of_a_batch():
     class Scaled(Between):
         def forward(self, x):

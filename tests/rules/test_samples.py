@@ -37,44 +37,73 @@ X1, X2, X3 = (1, 2, 14), (1, 2, 10, 9), (1, 2, 6, 5, 6)
 C4 = (1, 4, 6, 5)
 SAMPLES = {
     "conv1d": [(X1, lambda x: A.conv1d(x, W1, None, [2], [1], [2]))],
-    "conv2d": [(X2, lambda x: A.conv2d(x, W2, None, [2, 1], [1, 0], [1, 2])), (X2, lambda x: A.conv2d(x, W2, None, [1], "same"))],
-    "conv3d": [(X3, lambda x: A.conv3d(x, W3, None, [1], [1])), (X2, lambda x: A.conv3d(x.unsqueeze(2), W3, None, [1], [1, 0, 1]))],
+    "conv2d": [
+        (X2, lambda x: A.conv2d(x, W2, None, [2, 1], [1, 0], [1, 2])),
+        (X2, lambda x: A.conv2d(x, W2, None, [1], "same")),
+    ],
+    "conv3d": [
+        (X3, lambda x: A.conv3d(x, W3, None, [1], [1])),
+        (X2, lambda x: A.conv3d(x.unsqueeze(2), W3, None, [1], [1, 0, 1])),
+    ],
     "max_pool1d": [(X1, lambda x: A.max_pool1d(x, 3, 2, 1, 1, True))],
     "max_pool2d": [(X2, lambda x: A.max_pool2d(x, [3, 2], [2, 3], [1, 0], 1, True))],
-    "max_pool3d": [(X3, lambda x: A.max_pool3d(x, 2, 1)), (C4, lambda x: A.max_pool3d(x.unsqueeze(1), [3, 2, 2], 1, [1, 1, 0]))],
+    "max_pool3d": [
+        (X3, lambda x: A.max_pool3d(x, 2, 1)),
+        (C4, lambda x: A.max_pool3d(x.unsqueeze(1), [3, 2, 2], 1, [1, 1, 0])),
+    ],
     "avg_pool1d": [(X1, lambda x: A.avg_pool1d(x, 3, 2, 1, True, False))],
     "avg_pool2d": [(X2, lambda x: A.avg_pool2d(x, [3, 2], [2, 3], [1, 0], True, False))],
-    "avg_pool3d": [(X3, lambda x: A.avg_pool3d(x, 2, 1)), (C4, lambda x: A.avg_pool3d(x.unsqueeze(1), [3, 2, 1], 1))],
+    "avg_pool3d": [
+        (X3, lambda x: A.avg_pool3d(x, 2, 1)),
+        (C4, lambda x: A.avg_pool3d(x.unsqueeze(1), [3, 2, 1], 1)),
+    ],
     "pad": [
         (X2, lambda x: A.pad(x, [1, -2, 3, 0, 1, 0], "constant", 2.0)),
-        (X2, lambda x: A.pad(x, [1, -2, 3, 0], "reflect")), (X1, lambda x: A.pad(x, [-1, 20], "replicate")),
+        (X2, lambda x: A.pad(x, [1, -2, 3, 0], "reflect")),
+        (X1, lambda x: A.pad(x, [-1, 20], "replicate")),
     ],
     **{
         f"{name}_pad{n}d": [(x, functools.partial(lambda f, p, x: f(x, p), getattr(A, f"{name}_pad{n}d"), pads))]
-        for name in ("reflection", "replication") for n, x, pads in ((1, X1, [3, 2]), (2, X2, [1, 4, 0, 3]), (3, X3, [1, 0, 2, 2, 3, 1]))
+        for name in ("reflection", "replication")
+        for n, x, pads in ((1, X1, [3, 2]), (2, X2, [1, 4, 0, 3]), (3, X3, [1, 0, 2, 2, 3, 1]))
     },
     "constant_pad_nd": [(X2, lambda x: A.constant_pad_nd(x, [1, -2, -3, 2]))],
     "slice": [(X2, lambda x: A.slice(x, 2, 1, -1, 2)), (X2, lambda x: A.slice(x, 1, 0, 1))],
     "narrow": [(X2, lambda x: A.narrow(x, 3, 2, 5)), (X2, lambda x: A.narrow(x, 1, 1, 1))],
-    "unfold": [(X2, lambda x: A.unfold(x, 2, 3, 2)), (X2, lambda x: A.unfold(x, -1, 2, 1)), (X2, lambda x: A.unfold(x, 1, 1, 1))],
+    "unfold": [
+        (X2, lambda x: A.unfold(x, 2, 3, 2)),
+        (X2, lambda x: A.unfold(x, -1, 2, 1)),
+        (X2, lambda x: A.unfold(x, 1, 1, 1)),
+    ],
     "pixel_unshuffle": [((1, 2, 6, 8), lambda x: A.pixel_unshuffle(x, 2))],
     "pixel_shuffle": [(C4, lambda x: A.pixel_shuffle(x, 2))],
-    "upsample_nearest1d": [(X1, lambda x: A.upsample_nearest1d(x, None, [3.0])), (X1, lambda x: A.upsample_nearest1d(x, [33], None))],
-    "upsample_nearest2d": [(X2, lambda x: A.upsample_nearest2d(x, [20, 27])), (X2, lambda x: A.upsample_nearest2d(x, None, [2.0, 2.0]))],
+    "upsample_nearest1d": [
+        (X1, lambda x: A.upsample_nearest1d(x, None, [3.0])),
+        (X1, lambda x: A.upsample_nearest1d(x, [33], None)),
+    ],
+    "upsample_nearest2d": [
+        (X2, lambda x: A.upsample_nearest2d(x, [20, 27])),
+        (X2, lambda x: A.upsample_nearest2d(x, None, [2.0, 2.0])),
+    ],
     "upsample_nearest3d": [(X3, lambda x: A.upsample_nearest3d(x, None, [2.0, 1.0, 3.0]))],
     "upsample_linear1d": [
-        (X1, lambda x: A.upsample_linear1d(x, None, False, [2.0])), (X1, lambda x: A.upsample_linear1d(x, None, False, [0.5])),
-        (X1, lambda x: A.upsample_linear1d(x, [25], True, None)), (X1, lambda x: A.upsample_linear1d.default(x, [9], False, 0.7)),
+        (X1, lambda x: A.upsample_linear1d(x, None, False, [2.0])),
+        (X1, lambda x: A.upsample_linear1d(x, None, False, [0.5])),
+        (X1, lambda x: A.upsample_linear1d(x, [25], True, None)),
+        (X1, lambda x: A.upsample_linear1d.default(x, [9], False, 0.7)),
     ],
     "upsample_bilinear2d": [
-        (X2, lambda x: A.upsample_bilinear2d(x, None, False, [2.0, 1.0])), (X2, lambda x: A.upsample_bilinear2d(x, [8, 16], True, None)),
+        (X2, lambda x: A.upsample_bilinear2d(x, None, False, [2.0, 1.0])),
+        (X2, lambda x: A.upsample_bilinear2d(x, [8, 16], True, None)),
         (X2, lambda x: A.upsample_bilinear2d.default(x, [14, 12], False, 1.5, None)),
     ],
     "upsample_trilinear3d": [
-        (X3, lambda x: A.upsample_trilinear3d(x, None, False, [2.0, 1.0, 2.0])), (X3, lambda x: A.upsample_trilinear3d(x, [7, 6, 5], True, None)),
+        (X3, lambda x: A.upsample_trilinear3d(x, None, False, [2.0, 1.0, 2.0])),
+        (X3, lambda x: A.upsample_trilinear3d(x, [7, 6, 5], True, None)),
     ],
     "upsample_bicubic2d": [
-        (X2, lambda x: A.upsample_bicubic2d(x, None, False, [2.0, 4.0])), (X2, lambda x: A.upsample_bicubic2d(x, [19, 4], False, None)),
+        (X2, lambda x: A.upsample_bicubic2d(x, None, False, [2.0, 4.0])),
+        (X2, lambda x: A.upsample_bicubic2d(x, [19, 4], False, None)),
     ],
     "_upsample_nearest_exact1d": [(X1, lambda x: A._upsample_nearest_exact1d(x, None, [2.0]))],
     "_upsample_nearest_exact2d": [(X2, lambda x: A._upsample_nearest_exact2d(x, None, [2.0, 5.0]))],
@@ -166,15 +195,19 @@ SAMPLES = {
     "gather": [(X2, lambda x: A.gather(x, 1, (x > 1).long()))],
     "cross_entropy_loss": [(X2, lambda x: A.cross_entropy_loss(x, (x[:, 0] > 1).long(), None, 0))],
     "nll_loss_nd": [(X2, lambda x: A.nll_loss_nd(x, (x[:, 0] > 1).long(), None, 0))],
-    "fxstream::class_weights": [(X2, lambda x: class_weights(x[:, 0].long().clamp(0, 3), G, 9, dtype=torch.double))],
+    "fxstream::class_weights": [
+        (X2, lambda x: class_weights(x[:, 0].long().clamp(0, 3), G, 9, dtype=torch.double))
+    ],
     "fxstream::contract": [(X2, lambda x: contract("nchw,kc->nkhw", x, W1[:, :, 0].to(x)))],
     "hinge_embedding_loss": [(X2, lambda x: A.hinge_embedding_loss(x, x.sign(), 1.0, 0))],
     "poisson_nll_loss": [(X2, lambda x: A.poisson_nll_loss(x, x, True, False, 1e-8, 0))],
     "kl_div": [(X2, lambda x: A.kl_div(x, x * 2, 0, log_target=True))],
     "binary_cross_entropy": [(X2, lambda x: A.binary_cross_entropy(x.sigmoid(), x * 0, None, 0))],
-    "binary_cross_entropy_with_logits": [(X2, lambda x: A.binary_cross_entropy_with_logits(x, x * 0, None, None, 0))],
+    "binary_cross_entropy_with_logits": [
+        (X2, lambda x: A.binary_cross_entropy_with_logits(x, x * 0, None, None, 0))
+    ],
     "subtract": [(X2, lambda x: A.subtract(x, x * 2))],
-}  # fmt: skip
+}
 for name in (
     "alias",
     "clone",
@@ -192,10 +225,17 @@ for name in ("amax", "amin", "logsumexp", "mean", "sum"):
     SAMPLES[name] = [(C4, functools.partial(getattr(A, name), dim=[1]))]
 # operators with the pointwise tag have no row of their own
 TAGGED = {
-    "relu": A.relu, "gelu": A.gelu, "silu": A.silu, "sigmoid": A.sigmoid, "hardtanh": lambda x: A.hardtanh(x, -1, 9.0),
-    "add": lambda x: A.add(x, x), "mul broadcast": lambda x: A.mul(x, x[:, :1]),
-    "clamp_min": lambda x: A.clamp_min(x, 0.1), "where": lambda x: A.where(x > 0, x, x * 2), "pow": lambda x: A.pow(x, 2),
-}  # fmt: skip
+    "relu": A.relu,
+    "gelu": A.gelu,
+    "silu": A.silu,
+    "sigmoid": A.sigmoid,
+    "hardtanh": lambda x: A.hardtanh(x, -1, 9.0),
+    "add": lambda x: A.add(x, x),
+    "mul broadcast": lambda x: A.mul(x, x[:, :1]),
+    "clamp_min": lambda x: A.clamp_min(x, 0.1),
+    "where": lambda x: A.where(x > 0, x, x * 2),
+    "pow": lambda x: A.pow(x, 2),
+}
 LOCAL_FAMILIES = {row.operator for row in rules() if row.family not in ("map-wide", "reduction")}
 CALLS = [(name, *sample) for name, samples in SAMPLES.items() for sample in samples]
 CALLS += [(name, X2, function) for name, function in TAGGED.items()]
@@ -212,9 +252,9 @@ def test_read_set_equals_the_map(name, shape, function):
     analysis = fxstream.analyze(model, shape[2:], channels=shape[1], batch=shape[0])
     assert analysis.barriers == (), f"not local: {analysis}"
     local = [v for v in analysis.verdicts if v.kind is Tileability.LOCAL]
-    image = image.to(next(iter(analysis.locality.values.values())).dtype)
+    image = image.to(next(iter(analysis.graph.nodes.values())).values[0].dtype)
     result = model(image)
-    dims = local[-1].footprint.dims
+    dims = local[-1].pattern.dims
     for axis in range(len(shape) - 2):
         claimed = [claimed_reads(local, analysis, axis, o) for o in range(result.shape[dims[axis]])]
         for pixel in range(shape[2 + axis]):
@@ -227,23 +267,23 @@ def test_read_set_equals_the_map(name, shape, function):
 @pytest.mark.parametrize("name, shape, function", CALLS, ids=[f"{i}-{c[0]}" for i, c in enumerate(CALLS)])
 def test_extents_follow_the_formula(name, shape, function):
     """At this size; whether the formula holds at others is what the windows' own test is for."""
-    locality = fxstream.analyze(Call(function), shape[2:], channels=shape[1], batch=shape[0]).locality
-    for verdict in locality.verdicts.values():
+    graph = fxstream.analyze(Call(function), shape[2:], channels=shape[1], batch=shape[0]).graph
+    for verdict in graph.verdicts.values():
         if verdict.kind is Tileability.LOCAL:
-            value, footprint = locality.values[verdict.node], verdict.footprint
-            wide = next(read for read in footprint.reads if BROADCAST not in read.maps)
-            found = [e.of(i) for e, i in zip(footprint.extents or [AxisExtent.changed(0)] * 3, wide.extents)]
-            assert tuple(found) == (value[0] if isinstance(value, tuple) else value).extents, name
+            pattern = verdict.pattern
+            wide = next(read for read in pattern.reads if BROADCAST not in read.maps)
+            found = [e.of(i) for e, i in zip(pattern.extents or [AxisExtent.changed(0)] * 3, wide.extents)]
+            assert tuple(found) == graph.value(verdict.node).extents, name
 
 
 def claimed_reads(local, analysis, axis, o) -> Interval:
     """What the image is read at for one output pixel, walking all nodes by their maps."""
     boxes = {local[-1].node: Interval(o, o + 1)}
     for verdict in reversed(local):
-        for read in verdict.footprint.reads:
+        for read in verdict.pattern.reads:
             found = read.needed(axis, boxes.get(verdict.node, Interval(0, 0)))
             boxes[read.value.name] = boxes.get(read.value.name, Interval(0, 0)).hull(found)
-    return boxes[next(n for n in boxes if n not in analysis.locality.verdicts)]
+    return boxes[next(n for n in boxes if n not in analysis.graph.verdicts)]
 
 
 def measured_writes(model, image, result, dims, axis, pixel) -> set[int]:

@@ -29,8 +29,8 @@ def test_a_pass_that_fails_ends_its_bar(monkeypatch):
     module = fxstream.compile(nn.Conv2d(2, 3, 3), tile=8, segments=1, verify=False, progress=True)
     image = torch.randn(1, 2, 26, 20)
     module(image)
-    (stream,) = (child.stream for child in module._last.streamed.children())
-    stream.programs[:] = []
+    (stream,) = (child.stream for child in module.pipeline.last.streamed.children())
+    stream.schedule.programs[:] = []
     with pytest.raises(IndexError):
         module(image)
     assert ends[-1]

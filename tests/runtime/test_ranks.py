@@ -7,18 +7,21 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
+from small_networks import Function
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import fxstream
-from fxstream.runtime.ranks import assigned
+from fxstream.rules import reductions
+from fxstream.runtime.ranks import Ranks, assigned
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"),
@@ -71,7 +74,7 @@ def _process(rank, count, bodies, folder):
 
 
 def run(bodies, count):
-    """By the name of each body what it returns on each of so many processes; the text of its error if it raises."""
+    """By the name of each body: what it returns on each of `count` processes, or the text of its error."""
     with tempfile.TemporaryDirectory() as folder:
         processes.spawn(_process, (count, bodies, folder), nprocs=count)
         found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(count)]
@@ -86,7 +89,10 @@ def of_two():
 
 @pytest.fixture(scope="module")
 def of_four():
-    return run((equal_to_one_process, more_ranks_than_tiles, with_replicas, with_sharded_parameters), 4)
+    return run(
+        (equal_to_one_process, more_ranks_than_tiles, with_replicas, with_sharded_parameters, rows, rows_in_place),
+        4,
+    )
 
 
 def equal_to_one_process(rank, count):
@@ -157,13 +163,51 @@ def test_composes_with_replicas(of_four, body):
     assert of_four[body] == ["equal"] * 4
 
 
+def rows(rank, count):
+    """All rows of all ranks, as this rank puts its own between those of the others."""
+    ranks = Ranks(init_device_mesh("cpu", (count,)))
+    mine = [torch.tensor([10.0 * rank + i]) for i in range(rank)]  # none of rank 0
+    before, behind = ranks.gather_rows(mine, list(range(rank)))
+    return [(row.item(), n) for row, n in (*before, *zip(mine, range(rank)), *behind)]
+
+
+def test_rows_are_in_the_order_of_the_ranks(of_four):
+    assert of_four["rows"] == [[[10.0 * rank + i, i] for rank in range(4) for i in range(rank)]] * 4
+
+
+def rows_in_place(rank, count):
+    """A sum that weighs each partial result by its place: forward and backward must have it at the same place."""
+
+    def weighted(partials, counts):
+        places = torch.arange(1, len(partials) + 1).view(-1, *[1] * (partials.ndim - 1))
+        return (partials * places).sum(0)
+
+    model = Function(lambda m, x: (x * 1).sum((2, 3)))
+    x = torch.randint(-9, 9, (1, 2, 41, 37), generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    with mock.patch.object(reductions, "sums_of_tiles", weighted):
+        module = compiled(model, tile=12, segments=1, mesh=init_device_mesh("cpu", (count,)))
+        output = module(x)
+        output.sum().backward()
+    assert (x * x.grad).sum() == output.sum()
+    tiles = module.plan.segments[0].tile_count
+    return [tiles, *output.flatten().tolist(), x.grad.min().item(), x.grad.max().item()]
+
+
+def test_forward_and_backward_combine_the_rows_of_all_ranks_in_one_order(of_four):
+    first, *others = of_four["rows_in_place"]
+    assert isinstance(first, list), first
+    assert others == [first] * 3
+    tiles, *_, least, largest = first
+    assert (least, largest) == (1, tiles)
+
+
 def one_rank_fails(rank, count):
     model = network()
     module = compiled(model, tile=30, segments=1, mesh=init_device_mesh("cpu", (count,)))
     module(image())
     if rank == 1:
-        for streamed in module._last.streamed.children():
-            streamed.stream.programs[:] = []
+        for streamed in module.pipeline.last.streamed.children():
+            streamed.stream.schedule.programs[:] = []
     module(image())
 
 

@@ -11,18 +11,20 @@ import fxstream
 from fxstream.machine.meter import measure
 from fxstream.planning import plan as planning
 from fxstream.runtime.rewrite import StreamedSegment
-from fxstream.tiling.fold import folds_in
+from fxstream.tiling.fuse import fuse_batch_norms
+from fxstream.tiling.parts import streamable_parts
+from fxstream.tiling.segment import isolated, make_segment
 
 
 def streamed(module) -> list[StreamedSegment]:
-    return [m for m in module._last.streamed.modules() if isinstance(m, StreamedSegment)]
+    return [m for m in module.pipeline.last.streamed.modules() if isinstance(m, StreamedSegment)]
 
 
 def code_of(module) -> str:
     return "".join(
         program.code
         for segment in streamed(module)
-        for made in segment.stream.programs
+        for made in segment.stream.schedule.programs
         for program in (made.forward, made.recomputation)
     )
 
@@ -69,7 +71,8 @@ FOLDED = {
 def test_bit_equal_to_the_plain_network(name, segments):
     network, count = FOLDED[name]
     model = make_integer(copy.deepcopy(network)).eval()
-    module, plain = fxstream.compile(model, tile=16, segments=segments), copy.deepcopy(model)
+    module = fxstream.compile(model, tile=16, segments=segments, verify=segments == 1)
+    plain = copy.deepcopy(model)
     image = integer_image(2, 2, 23, 29)
     assert_same(step(module, model, [image]), step(plain, plain, [image]), 0.0)
     assert ("aten.batch_norm" in code_of(module)) == (count == 0)
@@ -98,10 +101,10 @@ def test_a_cut_between_them_keeps_both():
 
 def test_batch_statistics_are_not_folded():
     model = stacked(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 3)).double().train()
-    locality = fxstream.analyze(model, 40, channels=2).locality
-    assert folds_in(locality, tuple(locality.verdicts)) == {}
-    frozen = fxstream.analyze(model.eval(), 40, channels=2).locality
-    assert len(folds_in(frozen, tuple(frozen.verdicts))) == 1
+    for training, fusions in ((True, 0), (False, 1)):
+        graph = fxstream.analyze(model.train(training), 40, channels=2).graph
+        (part,) = streamable_parts(graph)
+        assert len(fuse_batch_norms(isolated(make_segment(graph, "part", part))).fusions) == fusions
 
 
 def test_narrow_weights_are_not_rounded_once_more():
@@ -116,7 +119,7 @@ def test_whole_segments_fold_too():
     layers += [nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 2, 3, 8)]
     model = nn.Sequential(*layers).double().eval()
     image, plain = torch.randn(1, 2, 64, 64, dtype=torch.float64, requires_grad=True), copy.deepcopy(model)
-    everything = fxstream.compile(model, memory="1GiB")
+    everything = fxstream.compile(model, memory="1GiB", verify=False)
     everything(image)
     module = fxstream.compile(model, memory=int(0.65 * everything.plan.prediction.plain_bytes))
     assert_same(step(module, model, [image]), step(plain, plain, [image]), 1e-10)

@@ -17,9 +17,7 @@ from compare import integer_image, make_integer
 from torch import nn
 
 import fxstream
-from fxstream.geometry.box import Box, Interval
-from fxstream.io import sink
-from fxstream.runtime import tile_loop as runtime
+from fxstream.runtime import forward
 from fxstream.tools import infer as inference
 
 
@@ -43,10 +41,6 @@ class Twice(nn.Module):
         return {"map": self.last(half), "half": half * 2}
 
 
-def box(*bounds):
-    return Box(tuple(Interval(*pair) for pair in bounds))
-
-
 @pytest.mark.parametrize("request_", [{"tile": 15, "segments": 1}, {"memory": "80KiB"}, {"memory": "1GiB"}])
 def test_written_is_what_the_model_returns(request_):
     model, image = decoder(), integer_image(1, 3, 38, 46, requires_grad=False)
@@ -58,12 +52,12 @@ def test_written_is_what_the_model_returns(request_):
 
 def test_the_result_is_never_held(monkeypatch):
     allocated = []
-    allocate = runtime._allocate
+    allocate = forward._allocate
     monkeypatch.setattr(
-        runtime, "_allocate", lambda tile, shape, place: allocated.append(shape) or allocate(tile, shape, place)
+        forward, "_allocate", lambda tile, shape, place: allocated.append(shape) or allocate(tile, shape, place)
     )
     model, image = decoder(), integer_image(1, 3, 38, 46, requires_grad=False)
-    module = fxstream.compile(model, tile=15, segments=1)
+    module = fxstream.compile(model, tile=15, segments=1, verify=False)
     fxstream.infer(module, image, out=np.zeros((1, 2, 38, 46)))
     assert allocated == []
     module.eval()(image)
@@ -74,7 +68,7 @@ def test_a_large_result_within_a_small_memory():
     model = nn.Conv2d(1, 64, 3, padding=1)
     image = torch.randn(1, 1, 300, 300)
     out = np.zeros((1, 64, 300, 300), np.float32)  # 22 MiB
-    module = fxstream.compile(model, memory="1MiB")
+    module = fxstream.compile(model, memory="1MiB", verify=False)
     fxstream.infer(module, image, out=out)
     assert module.plan.prediction.bytes < 2**20
     torch.testing.assert_close(torch.from_numpy(out), model(image).detach())
@@ -84,7 +78,7 @@ def test_several_results():
     model, image = make_integer(Twice()), integer_image(1, 3, 37, 41, requires_grad=False)
     wanted = model(image)
     out = {"map": np.zeros(wanted["map"].shape), "half": None}
-    found = fxstream.infer(fxstream.compile(model, tile=15, segments=1), image, out=out)
+    found = fxstream.infer(fxstream.compile(model, tile=15, segments=1, verify=False), image, out=out)
     assert found["map"] is out["map"]
     assert torch.equal(torch.from_numpy(out["map"]), wanted["map"])
     assert torch.equal(found["half"], wanted["half"])
@@ -92,7 +86,7 @@ def test_several_results():
 
 def test_types():
     model, image = nn.Conv2d(3, 2, 3), torch.randn(1, 3, 25, 31)
-    module = fxstream.compile(model, tile=11, segments=1)
+    module = fxstream.compile(model, tile=11, segments=1, verify=False)
     out = np.zeros((1, 2, 23, 29), np.float16)
     fxstream.infer(module, image, out=out)
     torch.testing.assert_close(torch.from_numpy(out), model(image).half(), rtol=2e-3, atol=2e-3)
@@ -119,7 +113,7 @@ class Recording:
 
 def test_resumes_behind_what_is_written(tmp_path):
     model, image = decoder(), integer_image(1, 3, 38, 46, requires_grad=False)
-    module = fxstream.compile(model, tile=15, segments=1)
+    module = fxstream.compile(model, tile=15, segments=1, verify=False)
     out, journal = Recording((1, 2, 38, 46), fails_at=7), tmp_path / "journal"
     with pytest.raises(fxstream.StreamError, match=r"writing \[0:1, 0:2, .*\] of .*Recording.* failed: OSError"):
         fxstream.infer(module, image, out=out, journal=journal)
@@ -128,7 +122,7 @@ def test_resumes_behind_what_is_written(tmp_path):
     tiles = module.plan.segments[0].tile_count
     assert len(out.written) == tiles > 10
     assert torch.equal(torch.from_numpy(out.array), model(image))
-    fxstream.infer(fxstream.compile(model, tile=19, segments=1), image, out=out, journal=journal)
+    fxstream.infer(fxstream.compile(model, tile=19, segments=1, verify=False), image, out=out, journal=journal)
     assert len(out.written) == tiles  # other tiles, all of them covered
     with journal.open("a") as file:
         file.write('{"output": 0, "box": [[0, 1], [0')  # a line that was cut off
@@ -136,22 +130,9 @@ def test_resumes_behind_what_is_written(tmp_path):
     assert len(out.written) == tiles
 
 
-def test_a_chunk_half_written_is_written_again(tmp_path):
-    """The tile that was being written shares a chunk with one that was finished."""
-    path = tmp_path / "journal"
-    notes = sink.Journal(path, {"a": 1})
-    notes.note(0, box((0, 10)), done=False)
-    notes.note(0, box((0, 10)), done=True)
-    notes.note(0, box((10, 20)), done=False)
-    assert sink.Journal(path, {"a": 1}).done(0, None) == [box((0, 10))]
-    assert sink.Journal(path, {"a": 1}).done(0, (5,)) == [box((0, 10))]
-    assert sink.Journal(path, {"a": 1}).done(0, (8,)) == []
-    assert sink.Journal(path, {"a": 1}).done(1, None) == []
-
-
 def test_a_journal_of_another_prediction_is_refused(tmp_path):
     model, image = decoder(), integer_image(1, 3, 38, 46, requires_grad=False)
-    module = fxstream.compile(model, tile=15, segments=1)
+    module = fxstream.compile(model, tile=15, segments=1, verify=False)
     out, journal = np.zeros((1, 2, 38, 46)), tmp_path / "journal"
     fxstream.infer(module, image, out=out, journal=journal)
     with torch.no_grad():
@@ -172,7 +153,7 @@ def test_a_journal_of_another_prediction_is_refused(tmp_path):
     ],
 )
 def test_bad_out(out, match):
-    module = fxstream.compile(decoder(), tile=15, segments=1)
+    module = fxstream.compile(decoder(), tile=15, segments=1, verify=False)
     with pytest.raises(fxstream.InputError, match=match):
         fxstream.infer(module, integer_image(1, 3, 38, 46, requires_grad=False), out=out)
 
@@ -180,14 +161,6 @@ def test_bad_out(out, match):
 def test_infer_needs_a_compiled_module():
     with pytest.raises(fxstream.InputError, match=r"made by fxstream.compile, found Conv2d"):
         inference.infer(nn.Conv2d(1, 1, 1), torch.zeros(1, 1, 9, 9), out=np.zeros((1, 1, 9, 9)))
-
-
-def test_coverage():
-    whole = box((0, 10), (0, 10))
-    parts = [box((0, 5), (0, 10)), box((5, 10), (0, 4)), box((4, 10), (4, 10))]
-    assert sink._is_covered(whole, parts)
-    assert not sink._is_covered(whole, parts[:2])
-    assert not sink._is_covered(whole, [*parts[:2], box((4, 10), (5, 10))])
 
 
 def network():
@@ -205,7 +178,8 @@ RUN = """
     out = zarr.open(f"{folder}/out", mode="r+")
     module = fxstream.compile(network(), tile=tile, segments=1, verify=False)
     print("ready", flush=True)
-    fxstream.infer(module, fxstream.source(image, layout="HWC", dtype=torch.float64), out=out, journal=f"{folder}/journal")
+    source = fxstream.source(image, layout="HWC", dtype=torch.float64)
+    fxstream.infer(module, source, out=out, journal=f"{folder}/journal")
     print("done", flush=True)
 """
 
@@ -216,7 +190,7 @@ def lines_of(folder):
 
 
 def run(folder, size, tile, kill_at=None, wait=0.0):
-    """One process of the prediction, killed when the journal has so many lines. Returns whether it ended by itself."""
+    """One process of the prediction, killed once the journal has `kill_at` lines; whether it ended by itself."""
     arguments = [sys.executable, "-c", textwrap.dedent(RUN), str(folder), str(size), str(tile)]
     arguments += map(str, Path(__file__).parents[:2])
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:

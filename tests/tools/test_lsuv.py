@@ -24,7 +24,7 @@ def outputs(model, path, batches):
 
 
 def plain_lsuv(model, order, batches, center=False):
-    """The definition: layer by layer, the moments of its concatenated outputs; groups of transposed ones by hand."""
+    """The definition: layer by layer, the moments of its outputs, concatenated; transposed groups by hand."""
     for path in order:
         layer, found = model.get_submodule(path), outputs(model, path, batches)
         with torch.no_grad():
@@ -43,7 +43,7 @@ def plain_lsuv(model, order, batches, center=False):
 
 
 class Branches(nn.Module):
-    """Layers that run in another order than they are registered in; strides, groups, a skip, a Linear behind a pool."""
+    """Layers that run in another order than registered; strides, groups, a skip, a Linear after a pool."""
 
     def __init__(self):
         super().__init__()
@@ -77,12 +77,14 @@ CASES = {
     "1-D": lambda: axes_case(nn.Conv1d, nn.ConvTranspose1d, 40),
     "3-D": lambda: axes_case(nn.Conv3d, nn.ConvTranspose3d, 9, 8, 11),
     "normalised": lambda: (
-        nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3)),
+        nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3)
+        ),
         ["0", "2", "4"],
         images((2, 2, 20, 20), (2, 2, 20, 26)),
         12,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""Memory of the process: whether the allocator takes it anew, and who has it during and after a pass."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+ALLOCATES = "from fxstream.machine.heap import malloc_remaps; print(malloc_remaps())"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of the C library of Linux")
+def test_an_allocator_that_reuses_large_memory_is_seen():
+    keeps = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36)}
+    for settings, afresh in (({}, "True"), (keeps, "False")):
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | settings
+        command = [sys.executable, "-c", ALLOCATES]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == afresh
+
+
+TILES = """
+import resource
+from pathlib import Path
+import torch
+from fxstream.machine import heap as host_memory
+
+def pages():  # resident now
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+tensors = [torch.empty(2**20, dtype=torch.float64) for _ in range(12)]  # nothing small comes to lie behind a tile
+
+def tile(behind=0):  # twelve tensors of 8 MiB each, and one of so many bytes that lies behind them and stays
+    for tensor in tensors:
+        tensor.untyped_storage().resize_(2**23)
+        tensor.fill_(1)
+    result = torch.empty(behind, dtype=torch.uint8)
+    for tensor in tensors:
+        tensor.untyped_storage().resize_(0)
+    return result
+
+def faults():  # of four tiles
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        tile()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def told(plenty):
+    host_memory.PLENTY = plenty
+    with host_memory.heap_kept(torch.device("cpu")):
+        result = tile(2**20)
+        return faults(), pages() - before, result
+
+tile()
+before, outside = pages(), faults()
+inside, during, result = told(0.0)
+del result
+inside_again, _, result = told(1.0)
+print(outside, inside, inside_again, during, pages() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of the C library of Linux")
+def test_a_tile_has_the_memory_of_the_one_before_and_the_system_behind_the_pass_if_it_is_scarce():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    command = [sys.executable, "-c", TILES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    outside, inside, inside_again, during, behind = map(int, done.stdout.split())
+    pages = 12 * 2**23 // os.sysconf("SC_PAGE_SIZE")
+    assert outside > 3 * pages
+    assert max(inside, inside_again) < pages / 2
+    assert during > 0.9 * pages
+    assert behind < pages / 10
