@@ -24,7 +24,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "examples").glob("*.md")), Path(__file__).parent / "README.md")
-WIDTH = 100
+WIDTH = 110
 """Characters of a line of output."""
 BLOCK = re.compile(r"<!-- result: (\S+) -->\n(.*?)\n<!-- end -->", re.DOTALL)
 
@@ -98,7 +98,7 @@ def output_of(command: str) -> str:
 
 def wrapped(line: str) -> str:
     """A line of prose within the width of a page; tables are within it already."""
-    indent = " " * (4 + len(line) - len(line.lstrip()))
+    indent = " " * (2 + len(line) - len(line.lstrip()))
     parts = textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return "\n".join(parts) if len(line) > WIDTH else line
 
