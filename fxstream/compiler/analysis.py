@@ -145,10 +145,11 @@ def analyze(
     kwargs: Mapping[str, Any] | None = None,
     global_ops: str = "auto",
 ) -> Analysis:
-    """What fxstream finds in `model` for one image [batch, channels, *size], without running it.
+    """The verdict on every operator of `model` for an image [batch, channels, *size], without running the model.
 
-    `size` is in pixels, one number for a square 2-D image or one per axis; `global_ops` as in `compile`. Raises
-    `CaptureError` where the model cannot be captured and `InputError` where it cannot take the size.
+    `size` is in pixels, one number for a square 2-D image or one per axis. `kwargs` are further arguments of the
+    model, `global_ops` is that of `compile`. Raises `CaptureError` where the model cannot be captured and
+    `InputError` where it does not accept the size.
 
     >>> print(analyze(torch.nn.Conv2d(3, 8, 3), 64))
     1 nodes: 1 local
