@@ -4,7 +4,7 @@ A normalisation over space is a reduction (`fxstream::moments`), a little arithm
 that takes the result as small arguments. A loss is the loss of every pixel, and sums of it. A draw for the whole
 map is a draw of a small tensor and a map of it. Flattened positions are taken apart before (`unflatten`), so
 that what follows them is made of the same. The rewritten graph computes what the original one does, at any size;
-what of it is streamed is for the planner to decide.
+what of it is streamed is for the planner to decide. A lowering is a function in torch code (`proxy`).
 """
 
 from __future__ import annotations
@@ -16,30 +16,18 @@ from fxstream.graph.export import CUMULATIVE
 from fxstream.graph.functionalize import UNSTREAMED
 from fxstream.graph.nodes import bind
 from fxstream.graph.typed_graph import Locality
-from fxstream.lowering import (
-    flat_operators,
-    losses,
-    normalisations,
-    pooling,
-    products,
-    randomness,
-    reshapes,
-    statistics,
-)
+from fxstream.lowering import flat, losses, normalisations, pooling, products, randomness, reshapes, statistics
 from fxstream.lowering.proxy import Draft, Lowering, Operator, Proxy
 from fxstream.lowering.unflatten import Handler, unflattened
 from fxstream.rules import Kind
 
 __all__ = ["lower", "with_positions"]
 
-DRAWS: dict[str, Lowering] = randomness.LOWERINGS
-"""Per operator, what a draw for the whole map is rewritten to."""
 REDUCTIONS: dict[str, Lowering] = (
-    normalisations.LOWERINGS | pooling.LOWERINGS | statistics.LOWERINGS | losses.LOWERINGS
+    losses.LOWERINGS | normalisations.LOWERINGS | pooling.LOWERINGS | statistics.LOWERINGS
 )
 """Per operator, what it is rewritten to where it works over space."""
-
-HANDLERS: dict[str, Handler] = reshapes.RESHAPES | flat_operators.OPERATORS | products.PRODUCTS
+HANDLERS: dict[str, Handler] = flat.HANDLERS | products.HANDLERS | reshapes.HANDLERS
 """Per operator, what becomes of it on flattened positions."""
 
 
@@ -83,5 +71,5 @@ def _lowering(locality: Locality, node: fx.Node, reductions: bool) -> Lowering |
     if verdict.operator == "aten::batch_norm" and CUMULATIVE in node.args and bind(node)["training"]:
         return REDUCTIONS[verdict.operator]
     if verdict.kind is Kind.GLOBAL:
-        return DRAWS.get(verdict.operator)
+        return randomness.LOWERINGS.get(verdict.operator)
     return REDUCTIONS.get(verdict.operator) if verdict.kind is Kind.REDUCE and reductions else None

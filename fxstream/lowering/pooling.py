@@ -27,9 +27,9 @@ def _mean(op: Operator) -> Proxy | None:
         return None
     windows, axes = _windows(op), range(len(op.output_size))
     sums = op.call("fxstream::window_sums", op.self, windows)
-    counts = [window.sum([1 + axis for axis in axes]) for window in windows]
-    counts = [count.view([-1 if b == a else 1 for b in axes]) for a, count in enumerate(counts)]
-    return op.narrow(sums / reduce(operator.mul, counts))
+    pixels = [window.sum([1 + axis for axis in axes]) for window in windows]
+    pixels = [count.view([-1 if b == a else 1 for b in axes]) for a, count in enumerate(pixels)]
+    return op.narrow(sums / reduce(operator.mul, pixels))
 
 
 def _maximum(op: Operator) -> tuple[Proxy, ...] | None:
@@ -56,10 +56,10 @@ def _is_small(op: Operator) -> bool:
 
 def _windows(op: Operator) -> list[Proxy]:
     """Which pixels each window holds, per axis."""
-    counts = [*enumerate(op.output_size)]
+    dims = _dims(op)
     return [
-        op.call("fxstream::windows", count, op.self.size(dim), axis, len(counts), device=op.device)
-        for dim, (axis, count) in zip(_dims(op), counts, strict=True)
+        op.call("fxstream::windows", count, op.self.size(dim), axis, len(dims), device=op.device)
+        for axis, (dim, count) in enumerate(zip(dims, op.output_size, strict=True))
     ]
 
 

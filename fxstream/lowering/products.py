@@ -5,7 +5,7 @@ from __future__ import annotations
 from fxstream.lowering.proxy import Proxy
 from fxstream.lowering.unflatten import FlatOperator, Handler, Result, adapted
 
-__all__ = ["PRODUCTS"]
+__all__ = ["HANDLERS"]
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 Terms = list[tuple[Proxy, str]]
@@ -70,5 +70,5 @@ def _product(op: FlatOperator, terms: Terms, output: str) -> Proxy:
     return op.call("fxstream::contract", f"{letters},{letters_other}->{output}", one, other)
 
 
-PRODUCTS: dict[str, Handler] = {**dict.fromkeys(("matmul", "bmm", "mm"), _matrices), "einsum": _einsum}
-"""Products of flat tensors, or of maps."""
+HANDLERS: dict[str, Handler] = {**dict.fromkeys(("matmul", "bmm", "mm"), _matrices), "einsum": _einsum}
+"""Per operator, the product that it is of positions."""

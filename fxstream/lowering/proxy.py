@@ -2,7 +2,8 @@
 
 A lowering is a function of an `Operator`, whose attributes are its arguments by schema name: a `Proxy` for each
 tensor. Operators and methods of proxies write ATen operators into the graph, in front of the one that is lowered:
-``(op.input + op.eps).rsqrt()`` writes `aten.add` and `aten.rsqrt`, in the overloads that torch chooses.
+``(op.input + op.eps).rsqrt()`` writes `aten.add` and `aten.rsqrt`, in the overloads that torch chooses. (To trace
+the same code by `make_fx` takes a hundred times as long, and unites sizes that are equal by chance.)
 
 NOTE [sizes]
 1. The rewritten graph holds at every image size: `Proxy.size`, and arithmetic on it, are nodes of the graph.
@@ -69,7 +70,7 @@ class Operator:
     `value` is its result, or the first of several.
     """
 
-    self: Proxy
+    self: Proxy  # `self` and `input` are what ATen calls the first argument
     input: Proxy
     value: Value
 

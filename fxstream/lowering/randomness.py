@@ -1,12 +1,12 @@
 """Random draws for the whole map, as draws of small tensors and maps of them.
 
 NOTE [one mask per image]
-1. What is drawn once per sample or channel is drawn in the ordinary part of the graph, by the call that torch
+1. What is drawn once per sample or channel is drawn in the dense part of the graph, by the call that torch
    makes: it is what the plain model draws from the same state of the generator.
 2. A mask of elements is not drawn but computed: of one random key per call, of the entry (sample, channel) and of
    the position in the whole map. So it is the same for every tiling, in forward and in the recomputation, and it
    needs no memory. It is another mask than the plain model's, from the same distribution.
-3. Draws keep their order (`functional.ordered_nodes`), so that a seed gives the same result each time.
+3. Draws keep their order (`functionalize.ordered_nodes`), so that a seed gives the same result each time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def _alpha_dropout(op: Operator) -> Proxy:
 
 
 def _feature_dropout(op: Operator) -> Proxy:
-    return op.input * (_features(op) / (1 - op.p))
+    noise: Proxy = _features(op) / (1 - op.p)
+    return op.input * noise
 
 
 def _feature_alpha_dropout(op: Operator) -> Proxy:

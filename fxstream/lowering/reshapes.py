@@ -14,7 +14,7 @@ from fxstream.lowering.proxy import Proxy, Size
 from fxstream.lowering.unflatten import FlatOperator, Handler, Result, Unflattened
 from fxstream.rules.shuffled import align
 
-__all__ = ["RESHAPES"]
+__all__ = ["HANDLERS"]
 
 
 def _source(op: FlatOperator) -> Unflattened | None:
@@ -101,11 +101,11 @@ def _size(op: FlatOperator) -> Result:
     return source and reduce(operator.mul, map(source.tensor.size, source.apart([op.dim % op.self.ndim])))
 
 
-RESHAPES: dict[str, Handler] = {
+HANDLERS: dict[str, Handler] = {
     "flatten": _flatten,
     **dict.fromkeys(("view", "reshape", "_unsafe_view"), _view),
     **dict.fromkeys(("view_as", "reshape_as"), _view_as),
     "unflatten": _unflatten,
     "sym_size": _size,
 }
-"""Operators that may flatten a map, or take a flat tensor apart, and sizes."""
+"""Per operator, what it flattens or takes apart."""

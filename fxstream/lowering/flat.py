@@ -1,4 +1,4 @@
-"""Operators that treat positions as nothing but positions, on the tensor before it was flattened (`unflatten`)."""
+"""Operators of flat tensors that treat all positions alike, and so work on the tensor before it was flattened."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fxstream.lowering.unflatten import FlatOperator, Handler, Result
 from fxstream.rules.channelwise import KEEPING, REDUCING, SPLITTING
 from fxstream.rules.classes import CLASS_LOSSES
 
-__all__ = ["OPERATORS"]
+__all__ = ["HANDLERS"]
 
 CONVOLUTIONS = {2: "conv2d", 3: "conv3d"}
 
@@ -103,7 +103,7 @@ def _class_loss(op: FlatOperator) -> Result:
     return losses if op.reduction else target.at(losses, max(image.place - 1, 0))
 
 
-OPERATORS: dict[str, Handler] = {
+HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("permute", "transpose", "swapaxes", "swapdims", "t", "numpy_T"), _permute),
     **dict.fromkeys((*KEEPING, *SPLITTING, "slice", "narrow", "select", "unbind", "unsqueeze"), _along),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), _along),
@@ -115,4 +115,4 @@ OPERATORS: dict[str, Handler] = {
     "conv1d": _convolution,
     **dict.fromkeys(CLASS_LOSSES, _class_loss),
 }
-"""Operators on flat tensors that are not pointwise."""
+"""Per operator that is not pointwise, how it works on the tensor before (`unflatten`, rule 2)."""
