@@ -15,12 +15,11 @@ from torch import nn
 from fxstream.errors import InputError
 from fxstream.graph.capture import Captured, capture
 from fxstream.graph.functionalize import UNSTREAMED
-from fxstream.graph.nodes import bind
+from fxstream.graph.nodes import bind, copy_graph
 from fxstream.graph.shapes import Meta, Shape, Shapes, shapes_at, stream_dims
 from fxstream.graph.type_graph import type_graph
 from fxstream.graph.typed_graph import Region, TypedGraph, Verdict
 from fxstream.lowering import lower, with_positions
-from fxstream.lowering.writer import copied
 
 __all__ = ["Analysis", "analyse", "analyze", "example_image", "image_dims", "lowered"]
 
@@ -100,7 +99,7 @@ def lowered(captured: Captured, model: nn.Module, tensors: list[torch.Tensor], c
 
 def with_frozen_batch_norm(analysis: Analysis) -> TypedGraph:
     """The typed graph as it would be if every BatchNorm used its running statistics."""
-    graph, nodes = copied(analysis.captured.graph)
+    graph, nodes = copy_graph(analysis.captured.graph)
     for node in nodes.values():
         if node.target is torch.ops.aten.batch_norm.default:
             arguments = bind(node) | {"training": False}

@@ -96,6 +96,7 @@ STREAMED = {
     "sum, kept": on_map(lambda m, x: x.flatten(2).sum(-1, keepdim=True) * 2),
     "sum of all": on_map(lambda m, x: (x.flatten(1) ** 2).sum()),
     "maximum": on_map(lambda m, x: tokens(x).amax(1)),
+    "place of the maximum": on_map(lambda m, x: x.flatten(1).argmax() + x.flatten(2).sum(-1)),
     "norm": on_map(lambda m, x: F.normalize(x.flatten(2).mean(-1) + x.flatten(2).norm(dim=-1), dim=1)),
     "logsumexp": on_map(lambda m, x: x.flatten(2).logsumexp(-1)),
     "channels": on_map(

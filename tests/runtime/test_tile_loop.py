@@ -126,7 +126,9 @@ def test_a_convolution_pads_by_itself_where_that_computes_little_in_vain():
     for tile, copies in ((50, False), (7, True)):
         module = fxstream.compile(model, tile=tile, segments=1)
         assert_same(step(module, model, [image]), step(model, model, [image]), 0.0)
-        assert copies == any("constant_pad_nd" in program.forward.code for program in streams(module)[0].schedule.programs)
+        assert copies == any(
+            "constant_pad_nd" in program.forward.code for program in streams(module)[0].schedule.programs
+        )
 
 
 def test_the_rewritten_graph_has_one_call_per_segment():
