@@ -39,7 +39,7 @@ class Benchmark:
 
 
 BENCH = "fxstream bench torchvision/{} --size 2048 --memory {} --rounds 2"
-SMALL = "--size 512 --rounds 1"
+SMALL = "--size 512 --memory 80% --rounds 1"
 SMALLEST = "torchvision/resnet18"
 REUSED = "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 "
 REPORT = "fxstream report torchvision/{} --size 8192 --memory {} --depth 1 --device cuda"
