@@ -1,5 +1,6 @@
 """The README's blocks run as printed, on small images; all pages have links, paths and results that are there."""
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import fxstream
+from fxstream.rules import unregister_rule
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -149,6 +151,41 @@ def test_several_gpus(tmp_path):
 def test_what_can_my_network_do(run, capsys):
     run("What can my network do?")
     assert "region" in capsys.readouterr().out
+
+
+GUIDES = ("options", "images_on_disk", "exactness", "other_tools")
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_blocks_of_the_guides(guide, tmp_path, monkeypatch):
+    """In order, in one namespace that has what the text speaks of."""
+    zarr, tifffile = pytest.importorskip("zarr"), pytest.importorskip("tifffile")
+    monkeypatch.chdir(tmp_path)
+    array = np.random.default_rng(0).integers(0, 256, (500, 450, 3), dtype=np.uint8)
+    tifffile.imwrite("slide.tif", array, tile=(64, 64), photometric="rgb")
+    zarr.save_array("image.zarr", array)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 1, 1)
+    ).eval()
+    names = {"fxstream": fxstream, "torch": torch, "zarr": zarr, "tifffile": tifffile, "network": network}
+    names |= {
+        "image": torch.rand(1, 3, 256, 256),
+        "criterion": torch.nn.MSELoss(),
+        "label": torch.zeros(1, 1, 500, 450),
+    }
+    names |= {
+        "model": fxstream.compile(network, memory="9MiB"),
+        "predict": fxstream.compile(network, memory="9MiB"),
+    }
+    page = (ROOT / "examples" / f"{guide}.md").read_text()
+    try:
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            exec(block, names)
+    finally:
+        if "slide" in names:
+            names["slide"].store.close()
+        with contextlib.suppress(KeyError):
+            unregister_rule("mylib::soft_threshold")
 
 
 def anchors(page):
