@@ -96,7 +96,7 @@ def copy_node(graph: fx.Graph, node: fx.Node, replace: Callable[[fx.Node], Any])
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """A copy of a graph, and the copy of each node but the output; copies have the names of their nodes."""
-    copy = fx.Graph()
+    copy = fx.Graph(graph.owning_module)
     nodes: dict[fx.Node, fx.Node] = {}
     copy.output(copy.graph_copy(graph, nodes))
     for original, node in nodes.items():

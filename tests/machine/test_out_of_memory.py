@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from fxstream.machine.out_of_memory import Exhausted, attempt
+from fxstream.machine.out_of_memory import OutOfMemory, catch_oom
 
 
 def failing(error):
@@ -28,19 +28,19 @@ def failing(error):
     ],
 )
 def test_what_is_out_of_memory(error):
-    done = attempt(failing(error))
-    assert isinstance(done, Exhausted)
+    done = catch_oom(failing(error))
+    assert isinstance(done, OutOfMemory)
     assert done.message == (str(error) or "MemoryError").splitlines()[0]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("out of memory"), KeyError("a")])
 def test_what_is_not(error):
     with pytest.raises(type(error)):
-        attempt(failing(error))
+        catch_oom(failing(error))
 
 
 def test_results_pass_and_nothing_of_a_failure_is_held():
-    assert attempt(lambda: 3) == 3
+    assert catch_oom(lambda: 3) == 3
     held = []
 
     def fails():
@@ -48,6 +48,17 @@ def test_results_pass_and_nothing_of_a_failure_is_held():
         held.append(weakref.ref(tensor))
         raise MemoryError
 
-    attempt(fails)
+    catch_oom(fails)
     gc.collect()
     assert held[0]() is None
+
+
+def test_an_accelerator_whose_allocator_keeps_nothing(monkeypatch):
+    """`torch.accelerator.empty_cache` raises where the allocator is not one that caches."""
+
+    def raises():
+        raise RuntimeError("Allocator for elsewhere is not a DeviceAllocator")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "empty_cache", raises)
+    assert catch_oom(failing(MemoryError("full"))) == OutOfMemory("full")
