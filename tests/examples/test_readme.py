@@ -110,7 +110,7 @@ def test_predict_into_an_array(run):
     names = run("Predict into an array")
     assert not names["model"].plan.is_trivial
     expected = names["model"].model(torch.from_numpy(names["image"][:]).permute(2, 0, 1)[None].float())
-    torch.testing.assert_close(torch.from_numpy(names["scores"][:]), expected.detach())
+    torch.testing.assert_close(torch.from_numpy(names["out"][:]), expected.detach())
     run("Predict into an array")  # over the finished one
 
 
