@@ -54,7 +54,7 @@ def compile(
     `progress` shows a bar for each pass on a terminal. The model itself is not changed and its parameters are
     shared.
 
-    Raises `InputError` for a tile that is not a positive integer or tuple of them, for a memory that is no
+    Raises `InputError` for a tile that is not a positive integer or tuple of them, for a memory that is not a
     positive amount, for both at once, and for `offload` with a `mesh`; at the first call `CaptureError`,
     `PlanError` or `ProbeError`.
     """
