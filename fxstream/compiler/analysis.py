@@ -15,12 +15,11 @@ from torch import nn
 from fxstream.errors import InputError
 from fxstream.graph.capture import Captured, capture
 from fxstream.graph.functionalize import UNSTREAMED
-from fxstream.graph.nodes import bind
+from fxstream.graph.nodes import bind, copy_graph
 from fxstream.graph.shapes import Meta, Shape, Shapes, shapes_at, stream_dims
 from fxstream.graph.type_graph import type_graph
 from fxstream.graph.typed_graph import Region, TypedGraph, Verdict
 from fxstream.lowering import lower, with_positions
-from fxstream.lowering.writer import copied
 
 __all__ = ["Analysis", "analyse", "analyze", "example_image", "image_dims", "lowered"]
 
@@ -100,7 +99,7 @@ def lowered(captured: Captured, model: nn.Module, tensors: list[torch.Tensor], c
 
 def with_frozen_batch_norm(analysis: Analysis) -> TypedGraph:
     """The typed graph as it would be if every BatchNorm used its running statistics."""
-    graph, nodes = copied(analysis.captured.graph)
+    graph, nodes = copy_graph(analysis.captured.graph)
     for node in nodes.values():
         if node.target is torch.ops.aten.batch_norm.default:
             arguments = bind(node) | {"training": False}
@@ -145,10 +144,11 @@ def analyze(
     kwargs: Mapping[str, Any] | None = None,
     global_ops: str = "auto",
 ) -> Analysis:
-    """What fxstream finds in `model` for one image [batch, channels, *size], without running it.
+    """The verdict on every operator of `model` for an image [batch, channels, *size], without running the model.
 
-    `size` is in pixels, one number for a square 2-D image or one per axis; `global_ops` as in `compile`. Raises
-    `CaptureError` where the model cannot be captured and `InputError` where it cannot take the size.
+    `size` is in pixels, one number for a square 2-D image or one per axis. `kwargs` are further arguments of the
+    model, `global_ops` is that of `compile`. Raises `CaptureError` where the model cannot be captured and
+    `InputError` where it does not accept the size.
 
     >>> print(analyze(torch.nn.Conv2d(3, 8, 3), 64))
     1 nodes: 1 local

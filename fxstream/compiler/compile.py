@@ -31,31 +31,35 @@ def compile(
     mesh: Any = None,
     progress: bool = False,
 ) -> StreamedModule:
-    """The model as a drop-in module that streams its large part tile by tile, with the same results.
+    """Wrap a model so that its large part runs tile by tile, with the same results and gradients.
 
-    `memory` is what a call may allocate at its peak, with its backward where gradients are recorded: bytes,
-    ``"8GiB"``, or a share of the device below one. It counts activations, boundaries and gradients; not the image,
-    the parameters and what an optimiser holds. The plan is the fastest that is predicted to fit. By default it is
-    what the device has free at the first call of a size.
+    The compiled module is a drop-in: it shares the model's parameters and buffers, and the model is not changed.
+    The first call captures the model and probes the rules, the first call at an image size plans; later calls only
+    run.
 
-    `tile` instead is the largest box of the model's input, overlap included, that a tile of the first segment
-    reads: pixels, one number for all axes or one per axis. `segments` is the number of segments of each streamed
-    region (at most, within a memory), or the names of the modules that each end one; by default the planner
-    chooses. `cut` names the module after which nothing is streamed. `global_ops` says what is done about
-    operators that need the whole feature map and are reductions over it (normalisations in training, squeeze and
-    excitation, global pooling): "stream" them with the rest, "cut" the stream there, or "auto": as the planner
-    finds best.
+    - `memory`: what one call may allocate at its peak, with its backward where gradients are recorded: bytes, text
+      such as ``"8GiB"``, or a share of the device below one. Activations, boundaries and gradients count; the
+      image, the parameters and the state of an optimiser do not. The plan is the fastest that is predicted to fit.
+      By default, with no `tile` either, it is what the device has free at the first call of a size.
+    - `tile`, instead of `memory`: the largest box of the model's input, overlap included, that a tile of the first
+      segment reads, in pixels: one number for all axes or one per axis.
+    - `segments`: the number of segments of each streamed region (at most, within a memory), or the names of the
+      modules that each end one. By default the planner chooses.
+    - `cut`: the name of the module after which nothing is streamed.
+    - `global_ops`: what to do with operators that reduce the whole feature map (normalisations in training,
+      squeeze and excitation, global pooling): ``"stream"`` them, ``"cut"`` the stream there, or ``"auto"``, the
+      planner's choice.
+    - `verify`: whether the probe measures the rules on the real operators, once per capture.
+    - `compile_tiles`: whether tile programs go through `torch.compile`. The first step of a size then takes
+      minutes, and the others less time.
+    - `offload`: whether boundaries between segments, and their gradients, may lie in host memory: always with a
+      tile, within a memory where that is predicted to be faster.
+    - `mesh`: one dimension of a DeviceMesh, or a process group, whose ranks share the tiles of each image. All
+      ranks get the same image, and have the same results and gradients.
+    - `progress`: whether a bar is shown on a terminal for each sweep over the tiles.
 
-    With `verify` the probe measures once per capture, on the real operators, what the rules claim. `compile_tiles`
-    passes what a tile computes through `torch.compile`: the first step of a size takes minutes, the others less
-    time. With `offload` boundaries between segments, and their gradients, may lie in host memory: with a tile they
-    do, within a memory where that is predicted to be faster. `mesh`, one dimension of a DeviceMesh, shares the
-    tiles of each image among its ranks, which all get the same image and have the same results and gradients.
-    `progress` shows a bar for each pass on a terminal. The model itself is not changed and its parameters are
-    shared.
-
-    Raises `InputError` for a tile that is not a positive integer or tuple of them, for a memory that is not a
-    positive amount, for both at once, and for `offload` with a `mesh`; at the first call `CaptureError`,
+    Raises `InputError` for a tile that is not a positive integer or a tuple of them, for a memory that is not a
+    positive amount, for both at once, and for `offload` with a `mesh`. The first call raises `CaptureError`,
     `PlanError` or `ProbeError`.
     """
     if not isinstance(model, nn.Module):
@@ -83,11 +87,14 @@ def plan(
     offload: bool = False,
     device: torch.device | str | None = None,
 ) -> Plan:
-    """How `compile` would stream the model for an image [batch, channels, *size]; runs nothing.
+    """Plan how `compile` would stream the model for an image [batch, channels, *size], without running it.
 
-    `training` plans for a call with its backward. `device` is what to plan for, by default where the model is; it
-    need not exist where the memory is given in bytes. Raises what `analyze` and the first call of a compiled
-    module raise.
+    `size` is in pixels, one number for a square 2-D image or one per axis. `tile`, `memory`, `segments`, `cut`,
+    `global_ops` and `offload` are those of `compile`. `training` plans for a call with its backward. `device` is
+    the device to plan for, by default the model's; it need not exist where the memory is given in bytes.
+
+    The plan prints as a table of segments with predicted time and memory. Raises what `analyze` and the first call
+    of a compiled module raise.
     """
     request = request_of(
         tile=tile, memory=memory, segments=segments, cut=cut, global_ops=global_ops, offload=offload

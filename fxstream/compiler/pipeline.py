@@ -196,7 +196,7 @@ class Pipeline:
             device=tensors[0].device,
             differentiated=frozenset(n for n, t in zip(names, tensors, strict=True) if t.requires_grad),
             outside=frozenset(names[i] for i in inputs.outside),
-            written=frozenset(captured.lowered.results[i] for i in written or ()),
+            written=frozenset(name for i, name in enumerate(captured.lowered.results) if i in (written or ())),
             ranks=1 if self._ranks is None else self._ranks.count,
         )
         logger.info("%s", plan)

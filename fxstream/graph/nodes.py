@@ -12,7 +12,17 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["TRACED", "bind", "bind_to", "call_with", "copy_graph", "copy_node", "parameters_of", "schema_of"]
+__all__ = [
+    "TRACED",
+    "bind",
+    "bind_to",
+    "call_with",
+    "copy_graph",
+    "copy_node",
+    "name_of",
+    "parameters_of",
+    "schema_of",
+]
 
 TRACED = ("nn_module_stack", "stack_trace")
 """Keys in ``node.meta`` that lead back to the user's module and source line."""
@@ -21,6 +31,12 @@ TRACED = ("nn_module_stack", "stack_trace")
 def schema_of(node: fx.Node) -> torch.FunctionSchema | None:
     """The schema of an operator node, or None for anything else."""
     return node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of an operator without namespace and overload, as ``conv2d``; empty for anything else."""
+    schema = schema_of(node)
+    return "" if schema is None else schema.name.split("::")[1]
 
 
 @functools.cache
@@ -80,7 +96,7 @@ def copy_node(graph: fx.Graph, node: fx.Node, replace: Callable[[fx.Node], Any])
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """A copy of a graph, and the copy of each node but the output; copies have the names of their nodes."""
-    copy = fx.Graph()
+    copy = fx.Graph(graph.owning_module)
     nodes: dict[fx.Node, fx.Node] = {}
     copy.output(copy.graph_copy(graph, nodes))
     for original, node in nodes.items():

@@ -311,7 +311,7 @@ def shapes_at(module: fx.GraphModule, tensors: Sequence[Any]) -> Shapes:
     fake = [
         given
         if not isinstance(given, torch.Tensor) or isinstance(given, FakeTensor)
-        else mode.from_tensor(given, static_shapes=True)
+        else mode.from_tensor(given.detach(), static_shapes=True)
         for given in tensors
     ]
     interpreter = _ShapeInterpreter(module)

@@ -113,14 +113,15 @@ def source(
     batch: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Source:
-    """An array, or several of one shape as a batch, in the place of an image tensor.
+    """Use an array in the place of an image tensor, or several arrays of one shape as a batch.
 
-    `layout` names the array's axes in their order: N is the batch, C the channels, any other letter an axis of the
-    image (``"HWC"``, ``"CZYX"``, ``"NHWC"``, ``"YX"``). Without one the array is [N, C, spatial dims...] already.
-    `batch` picks entries along N. Values are of the array's type, converted to `dtype` once on the device.
+    An array has `shape`, `dtype` and slices: a numpy memmap, zarr, h5py, dask. `layout` names its axes in their
+    order: N is the batch, C the channels, any other letter an axis of the image (``"HWC"``, ``"CZYX"``,
+    ``"NHWC"``, ``"YX"``). Without a layout the array is [N, C, spatial dims...] already. `batch` picks entries
+    along N. Values keep the array's type, or are converted to `dtype` once they are on the device.
 
-    Raises `InputError` for what has no shape, type or slices, for types that torch has not, and for layouts that
-    do not fit.
+    Raises `InputError` for an object without shape, type or slices, for a type that torch does not have, and for a
+    layout that does not fit.
 
     >>> source(torch.zeros(40, 60, 3, dtype=torch.uint8), layout="HWC").shape
     torch.Size([1, 3, 40, 60])

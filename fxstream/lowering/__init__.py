@@ -2,43 +2,38 @@
 
 A normalisation over space is a reduction (`fxstream::moments`), a little arithmetic on small tensors, and a map
 that takes the result as small arguments. A loss is the loss of every pixel, and sums of it. A draw for the whole
-map is a draw of a small tensor and a map of it. Flattened positions are taken apart before (`positions`), so
+map is a draw of a small tensor and a map of it. Flattened positions are taken apart before (`unflatten`), so
 that what follows them is made of the same. The rewritten graph computes what the original one does, at any size;
-what of it is streamed is for the planner to decide.
+what of it is streamed is for the planner to decide. A lowering is a function in torch code (`proxy`).
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 from torch import fx
 
 from fxstream.graph.capture import Captured
 from fxstream.graph.export import CUMULATIVE
 from fxstream.graph.functionalize import UNSTREAMED
-from fxstream.graph.shapes import Meta
+from fxstream.graph.nodes import bind
 from fxstream.graph.typed_graph import TypedGraph
-from fxstream.lowering import losses, normalisations, pooling, positions, randomness, statistics
-from fxstream.lowering.positions import with_positions
-from fxstream.lowering.writer import Lowering, Writer, copied
+from fxstream.lowering import flat, losses, normalisations, pooling, products, randomness, reshapes, statistics
+from fxstream.lowering.proxy import Draft, Lowering, Operator, Proxy
+from fxstream.lowering.unflatten import Handler, unflattened
 from fxstream.rules import Tileability
 
 __all__ = ["lower", "with_positions"]
 
-DRAWS: dict[str, Lowering] = randomness.LOWERINGS
-"""Per operator, what a draw for the whole map is rewritten to."""
-REDUCTIONS: dict[str, Lowering] = {
-    **normalisations.LOWERINGS,
-    **pooling.LOWERINGS,
-    **statistics.LOWERINGS,
-    **losses.LOWERINGS,
-    **positions.LOWERINGS,
-}
+REDUCTIONS: dict[str, Lowering] = (
+    losses.LOWERINGS | normalisations.LOWERINGS | pooling.LOWERINGS | statistics.LOWERINGS
+)
 """Per operator, what it is rewritten to where it works over space."""
+HANDLERS: dict[str, Handler] = flat.HANDLERS | products.HANDLERS | reshapes.HANDLERS
+"""Per operator, what becomes of it on flattened positions."""
 
 
-TRAINING = 5
-"""The place of that argument of a batch norm."""
+def with_positions(captured: Captured, typed: TypedGraph) -> Captured:
+    """The same model with its positions apart wherever that is possible; the same object where nothing changes."""
+    return unflattened(captured, typed, HANDLERS)
 
 
 def lower(captured: Captured, typed: TypedGraph, reductions: bool = True) -> Captured:
@@ -46,52 +41,35 @@ def lower(captured: Captured, typed: TypedGraph, reductions: bool = True) -> Cap
 
     The model itself where it has none.
     """
-    known = {name: found for name in typed.verdicts if (found := _lowering(typed, name, reductions)) is not None}
-    if not known:
+    lowerings = {node.name: _lowering(typed, node, reductions) for node in captured.graph.nodes}
+    if not any(lowerings.values()):
         return captured
-    graph, copies = copied(captured.graph)
-    metas = dict(typed.metas)
-    for original in captured.graph.nodes:
-        if original not in copies:
-            continue
-        node, lowering = copies[original], known.get(original.name)
-        if lowering is None:
-            continue
-        lowered = lowering(Writer(graph, node, metas, _stream_dims(typed, original)))
-        if lowered is not None:
-            _put_in_place(node, lowered, metas)
-            graph.erase_node(node)
-    graph.lint()
-    root = {n.target: getattr(captured.module, n.target) for n in graph.nodes if n.op == "get_attr"}
-    return replace(captured, module=fx.GraphModule(root, graph))
+    draft = Draft.of(captured, typed)
+    for node in list(draft.graph.nodes):
+        lowering = lowerings[node.name]
+        if lowering is not None:
+            with draft.graph.inserting_before(node):
+                result = lowering(Operator(node, draft))
+            _put_in_place(draft, node, result)
+    return draft.finished(captured)
 
 
-def _put_in_place(node: fx.Node, lowered: fx.Node | tuple[fx.Node, ...], metas: dict[str, Meta]) -> None:
-    """Let all users of a node, or of each of its results, use what it is made of; that has the same shape."""
-    if isinstance(lowered, fx.Node):
-        metas[lowered.name] = metas[node.name]
-        node.replace_all_uses_with(lowered)
-        return
-    for item in list(node.users):
-        _, index = item.args
-        assert isinstance(index, int)
-        metas[lowered[index].name] = metas[item.name]
-        item.replace_all_uses_with(lowered[index])
-        node.graph.erase_node(item)
+def _put_in_place(draft: Draft, node: fx.Node, result: Proxy | tuple[Proxy, ...] | None) -> None:
+    """Replace all uses of a node, or of each of its results."""
+    if isinstance(result, Proxy):
+        draft.replace(node, result)
+    elif result is not None:
+        for item in list(node.users):
+            draft.replace(item, result[item.args[1]])  # type: ignore[index]
+        draft.graph.erase_node(node)
 
 
-def _stream_dims(typed: TypedGraph, node: fx.Node) -> tuple[int, ...]:
-    """The stream dims of the first map that a node reads."""
-    values = (value for given in node.all_input_nodes for value in typed[given.name].values)
-    return next((value.dims for value in values if value.dims), ())
-
-
-def _lowering(typed: TypedGraph, name: str, reductions: bool) -> Lowering | None:
-    verdict, node = typed.verdicts[name], typed[name].node
-    if verdict.reduction is not None or UNSTREAMED in node.meta:
+def _lowering(typed: TypedGraph, node: fx.Node, reductions: bool) -> Lowering | None:
+    verdict = typed.verdicts.get(node.name)
+    if verdict is None or verdict.reduction is not None or UNSTREAMED in node.meta:
         return None
-    if verdict.operator == "aten::batch_norm" and CUMULATIVE in node.args and node.args[TRAINING]:
+    if verdict.operator == "aten::batch_norm" and CUMULATIVE in node.args and bind(node)["training"]:
         return REDUCTIONS[verdict.operator]
     if verdict.kind is Tileability.GLOBAL:
-        return DRAWS.get(verdict.operator)
+        return randomness.LOWERINGS.get(verdict.operator)
     return REDUCTIONS.get(verdict.operator) if verdict.kind is Tileability.REDUCTION and reductions else None

@@ -6,39 +6,27 @@ are made in 32 bits at least: those over an image exceed what 16 bits hold.
 
 from __future__ import annotations
 
-import torch
-from torch import fx
-
-from fxstream.lowering.writer import Lowering, Writer
+from fxstream.lowering.proxy import Lowering, Operator, Proxy
 from fxstream.rules.channelwise import CLASS_LOSSES, PIXEL_LOSSES
-from fxstream.rules.ops import overload
 
 __all__ = ["LOWERINGS"]
 
-aten = torch.ops.aten
 MEAN, SUM = 1, 2
 
 
-def _pixel_loss(writer: Writer) -> fx.Node:
-    """A loss of every element: their mean or sum."""
-    losses = writer.again(reduction=0)
-    target = aten.mean.default if writer["reduction"] == MEAN else aten.sum.default
-    return writer.call(target, losses)
+def _pixel_loss(op: Operator) -> Proxy:
+    losses = op.again(reduction=0)
+    return losses.mean() if op.reduction == MEAN else losses.sum()
 
 
-def _class_loss(writer: Writer) -> fx.Node:
-    """A loss of every pixel: their sum, over the weights of the pixels that count for a mean."""
-    losses, target = writer.again(reduction=0), writer["target"]
-    if writer["reduction"] == SUM:
-        return writer.call(aten.sum.default, losses)
-    if writer.meta(target).dtype.is_floating_point:
-        return writer.call(aten.mean.default, losses)
-    own = writer.result.dtype
-    wide = torch.promote_types(own, torch.float32)
-    weights = writer.call(overload("class_weights"), target, writer["weight"], writer["ignore_index"], dtype=wide)
-    sums = [writer.call(aten.sum.default, each, dtype=wide) for each in (losses, weights)]
-    mean = writer.call(aten.div.Tensor, *sums)
-    return mean if wide == own else writer.call(aten.to.dtype, mean, own)
+def _class_loss(op: Operator) -> Proxy:
+    losses = op.again(reduction=0)
+    if op.reduction == SUM:
+        return losses.sum()
+    if op.target.dtype.is_floating_point:
+        return losses.mean()
+    weights = op.call("fxstream::class_weights", op.target, op.weight, op.ignore_index, dtype=op.wide)
+    return op.narrow(losses.sum(dtype=op.wide) / weights.sum(dtype=op.wide))
 
 
 LOWERINGS: dict[str, Lowering] = {

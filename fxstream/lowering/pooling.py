@@ -6,77 +6,60 @@ axis each of them holds is computed from that size, in the graph, so that the re
 
 from __future__ import annotations
 
+import operator
 from functools import reduce
 
 import torch
-from torch import fx
 
-from fxstream.lowering.writer import Lowering, Writer
-from fxstream.rules.ops import overload
+from fxstream.lowering.proxy import Lowering, Operator, Proxy
 
 __all__ = ["LOWERINGS"]
-
-aten = torch.ops.aten
 
 MOST_WINDOWS = 16
 """Per axis. Each tile yields a partial result of every window, and takes a pass over its map per window."""
 
 
-def _mean(writer: Writer) -> fx.Node | None:
+def _mean(op: Operator) -> Proxy | None:
     """A pooling to one pixel is a mean; to more of them the sums of windows over the numbers of their pixels."""
-    image, counts = writer["self"], writer["output_size"]
-    dims = _dims(writer)
-    if set(counts) == {1}:
-        return writer.call(aten.mean.dim, image, dims, True)
-    if not _is_small(writer):
+    if set(op.output_size) == {1}:
+        return op.self.mean(_dims(op), True)
+    if not _is_small(op):
         return None
-    windows = _windows(writer)
-    axes = range(len(dims))
-    sums = writer.call(overload("window_sums"), image, windows)
-    pixels = [writer.call(aten.sum.dim_IntList, w, [1 + a for a in axes]) for w in windows]
-    spread = [
-        writer.call(aten.view.default, found, [-1 if b == a else 1 for b in axes])
-        for a, found in enumerate(pixels)
-    ]
-    product = reduce(lambda a, b: writer.call(aten.mul.Tensor, a, b), spread)
-    return writer.like(writer.call(aten.div.Tensor, sums, product), image)
+    windows, axes = _windows(op), range(len(op.output_size))
+    sums = op.call("fxstream::window_sums", op.self, windows)
+    pixels = [window.sum([1 + axis for axis in axes]) for window in windows]
+    pixels = [count.view([-1 if b == a else 1 for b in axes]) for a, count in enumerate(pixels)]
+    return op.narrow(sums / reduce(operator.mul, pixels))
 
 
-def _maximum(writer: Writer) -> tuple[fx.Node, ...] | None:
+def _maximum(op: Operator) -> tuple[Proxy, ...] | None:
     """Maxima of windows, and their positions in the map."""
-    image, dims = writer["self"], _dims(writer)
-    if not _is_small(writer):
+    if not _is_small(op):
         return None
-    extents = [writer.size(image, dim) for dim in dims]
-    places = [writer.call(overload("positions"), extents, axis, device=writer.device) for axis in range(len(dims))]
-    found = writer.call(overload("window_maxima"), image, _windows(writer), places)
-    maxima, positions = (writer.call(aten.select.int, found, 0, i) for i in range(2))
-    dtype = writer.meta(image).dtype
-    return tuple(
-        writer.call(aten.to.dtype, tensor, wanted)
-        for tensor, wanted in ((maxima, dtype), (positions, torch.int64))
-    )
+    extents = [op.self.size(dim) for dim in _dims(op)]
+    places = [op.call("fxstream::positions", extents, k, device=op.device) for k in range(len(extents))]
+    stacked = op.call("fxstream::window_maxima", op.self, _windows(op), places)
+    maxima, positions = stacked.select(0, 0), stacked.select(0, 1)
+    return maxima.to(op.self.dtype), positions.to(torch.int64)
 
 
-def _dims(writer: Writer) -> list[int]:
+def _dims(op: Operator) -> list[int]:
     """The last dims, as many as there are output sizes."""
-    rank = len(writer.meta(writer["self"]).shape)
-    return list(range(rank - len(writer["output_size"]), rank))
+    return list(range(op.self.ndim - len(op.output_size), op.self.ndim))
 
 
-def _is_small(writer: Writer) -> bool:
+def _is_small(op: Operator) -> bool:
     """Whether it pools exactly the stream axes of a map of real numbers, to few windows."""
-    known = all(isinstance(count, int) and count <= MOST_WINDOWS for count in writer["output_size"])
-    exactly = set(writer.dims) == set(_dims(writer))
-    return known and exactly and writer.meta(writer["self"]).dtype.is_floating_point
+    is_few = all(isinstance(count, int) and count <= MOST_WINDOWS for count in op.output_size)
+    return is_few and set(op.self.dims) == set(_dims(op)) and op.self.dtype.is_floating_point
 
 
-def _windows(writer: Writer) -> list[fx.Node]:
+def _windows(op: Operator) -> list[Proxy]:
     """Which pixels each window holds, per axis."""
-    image, counts = writer["self"], writer["output_size"]
+    dims = _dims(op)
     return [
-        writer.call(overload("windows"), count, writer.size(image, dim), axis, len(counts), device=writer.device)
-        for axis, (dim, count) in enumerate(zip(_dims(writer), counts, strict=True))
+        op.call("fxstream::windows", count, op.self.size(dim), axis, len(dims), device=op.device)
+        for axis, (dim, count) in enumerate(zip(dims, op.output_size, strict=True))
     ]
 
 

@@ -1,90 +1,72 @@
-"""Variances, standard deviations and norms over space."""
+"""Variances, standard deviations, norms and softmax over space."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-import torch
-from torch import fx
+from fxstream.lowering.proxy import Lowering, Operator, Proxy
 
-from fxstream.lowering.writer import Lowering, Writer
-
-__all__ = ["LOWERINGS"]
-
-aten = torch.ops.aten
-
-
-def _variance_and_mean(writer: Writer) -> tuple[fx.Node, fx.Node] | None:
-    """Both over all stream axes; None where some axis is kept, or the count is corrected by more than one."""
-    image, dims = writer["self"], _dims(writer)
-    correction = writer.given.get("correction", writer.given.get("unbiased"))
-    if correction not in (None, 0, 1) or not set(writer.dims) <= set(dims):
-        return None
-    mean, variance, sample = writer.statistics(image, dims)
-    found = variance if correction == 0 else sample
-    if writer.given.get("keepdim"):
-        for dim in dims:
-            mean, found = (writer.call(aten.unsqueeze.default, tensor, dim) for tensor in (mean, found))
-    return found, mean
-
-
-def _dims(writer: Writer) -> list[int]:
-    """The dims that the operator works along, in rising order."""
-    rank = len(writer.meta(writer["self"]).shape)
-    given = writer.given.get("dim")
-    if given is None or given == []:
-        return list(range(rank))
-    return sorted(dim % rank for dim in ([given] if isinstance(given, int) else given))
-
-
-def _var(writer: Writer) -> fx.Node | None:
-    found = _variance_and_mean(writer)
-    return None if found is None else writer.like(found[0], writer["self"])
-
-
-def _std(writer: Writer) -> fx.Node | None:
-    found = _variance_and_mean(writer)
-    return None if found is None else writer.like(_root(writer, found[0]), writer["self"])
-
-
-def _var_mean(writer: Writer) -> tuple[fx.Node, ...] | None:
-    found = _variance_and_mean(writer)
-    return None if found is None else tuple(writer.like(tensor, writer["self"]) for tensor in found)
-
-
-def _std_mean(writer: Writer) -> tuple[fx.Node, ...] | None:
-    found = _variance_and_mean(writer)
-    if found is None:
-        return None
-    return tuple(writer.like(tensor, writer["self"]) for tensor in (_root(writer, found[0]), found[1]))
-
-
-def _root(writer: Writer, variance: fx.Node) -> fx.Node:
-    """The square root, with gradient 0 where it is 0, as that of torch's standard deviation."""
-    constant = writer.call(aten.eq.Scalar, variance, 0)
-    root = writer.call(aten.sqrt.default, writer.call(aten.masked_fill.Scalar, variance, constant, 1))
-    return writer.call(aten.masked_fill.Scalar, root, constant, 0)
-
+__all__ = ["LOWERINGS", "softmax"]
 
 ORDERS = (1, 2, math.inf)
 """Norms of which a tile's norm is a partial result."""
 
 
-def _norm(writer: Writer) -> fx.Node | None:
-    order = 2 if writer["p"] is None else writer["p"]
-    if order not in ORDERS or not set(writer.dims) <= set(_dims(writer)):
+def _dims(op: Operator) -> list[int]:
+    """The dims that the operator works along, in rising order."""
+    rank, dim = op.self.ndim, op.arguments.get("dim")
+    if dim is None or dim == []:
+        return list(range(rank))
+    return sorted(d % rank for d in ([dim] if isinstance(dim, int) else dim))
+
+
+def _variance(op: Operator) -> Proxy | tuple[Proxy, ...] | None:
+    """A variance or standard deviation over all stream axes, also with the mean.
+
+    None where some axis is kept, or the count is corrected by more than one.
+    """
+    correction, dims = op.arguments.get("correction", op.arguments.get("unbiased")), _dims(op)
+    if correction not in (None, 0, 1) or not set(op.self.dims) <= set(dims):
         return None
-    arguments = (_dims(writer), writer.given.get("keepdim", False))
-    return writer.call(
-        aten.linalg_vector_norm.default, writer["self"], order, *arguments, dtype=writer.given.get("dtype")
-    )
+    mean, variance, sample = op.self.moments(dims)
+    spread = variance if correction == 0 else sample
+    for dim in dims if op.arguments.get("keepdim") else ():
+        mean, spread = mean.unsqueeze(dim), spread.unsqueeze(dim)
+    spread = op.narrow(_root(spread) if op.name.startswith("std") else spread)
+    return (spread, op.narrow(mean)) if op.name.endswith("_mean") else spread
+
+
+def _root(variance: Proxy) -> Proxy:
+    """The square root, with gradient 0 where it is 0, as that of torch's standard deviation."""
+    constant = variance.eq(0)
+    return variance.masked_fill(constant, 1).sqrt().masked_fill(constant, 0)
+
+
+def _norm(op: Operator) -> Proxy | None:
+    order, dims = 2 if op.p is None else op.p, _dims(op)
+    if order not in ORDERS or not set(op.self.dims) <= set(dims):
+        return None
+    keepdim, dtype = op.arguments.get("keepdim", False), op.arguments.get("dtype")
+    return op.self.linalg_vector_norm(order, dims, keepdim, dtype=dtype)
+
+
+def softmax(op: Operator, tensor: Proxy, dims: Sequence[int]) -> Proxy:
+    """The operator, a softmax or its logarithm, of a tensor over some dims, in at least 32 bits."""
+    if op.self.dtype != op.wide:
+        tensor = tensor.to(op.wide)
+    logarithm = tensor - tensor.logsumexp(list(dims), True)
+    return op.narrow(logarithm if op.name == "log_softmax" else logarithm.exp())
+
+
+def _softmax(op: Operator) -> Proxy:
+    return softmax(op, op.self, [op.dim])
 
 
 LOWERINGS: dict[str, Lowering] = {
-    "aten::var": _var,
-    "aten::std": _std,
-    "aten::var_mean": _var_mean,
-    "aten::std_mean": _std_mean,
+    **{f"aten::{name}": _variance for name in ("var", "std", "var_mean", "std_mean")},
     "aten::norm": _norm,
+    "aten::softmax": _softmax,
+    "aten::log_softmax": _softmax,
 }
 """Per operator, what it is rewritten to."""

@@ -88,10 +88,11 @@ for _family in FAMILIES:
 
 
 def register_rule(operator: str, family: str = "user") -> Callable[[Rule], Rule]:
-    """A decorator that adds a rule for ``"namespace::name"``; it serves all overloads.
+    """A decorator that adds the rule of an operator ``"namespace::name"``, for all of its overloads.
 
-    The rule is given a `Call` and returns an `AccessPattern` or a `NotTileable`. Raises `RuleError` where the
-    operator has a rule already.
+    The rule gets a `Call`, the operator's arguments with the shapes of its tensors, and returns an
+    `AccessPattern`, what a box of the result reads, or a `NotTileable`, the reason why it has none. Raises
+    `RuleError` where the operator has a rule already.
     """
 
     def add(rule: Rule) -> Rule:

@@ -153,11 +153,14 @@ def check(
     seed: int = 0,
     **options: Unpack[RequestOptions],
 ) -> CheckReport:
-    """Compare one streamed training step of a copy of `model` with the plain one, on a random image.
+    """Compare one streamed training step of a copy of `model` with the plain step, on a random image.
 
-    In float64 on the CPU, or with `native` in the model's own type on its own device. `size`, `channels` and
-    `batch` are those of the image, as in `analyze`; `options` (`tile`, `memory`, ...) are those of `compile`. The
-    model is not changed. Raises what `compile` raises, and `InputError` for a model on the meta device.
+    Outputs, all gradients and all buffers are compared, in float64 on the CPU, or with `native` in the model's
+    type on its device. `size`, `channels` and `batch` are those of the image, as in `analyze`; `seed` draws it;
+    `options` (`tile`, `memory`, ...) are those of `compile`. The model is not changed.
+
+    Returns a report whose `ok` says whether all tensors agree. Raises what `compile` raises, and `InputError` for
+    a model on the meta device.
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise InputError("a model on the meta device has no weights to check: build it on a real device")

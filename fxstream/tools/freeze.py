@@ -13,11 +13,11 @@ __all__ = ["freeze_batch_norm"]
 
 
 def freeze_batch_norm(model: nn.Module) -> nn.Module:
-    """Make every BatchNorm of `model` use its running statistics from now on, also in training; returns it.
+    """Make every BatchNorm of `model` use its running statistics, also in training; returns the model.
 
     The statistics are no longer updated; scale and shift stay trainable. Running statistics make a BatchNorm
-    local, so that the layers after it can be streamed. The model is changed in place, and a copy or a pickle
-    of it stays frozen. Raises `InputError` where a BatchNorm has no running statistics to use.
+    local, so that the layers after it can be streamed without another sweep. The model is changed in place, and a
+    copy or pickle of it stays frozen. Raises `InputError` where a BatchNorm has no running statistics.
 
     >>> model = freeze_batch_norm(nn.Sequential(nn.BatchNorm2d(3))).train()
     >>> model.training, model[0].training

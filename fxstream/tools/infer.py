@@ -30,16 +30,16 @@ def infer(
     journal: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The model's results for these arguments, written into `out`; without gradients.
+    """Run a compiled module without gradients, and write its results into `out` tile by tile.
 
-    `out` is an array of the result's shape (numpy memmap, zarr, h5py), or for several results such arrays in the
-    structure that the model returns, with None for those to be returned as tensors. Results of the last segment
-    are written tile by tile and never exist as a whole. `journal` is a file that records what is written: a run
-    that was killed and is started again with the same arrays continues after what is written. (HDF5 files may
-    themselves be broken by a kill; zarr stores and memory maps are not.)
+    `out` is an array of the result's shape (numpy memmap, zarr, h5py). For several results it has the structure
+    that the model returns, with None for those to be returned as tensors. The result of the last segment is never
+    in memory as a whole. `journal` is the path of a file that lists the tiles that are written: a prediction that
+    was killed continues when it is started again with the same arrays. (HDF5 files may themselves be broken by a
+    kill; zarr stores and memory maps are not.)
 
-    Returns `out`, with tensors instead of None. Raises `InputError` for an `out` of the wrong shape, type or
-    structure and for a journal of another run, `StreamError` where reading or writing fails.
+    Returns `out`, with tensors in the place of None. Raises `InputError` for an `out` of the wrong shape, type or
+    structure and for the journal of another prediction, `StreamError` where reading or writing fails.
     """
     if not isinstance(module, StreamedModule):
         raise InputError(f"infer needs a module made by fxstream.compile, found {type(module).__name__}")

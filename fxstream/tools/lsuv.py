@@ -56,16 +56,20 @@ def lsuv_(
 ) -> nn.Module:
     """Scale every convolution and Linear layer to outputs of variance one over `batches`; returns the model.
 
-    A batch is what the model takes: a tensor, or a tuple of its arguments. All batches are read again for each
-    layer; they may be a dataset that loads its images. Variance is per channel of the output, or with
-    ``per_channel=False`` over all its values. `center` makes the mean zero as well, of layers that have a bias.
-    `orthogonal` first draws every weight from `torch.nn.init.orthogonal_`. Modules at or below the paths in `skip`
-    stay as they are. `verify` and `options` (`tile`, `memory`, ...) are those of `compile`.
+    This is layer-sequential unit-variance initialisation, with the statistics of whole images. A batch is what the
+    model takes: a tensor, or a tuple of its arguments. All batches are read again for each layer, so a dataset
+    that loads its images is fine. Variance is per channel of the output, or with ``per_channel=False`` over all
+    its values.
 
-    The model runs in the mode that it is in. Its weights change in place, at the end, and nothing else does:
-    after an exception it is as it was. Raises `InputError` for a layer that never runs or runs more than once,
-    that shares its parameters or computes its weight, and for an output that is constant or not finite, and what
-    a compiled module raises.
+    - `center`: whether layers with a bias get outputs of mean zero as well.
+    - `orthogonal`: whether every weight is first drawn from `torch.nn.init.orthogonal_`.
+    - `skip`: paths of modules that stay as they are, with all below them.
+    - `verify` and `options` (`tile`, `memory`, ...): those of `compile`.
+
+    The model runs in its current mode. Its weights change in place, at the end, and nothing else does; after an
+    exception the model is unchanged. Raises `InputError` for a layer that never runs or runs more than once, that
+    shares its parameters or computes its weight, and for an output that is constant or not finite; and what a
+    compiled module raises.
     """
     model = model.model if isinstance(model, StreamedModule) else model
     _check_arguments(model, batches, skip)

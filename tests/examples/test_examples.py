@@ -24,7 +24,8 @@ def load(name):
 
 
 def is_picture(path):
-    return Image.open(path).size > (100, 100)
+    with Image.open(path) as picture:
+        return picture.size > (100, 100)
 
 
 def test_imagenette_trains_the_same(tmp_path, capsys):

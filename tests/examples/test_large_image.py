@@ -19,7 +19,8 @@ def test_values_and_resumption(tmp_path, capsys):
     found = large_image.main(arguments)
     told = capsys.readouterr().out
     assert "tiles, largest read" in told
-    assert Image.open(tmp_path / "a.png").size > (100, 100)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size > (100, 100)
     torch.manual_seed(0)
     image = torch.from_numpy(zarr.open_array(str(tmp_path / "image.zarr"), mode="r")[:]).permute(2, 0, 1)[None]
     stages = fxstream.freeze_batch_norm(large_image.Stages(0))

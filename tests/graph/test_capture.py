@@ -9,7 +9,7 @@ from compare import assert_same, integer_image, make_integer, step
 from torch import nn
 
 import fxstream
-from fxstream.compiler import module as compiler
+from fxstream.compiler import pipeline
 from fxstream.graph import capture
 from fxstream.graph.functionalize import mutated_inputs
 
@@ -45,7 +45,7 @@ def captures(monkeypatch):
         count["captures"] += 1
         return capture.capture(*args)
 
-    monkeypatch.setattr(compiler, "capture", counted)
+    monkeypatch.setattr(pipeline, "capture", counted)
     return count
 
 

@@ -92,3 +92,10 @@ def test_a_sink_writes_boxes_and_knows_what_was_written(tmp_path):
     third = sink.Sink(array, (1, 8, 8), torch.float32, 0, sink.Journal(tmp_path / "journal", {"a": 1}))
     third.write_whole(torch.full((1, 8, 8), 3.0))
     assert (array == 2).all()
+
+
+def test_results_have_boxes_of_their_own(tmp_path):
+    notes = sink.Journal(tmp_path / "journal", {})
+    notes.note(1, box((0, 4)), done=True)
+    again = sink.Journal(tmp_path / "journal", {})
+    assert (again.done(0, None), again.done(1, None)) == ([], [box((0, 4))])

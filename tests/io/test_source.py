@@ -4,25 +4,11 @@ import numpy as np
 import pytest
 import torch
 from compare import integer_image, make_integer
+from counted import Counted
 from torch import nn
 
 import fxstream
-from fxstream.geometry.box import Box, Interval
 from fxstream.runtime import prefetch as reading
-
-
-class Counted:
-    """An array that counts how often each pixel is read, and what the largest read was."""
-
-    def __init__(self, array):
-        self.array, self.shape, self.dtype = array, array.shape, array.dtype
-        self.counts, self.largest, self.reads = np.zeros(array.shape, int), 0, 0
-
-    def __getitem__(self, index):
-        self.counts[index] += 1
-        self.reads += 1
-        self.largest = max(self.largest, self.array[index].size)
-        return self.array[index]
 
 
 class Normalising(nn.Module):
@@ -273,18 +259,3 @@ def test_adapters():
         assert torch.equal(image[()], wanted)
         box = (slice(None), slice(None), slice(3, 21), slice(7, 8))
         assert torch.equal(image[box], wanted[box])
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("size", [3, 5, 8])
-def test_each_pixel_once_whatever_the_overlap(size, reverse):
-    """Boxes of an irregular grid, overlapping by more than a tile: still one read per pixel."""
-    array = Counted(bytes_image(1, 1, 30, 21))
-    rows = [Interval(max(0, start - 2), min(30, start + size)) for start in range(0, 30, 4)]
-    columns = [Interval(start, min(21, start + size)) for start in range(0, 21, 3)]
-    boxes = [Box((row, column)) for row in rows for column in columns]
-    calls = [box.index((2, 3), 4) for box in (reversed(boxes) if reverse else boxes)]
-    overlaps = reading._Overlaps(fxstream.source(array), calls)
-    for call in calls:
-        assert torch.equal(overlaps.read(call), torch.from_numpy(array.array[call]))
-    assert array.counts.max() == 1

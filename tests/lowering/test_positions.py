@@ -96,6 +96,7 @@ STREAMED = {
     "sum, kept": on_map(lambda m, x: x.flatten(2).sum(-1, keepdim=True) * 2),
     "sum of all": on_map(lambda m, x: (x.flatten(1) ** 2).sum()),
     "maximum": on_map(lambda m, x: tokens(x).amax(1)),
+    "place of the maximum": on_map(lambda m, x: x.flatten(1).argmax() + x.flatten(2).sum(-1)),
     "norm": on_map(lambda m, x: F.normalize(x.flatten(2).mean(-1) + x.flatten(2).norm(dim=-1), dim=1)),
     "logsumexp": on_map(lambda m, x: x.flatten(2).logsumexp(-1)),
     "channels": on_map(
@@ -165,6 +166,7 @@ PLAINLY = {
 
 @pytest.mark.parametrize("name", PLAINLY)
 @pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 def test_what_does_not_stream_stays_right(name, batch):
     assert_streams(PLAINLY[name], image(batch, 2, 23, 19), tile=11, segments=1, verify=batch == 1)
 

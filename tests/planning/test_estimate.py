@@ -36,7 +36,7 @@ def test_gradients_of_the_weights_of_later_segments_are_there_too():
     """The first segment is the last in backward; those of the second are sums by then."""
     model = nn.Sequential(*heavy(), nn.Conv2d(48, 8, 1), nn.Conv2d(8, 8, 3))
     plan = fxstream.plan(model, 64, tile=40, segments=("5", "6"))
-    assert [segment.last for segment in plan.segments] == ["5", "6"]
+    assert [segment.segment.ends[1] for segment in plan.segments] == ["5", "6"]
     assert plan.prediction.binding == plan.segments[0].segment.name
     assert plan.prediction.peak.weights == weight_bytes(model)
 

@@ -20,7 +20,7 @@ def test_each_pass_has_a_bar():
     assert "segment_0 forward" in text
     assert "segment_0 backward" in text
     assert "tiles/s" in text
-    assert module._watch._shown is None
+    assert module.pipeline._watch._shown is None
 
 
 def test_a_pass_that_fails_ends_its_bar(monkeypatch):

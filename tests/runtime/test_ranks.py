@@ -320,3 +320,20 @@ def test_assignment_balances():
     costs = [5.0, 3.0, 3.0, 2.0, 2.0, 1.0]
     ranks = assigned(costs, 2)
     assert sum(cost for cost, rank in zip(costs, ranks, strict=True) if rank == 0) == 8.0
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_no_rank_has_more_than_one_tile_beyond_its_share(count):
+    costs = [float(1 + (7 * i) % 11) for i in range(40)]
+    ranks = assigned(costs, count)
+    loads = [sum(cost for cost, owner in zip(costs, ranks, strict=True) if owner == rank) for rank in range(count)]
+    assert len(ranks) == len(costs)
+    assert sum(loads) == sum(costs)
+    assert max(loads) <= sum(costs) / count + max(costs)
+    assert set(ranks) == set(range(count))
+
+
+def test_the_largest_tiles_come_first_and_of_equal_ranks_the_first():
+    assert assigned([1.0, 9.0, 1.0, 1.0, 8.0], 2) == (1, 0, 0, 1, 1)
+    assert assigned([], 3) == ()
+    assert assigned([2.0, 2.0], 4) == (0, 1)

@@ -200,3 +200,46 @@ def test_a_real_limit():
     counts, equal = done.stdout.splitlines()
     now, planned, told = counts.split()
     assert (int(now) > int(planned), told, equal) == (True, "True", "equal")
+
+
+def owned(stream, call):
+    """Which pixels of every output a tile owns."""
+    masks = [torch.zeros(shape.shape, dtype=torch.int) for shape in stream.outputs]
+    for mask, subscript in zip(masks, call.outputs, strict=True):
+        if subscript is not None:
+            mask[subscript] += 1
+    return masks
+
+
+def test_halves_own_what_the_tile_owned_along_its_longest_axis():
+    """Down to tiles of one pixel, which have no halves."""
+    module = fxstream.compile(local(), tile=(16, 14), segments=1, verify=False)
+    module(integer_image(1, 2, 26, 20))
+    (stream,) = (child.stream for child in module._last.streamed.children())
+    left, leaves = list(stream.calls), 0
+    while left:
+        call = left.pop()
+        halves = stream.halves(call)
+        lengths = [len(along.outputs[0]) for along in call.tile]
+        if max(lengths) == 1:
+            assert halves == ()
+            leaves += 1
+            continue
+        first, second = halves
+        axis = lengths.index(max(lengths))
+        parts = [[len(along.outputs[0]) for along in half.tile] for half in (first, second)]
+        assert [part[axis] for part in parts] == [-(-lengths[axis] // 2), lengths[axis] // 2]
+        for whole, *others in zip(owned(stream, call), owned(stream, first), owned(stream, second), strict=True):
+            assert torch.equal(whole, sum(others))
+        assert first.positions[0] + second.positions[0] == call.positions[0]
+        left += halves
+    assert leaves == stream.outputs[0].shape[2] * stream.outputs[0].shape[3]
+
+
+def test_halves_of_kept_tiles_are_kept():
+    module = fxstream.compile(local(), tile=(16, 14), segments=1, verify=False)
+    module(integer_image(1, 2, 26, 20))
+    (stream,) = (child.stream for child in module._last.streamed.children())
+    for kept in (False, True):
+        call = dataclasses.replace(stream.calls[0], is_kept=kept)
+        assert [half.is_kept for half in stream.halves(call)] == [kept, kept]

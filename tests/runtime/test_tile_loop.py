@@ -96,12 +96,12 @@ def test_relu_takes_over_the_memory_of_its_input_where_nothing_else_needs_it():
     model = make_integer(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.Sigmoid()))
     module = fxstream.compile(model, tile=20, segments=1)
     module(integer_image(1, 2, 40, 40))
-    assert "relu_.default" in streams(module)[0].programs[0].forward.code
+    assert "relu_.default" in streams(module)[0].schedule.programs[0].forward.code
     for keeps in (nn.SiLU(), nn.Hardtanh(0.0, 6.0), nn.GELU()):  # their backward needs their input
         model = make_integer(nn.Sequential(nn.Conv2d(2, 3, 3), keeps, nn.Conv2d(3, 2, 3)))
         module, image = fxstream.compile(model, tile=20, segments=1), integer_image(1, 2, 40, 40)
         assert_same(step(module, model, [image]), step(model, model, [image]), 1e-12)
-        assert "_.default" not in streams(module)[0].programs[0].forward.code
+        assert "_.default" not in streams(module)[0].schedule.programs[0].forward.code
 
 
 def test_interior_tiles_share_one_program():
@@ -115,7 +115,7 @@ def test_interior_tiles_share_one_program():
 def test_a_tile_program_prints_its_crops_and_pads():
     module = fxstream.compile(network(), tile=13, segments=1, verify=False)
     module(integer_image(1, 2, 31, 26))
-    code = streams(module)[0].programs[0].forward.code
+    code = streams(module)[0].schedule.programs[0].forward.code
     assert "constant_pad_nd" in code
     assert "conv2d" in code
 
@@ -126,7 +126,9 @@ def test_a_convolution_pads_by_itself_where_that_computes_little_in_vain():
     for tile, copies in ((50, False), (7, True)):
         module = fxstream.compile(model, tile=tile, segments=1)
         assert_same(step(module, model, [image]), step(model, model, [image]), 0.0)
-        assert copies == any("constant_pad_nd" in program.forward.code for program in streams(module)[0].programs)
+        assert copies == any(
+            "constant_pad_nd" in program.forward.code for program in streams(module)[0].schedule.programs
+        )
 
 
 def test_the_rewritten_graph_has_one_call_per_segment():

@@ -1,0 +1,117 @@
+"""Operators of flat tensors that treat all positions alike, and so work on the tensor before it was flattened."""
+
+from __future__ import annotations
+
+import torch
+
+from fxstream.graph.nodes import bind
+from fxstream.lowering.statistics import softmax
+from fxstream.lowering.unflatten import FlatOperator, Handler, Result
+from fxstream.rules.channelwise import CLASS_LOSSES, KEEPING, REDUCING, SPLITTING
+
+__all__ = ["HANDLERS"]
+
+CONVOLUTIONS = {2: "conv2d", 3: "conv3d"}
+
+
+def _permute(op: FlatOperator) -> Result:
+    """Any permutation; where dims go shows on a tensor each of whose dims is as large as its number."""
+    source, target, (_, *arguments) = op.only("self"), op.node.target, bind(op.node).values()
+    order = list(target(torch.empty([*range(op.self.ndim)], device="meta"), *arguments).shape)  # type: ignore
+    return source and source.at(source.tensor.permute(source.apart(order)), order.index(source.place))
+
+
+def _along(op: FlatOperator) -> Result:
+    """An operator along dims other than the positions, which it keeps, removes or, one of them, makes."""
+    source, dim = op.only("tensors" if "tensors" in op.arguments else "self"), op.arguments.get("dim")
+    if source is None or dim is None:
+        return None
+    rank, rank_out = op.proxy(op.node.all_input_nodes[0]).ndim, len(op.value.shape)
+    dims = [d % max(rank, rank_out) for d in ([dim] if isinstance(dim, int) else dim)]
+    is_new, is_removed = rank_out > rank, rank_out < rank
+    if source.place in dims and not is_new:
+        return None
+    places = [source.dim(d) for d in dims]
+    result = op.again(dim=places[0] if isinstance(dim, int) else places)
+    before = sum(d < source.place + is_new for d in dims)
+    return source.at(result, source.place + before * (is_new - is_removed))
+
+
+def _squeeze(op: FlatOperator) -> Result:
+    """One dim less, which is not the batch's."""
+    dim = op.arguments.get("dim")
+    return _along(op) if isinstance(dim, int) and dim % op.self.ndim and op.self.shape[dim] == 1 else None
+
+
+def _softmax(op: FlatOperator) -> Result:
+    source = op.only("self")
+    if source is None or op.dim % op.self.ndim != source.place:
+        return _along(op)
+    return source.at(softmax(op, source.tensor, source.joined))
+
+
+def _reduce(op: FlatOperator) -> Result:
+    """A reduction: along the positions too where it takes several dims, or all."""
+    source, dim, rank = op.only("self"), op.arguments.get("dim"), op.self.ndim
+    if source is None or "other" in op.arguments:
+        return None
+    dims = [] if dim is None or isinstance(dim, int) else [d % rank for d in dim or range(rank)]
+    if dim is not None and source.place not in dims:
+        return _along(op)
+    result = op.again() if dim is None else op.again(dim=source.apart(dims))
+    return result.flatten(source.joined[0], source.joined[-1]) if op.arguments.get("keepdim") else result
+
+
+def _last_dims(op: FlatOperator) -> Result:
+    """A matrix or a normalisation of the last dims."""
+    source, dims = op.only("input"), len(op.arguments.get("normalized_shape", [1]))
+    return source.at(op.again()) if source is not None and source.place < op.input.ndim - dims else None
+
+
+def _per_channel(op: FlatOperator) -> Result:
+    """A normalisation per channel (dim 1) of positions after it."""
+    source = op.only("input")
+    return source.at(op.again()) if source is not None and source.place == 2 else None
+
+
+def _convolution(op: FlatOperator) -> Result:
+    """A convolution of single positions, in as many dims as these have."""
+    source, weight = op.only("input"), op.weight
+    is_single = weight.shape[2:] == (1,) and set(op.stride) == {1} and set(op.padding) <= {0}
+    if source is None or source.place != 2 or not is_single or len(source.extents) not in CONVOLUTIONS:
+        return None
+    axes = len(source.extents)
+    for _ in range(axes - 1):
+        weight = weight.unsqueeze(-1)
+    numbers = ([1] * axes, [0] * axes, [1] * axes, op.groups)
+    return source.at(op.call(CONVOLUTIONS[axes], source.tensor, weight, op.bias, *numbers))
+
+
+def _class_loss(op: FlatOperator) -> Result:
+    """Classes in dim 1; of flat pixels [positions, classes] after the positions."""
+    image, target, rank = op.source(op.self), op.source(op.target), op.self.ndim
+    if image is None or target is None or not image.fits(target) or rank < 2:
+        return None
+    scores, is_class = image.tensor, op.target.ndim < rank
+    if image.place == 1 or (image.place == 0 and not is_class) or target.place != max(image.place - is_class, 0):
+        return None
+    if image.place == 0:
+        classes = image.dim(1)
+        scores = scores.permute([0, classes, *(d for d in range(1, image.dim(rank)) if d != classes)])
+    losses = op.again(self=scores)
+    return losses if op.reduction else target.at(losses, max(image.place - 1, 0))
+
+
+HANDLERS: dict[str, Handler] = {
+    **dict.fromkeys(("permute", "transpose", "swapaxes", "swapdims", "t", "numpy_T"), _permute),
+    **dict.fromkeys((*KEEPING, *SPLITTING, "slice", "narrow", "select", "unbind", "unsqueeze"), _along),
+    **dict.fromkeys(("cat", "concat", "concatenate", "stack"), _along),
+    "squeeze": _squeeze,
+    **dict.fromkeys(("softmax", "log_softmax"), _softmax),
+    **dict.fromkeys(REDUCING, _reduce),
+    **dict.fromkeys(("linear", "layer_norm", "rms_norm"), _last_dims),
+    **dict.fromkeys(("batch_norm", "instance_norm", "group_norm"), _per_channel),
+    "conv1d": _convolution,
+    **dict.fromkeys(CLASS_LOSSES, _class_loss),
+}
+"""Per operator that is not pointwise, how it works on the tensor before (`unflatten`, rule 2)."""

@@ -1,0 +1,111 @@
+"""Operators that flatten positions, or take them apart again (`unflatten`, rules 1, 3 and 5)."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import Any
+
+import torch
+
+from fxstream.lowering.proxy import Proxy, Size
+from fxstream.lowering.unflatten import FlatOperator, Handler, Result, Unflattened
+from fxstream.rules.shuffled import align
+
+__all__ = ["HANDLERS"]
+
+
+def _source(op: FlatOperator) -> Unflattened | None:
+    """The source of the input, a map for itself; None where no stream axis can be followed (rule 5)."""
+    source = op.source(op.self) or Unflattened(op.self, 0, op.self.shape[:1], op.self.dims)
+    shape = source.shape(op.self.shape)
+    return source if source.dims and all(shape[d] != 1 for d in source.dims) else None
+
+
+def _flatten(op: FlatOperator) -> Result:
+    """Rule 1 for dims by number."""
+    source = _source(op)
+    if source is None:
+        return None
+    first, last = (dim % op.self.ndim for dim in (op.start_dim, op.end_dim))
+    begin, end = source.dim(first), source.dim(last + 1)
+    if op.source(op.self) is not None and not first <= source.place <= last:
+        joined = source.tensor.flatten(begin, end - 1)
+        return source.at(joined, source.place - (last - first) * (last < source.place))
+    if not all(begin <= dim < end for dim in source.dims):
+        return None
+    extents = source.shape(op.self.shape)[begin:end]
+    return Unflattened(source.tensor, begin, extents, tuple(dim - begin for dim in source.dims))
+
+
+def _view(op: FlatOperator) -> Result:
+    sizes = op.arguments.get("size", op.arguments.get("shape"))
+    return None if sizes is None else _reshape(op, sizes)  # a view as another type has none
+
+
+def _view_as(op: FlatOperator) -> Result:
+    return _reshape(op, [op.other.size(dim) for dim in range(op.other.ndim)]) if op.other.dims else None
+
+
+def _unflatten(op: FlatOperator) -> Result:
+    dim = op.dim % op.self.ndim
+    others = [op.self.size(d) if d != dim else 0 for d in range(op.self.ndim)]
+    return _reshape(op, [*others[:dim], *op.sizes, *others[dim + 1 :]])
+
+
+def _reshape(op: FlatOperator, sizes: Sequence[Any]) -> Result:
+    """Rules 1 and 3 for a shape."""
+    source = _source(op)
+    if source is None:
+        return None
+    shape = source.shape(op.self.shape)
+    groups = [group for group in align(shape, op.value.shape) if set(group[0]) & set(source.dims)]
+    if all(len(before) == len(after) == 1 for before, after in groups):
+        where = {before[0]: after[0] for before, after in groups}
+        return _taken_apart(op, tuple(where[dim] for dim in source.dims), sizes)
+    if len(groups) != 1 or len(groups[0][1]) != 1:
+        return None
+    joined, place = groups[0][0], groups[0][1][0]
+    extents = [source.tensor.size(dim) for dim in joined]
+    tensor = source.tensor.reshape([*sizes[:place], *extents, *sizes[place + 1 :]])
+    return Unflattened(tensor, place, tuple(shape[d] for d in joined), tuple(d - joined[0] for d in source.dims))
+
+
+def _taken_apart(op: FlatOperator, dims: tuple[int, ...], sizes: Sequence[Any]) -> Proxy | None:
+    """Rule 3: the stream axes of a flat tensor are `dims` of the result."""
+    source = op.source(op.self)
+    free = [dim for dim in dims if sizes[dim] == -1]
+    is_axis = [dim in free or _is_extent(op, sizes[dim], axis) for axis, dim in enumerate(dims)]
+    if source is None or len(free) > 1 or not all(is_axis):
+        return None
+    image = source.tensor.reshape(sizes)
+    op.draft.values[image.node] = replace(op.value, dims=dims)
+    return image
+
+
+def _is_extent(op: FlatOperator, number: Any, axis: int) -> bool:
+    """Rule 5: whether a size is by its origin that of a stream axis."""
+    if not isinstance(number, Size):
+        return op.bound
+    if number.node.target is not torch.ops.aten.sym_size.int:
+        return False
+    tensor, dim = number.node.args
+    return op.proxy(tensor).dims[axis : axis + 1] == (dim,)  # type: ignore[no-any-return]
+
+
+def _size(op: FlatOperator) -> Result:
+    """A size of a flat tensor, from its source."""
+    source = op.only("self")
+    return source and reduce(operator.mul, map(source.tensor.size, source.apart([op.dim % op.self.ndim])))
+
+
+HANDLERS: dict[str, Handler] = {
+    "flatten": _flatten,
+    **dict.fromkeys(("view", "reshape", "_unsafe_view"), _view),
+    **dict.fromkeys(("view_as", "reshape_as"), _view_as),
+    "unflatten": _unflatten,
+    "sym_size": _size,
+}
+"""Per operator, what it flattens or takes apart."""
