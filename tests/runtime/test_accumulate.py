@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from fxstream.runtime.accumulate import Sums
+from fxstream.runtime.accumulate import Accumulator
 
 
 def added(sums, *additions):
     for place, box, gradient in additions:
-        sums.addition(place, box, gradient)()
+        sums.add(place, box, gradient)
     return sums.gradients()
 
 
@@ -18,7 +18,7 @@ def box(start, stop):
 
 def test_boxes_that_overlap_add_up():
     leaf, small = torch.zeros(1, 2, 8), torch.zeros(3)
-    sums = Sums([leaf], [small], [True, True], is_single=False)
+    sums = Accumulator([leaf], [small], [True, True], is_single=False)
     of_leaf, of_small = added(
         sums,
         (0, box(0, 5), torch.full((1, 2, 5), 1.0)),
@@ -33,27 +33,29 @@ def test_boxes_that_overlap_add_up():
 def test_a_gradient_of_a_tile_is_not_written_to():
     """The first one of a small tensor must not become the sum: autograd may hold it."""
     gradient = torch.ones(3)
-    sums = Sums([], [torch.zeros(3)], [True], is_single=False)
+    sums = Accumulator([], [torch.zeros(3)], [True], is_single=False)
     added(sums, (0, None, gradient), (0, None, torch.ones(3)))
     assert gradient.tolist() == [1, 1, 1]
 
 
 def test_narrow_types_are_summed_in_float32_and_returned_as_they_are():
     """256 + 1 is 256 in eight bits: summed in bfloat16 the ones would be lost."""
-    sums = Sums([], [torch.zeros(1, dtype=torch.bfloat16)], [True], is_single=False)
+    sums = Accumulator([], [torch.zeros(1, dtype=torch.bfloat16)], [True], is_single=False)
     ones = [(0, None, torch.ones(1, dtype=torch.bfloat16)) for _ in range(256)]
     (total,) = added(sums, (0, None, torch.full((1,), 256.0, dtype=torch.bfloat16)), *ones)
     assert (total.dtype, total.item()) == (torch.bfloat16, 512)
 
 
 def test_wide_types_keep_their_bits():
-    sums = Sums([], [torch.zeros(1, dtype=torch.float64)], [True], is_single=False)
+    sums = Accumulator([], [torch.zeros(1, dtype=torch.float64)], [True], is_single=False)
     (total,) = added(sums, (0, None, torch.ones(1).double()), (0, None, torch.full((1,), 2.0**-40).double()))
     assert total.item() == 1 + 2.0**-40
 
 
 def test_what_was_not_asked_for_and_what_nothing_came_for_is_none():
-    sums = Sums([torch.zeros(1, 1, 4)], [torch.zeros(2), torch.zeros(2)], [False, True, True], is_single=False)
+    sums = Accumulator(
+        [torch.zeros(1, 1, 4)], [torch.zeros(2), torch.zeros(2)], [False, True, True], is_single=False
+    )
     assert [
         total is None for total in added(sums, (0, box(0, 4), torch.ones(1, 1, 4)), (1, None, torch.ones(2)))
     ] == [
@@ -66,6 +68,6 @@ def test_what_was_not_asked_for_and_what_nothing_came_for_is_none():
 @pytest.mark.parametrize("extent", [4, 3])
 def test_the_only_tile_gives_its_gradient_as_it_is_unless_it_read_a_part(extent):
     leaf, gradient = torch.zeros(1, 1, 4), torch.ones(1, 1, extent)
-    (total,) = added(Sums([leaf], [], [True], is_single=True), (0, box(0, extent), gradient))
+    (total,) = added(Accumulator([leaf], [], [True], is_single=True), (0, box(0, extent), gradient))
     assert (total is gradient) == (extent == 4)
     assert total.flatten().tolist() == [1.0] * extent + [0.0] * (4 - extent)

@@ -14,7 +14,7 @@ from fxstream.runtime import progress
 def test_each_pass_has_a_bar():
     console = Console(force_terminal=True, width=80, record=True, file=io.StringIO())
     module = fxstream.compile(nn.Conv2d(2, 3, 3), tile=8, segments=1, verify=False, progress=True)
-    module._watch._console = console
+    module.pipeline._watch._console = console
     module(torch.randn(1, 2, 26, 20)).sum().backward()
     text = console.export_text()
     assert "segment_0 forward" in text

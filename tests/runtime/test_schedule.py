@@ -215,11 +215,11 @@ def test_halves_own_what_the_tile_owned_along_its_longest_axis():
     """Down to tiles of one pixel, which have no halves."""
     module = fxstream.compile(local(), tile=(16, 14), segments=1, verify=False)
     module(integer_image(1, 2, 26, 20))
-    (stream,) = (child.stream for child in module._last.streamed.children())
-    left, leaves = list(stream.calls), 0
+    (stream,) = (child.stream for child in module.pipeline.last.streamed.children())
+    left, leaves = list(stream.schedule.tasks), 0
     while left:
         call = left.pop()
-        halves = stream.halves(call)
+        halves = stream.schedule.halves(call)
         lengths = [len(along.outputs[0]) for along in call.tile]
         if max(lengths) == 1:
             assert halves == ()
@@ -239,7 +239,7 @@ def test_halves_own_what_the_tile_owned_along_its_longest_axis():
 def test_halves_of_kept_tiles_are_kept():
     module = fxstream.compile(local(), tile=(16, 14), segments=1, verify=False)
     module(integer_image(1, 2, 26, 20))
-    (stream,) = (child.stream for child in module._last.streamed.children())
+    (stream,) = (child.stream for child in module.pipeline.last.streamed.children())
     for kept in (False, True):
-        call = dataclasses.replace(stream.calls[0], is_kept=kept)
-        assert [half.is_kept for half in stream.halves(call)] == [kept, kept]
+        call = dataclasses.replace(stream.schedule.tasks[0], is_kept=kept)
+        assert [half.is_kept for half in stream.schedule.halves(call)] == [kept, kept]

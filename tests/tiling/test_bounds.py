@@ -137,7 +137,7 @@ def least_tile(name, extent):
 def test_boxes_hold_what_every_pixel_reads(name, extent, more):
     operators = NETWORKS[name]
     segment, tiles = planned(name, extent, least_tile(name, extent) + more)
-    names = [segment.leaves[0][0], *segment.nodes]
+    names = [segment.inputs[0], *segment.nodes]
     assert len(names) == len(operators) + 1
     for along in tiles:
         (owned,) = along.outputs
@@ -199,7 +199,7 @@ def test_outputs_of_several_resolutions_are_cut_at_the_same_fractions():
 def test_a_tile_of_an_axis_bounds_that_axis_alone():
     model = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 5))
     (segment,) = fxstream.plan(model, (40, 50), channels=1, tile=(40, 17), segments=1).segments
-    ((leaf, _),) = segment.segment.leaves
+    leaf = segment.segment.inputs[0]
     assert [len(tiles) for tiles in segment.axes] == [1, 4]
     assert segment.largest(leaf) == (40, 17)
 
@@ -208,5 +208,5 @@ def test_a_value_further_in_is_bounded_by_the_tile_at_its_resolution():
     """A second segment that starts at half the resolution reads half a tile, rounded up."""
     model = nn.Sequential(nn.Conv1d(1, 1, 2, 2), nn.Conv1d(1, 1, 3, 1, 1), nn.Conv1d(1, 1, 3, 1, 1))
     first, second = fxstream.plan(model, (100,), channels=1, tile=27, segments=("0",)).segments
-    assert first.largest(first.segment.leaves[0][0]) == (26,)
-    assert second.largest(second.segment.leaves[0][0]) == (14,)
+    assert first.largest(first.segment.inputs[0]) == (26,)
+    assert second.largest(second.segment.inputs[0]) == (14,)
