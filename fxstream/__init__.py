@@ -1,5 +1,7 @@
 """Exact streaming of convolutional networks over images larger than memory."""
 
+import importlib.metadata as _metadata
+
 from fxstream import backend, rules
 from fxstream.compiler.analysis import Analysis, analyze
 from fxstream.compiler.compile import compile, plan
@@ -22,6 +24,11 @@ from fxstream.tools.freeze import freeze_batch_norm
 from fxstream.tools.infer import infer
 from fxstream.tools.lsuv import lsuv_
 
+try:
+    __version__ = _metadata.version("fxstream")
+except _metadata.PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
 __all__ = [
     "Analysis",
     "CaptureError",
@@ -36,6 +43,7 @@ __all__ = [
     "StreamError",
     "StreamedModule",
     "StreamingWarning",
+    "__version__",
     "analyze",
     "backend",
     "check",

@@ -169,9 +169,9 @@ def _sum_over_boxes(needed: Fields, cost_per_pixel: Mapping[str, Fraction]) -> s
     for name, cost in cost_per_pixel.items():
         if name not in needed or not cost:
             continue
-        for chosen in itertools.product(*(enumerate(pair) for pair in _extents(needed[name]))):
-            power = sum(place == 0 for place, _ in chosen)
-            powers[power] = powers.get(power, Fraction(0)) + cost * math.prod(c for _, c in chosen)
+        for factors in itertools.product(*(((1, a), (0, b)) for a, b in _extents(needed[name]))):
+            power = sum(exponent for exponent, _ in factors)
+            powers[power] = powers.get(power, Fraction(0)) + cost * math.prod(c for _, c in factors)
     terms = [_rational(c) * TILE_OUT**power for power, c in sorted(powers.items(), reverse=True) if c]
     return sympy.Add(*terms)
 

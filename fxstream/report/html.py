@@ -20,6 +20,8 @@ from fxstream.rules import Tileability
 
 __all__ = ["html_page"]
 
+COLUMNS = ("module", "operator", "field", "stride", "halo", "output", "memory", "MACs", "verdict")
+
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem; color: #1c2430;
   background: #fff }
@@ -64,13 +66,12 @@ def html_page(summary: Summary, depth: int = 1) -> str:
 
 def _group(name: str, layers: Sequence[Layer]) -> str:
     size, stride, _ = field_text(layers[-1].field)
-    barriers = any(layer.kind is not Tileability.LOCAL for layer in layers)
+    is_local = all(layer.kind is Tileability.LOCAL for layer in layers)
     what = f"{len(layers)} operators, field {size}" + (f" at stride {stride}" if stride else "")
     costs = f"{bytes_text(sum(x.bytes for x in layers))}, {macs_text(sum(x.macs for x in layers))}MACs"
-    heads = ("module", "operator", "field", "stride", "halo", "output", "memory", "MACs", "verdict")
-    head = "".join(f"<th>{h}</th>" for h in heads)
+    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
     rows = "\n".join(map(_row, layers))
-    style = ' class="barrier"' if barriers else ""
+    style = "" if is_local else ' class="barrier"'
     return (
         f"<details><summary{style}><b>{escape(name)}</b><span>{what}; {costs}</span></summary>"
         f"<table><tr>{head}</tr>\n{rows}</table></details>"

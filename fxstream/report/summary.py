@@ -1,7 +1,7 @@
 """A report as data: layers, regions, cuts and costs at one image size, ready to be shown in any form.
 
-`summarise` computes, `report`, `page` and `plot` only draw. All sizes are in pixels of the image, bytes are bytes,
-and arithmetic is in multiply-accumulates of one forward pass.
+`summarise` computes; `terminal`, `as_json`, `html` and `plot` only draw. All sizes are in pixels of the image,
+bytes are bytes, and arithmetic is in multiply-accumulates of one forward pass.
 """
 
 from __future__ import annotations
@@ -111,35 +111,43 @@ def summarise(
 ) -> Summary:
     """The report's data for an analysed network; with a plan also its tiles and predicted memory."""
     graph = analysis.graph
-    source = main_image(graph)
-    names = list(graph.verdicts)
-    fields = receptive_fields(graph, names, source) if source else {}
-    chains = extent_chains(graph, names, source) if source else {}
-    segments = {name: part for part in (plan.segments if plan else ()) for name in part.segment.covers}
-    layers = tuple(
-        _layer(graph, name, fields, segments.get(name))
-        for name in names
-        if graph[name].values and graph[name].depends_on_image
-    )
-    large = {name for part in worthwhile(graph) for name in part}
-    total = graph.total_bytes()
-    regions = tuple(
-        _region(graph, region.nodes, region.nodes[0] in large, total, source, chains) for region in graph.regions
-    )
+    image = main_image(graph)
+    layers, regions = _layers(graph, image, plan), _regions(graph, image)
+    share = sum(region.share for region in regions if region.worthwhile)
     return Summary(
         name=name,
-        image=graph.value(source).shape if source else (),
+        image=graph.value(image).shape if image else (),
         training=training,
         layers=layers,
         regions=regions,
-        cuts=_cuts(analysis, sum(r.share for r in regions if r.worthwhile)),
+        cuts=_cuts(analysis, share),
         bytes=sum(layer.bytes for layer in layers),
         macs=sum(layer.macs for layer in layers),
-        streamed_share=sum(r.share for r in regions if r.worthwhile),
+        streamed_share=share,
         reductions=len(graph.reductions()),
         plan=plan,
         probe=tuple(probe),
         bound=analysis.captured.bound,
+    )
+
+
+def _layers(graph: TypedGraph, image: str | None, plan: Plan | None) -> tuple[Layer, ...]:
+    """The operators that depend on an image, in the order of the graph."""
+    fields = receptive_fields(graph, list(graph.verdicts), image) if image else {}
+    segments = {name: segment for segment in (plan.segments if plan else ()) for name in segment.segment.covers}
+    return tuple(
+        _layer(graph, name, fields, segments.get(name))
+        for name in graph.verdicts
+        if graph[name].values and graph[name].depends_on_image
+    )
+
+
+def _regions(graph: TypedGraph, image: str | None) -> tuple[RegionSummary, ...]:
+    chains = extent_chains(graph, list(graph.verdicts), image) if image else {}
+    large = {name for part in worthwhile(graph) for name in part}
+    total = graph.total_bytes()
+    return tuple(
+        _region(graph, region.nodes, region.nodes[0] in large, total, image, chains) for region in graph.regions
     )
 
 
@@ -186,8 +194,8 @@ def _window(graph: TypedGraph, name: str) -> tuple[tuple[int, ...], tuple[int, .
     return tuple(kernel), stride, _numbers(arguments.get("dilation") or 1)
 
 
-def _numbers(given: Any) -> tuple[int, ...]:
-    return (given,) if isinstance(given, int) else tuple(given)
+def _numbers(argument: Any) -> tuple[int, ...]:
+    return (argument,) if isinstance(argument, int) else tuple(argument)
 
 
 def _region(

@@ -15,7 +15,7 @@ from fxstream.machine.units import bytes_text, macs_text
 from fxstream.report.closed_form import FieldForm
 from fxstream.report.summary import Layer, Summary
 from fxstream.rules import OpRule, Tileability
-from fxstream.tools.benchmark import Row, Workload
+from fxstream.tools.benchmark import PLAIN, Row, Workload
 from fxstream.tools.check import CheckReport
 
 __all__ = [
@@ -216,17 +216,26 @@ def show_check(report: CheckReport, console: Console, rows: int = 12) -> None:
 
 
 def show_bench(workload: Workload, rows: Sequence[Row], console: Console) -> None:
-    """One line per way: seconds and bytes, over those of the plain network, and what was predicted."""
-    plain = next((row for row in rows if row.method.kind == "plain" and not row.failure), None)
+    """One line per method: seconds and bytes, over those of the plain network, and what was predicted."""
+    shape = "x".join(map(str, workload.shape))
+    console.print(f"{workload.target}, image {shape}, one training step on {workload.device}", highlight=False)
+    console.print(_bench_table([row for row in rows if not row.failure]))
+    for row in rows:
+        if row.failure:
+            console.print(f"{row.method.label}: {row.failure}", highlight=False, markup=False)
+    console.print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of processes by turns",
+        highlight=False,
+    )
+
+
+def _bench_table(rows: Sequence[Row]) -> Table:
+    plain = next((row for row in rows if row.method.kind == PLAIN), None)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
     for name in ("seconds", "time", "peak", "memory", "predicted", "MACs"):
         table.add_column(name, justify="right", no_wrap=True)
-    failures = []
     for row in rows:
-        if row.failure:
-            failures.append(f"{row.method.label}: {row.failure}")
-            continue
         table.add_row(
             row.method.label,
             f"{row.seconds:.2f}",
@@ -236,15 +245,7 @@ def show_bench(workload: Workload, rows: Sequence[Row], console: Console) -> Non
             bytes_text(row.predicted_bytes) if row.predicted_bytes is not None else "",
             f"{row.overhead:.2f}x" if row.overhead is not None else "",
         )
-    shape = "x".join(map(str, workload.shape))
-    console.print(f"{workload.target}, image {shape}, one training step on {workload.device}", highlight=False)
-    console.print(table)
-    for failure in failures:
-        console.print(failure, highlight=False, markup=False)
-    console.print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of processes by turns",
-        highlight=False,
-    )
+    return table
 
 
 def show_rules(rows: Sequence[OpRule], console: Console) -> None:

@@ -74,7 +74,7 @@ TILE = flag("--tile", "largest box that a tile reads of the image: 2048, 2048x10
 MEMORY = flag("--memory", "the fastest plan predicted to fit: 8GiB, 500MB")
 SEGMENTS: Group = (
     flag("--segments", "segments per region; 1 is a single stream", type=int),
-    flag("--cut", "stream nothing behind this module", metavar="MODULE"),
+    flag("--cut", "stream nothing after this module", metavar="MODULE"),
     flag(
         "--global-ops",
         "stream reductions over space (batch statistics, pooling), cut there, or as the planner finds (auto)",
@@ -115,7 +115,7 @@ BENCH: Group = (
     *SEGMENTS,
     flag("--device", "what to measure on: cpu, cuda, cuda:1 (cpu)", default="cpu"),
     OFFLOAD,
-    flag("--rounds", "processes per way; medians are given (3)", type=int, default=3),
+    flag("--rounds", "processes per method; medians are shown (3)", type=int, default=3),
     flag("--plot", "draw time over memory (needs matplotlib)", metavar="FILE"),
 )
 
@@ -147,7 +147,7 @@ def device_of(options: argparse.Namespace) -> torch.device:
     try:
         return torch.device(options.device)
     except RuntimeError:
-        raise InputError(f"--device {options.device!r} is no device: cpu, cuda, cuda:1") from None
+        raise InputError(f"--device {options.device!r} is not a device: use cpu, cuda or cuda:1") from None
 
 
 def request_from(options: argparse.Namespace) -> Request | None:
@@ -178,7 +178,7 @@ def _budget(text: str, plain: int) -> int:
     try:
         return int(float(share) / 100 * plain)
     except ValueError:
-        raise InputError(f"--memory {text!r} is no share: write 25%") from None
+        raise InputError(f"--memory {text!r} is not a share: use 25%") from None
 
 
 def _tile(options: argparse.Namespace) -> int | tuple[int, ...] | None:
