@@ -166,7 +166,7 @@ def test_check(model, capsys):
 
 
 def test_check_finds_a_difference(model, capsys, monkeypatch):
-    monkeypatch.setattr(sys.modules["fxstream.check"], "TOLERANCE", -1.0)
+    monkeypatch.setattr("fxstream.tools.check.TOLERANCE", -1.0)
     code, out, _ = run(capsys, "check", f"{model}:build", "--size", 60, "--tile", 24)
     assert code == 1
     assert "DIFFER" in out

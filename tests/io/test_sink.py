@@ -95,7 +95,7 @@ def test_a_sink_writes_boxes_and_knows_what_was_written(tmp_path):
 
 
 def test_results_have_boxes_of_their_own(tmp_path):
-    notes = sink.Journal(tmp_path / "journal", {})
+    notes = sink.Journal(tmp_path / "journal", {"a": 1})
     notes.note(1, box((0, 4)), done=True)
-    again = sink.Journal(tmp_path / "journal", {})
+    again = sink.Journal(tmp_path / "journal", {"a": 1})
     assert (again.done(0, None), again.done(1, None)) == ([], [box((0, 4))])

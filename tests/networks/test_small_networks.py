@@ -14,6 +14,7 @@ from fxstream.tools.check import relative_error, step
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("tile", [13, 16])
 @pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")  # bound to its size, which is told and right
 def test_bit_equal_to_the_plain_network(name, tile, batch):
     model = make_integer(CASES[name]).eval()
     channels = next(p for p in model.parameters() if p.ndim == 4).shape
@@ -121,6 +122,7 @@ POSITIONS = {
 
 @pytest.mark.parametrize("name", POSITIONS)
 @pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")  # bound to its size, which is told and right
 def test_what_depends_on_the_position(name, batch):
     image = torch.randn(batch, 2, 21, 17, dtype=torch.double, requires_grad=True)
     plan = assert_streams(POSITIONS[name].double(), image, tile=11, segments=1, verify=batch == 1)
