@@ -77,6 +77,7 @@ NETWORKS = {
         Repeat(3, 2),
         Window(4, 3, 1, 1),
     ),
+    "reads of padding alone": (Window(0, 1, 1, 2), Window(1, 3, 2, 1), Window(2, 1, 2, 3)),
     "gaps": (Window(0, 1, 3), Window(1, 2, 2), Repeat(2, 5)),
 }
 
