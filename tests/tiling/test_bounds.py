@@ -111,7 +111,8 @@ def marked(operators, extent, owned):
     for place in reversed(range(len(operators))):
         operator = operators[place]
         for of in (operator.of, operator.other) if isinstance(operator, Sum) else (operator.of,):
-            reads = {pixel for o in needed[place + 1] for pixel in operator.reads(o)}
+            ends = {pixel for o in needed[place + 1] for pixel in operator.reads(o)}
+            reads = set(range(min(ends), max(ends) + 1)) if ends else set()  # a tile holds what lies between too
             inside = {min(max(pixel, 0), extents[of] - 1) for pixel in reads}
             real = reads & inside
             needed[of] |= real if real else inside
