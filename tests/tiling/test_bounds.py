@@ -70,6 +70,13 @@ NETWORKS = {
     "dilations": (Window(0, 3, 1, 4, 4), Window(1, 2, 1, 0, 3), Window(2, 3, 2, 3, 3)),
     "down and up": (Window(0, 3, 2, 1), Window(1, 3, 2, 1), Repeat(2, 2), Window(3, 3, 1, 1), Repeat(4, 3)),
     "a branch": (Window(0, 3, 1, 1), Window(1, 9, 1, 4), Window(1, 1), Sum(2, 3), Window(4, 2, 2)),
+    "a branch, the wide part last": (
+        Window(0, 3, 1, 1),
+        Window(1, 1),
+        Window(1, 9, 1, 4),
+        Sum(2, 3),
+        Window(4, 2, 2),
+    ),
     "a wide and a strided branch": (
         Window(0, 7, 4, 3),
         Window(0, 1, 4),
