@@ -284,3 +284,26 @@ def test_a_call_without_gradients_has_a_plan_of_its_own():
     with torch.no_grad():
         module(image)
     assert module.plan.is_trivial
+
+
+def test_an_image_whose_gradient_is_asked_for_has_a_plan_of_its_own():
+    """Within a memory that gradient counts."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+    plain = fxstream.plan(model, 64, memory="1GiB").prediction.plain_bytes
+    module, image = fxstream.compile(model, memory=int(0.9 * plain), verify=False), torch.randn(1, 3, 64, 64)
+    module(image)
+    without = module.plan
+    module(image.clone().requires_grad_())
+    assert module.plan is not without
+    module(image)
+    assert module.plan is without
+
+
+def test_every_size_has_a_plan_of_its_own():
+    module = fxstream.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)), tile=20, verify=False)
+    plans = {}
+    for size in ((1, 40, 40), (1, 40, 41), (2, 40, 40), (1, 40, 40)):
+        module(torch.randn(size[0], 3, *size[1:]))
+        plans.setdefault(size, module.plan)
+        assert module.plan is plans[size]
+    assert len(set(map(id, plans.values()))) == 3

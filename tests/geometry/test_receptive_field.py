@@ -152,3 +152,27 @@ def test_what_is_derived_from_a_field_is_what_its_pixels_say(chain, periods):
     assert field.overlap == before + after
     assert field.read(Interval(2, 2 + count)) == Interval(field.low(2), field.high(1 + count) + 1)
     assert field.read(EMPTY) == EMPTY
+
+
+def test_a_period_is_that_of_both_ends():
+    uneven = ReceptiveField(2, 2, (0, 1), (0, 2))
+    assert (uneven.period, uneven.high(1), uneven.high(2)) == (2, 2, 2)
+    assert ReceptiveField(2, 2, (0, 1), (0, 1)) == ReceptiveField(1, 1, (0,), (0,))
+
+
+def test_the_hull_of_fields_of_other_periods():
+    one, other = ReceptiveField(2, 2, (0, 1), (0, 2)), ReceptiveField(3, 3, (-1, 1, 2), (0, 1, 3))
+    hull = one.hull(other)
+    for o in range(-7, 13):
+        assert hull.low(o) == min(one.low(o), other.low(o))
+        assert hull.high(o) == max(one.high(o), other.high(o))
+
+
+def test_fields_of_many_phases():
+    """Composed in as few phases as they have; a form of too many is refused."""
+    up, down = ReceptiveField.of_map(AxisMap(1, 129, 0, 0)), ReceptiveField.of_map(AxisMap(129, 128, 0, 0))
+    assert down.then(up).period == 128
+    with pytest.raises(RuleError, match="phases is not supported"):
+        up.then(ReceptiveField.of_map(AxisMap(1, 128, 0, 0)))
+    with pytest.raises(RuleError, match="phases is not supported"):
+        ReceptiveField.of_map(AxisMap(1, 2**14 + 1, 0, 0))

@@ -83,6 +83,8 @@ def test_batches():
         assert torch.equal(picked, model(image[[4, 1]]))
         assert torch.equal(module(fxstream.source(stack[0], stack[3], layout="HWC")), model(image[[0, 3]]))
         assert torch.equal(module(np.ascontiguousarray(image.numpy())), model(image))  # an array as it is
+        halves = fxstream.source(stack[:2], stack[2:4], layout="NHWC")
+        assert torch.equal(module(halves), model(image[:4]))
 
 
 def test_type_on_the_device():

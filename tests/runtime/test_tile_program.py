@@ -28,6 +28,12 @@ def test_reads_of_one_map_that_differ_in_their_border():
     assert_streams(model, integer_image(1, 2, 30, 26), tile=9, segments=1, tolerance=0.0, verify=False)
 
 
+def test_reads_of_one_map_that_differ_in_their_window():
+    parts = {"first": conv(2, 2), "a": conv(2, 2, padding=1), "b": conv(2, 2, 5, padding=2)}
+    model = make_integer(Function(lambda m, x: m.a(y := m.first(x)) + m.b(y), **parts))
+    assert_streams(model, integer_image(1, 2, 30, 26), tile=15, segments=1, tolerance=0.0, verify=False)
+
+
 def test_equal_reads_are_shared():
     model = Function(lambda m, x: m.a(y := F.relu(x)) + m.b(y), a=conv(2, 2, padding=1), b=conv(2, 2, padding=1))
     module, image = fxstream.compile(make_integer(model), tile=9, segments=1), integer_image(1, 2, 30, 26)

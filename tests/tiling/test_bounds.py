@@ -70,6 +70,13 @@ NETWORKS = {
     "dilations": (Window(0, 3, 1, 4, 4), Window(1, 2, 1, 0, 3), Window(2, 3, 2, 3, 3)),
     "down and up": (Window(0, 3, 2, 1), Window(1, 3, 2, 1), Repeat(2, 2), Window(3, 3, 1, 1), Repeat(4, 3)),
     "a branch": (Window(0, 3, 1, 1), Window(1, 9, 1, 4), Window(1, 1), Sum(2, 3), Window(4, 2, 2)),
+    "a branch, the wide part last": (
+        Window(0, 3, 1, 1),
+        Window(1, 1),
+        Window(1, 9, 1, 4),
+        Sum(2, 3),
+        Window(4, 2, 2),
+    ),
     "a wide and a strided branch": (
         Window(0, 7, 4, 3),
         Window(0, 1, 4),
@@ -77,6 +84,7 @@ NETWORKS = {
         Repeat(3, 2),
         Window(4, 3, 1, 1),
     ),
+    "reads of padding alone": (Window(0, 1, 1, 2), Window(1, 3, 2, 1), Window(2, 1, 2, 3)),
     "gaps": (Window(0, 1, 3), Window(1, 2, 2), Repeat(2, 5)),
 }
 
@@ -110,7 +118,8 @@ def marked(operators, extent, owned):
     for place in reversed(range(len(operators))):
         operator = operators[place]
         for of in (operator.of, operator.other) if isinstance(operator, Sum) else (operator.of,):
-            reads = {pixel for o in needed[place + 1] for pixel in operator.reads(o)}
+            ends = {pixel for o in needed[place + 1] for pixel in operator.reads(o)}
+            reads = set(range(min(ends), max(ends) + 1)) if ends else set()  # a tile holds what lies between too
             inside = {min(max(pixel, 0), extents[of] - 1) for pixel in reads}
             real = reads & inside
             needed[of] |= real if real else inside
