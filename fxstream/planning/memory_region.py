@@ -1,8 +1,8 @@
 """The regions of a network that is to fit into a memory, and the dense operators between them.
 
 NOTE [the options of a span]
-1. It is left in the dense graph, where nothing is computed twice and everything is kept, runs as one checkpoint, or
-   is streamed in one of many grids. Needs and what is held are bytes, the cost is seconds by the cost model
+1. It is left in the dense graph, where nothing is computed twice and everything is kept, runs as one checkpoint,
+   or is streamed in one of many grids. Needs and what is held are bytes, the cost is seconds by the cost model
    (`cost`): those of forward, recomputation and backward of all tiles.
 2. What a span holds until its backward are its outputs; all that autograd keeps, where it is dense. Without
    recording nothing is held, and a span needs its inputs, its outputs and one tile.

@@ -26,7 +26,7 @@ from fxstream.planning.cost import Machine
 from fxstream.planning.estimate import CostContext, Prediction, keep_graphs, predict
 from fxstream.planning.memory_region import memory_search
 from fxstream.planning.partition import FEW_SWEEPS
-from fxstream.planning.search import Search, Span
+from fxstream.planning.search import Search, Span, State
 from fxstream.planning.tile_region import spans_within_tile
 from fxstream.tiling.parts import streamable_parts, sweeps, whole_segment
 from fxstream.tiling.passes import optimised
@@ -169,24 +169,35 @@ def _within_memory(
 
     The search estimates a little; where its plan needs too much it is asked for less, a few times.
     """
-    plain, graph = predict(context, ()), context.graph
+    plain = predict(context, ())
     if plain.bytes <= memory and request.segments is None and not _may_be_faster(context, plain):
         return (), plain
     parts = _parts(context, request)
-    stages = max((node.stage for node in graph.nodes.values()), default=0) + 1
-    for most_sweeps in (FEW_SWEEPS, MANY_SWEEPS) if stages > FEW_SWEEPS else (FEW_SWEEPS,):
+    for most_sweeps in _most_sweeps(context.graph):
         search = memory_search(context, parts, request, most_sweeps)
         fitting = _fitting(context, search, request, memory)
         if fitting is not None:
             is_slower = fitting[1].seconds >= FASTER * plain.seconds and plain.bytes <= memory
             return ((), plain) if is_slower and request.segments is None else fitting
         smallest = search.smallest()
-        assert smallest is not None
-        segments = _segments(graph, request, smallest.spans)
-        prediction = predict(context, segments)
+        assert smallest is not None, "everything may stay dense"
+        segments, prediction = _predicted(context, request, smallest)
         if prediction.bytes <= memory:
             return segments, prediction
-    raise _too_little(graph, memory, prediction, smallest.binding)
+        error = _too_little(context.graph, memory, prediction, smallest.binding)
+    raise error
+
+
+def _most_sweeps(graph: TypedGraph) -> list[int]:
+    """How many sweeps a span may have, and how many where nothing fits with those."""
+    stages = max((node.stage for node in graph.nodes.values()), default=0) + 1
+    return [FEW_SWEEPS, MANY_SWEEPS] if stages > FEW_SWEEPS else [FEW_SWEEPS]
+
+
+def _predicted(context: CostContext, request: Request, state: State) -> tuple[tuple[SegmentPlan, ...], Prediction]:
+    """The segments that the search chose, with their exact tiles, and their prediction."""
+    segments = _segments(context.graph, request, state.spans)
+    return segments, predict(context, segments)
 
 
 def _too_little(graph: TypedGraph, memory: int, smallest: Prediction, binding: str) -> PlanError:
@@ -216,8 +227,7 @@ def _fitting(
         fastest = search.fastest(budget)
         if fastest is None:
             return None
-        segments = _segments(context.graph, request, fastest.spans)
-        prediction = predict(context, segments)
+        segments, prediction = _predicted(context, request, fastest)
         if prediction.bytes <= memory:
             return keep_graphs(context, segments, memory) if context.training else (segments, prediction)
         budget *= min(1 - LESS * 2**attempt, memory / prediction.bytes)

@@ -77,6 +77,7 @@ class State:
     peak: float = 0.0
     peak_at: tuple[Region, int, int] | None = None
     spans: tuple[Span, ...] = ()
+    ends: tuple[int, ...] = ()
 
     @property
     def binding(self) -> str:
@@ -94,6 +95,7 @@ class State:
             max(self.peak, needs),
             at if needs > self.peak else self.peak_at,
             self.spans if option.span is None else (*self.spans, option.span),
+            (*self.ends, at[2]),
         )
 
 
@@ -174,7 +176,7 @@ def _undominated(states: list[State], budget: float | None) -> list[State]:
     """The states that no other beats in both what is held and the cost (without a budget: the peak)."""
     best: list[State] = []
     least = math.inf
-    for state in sorted(states, key=lambda s: (s.held, s.peak if budget is None else s.cost)):
+    for state in sorted(states, key=lambda s: (s.held, s.peak if budget is None else s.cost, s.ends)):
         other = state.peak if budget is None else state.cost
         if other < least:
             least = other
