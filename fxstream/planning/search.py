@@ -39,13 +39,14 @@ class Span:
 class Option:
     """One way to run a span: what it needs at once, what it adds to what is held, what it costs.
 
-    `span` is None where it is left to the dense graph.
+    `span` is None where it is left to the dense graph. Of states that are equal, that of the lowest ranks is kept.
     """
 
     span: Span | None
     needs: float
     holds: float
     cost: float
+    rank: tuple[int, ...] = ()
 
 
 class Region(Protocol):
@@ -77,7 +78,7 @@ class State:
     peak: float = 0.0
     peak_at: tuple[Region, int, int] | None = None
     spans: tuple[Span, ...] = ()
-    ends: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = ()
 
     @property
     def binding(self) -> str:
@@ -95,7 +96,7 @@ class State:
             max(self.peak, needs),
             at if needs > self.peak else self.peak_at,
             self.spans if option.span is None else (*self.spans, option.span),
-            (*self.ends, at[2]),
+            (*self.ranks, *option.rank),
         )
 
 
@@ -176,7 +177,7 @@ def _undominated(states: list[State], budget: float | None) -> list[State]:
     """The states that no other beats in both what is held and the cost (without a budget: the peak)."""
     best: list[State] = []
     least = math.inf
-    for state in sorted(states, key=lambda s: (s.held, s.peak if budget is None else s.cost, s.ends)):
+    for state in sorted(states, key=lambda s: (s.held, s.peak if budget is None else s.cost, s.ranks)):
         other = state.peak if budget is None else state.cost
         if other < least:
             least = other

@@ -5,7 +5,8 @@ Each span has one option: the coarsest grid that the tile allows. The search min
     seconds of all tiles / seconds of the dense region  +  bytes of the boundaries / bytes of the activations
 
 which trades time against kept memory, both relative to the plain network; seconds are those of `cost`. What a span
-needs is 0 where a grid fits, otherwise the pixels of the image of the smallest tile that it can run with.
+needs is 0 where a grid fits, otherwise the pixels of the image of the smallest tile that it can run with. Of equal
+ways that with the earliest cuts is taken: the error on too small a tile then names what needs the most.
 """
 
 from __future__ import annotations
@@ -103,9 +104,9 @@ class TileRegion:
             self._along[end] = self._along_axes(end)
         along, span = self._along[end][start], Span(self._costs.span(start, end))
         if all(axis.count for axis in along):
-            return [[Option(span, 0.0, 0.0, self._cost(start, end, along))]]
+            return [[Option(span, 0.0, 0.0, self._cost(start, end, along), rank=(end,))]]
         least = max(axis.least_tile for axis in along)
-        return [[Option(span, least, 0.0, math.inf)]]
+        return [[Option(span, least, 0.0, math.inf, rank=(end,))]]
 
     def weights(self, start: int, end: int) -> float:
         """Nothing: weights are not tiled."""
