@@ -81,12 +81,12 @@ class MemoryRegion:
         self._costs = costs = RegionCosts(context, nodes)
         self._most_sweeps = most_sweeps
         self._all_checkpoint = self._training and whole_segment(graph, "", nodes) is not None
-        self.ends = sorted({*_asked(costs, request), len(nodes) - 1})
+        self.ends = sorted({*_considered(costs, request), len(nodes) - 1})
         live = costs.positions.live()
         live[-1] = list(make_segment(graph, "", nodes).outputs)
         self._live = {end: live[end] for end in self.ends} | {-1: []}
         read = {one for name in nodes for one in graph[name].inputs}
-        self._images = self._bytes(*context.differentiated & read)
+        self._image_gradients = self._bytes(*context.differentiated & read)
         self._grids: dict[int, Grids] = {}
         self._options: dict[tuple[int, int], list[list[Option]]] = {}
 
@@ -118,7 +118,7 @@ class MemoryRegion:
             inputs=self._bytes(*inputs),
             images=self._bytes(*self._images_from_outside(start, end)),
             made=self._bytes(*(name for name in outputs if index[name] > start and name not in written)),
-            gradients=self._images + self._bytes(*inputs, *outputs),
+            gradients=self._image_gradients + self._bytes(*inputs, *outputs),
             weights=self.weights(start, end),
             folded=self._costs.folded(start, end),
         )
@@ -176,7 +176,7 @@ class MemoryRegion:
     def _bytes_of_boxes(self, start: int, shares: torch.Tensor) -> torch.Tensor:
         """Bytes of what a tile of every grid reads of the region."""
         boxes = (shares[:, self._costs.index[name]] * self._bytes(name) for name in self._live[start])
-        return sum(boxes, torch.zeros(len(shares)))
+        return sum(boxes, shares.new_zeros(len(shares)))
 
     def _needs_of_tile(
         self, around: _Around, span: SpanCosts, shares: torch.Tensor, boxes: torch.Tensor
@@ -187,7 +187,7 @@ class MemoryRegion:
         if not self._training:
             whole = 0.0 if offload else around.inputs + around.made
             return span.peak_unrecorded(shares) + whole + others
-        whole = self._images if offload else around.gradients
+        whole = self._image_gradients if offload else around.gradients
         return span.peak(shares) + boxes + others + whole + around.weights
 
     def _seconds_of_copies(self, around: _Around, boxes: torch.Tensor) -> torch.Tensor | float:
@@ -211,8 +211,8 @@ class MemoryRegion:
         return self._grids[end]
 
 
-def _asked(costs: RegionCosts, request: Request) -> list[int]:
-    """The positions that the user asks for, otherwise those that are considered."""
+def _considered(costs: RegionCosts, request: Request) -> list[int]:
+    """The positions that the user asks for, otherwise those where few bytes are live."""
     if isinstance(request.segments, tuple):
         return costs.positions.after(request.segments)
     if request.segments == 1:
