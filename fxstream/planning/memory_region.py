@@ -160,18 +160,18 @@ class MemoryRegion:
         grids, nodes = self._grids_at(end), self._costs.span(start, end)
         boxes = self._bytes_of_boxes(start, grids.shares)
         tiles = (grids.tiles / self._context.ranks).ceil()
-        forward, backward = span.seconds_of_sweeps(grids.shares)
+        forward, backward = map(sum, zip(*span.seconds_of_sweeps(grids.shares), strict=True))
         needs = self._needs_of_tile(around, span, grids.shares, boxes)
-        copies = self._seconds_of_copies(around, tiles * boxes)
+        copies = self._seconds_of_copies(around, tiles, boxes)
         if not self._training:
             yield from _options(nodes, grids, needs, torch.zeros_like(needs), tiles * forward + copies)
             return
         holds = torch.full_like(needs, around.folded + (0.0 if self._context.offload else around.made))
-        yield from _options(nodes, grids, needs, holds, tiles * (2 * forward + backward) + copies)
+        seconds = tiles * (2 * forward + backward) + copies
+        yield from _options(nodes, grids, needs, holds, seconds)
         if self._context.ranks > 1:  # on one alone, what is kept is better left dense
             kept = tiles * span.held(grids.shares)
-            seconds = tiles * (forward + backward) + copies
-            yield from _options(nodes, grids, needs + kept, holds + kept, seconds)
+            yield from _options(nodes, grids, needs + kept, holds + kept, seconds - tiles * forward)
 
     def _bytes_of_boxes(self, start: int, shares: torch.Tensor) -> torch.Tensor:
         """Bytes of what a tile of every grid reads of the region."""
@@ -185,23 +185,24 @@ class MemoryRegion:
         offload = self._context.offload
         others = (2 * boxes if offload else 0.0) + around.folded  # this tile's boxes and the next one's
         if not self._training:
-            whole = 0.0 if offload else around.inputs + around.made
-            return span.peak_unrecorded(shares) + whole + others
+            needs = span.peak_unrecorded(shares)
+            return (needs if offload else needs + around.inputs + around.made) + others
         whole = self._image_gradients if offload else around.gradients
         return span.peak(shares) + boxes + others + whole + around.weights
 
-    def _seconds_of_copies(self, around: _Around, boxes: torch.Tensor) -> torch.Tensor | float:
-        """Seconds to collect results and gradients of all tiles, and to move offloaded ones (`boxes` of all)."""
+    def _seconds_of_copies(
+        self, around: _Around, tiles: torch.Tensor, boxes: torch.Tensor
+    ) -> torch.Tensor | float:
+        """Seconds to collect results and gradients of all tiles, and to move those that are offloaded."""
         context, offload = self._context, self._context.offload
         seconds = context.collecting(0.0 if offload else around.made)
         if self._training:
             seconds += context.collecting(0.0 if offload else around.inputs, around.weights)
         if not offload:
             return seconds
-        written, read = around.made, boxes
-        if self._training:  # inputs are read again; gradients of results are read, those of inputs written
-            written, read = 2 * written, 3 * read
-        return seconds + (written + read) / context.machine.host
+        # In backward inputs are read again, gradients of results are read and those of inputs written.
+        times_made, times_read = (2, 3) if self._training else (1, 1)
+        return seconds + (times_made * around.made + times_read * tiles * boxes) / context.machine.host
 
     def _grids_at(self, end: int) -> Grids:
         """The grids of the spans that end at a position."""

@@ -6,6 +6,7 @@ Positions and shares are counted in the nodes of the model's graph, of which the
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -99,13 +100,9 @@ class SpanCosts:
         """Seconds of one forward and one backward of a tile, in one sweep."""
         return self.part.seconds(self._of_remaining(shares))
 
-    def seconds_of_sweeps(self, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Seconds of one forward and one backward of a tile, in all sweeps together."""
-        forward = backward = shares.new_zeros(shares.shape[:-1])
-        for stage in self.sweeps:
-            ahead, back = self.seconds(shares * (self.stages <= stage))
-            forward, backward = forward + ahead, backward + back
-        return forward, backward
+    def seconds_of_sweeps(self, shares: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Seconds of one forward and one backward of a tile, in each sweep."""
+        return (self.seconds(shares * (self.stages <= stage)) for stage in self.sweeps)
 
     def _of_remaining(self, shares: torch.Tensor) -> torch.Tensor:
         """The shares of the nodes that remain in the streamed region."""

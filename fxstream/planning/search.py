@@ -7,8 +7,9 @@ NOTE [the search]
    from there on, and what it costs. What an option holds burdens later options only (in a training step that is
    what is kept until the backward: it is gone when earlier spans run backward). So deep spans, whose maps are
    small, are kept almost for free. A state that holds more and costs more than another is dropped.
-3. Each option must fit: held + needs + gradients of the weights of this and later spans <= budget. Without
-   a budget each is taken in the way that needs the least, and states compare by the largest need so far.
+3. Each option must fit: held + needs + gradients of the weights of this and later spans <= budget, and its cost
+   must be finite. Without a budget each is taken in the way that needs the least, whatever it costs, and states
+   compare by the largest need so far.
 """
 
 from __future__ import annotations

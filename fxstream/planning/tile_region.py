@@ -4,9 +4,9 @@ Each span has one option: the coarsest grid that the tile allows. The search min
 
     seconds of all tiles / seconds of the dense region  +  bytes of the boundaries / bytes of the activations
 
-which trades time against kept memory, both relative to the plain network; seconds are those of `cost`. What a span
-needs is 0 where a grid fits, otherwise the pixels of the image of the smallest tile that it can run with. Of equal
-ways that with the earliest cuts is taken: the error on too small a tile then names what needs the most.
+which trades time against kept memory, both relative to the plain network; seconds are those of `cost`. A span that
+fits in no grid has infinite cost. What a span needs are the pixels of the image of the smallest tile that it can run
+with. Of equal ways that with the earliest cuts is taken: so the error on too small a tile names one operator.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def spans_within_tile(context: CostContext, nodes: tuple[str, ...], request: Req
     for most in (usual, 2 * usual, len(nodes)):
         region = TileRegion(costs, request, positions.candidates(most))
         search = Search([region], count=count, exact=True) if count else Search([region])
-        cheapest = search.fastest(0.0)
+        cheapest = search.fastest(math.inf)
         if cheapest is not None or len(region.ends) <= most // 2:
             break
     chosen = cheapest or search.smallest()
@@ -103,10 +103,8 @@ class TileRegion:
         if end not in self._along:
             self._along[end] = self._along_axes(end)
         along, span = self._along[end][start], Span(self._costs.span(start, end))
-        if all(axis.count for axis in along):
-            return [[Option(span, 0.0, 0.0, self._cost(start, end, along), rank=(end,))]]
-        least = max(axis.least_tile for axis in along)
-        return [[Option(span, least, 0.0, math.inf, rank=(end,))]]
+        cost = self._cost(start, end, along) if all(axis.count for axis in along) else math.inf
+        return [[Option(span, max(axis.least_tile for axis in along), 0.0, cost, rank=(end,))]]
 
     def weights(self, start: int, end: int) -> float:
         """Nothing: weights are not tiled."""
@@ -148,10 +146,10 @@ class TileRegion:
         """The share of a span in the objective."""
         lengths = [[axis.lengths.get(name, 0) for axis in along] for name in self._costs.nodes]
         shares = (torch.tensor(lengths, dtype=torch.float64) / self._costs.extents).prod(-1)
-        forward, backward = map(float, self._costs.streamed(start, end).seconds_of_sweeps(shares))
-        seconds = math.prod(axis.count for axis in along) * (2 * forward + backward)
+        sweeps = self._costs.streamed(start, end).seconds_of_sweeps(shares)
+        tiles, tile_seconds = math.prod(axis.count for axis in along), sum(float(2 * a + b) for a, b in sweeps)
         boundary = self._boundaries.get(end, 0) / self._bytes
-        return seconds / self._seconds + boundary + SEGMENT_COST
+        return tiles * tile_seconds / self._seconds + boundary + SEGMENT_COST
 
 
 def _along(grid: Grid, inputs: Mapping[int, Mapping[str, _Input]]) -> dict[int, _Along]:

@@ -124,7 +124,7 @@ def test_of_equal_ways_the_lowest_ranks_are_taken():
     pairs = itertools.combinations(range(-1, 3), 2)
     one = Numbers("a", {(start, end): option(end) for start, end in pairs}, (0, 1, 2))
     assert [span.nodes for span in Search([one]).smallest().spans] == [("0",), ("1",), ("2",)]
-    assert Search([one]).fastest(1.0) is None, "what costs without end is no way"
+    assert Search([one]).fastest(1.0) is None, "an infinite cost is never within a budget"
 
 
 def test_numbers_of_tiles_go_up_to_the_most():
