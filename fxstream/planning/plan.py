@@ -1,8 +1,8 @@
 """The plan for one image size: what is streamed, in which segments and tiles, and what that costs.
 
-With a tile, a region is streamed when that frees most of its activations, or when the user names segments or a
-cut; where it is cut is decided in `boundaries`, the tiles of each segment in `grid`. Within a memory `search`
-finds the fastest plan, and what is then left of the memory keeps graphs of tiles, which saves their recomputation.
+A region is streamed when that frees most of its activations, or when the user names segments or a cut. Where it is
+cut is decided by `search`, with a tile (`tile_region`) or within a memory (`memory_region`); what is then left of
+the memory keeps graphs of tiles, which saves their recomputation.
 
 Reference: Pinckaers, van Ginneken, Litjens, "Streaming convolutional neural networks for end-to-end learning
 with multi-megapixel images", sections III-A and III-C.
@@ -24,8 +24,10 @@ from fxstream.machine.device import budget_of
 from fxstream.machine.speeds import Machine
 from fxstream.machine.units import bytes_text
 from fxstream.planning.estimate import CostContext, Prediction, keep_graphs, predict
-from fxstream.planning.partition import FEW_PASSES, RegionPlanner
-from fxstream.planning.search import Search
+from fxstream.planning.memory_region import memory_search
+from fxstream.planning.partition import FEW_SWEEPS
+from fxstream.planning.search import Search, Span, State
+from fxstream.planning.tile_region import spans_within_tile
 from fxstream.tiling.parts import streamable_parts, sweeps, whole_segment
 from fxstream.tiling.passes import optimised
 from fxstream.tiling.request import Request, last_node_of
@@ -39,8 +41,8 @@ WORTHWHILE = 0.5
 """A region is streamed when that frees more than this share of its activations."""
 LEAST_SHARE = 0.01
 """A region with less than this share of the network's activations is not worth a tile loop."""
-MANY_PASSES = 16
-"""Passes over a stretch where boundaries enough to do with few do not fit."""
+MANY_SWEEPS = 16
+"""Sweeps over a span where boundaries enough to do with few do not fit."""
 MOST_ATTEMPTS = 6
 """How often the search is repeated with less where its estimate was too low."""
 FASTER = 0.8
@@ -71,14 +73,14 @@ class Plan:
 
     @property
     def overhead(self) -> float:
-        """Arithmetic of all tiles of all passes over that of the same operators run plainly, in one forward."""
+        """Arithmetic of all tiles of all sweeps over that of the same operators run plainly, in one forward."""
         return sum(plan.streamed_arithmetic for plan in self.segments) / max(1, self.arithmetic)
 
     @property
     def reductions_overhead(self) -> float:
-        """The part of the overhead that goes into passes which only reductions on the way need."""
-        stretches = itertools.groupby(self.segments, lambda plan: plan.segment.name.split("_")[:2])
-        earlier = (plan for _, passes_of in stretches for plan in list(passes_of)[:-1])
+        """The part of the overhead that goes into sweeps which only reductions on the way need."""
+        spans = itertools.groupby(self.segments, lambda plan: plan.segment.name.split("_")[:2])
+        earlier = (plan for _, sweeps_of in spans for plan in list(sweeps_of)[:-1])
         return sum(plan.streamed_arithmetic for plan in earlier) / max(1, self.arithmetic)
 
     def __str__(self) -> str:
@@ -114,29 +116,36 @@ def make_plan(
     """
     if not graph.costed:
         graph = reuse_memory(graph.with_saves(saves_of(graph)))
-    offload = request.offload and device.type != "cpu"
-    machine = Machine.of(device)
+    offload, machine = request.offload and device.type != "cpu", Machine.of(device)
     context = CostContext(graph, machine, training, differentiated, outside, written, ranks, offload)
     if request.tile is None:
         segments, prediction = _fastest(context, request, budget_of(request.memory, device))
-        is_trivial = not segments
-        offload = prediction.offloaded > 0
-    else:
-        segments = _with_tiles(context, request)
-        is_trivial = all(segment.tile_count == 1 for segment in segments)
-        prediction = predict(context, () if is_trivial else segments)
-    nodes = list({name: None for segment in segments for name in segment.segment.covers})
+        return _plan(context, segments, prediction, not segments, prediction.offloaded > 0)
+    segments = _with_tiles(context, request)
+    is_trivial = all(segment.tile_count == 1 for segment in segments)
+    return _plan(context, segments, predict(context, () if is_trivial else segments), is_trivial, offload)
+
+
+def _plan(
+    context: CostContext,
+    segments: tuple[SegmentPlan, ...],
+    prediction: Prediction,
+    is_trivial: bool,
+    offload: bool,
+) -> Plan:
+    """The plan of these segments; with `offload` boundaries lie in host memory."""
+    graph = context.graph
+    covered = list({name: None for segment in segments for name in segment.segment.covers})
     plain = sum({n: s.segment.graph[n].arithmetic for s in segments for n in s.segment.nodes}.values())
     away = offloadable(graph, segments) if offload and not is_trivial else frozenset[str]()
-    streamed, total = graph.activation_bytes(nodes), graph.total_bytes()
+    streamed, total = graph.activation_bytes(covered), graph.total_bytes()
     return Plan(segments, streamed, total, plain, is_trivial, prediction, away)
 
 
 def _with_tiles(context: CostContext, request: Request) -> tuple[SegmentPlan, ...]:
     """The segments of every worthwhile region, in the coarsest grids that the tile allows."""
-    parts = _parts(context, request)
-    chosen = [run for part in parts for run in RegionPlanner(context, part, request).segments()]
-    return _segments(context.graph, request, [(run, None) for run in chosen])
+    spans = [span for part in _parts(context, request) for span in spans_within_tile(context, part, request)]
+    return _segments(context.graph, request, spans)
 
 
 def _fastest(context: CostContext, request: Request, memory: int) -> tuple[tuple[SegmentPlan, ...], Prediction]:
@@ -148,7 +157,7 @@ def _fastest(context: CostContext, request: Request, memory: int) -> tuple[tuple
     except PlanError:
         return _within_memory(context, request, memory)
     try:
-        return min(near, _within_memory(context, request, memory), key=lambda found: found[1].seconds)
+        return min(near, _within_memory(context, request, memory), key=lambda plan: plan[1].seconds)
     except PlanError:
         return near
 
@@ -160,30 +169,47 @@ def _within_memory(
 
     The search estimates a little; where its plan needs too much it is asked for less, a few times.
     """
-    plain, graph = predict(context, ()), context.graph
+    plain = predict(context, ())
     if plain.bytes <= memory and request.segments is None and not _may_be_faster(context, plain):
         return (), plain
     parts = _parts(context, request)
-    stages = max((node.stage for node in graph.nodes.values()), default=0) + 1
-    for most_passes in (FEW_PASSES, MANY_PASSES) if stages > FEW_PASSES else (FEW_PASSES,):
-        search = Search(context, parts, request, most_passes)
+    for most_sweeps in _most_sweeps(context.graph):
+        search = memory_search(context, parts, request, most_sweeps)
         fitting = _fitting(context, search, request, memory)
         if fitting is not None:
             is_slower = fitting[1].seconds >= FASTER * plain.seconds and plain.bytes <= memory
             return ((), plain) if is_slower and request.segments is None else fitting
-        found, binding = search.smallest()
-        segments = _segments(graph, request, found)
-        prediction = predict(context, segments)
+        smallest = search.smallest()
+        assert smallest is not None, "everything may stay dense"
+        segments, prediction = _predicted(context, request, smallest)
         if prediction.bytes <= memory:
             return segments, prediction
+        error = _too_little(context.graph, memory, prediction, smallest.binding)
+    raise error
+
+
+def _most_sweeps(graph: TypedGraph) -> list[int]:
+    """How many sweeps a span may have, and how many where nothing fits with those."""
+    stages = max((node.stage for node in graph.nodes.values()), default=0) + 1
+    return [FEW_SWEEPS, MANY_SWEEPS] if stages > FEW_SWEEPS else [FEW_SWEEPS]
+
+
+def _predicted(context: CostContext, request: Request, state: State) -> tuple[tuple[SegmentPlan, ...], Prediction]:
+    """The segments that the search chose, with their exact tiles, and their prediction."""
+    segments = _segments(context.graph, request, state.spans)
+    return segments, predict(context, segments)
+
+
+def _too_little(graph: TypedGraph, memory: int, smallest: Prediction, binding: str) -> PlanError:
+    """The error on a memory that not even the smallest plan fits into, whose peak is at the node `binding`."""
     verdict = graph.verdicts[binding]
     source = f" ({verdict.source})" if verdict.source else ""
-    least = bytes_text(prediction.bytes, up=True)
-    raise PlanError(
+    least = bytes_text(smallest.bytes, up=True)
+    message = (
         f"no plan fits into {bytes_text(memory)}: the least that works is {least}, which"
-        f" `{verdict.place}`{source} needs; give that much, or a smaller image or batch",
-        least_bytes=prediction.bytes,
+        f" `{verdict.place}`{source} needs; give that much, or a smaller image or batch"
     )
+    return PlanError(message, least_bytes=smallest.bytes)
 
 
 def _may_be_faster(context: CostContext, plain: Prediction) -> bool:
@@ -198,30 +224,27 @@ def _fitting(
     """The fastest plan of the search that really fits, with the graphs of tiles that may be kept."""
     budget = float(memory)
     for attempt in range(MOST_ATTEMPTS):
-        found = search.fastest(budget)
-        if found is None:
+        fastest = search.fastest(budget)
+        if fastest is None:
             return None
-        segments = _segments(context.graph, request, found)
-        prediction = predict(context, segments)
+        segments, prediction = _predicted(context, request, fastest)
         if prediction.bytes <= memory:
             return keep_graphs(context, segments, memory) if context.training else (segments, prediction)
         budget *= min(1 - LESS * 2**attempt, memory / prediction.bytes)
     return None
 
 
-def _segments(
-    graph: TypedGraph, request: Request, runs: Sequence[tuple[tuple[str, ...], tuple[int, ...] | None]]
-) -> tuple[SegmentPlan, ...]:
-    """The plans of these stretches, with the numbers of tiles that each is to have if known; () is whole."""
-    found: list[SegmentPlan] = []
-    for i, (nodes, counts) in enumerate(runs):
-        whole = whole_segment(graph, f"segment_{i}", nodes) if counts == () else None
+def _segments(graph: TypedGraph, request: Request, spans: Sequence[Span]) -> tuple[SegmentPlan, ...]:
+    """The plans of these spans: of each sweep, or of the whole span as one checkpoint."""
+    plans: list[SegmentPlan] = []
+    for i, span in enumerate(spans):
+        whole = whole_segment(graph, f"segment_{i}", span.nodes) if span.counts == () else None
         if whole is not None:
-            found.append(plan_whole(optimised(whole)))
+            plans.append(plan_whole(optimised(whole)))
         else:
-            tiled = sweeps(graph, f"segment_{i}", nodes)
-            found += [plan_segment(optimised(segment), request, counts) for segment in tiled]
-    return tuple(found)
+            tiled = sweeps(graph, f"segment_{i}", span.nodes)
+            plans += [plan_segment(optimised(segment), request, span.counts) for segment in tiled]
+    return tuple(plans)
 
 
 def _parts(context: CostContext, request: Request) -> list[tuple[str, ...]]:

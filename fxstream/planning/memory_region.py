@@ -1,0 +1,229 @@
+"""The regions of a network that is to fit into a memory, and the dense operators between them.
+
+NOTE [the options of a span]
+1. It is left in the dense graph, where nothing is computed twice and everything is kept, runs as one checkpoint,
+   or is streamed in one of many grids. Needs and what is held are bytes, the cost is seconds by the cost model
+   (`cost`): those of forward, recomputation and backward of all tiles.
+2. What a span holds until its backward are its outputs; all that autograd keeps, where it is dense. Without
+   recording nothing is held, and a span needs its inputs, its outputs and one tile.
+3. Offloaded boundaries are not held, a tile needs its boxes of them alone; what is not tiled holds its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from fxstream.planning.dense_run import DenseRun, dense_option
+from fxstream.planning.estimate import CostContext
+from fxstream.planning.grids import Grids, grids_of
+from fxstream.planning.region_costs import RegionCosts, SpanCosts
+from fxstream.planning.search import Option, Region, Search, Span
+from fxstream.tiling.parts import whole_segment
+from fxstream.tiling.request import Request
+from fxstream.tiling.segment import make_segment
+
+__all__ = ["MemoryRegion", "memory_search"]
+
+MOST_POSITIONS = 16
+"""Positions considered per region; their pairs are what planning time goes into."""
+
+
+def memory_search(
+    context: CostContext, parts: Sequence[tuple[str, ...]], request: Request, most_sweeps: int
+) -> Search:
+    """The search of one network at one image size, for any budget in bytes.
+
+    `parts` are the nodes of the regions, in the order of the graph; `most_sweeps` is how often a span may be run
+    forward for the reductions on its way.
+    """
+    graph = context.graph
+    inside = {name for part in parts for name in part}
+    index = {name: i for i, name in enumerate(graph.costed)}
+    starts = [index[part[0]] for part in parts]
+    dense: list[list[str]] = [[] for _ in range(len(parts) + 1)]
+    for name in index:
+        if name not in inside:
+            dense[sum(start < index[name] for start in starts)].append(name)
+    regions: list[Region] = [DenseRun(context, dense[0])] if dense[0] else []
+    for part, after in zip(parts, dense[1:], strict=True):
+        regions.append(MemoryRegion(context, part, request, most_sweeps))
+        regions += [DenseRun(context, after)] if after else []
+    results = (name for name in graph.costed if graph.is_result(name) and name not in context.written)
+    count = request.segments if isinstance(request.segments, int) else None
+    return Search(regions, float(sum(graph[name].bytes for name in results)), count)
+
+
+@dataclass(frozen=True, slots=True)
+class _Around:
+    """Bytes around a span: what it reads of its region and of images outside, what it makes that others read.
+
+    `gradients` are those of images whose gradient is asked for and of what is there before and after the span,
+    `weights` the gradients of its weights, `folded` the weights of its fusions.
+    """
+
+    inputs: float
+    images: float
+    made: float
+    gradients: float
+    weights: float
+    folded: float
+
+
+class MemoryRegion:
+    """A region with all ways to run its spans, in bytes and seconds."""
+
+    def __init__(self, context: CostContext, nodes: tuple[str, ...], request: Request, most_sweeps: int) -> None:
+        graph = context.graph
+        self._context, self._graph, self._training = context, graph, context.training
+        self._costs = costs = RegionCosts(context, nodes)
+        self._most_sweeps = most_sweeps
+        self._all_checkpoint = self._training and whole_segment(graph, "", nodes) is not None
+        self.ends = sorted({*_considered(costs, request), len(nodes) - 1})
+        live = costs.positions.live()
+        live[-1] = list(make_segment(graph, "", nodes).outputs)
+        self._live = {end: live[end] for end in self.ends} | {-1: []}
+        read = {one for name in nodes for one in graph[name].inputs}
+        self._image_gradients = self._bytes(*context.differentiated & read)
+        self._grids: dict[int, Grids] = {}
+        self._options: dict[tuple[int, int], list[list[Option]]] = {}
+
+    def starts(self, end: int) -> list[int]:
+        """The positions where a span up to `end` may start."""
+        return self._costs.positions.starts(end, self.ends, self._most_sweeps)
+
+    def weights(self, start: int, end: int) -> float:
+        """Bytes of the gradients of the weights that the nodes of a span are the first to read."""
+        return self._costs.weights(start, end) if self._training else 0.0
+
+    def largest(self, start: int, end: int) -> str:
+        """The node of a span with the largest result."""
+        return self._costs.largest(start, end)
+
+    def options(self, start: int, end: int) -> list[list[Option]]:
+        """The dense graph, and the ways to stream the span, the fastest first."""
+        if (start, end) not in self._options:
+            around, span = self._around(start, end), self._costs.streamed(start, end)
+            streamed = [*self._checkpoint(start, end, around, span), *self._tiled(start, end, around, span)]
+            streamed.sort(key=lambda option: option.cost)
+            self._options[start, end] = [[self._dense(start, end, around)], streamed]
+        return self._options[start, end]
+
+    def _around(self, start: int, end: int) -> _Around:
+        inputs, outputs = self._live[start], self._live[end]
+        index, written = self._costs.index, self._context.written
+        return _Around(
+            inputs=self._bytes(*inputs),
+            images=self._bytes(*self._images_from_outside(start, end)),
+            made=self._bytes(*(name for name in outputs if index[name] > start and name not in written)),
+            gradients=self._image_gradients + self._bytes(*inputs, *outputs),
+            weights=self.weights(start, end),
+            folded=self._costs.folded(start, end),
+        )
+
+    def _images_from_outside(self, start: int, end: int) -> set[str]:
+        """The images from outside that a span reads."""
+        outside = self._context.outside
+        span = self._costs.span(start, end) if outside else ()
+        return {one for name in span for one in self._graph[name].inputs if one in outside}
+
+    def _bytes(self, *names: str) -> float:
+        return float(sum(self._graph[name].bytes for name in names))
+
+    def _dense(self, start: int, end: int, around: _Around) -> Option:
+        """The span in the dense graph, which reads its inputs whole."""
+        option = dense_option(self._costs.dense, start + 1, end + 1, self._training)
+        if not self._training:
+            return replace(option, needs=option.needs + around.inputs + around.images)
+        read = around.images + self._fetched(around)
+        return replace(option, needs=option.needs + around.gradients + read, holds=option.holds + read)
+
+    def _fetched(self, around: _Around) -> float:
+        """Bytes of the inputs of a span that is not tiled, where they are brought from host memory."""
+        return around.inputs if self._context.offload else 0.0
+
+    def _checkpoint(self, start: int, end: int, around: _Around, span: SpanCosts) -> Iterator[Option]:
+        """The span as one checkpoint, where it can be one and has a backward."""
+        nodes, fetched = self._costs.span(start, end), self._fetched(around)
+        if not self._training or not (self._all_checkpoint or whole_segment(self._graph, "", nodes) is not None):
+            return
+        ones = torch.ones(len(self._costs.nodes), dtype=torch.float64)
+        others = around.gradients + around.images + fetched + around.weights + around.folded
+        forward, backward = map(float, span.seconds(ones))
+        holds = around.made + fetched + around.folded
+        yield Option(Span(nodes, ()), float(span.peak(ones)) + others, holds, 2 * forward + backward)
+
+    def _tiled(self, start: int, end: int, around: _Around, span: SpanCosts) -> Iterator[Option]:
+        """The span in every grid."""
+        grids, nodes = self._grids_at(end), self._costs.span(start, end)
+        boxes = self._bytes_of_boxes(start, grids.shares)
+        tiles = (grids.tiles / self._context.ranks).ceil()
+        forward, backward = map(sum, zip(*span.seconds_of_sweeps(grids.shares), strict=True))
+        needs = self._needs_of_tile(around, span, grids.shares, boxes)
+        copies = self._seconds_of_copies(around, tiles, boxes)
+        if not self._training:
+            yield from _options(nodes, grids, needs, torch.zeros_like(needs), tiles * forward + copies)
+            return
+        holds = torch.full_like(needs, around.folded + (0.0 if self._context.offload else around.made))
+        seconds = tiles * (2 * forward + backward) + copies
+        yield from _options(nodes, grids, needs, holds, seconds)
+        if self._context.ranks > 1:  # on one alone, what is kept is better left dense
+            kept = tiles * span.held(grids.shares)
+            yield from _options(nodes, grids, needs + kept, holds + kept, seconds - tiles * forward)
+
+    def _bytes_of_boxes(self, start: int, shares: torch.Tensor) -> torch.Tensor:
+        """Bytes of what a tile of every grid reads of the region."""
+        boxes = (shares[:, self._costs.index[name]] * self._bytes(name) for name in self._live[start])
+        return sum(boxes, shares.new_zeros(len(shares)))
+
+    def _needs_of_tile(
+        self, around: _Around, span: SpanCosts, shares: torch.Tensor, boxes: torch.Tensor
+    ) -> torch.Tensor:
+        """Bytes of one tile of every grid with all that is there meanwhile; `boxes` are those of its inputs."""
+        offload = self._context.offload
+        others = (2 * boxes if offload else 0.0) + around.folded  # this tile's boxes and the next one's
+        if not self._training:
+            needs = span.peak_unrecorded(shares)
+            return (needs if offload else needs + around.inputs + around.made) + others
+        whole = self._image_gradients if offload else around.gradients
+        return span.peak(shares) + boxes + others + whole + around.weights
+
+    def _seconds_of_copies(
+        self, around: _Around, tiles: torch.Tensor, boxes: torch.Tensor
+    ) -> torch.Tensor | float:
+        """Seconds to collect results and gradients of all tiles, and to move those that are offloaded."""
+        context, offload = self._context, self._context.offload
+        seconds = context.collecting(0.0 if offload else around.made)
+        if self._training:
+            seconds += context.collecting(0.0 if offload else around.inputs, around.weights)
+        if not offload:
+            return seconds
+        # In backward inputs are read again, gradients of results are read and those of inputs written.
+        times_made, times_read = (2, 3) if self._training else (1, 1)
+        return seconds + (times_made * around.made + times_read * tiles * boxes) / context.machine.host
+
+    def _grids_at(self, end: int) -> Grids:
+        """The grids of the spans that end at a position."""
+        if end not in self._grids:
+            sweep = self._costs.positions.last_sweep(-1, end)
+            self._grids[end] = grids_of(sweep, self._costs.nodes, self._costs.extents)
+        return self._grids[end]
+
+
+def _considered(costs: RegionCosts, request: Request) -> list[int]:
+    """The positions that the user asks for, otherwise those where few bytes are live."""
+    if isinstance(request.segments, tuple):
+        return costs.positions.after(request.segments)
+    if request.segments == 1:
+        return []
+    return list(costs.positions.candidates(MOST_POSITIONS + costs.positions.reductions))
+
+
+def _options(
+    nodes: tuple[str, ...], grids: Grids, needs: torch.Tensor, holds: torch.Tensor, seconds: torch.Tensor
+) -> Iterator[Option]:
+    """A span in every grid, of which needs, what is held and seconds are vectors [grids]."""
+    each = zip(grids.counts, needs.tolist(), holds.tolist(), seconds.tolist(), strict=True)
+    return (Option(Span(nodes, counts), need, held, cost) for counts, need, held, cost in each)
