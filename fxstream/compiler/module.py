@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from fxstream.compiler.analysis import Analysis, analyse, analyze, lowered
 from fxstream.errors import InputError, StreamingWarning
 from fxstream.graph.capture import Captured, capture, still_holds
-from fxstream.graph.functionalize import is_random
+from fxstream.graph.effects import is_random
 from fxstream.graph.guards import attributes, mode_key
 from fxstream.graph.typed_graph import Verdict
 from fxstream.io.inputs import Inputs, inputs_of

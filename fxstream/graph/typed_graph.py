@@ -28,9 +28,9 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxstream.geometry.receptive_field import IDENTITY
-from fxstream.graph.capture import module_path
-from fxstream.graph.functionalize import UNSTREAMED, ordered_nodes
-from fxstream.graph.shapes import Meta, Shape, fold_integers, source_line
+from fxstream.graph.effects import UNSTREAMED, ordered_nodes
+from fxstream.graph.shapes import Meta, Shape, fold_integers
+from fxstream.graph.user_code import module_path, source_line
 from fxstream.rules import Call, Evaluation, Footprint, Kind, Read, Refusal, Value, rule_of
 
 __all__ = ["Locality", "Region", "Values", "Verdict", "analyse_locality"]

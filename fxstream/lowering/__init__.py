@@ -14,8 +14,8 @@ from dataclasses import replace
 from torch import fx
 
 from fxstream.graph.capture import Captured
+from fxstream.graph.effects import UNSTREAMED
 from fxstream.graph.export import CUMULATIVE
-from fxstream.graph.functionalize import UNSTREAMED
 from fxstream.graph.shapes import Meta
 from fxstream.graph.typed_graph import Locality
 from fxstream.lowering import losses, normalisations, pooling, positions, randomness, statistics

@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from fxstream.graph.effects import UNSTREAMED
 from fxstream.graph.export import CUMULATIVE
-from fxstream.graph.functionalize import UNSTREAMED
 from fxstream.lowering.writer import Lowering, Writer
 
 __all__ = ["LOWERINGS"]

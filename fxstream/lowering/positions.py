@@ -27,7 +27,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxstream.graph.capture import Captured
-from fxstream.graph.functionalize import UNSTREAMED, is_random, remove_dead_nodes, updates_statistics
+from fxstream.graph.effects import UNSTREAMED, is_random, remove_dead_nodes, updates_statistics
 from fxstream.graph.shapes import Meta, Shape
 from fxstream.graph.typed_graph import Locality
 from fxstream.lowering.twins import Twin, blocks

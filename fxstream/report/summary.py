@@ -17,8 +17,8 @@ from torch import fx
 
 from fxstream.compiler.analysis import Analysis, image_dims
 from fxstream.geometry.receptive_field import ReceptiveField
+from fxstream.graph.effects import UNSTREAMED
 from fxstream.graph.fields import demands, extent_chains, main_image, receptive_fields
-from fxstream.graph.functionalize import UNSTREAMED
 from fxstream.graph.shapes import Shape, fold_integers
 from fxstream.graph.typed_graph import Locality, Verdict, analyse_locality
 from fxstream.planning.cost import macs_of
