@@ -14,7 +14,7 @@ from torch import nn
 
 from fxstream.errors import InputError
 from fxstream.graph.capture import Captured, capture
-from fxstream.graph.functionalize import UNSTREAMED
+from fxstream.graph.effects import UNSTREAMED
 from fxstream.graph.nodes import bind, copy_graph
 from fxstream.graph.shapes import Meta, Shape, Shapes, shapes_at, stream_dims
 from fxstream.graph.type_graph import type_graph

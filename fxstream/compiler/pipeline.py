@@ -23,7 +23,7 @@ from fxstream.compiler.cache import Cache
 from fxstream.errors import StreamingWarning
 from fxstream.graph.autograd_saves import saves_of
 from fxstream.graph.capture import Captured, capture, still_holds
-from fxstream.graph.functionalize import is_random
+from fxstream.graph.effects import is_random
 from fxstream.graph.guards import attributes, mode_key
 from fxstream.graph.typed_graph import Saves
 from fxstream.io.inputs import Inputs, inputs_of

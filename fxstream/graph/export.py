@@ -1,8 +1,8 @@
 """One static, non-strict `torch.export` of a model on fake tensors, wherever it is called from.
 
-The graph must not depend on the surroundings (inference mode, hooks of a checkpoint), and nothing of
-the image's size is allocated. `SizeReads` notes whether the model's own code looks at the size of a tensor; one
-that does not, takes the same path at every size.
+The graph does not depend on the surroundings (inference mode, hooks of a checkpoint), and nothing of the image's
+size is allocated. `SizeReads` notes whether the model's code reads the size of a tensor; a model that does not
+takes the same path at every size.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import sys
-import traceback
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,76 +25,68 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
 from fxstream.errors import CaptureError
-from fxstream.graph.shapes import is_library_file, stream_dims
+from fxstream.graph.shapes import stream_dims
+from fxstream.graph.user_code import called_by_user, last_user_frame
 
-__all__ = ["CUMULATIVE", "SizeReads", "export"]
+__all__ = ["CUMULATIVE", "SizeReads", "export", "fake_tensor_log_silenced"]
 
 CUMULATIVE = -1.0
 """Stands for the momentum of a BatchNorm that averages over all batches so far."""
 READS = {torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel, torch.Tensor.__len__}  # type: ignore[attr-defined]
 GRADIENT_HOOKS = {torch.Tensor.register_hook, torch.Tensor.retain_grad}
-MACHINERY = tuple(f"{torch.__path__[0]}/{part}" for part in ("_", "fx/", "overrides", "export/"))
+_EXPORT_LOCK = threading.RLock()
+"""Held during an export, which changes a method of torch and attributes of the model until it is done."""
 
 
 class SizeReads(TorchFunctionMode):
-    """Notes in `found` whether code outside of torch reads the size of a tensor."""
+    """Notes in `by_user` whether code outside of torch reads the size of a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found = False
+        self.by_user = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in READS and not self.found:
-            self.found = _is_called_by_the_user()
+        if func in READS and not self.by_user:
+            self.by_user = called_by_user()
         return func(*args, **(kwargs or {}))
 
 
-def _is_called_by_the_user() -> bool:
-    """Whether the caller behind the tracing machinery is not torch's own code."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and (
-        frame.f_code.co_name == "__torch_function__" or frame.f_code.co_filename.startswith(MACHINERY)
-    ):
-        frame = frame.f_back
-    return not is_library_file(frame.f_code.co_filename)
-
-
 @contextlib.contextmanager
-def _neutral() -> Iterator[None]:
+def _neutral_modes() -> Iterator[None]:
     """No inference mode, gradients on; what capture saves for backward must not reach a checkpoint's hooks.
 
-    Autocast stays as it is, since the types that the model sees depend on it.
+    Autocast stays as it is, since the types that the model computes in depend on it.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_quiet("torch._subclasses.fake_tensor"))
+        stack.enter_context(fake_tensor_log_silenced())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged))
         yield
 
 
 @contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Nothing from one logger: a capture that fails at another size is an answer, not an error."""
+def fake_tensor_log_silenced() -> Iterator[None]:
+    """Drops torch's log of operators that refuse fake tensors: if a size is only tried, that is an answer."""
 
-    def nothing(record: logging.LogRecord) -> bool:
+    def drop(record: logging.LogRecord) -> bool:
         return False
 
-    logger = logging.getLogger(name)
-    logger.addFilter(nothing)
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addFilter(drop)
     try:
         yield
     finally:
-        logger.removeFilter(nothing)
+        logger.removeFilter(drop)
 
 
 @contextlib.contextmanager
 def _cumulative_averages(model: nn.Module) -> Iterator[None]:
     """`CUMULATIVE` as the momentum of every BatchNorm that has None.
 
-    Its own code would read the number of batches so far, which has no value while a model is captured.
+    With None it would read the number of batches so far, which has no value while a model is captured.
     """
     modules = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.momentum is None]
     try:
@@ -113,7 +104,7 @@ class _RefuseHooks(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in GRADIENT_HOOKS and _is_called_by_the_user():
+        if func in GRADIENT_HOOKS and called_by_user():
             raise CaptureError(f"{func.__name__} on a tensor that the model computes would be lost in a stream")
         return func(*args, **(kwargs or {}))
 
@@ -143,20 +134,24 @@ def _refuse_shared_statistics(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _opaque_functions() -> Iterator[None]:
-    """Each autograd function of the user is one node that calls it: its operators alone have not its backward.
+    """Keeps each autograd function of the user as one node that calls it, and so its custom backward.
 
-    A reentrant checkpoint is one too, whose operators are those of what it runs.
+    Within the block `torch.autograd.Function.apply` is replaced for the whole process; for other threads the
+    replacement calls the original. A reentrant checkpoint is replaced by the operators of what it runs.
     """
     function = torch.autograd.Function
     original = function.__dict__["apply"]
     opaque = allow_in_pre_dispatch_graph(original.__func__)
+    exporting_thread = threading.get_ident()
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != exporting_thread:
+            return original.__func__(cls, *args, **kwargs)
         if cls is CheckpointFunction:
             run, _, *inputs = args
             return run(*inputs)
-        is_own = torch.is_grad_enabled() and not cls.__module__.startswith("torch.")
-        return (opaque if is_own else original.__func__)(cls, *args, **kwargs)
+        is_users = torch.is_grad_enabled() and not cls.__module__.startswith("torch.")
+        return (opaque if is_users else original.__func__)(cls, *args, **kwargs)
 
     try:
         function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
@@ -172,26 +167,16 @@ def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
 def export(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shift: Sequence[int] | None
 ) -> ExportedProgram:
-    """The program of `model` for inputs like these, `shift` pixels larger per axis and one more image if given.
+    """The program of `model` for inputs like these; with a shift, one image and that many pixels per axis larger.
 
-    Raises `CaptureError` with the user's line where the model cannot be captured.
+    One thread exports at a time: meanwhile `torch.autograd.Function.apply` and the momentum of some modules of
+    `model` are replaced. Raises `CaptureError`, with the user's line, if the model cannot be captured.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    shifted = iter([tensor.shape for tensor in tensors] if shift is None else _shifted(tensors, shift))
-
-    def fake(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        with mode:
-            return torch.empty(next(shifted), dtype=leaf.dtype, device=leaf.device)
-
     _refuse_shared_statistics(model)
     _refuse_backward_hooks(model)
     try:
-        with _neutral(), _cumulative_averages(model), _opaque_functions(), _RefuseHooks():
-            fake_args, fake_kwargs = pytree.tree_map(fake, (tuple(args), dict(kwargs)))
-            program = torch.export.export(model, fake_args, fake_kwargs, strict=False)
+        with _EXPORT_LOCK, _neutral_modes(), _cumulative_averages(model), _opaque_functions(), _RefuseHooks():
+            program = torch.export.export(model, *_fake_inputs(args, kwargs, shift), strict=False)
     except Exception as error:
         raise CaptureError(_explanation(model, error)) from error
     if any(isinstance(constant, FakeTensor) for constant in program.constants.values()):
@@ -202,14 +187,34 @@ def export(
     return program
 
 
+def _fake_inputs(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], shift: Sequence[int] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with a fake tensor, shifted or not, for each tensor."""
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    shapes = iter([list(tensor.shape) for tensor in tensors] if shift is None else _shifted(tensors, shift))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = [
+            torch.empty(next(shapes), dtype=leaf.dtype, device=leaf.device)
+            if isinstance(leaf, torch.Tensor)
+            else leaf
+            for leaf in leaves
+        ]
+    fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
+    return fake_args, fake_kwargs
+
+
 def _shifted(tensors: Sequence[torch.Tensor], shift: Sequence[int]) -> list[list[int]]:
-    """The shapes at another size: one more image, and as many more pixels as the resolution asks for."""
+    """The shapes at another size: one image more, and the shift scaled to each input's resolution.
+
+    The shift holds for the largest input; an input at half of its resolution gets half as many pixels more.
+    """
     shapes = [list(tensor.shape) for tensor in tensors]
-    images = stream_dims(shapes)
-    known = list(zip(shapes, images, strict=True))
-    largest, along = max(known, key=lambda k: (len(k[1]), math.prod(k[0])), default=([0], ()))
-    batch, extents = largest[0], [largest[dim] for dim in along]
-    for shape, dims in known:
+    inputs = list(zip(shapes, stream_dims(shapes), strict=True))
+    largest, dims_of_largest = max(inputs, key=lambda i: (len(i[1]), math.prod(i[0])), default=([0], ()))
+    batch, extents = largest[0], [largest[dim] for dim in dims_of_largest]
+    for shape, dims in inputs:
         if shape and shape[0] == batch:
             shape[0] += 1
         if len(dims) == len(extents):
@@ -219,12 +224,11 @@ def _shifted(tensors: Sequence[torch.Tensor], shift: Sequence[int]) -> list[list
 
 
 def _explanation(model: nn.Module, error: Exception) -> str:
-    """The user's line and the reason in words."""
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_library_file(frame.filename)]
-    place = f" at {own[-1].filename}:{own[-1].lineno} (`{own[-1].line}`)" if own else ""
-    text = str(error).strip().splitlines()
-    reason = text[0] if text else type(error).__name__
+    """The message of a `CaptureError`: the user's line and the reason."""
+    frame = last_user_frame(error)
+    line = f" at {frame.filename}:{frame.lineno} (`{frame.line}`)" if frame is not None else ""
     kind = type(error).__name__
+    reason = next(iter(str(error).strip().splitlines()), kind)
     if "DataDependent" in kind or "GuardOnData" in kind:
         reason = f"control flow depends on the values of a tensor: {reason}"
-    return f"{type(model).__name__} cannot run on inputs of these shapes and types{place}: {reason}"
+    return f"{type(model).__name__} cannot run on inputs of these shapes and types{line}: {reason}"

@@ -12,8 +12,8 @@ from __future__ import annotations
 from torch import fx
 
 from fxstream.graph.capture import Captured
+from fxstream.graph.effects import UNSTREAMED
 from fxstream.graph.export import CUMULATIVE
-from fxstream.graph.functionalize import UNSTREAMED
 from fxstream.graph.nodes import bind
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.lowering import flat, losses, normalisations, pooling, products, randomness, reshapes, statistics

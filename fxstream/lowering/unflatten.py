@@ -26,7 +26,7 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from fxstream.graph.capture import Captured
-from fxstream.graph.functionalize import UNSTREAMED, is_random, remove_dead_nodes, updates_statistics
+from fxstream.graph.effects import UNSTREAMED, is_random, remove_dead_nodes, updates_statistics
 from fxstream.graph.nodes import name_of
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.lowering.proxy import Draft, Operator, Proxy

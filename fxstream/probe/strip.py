@@ -7,10 +7,8 @@ which is a mismatch.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +17,7 @@ from torch.utils import _pytree as pytree
 from fxstream.errors import FxstreamError
 from fxstream.geometry.box import Interval
 from fxstream.geometry.receptive_field import BROADCAST, ReceptiveField
+from fxstream.graph.export import fake_tensor_log_silenced
 from fxstream.graph.fields import ExtentChain, Fields, extent_chains, receptive_fields
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.probe.findings import UnprobedError
@@ -225,7 +224,7 @@ def typed_at(part: Subgraph, extents: Extents) -> Segment | None:
     """The segment at these extents of its inputs with two batch entries; None where an operator refuses them."""
     shapes = {name: part.input_shape(name, 2, sizes) for name, sizes in extents.items()}
     try:
-        with _refusals_unlogged():
+        with fake_tensor_log_silenced():
             return part.at(shapes)
     except FxstreamError:
         return None
@@ -287,18 +286,6 @@ def _margin(graph: TypedGraph, nodes: Sequence[str], fields: Fields, axis: int) 
                 )
                 widest = max(widest, math.ceil(span * fields[read.value.name][axis].stride))
     return widest
-
-
-@contextlib.contextmanager
-def _refusals_unlogged() -> Iterator[None]:
-    """Torch's own log of operators that refuse fake tensors, off: a refused size is an answer here."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def synthetic_weight(part: Subgraph, name: str) -> torch.Tensor:

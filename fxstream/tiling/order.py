@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import networkx as nx
 
-from fxstream.graph.functionalize import ordered_nodes
+from fxstream.graph.effects import ordered_nodes
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.tiling.segment import Segment
 

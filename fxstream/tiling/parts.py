@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import networkx as nx
 
-from fxstream.graph.functionalize import ordered_nodes
+from fxstream.graph.effects import ordered_nodes
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.tiling.segment import Segment, make_segment, segment_of
 

@@ -11,7 +11,8 @@ from torch import nn
 import fxstream
 from fxstream.compiler import pipeline
 from fxstream.graph import capture
-from fxstream.graph.functionalize import mutated_inputs
+from fxstream.graph.effects import mutated_inputs
+from fxstream.graph.user_code import module_path
 
 
 class Sized(nn.Module):
@@ -131,7 +132,7 @@ def test_tensors_are_the_models_own_and_names_are_the_users():
     own = captured.model_tensors(model)
     assert own[captured.tensors.index("stem.weight")] is model.stem.weight
     assert own[captured.tensors.index("bn.running_mean")] is model.bn.running_mean
-    assert [capture.module_path(n) for n in captured.graph.nodes if n.op == "call_function"] == ["stem", "bn"]
+    assert [module_path(n) for n in captured.graph.nodes if n.op == "call_function"] == ["stem", "bn"]
 
 
 def test_source_line_of_the_user():

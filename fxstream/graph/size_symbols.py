@@ -1,0 +1,199 @@
+"""Sizes that a static capture turned into constants, written as sizes of tensors of the graph again.
+
+A static capture has sizes in its arguments, as in ``view(x, [2, 512, 49])``. Captures at other sizes show which
+integers depend on the size. Each is explained as a size of a tensor, a product of sizes of one tensor, or a size
+times a fraction, and is replaced by ``sym_size`` and integer arithmetic. If one of them cannot be explained, the
+capture is specialised to its size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxstream.graph.effects import subgraphs
+
+__all__ = ["SizeDependentConstant", "explain_sizes", "size_dependent_constants"]
+
+LARGEST_DENOMINATOR = 64
+"""Numerator and denominator of a fraction are at most this, since any two sizes have some fraction."""
+
+
+@dataclass(frozen=True, slots=True)
+class SizeDependentConstant:
+    """An integer argument that differs between captures: its node, its index in the flat arguments, its values."""
+
+    node: fx.Node
+    index: int
+    values: tuple[int, ...]
+
+
+def size_dependent_constants(graphs: Sequence[fx.Graph]) -> list[SizeDependentConstant] | None:
+    """The integers that differ between captures of one model, or None if anything else differs.
+
+    The nodes are those of the first graph, the values one per graph.
+    """
+    if len({len(graph.nodes) for graph in graphs}) > 1:
+        return None
+    indices = [{node: i for i, node in enumerate(graph.nodes)} for graph in graphs]
+    constants: list[SizeDependentConstant] = []
+    for nodes in zip(*(graph.nodes for graph in graphs), strict=True):
+        of_node = _differing_integers(nodes, indices)
+        if of_node is None:
+            return None
+        constants += of_node
+    return constants
+
+
+def _differing_integers(
+    nodes: Sequence[fx.Node], indices: Sequence[Mapping[fx.Node, int]]
+) -> list[SizeDependentConstant] | None:
+    """The same for one node of each graph; `indices` are those of the nodes in their graphs."""
+    arguments = [_flat_arguments(node, index) for node, index in zip(nodes, indices, strict=True)]
+    if not _same_operators(nodes) or len(set(map(len, arguments))) > 1:
+        return None
+    differing = [
+        (i, values)
+        for i, values in enumerate(zip(*arguments, strict=True))
+        if not all(value == values[0] and type(value) is type(values[0]) for value in values)
+    ]
+    if not all(type(value) is int for _, values in differing for value in values):
+        return None
+    return [SizeDependentConstant(nodes[0], i, values) for i, values in differing]  # type: ignore[arg-type]
+
+
+def _same_operators(nodes: Sequence[fx.Node]) -> bool:
+    """Whether nodes of several captures do the same; subgraphs must be equal in every constant."""
+    if len({(node.op, "" if node.op == "placeholder" else str(node.target)) for node in nodes}) > 1:
+        return False
+    inner = zip(*map(subgraphs, nodes), strict=False)
+    return all(size_dependent_constants(graphs) == [] for graphs in inner)
+
+
+def _flat_arguments(node: fx.Node, index: Mapping[fx.Node, int]) -> list[object]:
+    """The arguments as a flat list in which nodes are their indices in the graph."""
+    leaves, _ = _flatten_arguments(node)
+    return [("node", index[leaf]) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+
+
+def _flatten_arguments(node: fx.Node) -> tuple[list[object], pytree.TreeSpec]:
+    return pytree.tree_flatten((node.args, dict(node.kwargs)), is_leaf=lambda x: x is None)
+
+
+@dataclass(frozen=True, slots=True)
+class _SizeExpression:
+    """The product of the sizes of some dims of a tensor, times a fraction, rounded down."""
+
+    tensor: fx.Node
+    dims: tuple[int, ...]
+    fraction: Fraction | None = None
+
+    def write(self, graph: fx.Graph) -> fx.Node:
+        """Insert the nodes that compute it; returns the last one."""
+        product = self._size(graph, self.dims[0])
+        for dim in self.dims[1:]:
+            product = graph.call_function(operator.mul, (product, self._size(graph, dim)))
+        if self.fraction is None:
+            return product
+        scaled = graph.call_function(operator.mul, (product, self.fraction.numerator))
+        return graph.call_function(operator.floordiv, (scaled, self.fraction.denominator))
+
+    def _size(self, graph: fx.Graph, dim: int) -> fx.Node:
+        return graph.call_function(torch.ops.aten.sym_size.int, (self.tensor, dim))
+
+
+def explain_sizes(graphs: Sequence[fx.Graph]) -> bool:
+    """Make the first of several captures independent of sizes, in place; False, and unchanged, if it cannot be."""
+    constants = size_dependent_constants(graphs)
+    if constants is None:
+        return False
+    sizes = _TensorSizes(graphs)
+    expressions = []
+    for constant in constants:
+        expression = sizes.explain(constant)
+        if expression is None:
+            return False
+        expressions.append(expression)
+    for constant, expression in zip(constants, expressions, strict=True):
+        _replace(constant, expression)
+    return True
+
+
+def _replace(constant: SizeDependentConstant, expression: _SizeExpression) -> None:
+    node = constant.node
+    with node.graph.inserting_before(node):
+        size = expression.write(node.graph)
+    leaves, spec = _flatten_arguments(node)
+    leaves[constant.index] = size
+    node.args, node.kwargs = pytree.tree_unflatten(leaves, spec)
+
+
+class _TensorSizes:
+    """The size of every dim of every tensor in every capture, to explain constants by.
+
+    The inputs of a constant's node are tried first, then all nodes before it, the nearest first.
+    """
+
+    def __init__(self, graphs: Sequence[fx.Graph]) -> None:
+        rows = zip(*(graph.nodes for graph in graphs), strict=True)
+        self._sizes = {nodes[0]: _sizes_per_dim(nodes) for nodes in rows}
+        self._nodes = list(self._sizes)
+
+    def explain(self, constant: SizeDependentConstant) -> _SizeExpression | None:
+        """The first expression that has the constant's value in every capture."""
+        candidates = (self._sizes_equal_to, self._products_equal_to, self._fractions_equal_to)
+        return next(itertools.chain.from_iterable(find(constant) for find in candidates), None)
+
+    def _sizes_equal_to(self, constant: SizeDependentConstant) -> Iterator[_SizeExpression]:
+        for tensor in self._tensors_near(constant.node):
+            for dim, sizes in enumerate(self._sizes[tensor]):
+                if sizes == constant.values:
+                    yield _SizeExpression(tensor, (dim,))
+
+    def _products_equal_to(self, constant: SizeDependentConstant) -> Iterator[_SizeExpression]:
+        for tensor in constant.node.all_input_nodes:
+            for count in (2, 3):
+                for factors in itertools.combinations(enumerate(self._sizes[tensor]), count):
+                    dims, sizes = zip(*factors, strict=True)
+                    if tuple(map(math.prod, zip(*sizes, strict=True))) == constant.values:
+                        yield _SizeExpression(tensor, dims)
+
+    def _fractions_equal_to(self, constant: SizeDependentConstant) -> Iterator[_SizeExpression]:
+        for tensor in self._tensors_near(constant.node):
+            for dim, sizes in enumerate(self._sizes[tensor]):
+                fraction = _fraction(constant.values, sizes)
+                if fraction is not None:
+                    yield _SizeExpression(tensor, (dim,), fraction)
+
+    def _tensors_near(self, node: fx.Node) -> Iterator[fx.Node]:
+        yield from node.all_input_nodes
+        yield from reversed(self._nodes[: self._nodes.index(node)])
+
+
+def _sizes_per_dim(nodes: Sequence[fx.Node]) -> tuple[tuple[int, ...], ...]:
+    """The size of each dim in each capture; empty if the node is not a tensor of the same rank in all of them."""
+    values = [node.meta.get("val") for node in nodes]
+    shapes = [tuple(value.shape) if isinstance(value, torch.Tensor) else () for value in values]
+    return tuple(zip(*shapes, strict=True)) if len(set(map(len, shapes))) == 1 else ()
+
+
+def _fraction(values: Sequence[int], sizes: Sequence[int]) -> Fraction | None:
+    """The positive fraction ``value / size``, if it is the same in all captures though the sizes differ.
+
+    >>> _fraction((14, 21), (4, 6))
+    Fraction(7, 2)
+    """
+    fractions = {Fraction(value, size) for value, size in zip(values, sizes, strict=True) if size}
+    if len(fractions) != 1 or len(set(sizes)) == 1:
+        return None
+    (fraction,) = fractions
+    is_simple = max(fraction.numerator, fraction.denominator) <= LARGEST_DENOMINATOR
+    return fraction if fraction > 0 and is_simple else None
