@@ -135,7 +135,9 @@ def _meta(value: Any) -> Meta:
 
 
 def shapes_at(module: fx.GraphModule, tensors: Sequence[Any]) -> Shapes:
-    """`Meta` and arithmetic of every node by name, for these values of the placeholders; of tensors only the shapes matter.
+    """`Meta` and arithmetic of every node by name, for these values of the placeholders.
+
+    Of tensors only the shapes matter.
 
     Raises `InputError`, with the node and the user's line, if an operator refuses the size.
     """

@@ -12,12 +12,11 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxstream.geometry.receptive_field import IDENTITY
-from fxstream.graph.capture import module_path
 from fxstream.graph.effects import UNSTREAMED, ordered_nodes
 from fxstream.graph.nodes import bind_to
 from fxstream.graph.shapes import Meta, Shape, Shapes
 from fxstream.graph.typed_graph import Region, TypedGraph, TypedNode, Verdict
-from fxstream.graph.user_code import source_line
+from fxstream.graph.user_code import module_path, source_line
 from fxstream.rules import AccessPattern, Call, Item, NotTileable, Read, Reason, Value, rule_of
 from fxstream.rules.rule import Answer
 

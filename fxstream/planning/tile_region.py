@@ -5,8 +5,8 @@ Each span has one option: the coarsest grid that the tile allows. The search min
     seconds of all tiles / seconds of the dense region  +  bytes of the boundaries / bytes of the activations
 
 which trades time against kept memory, both relative to the plain network; seconds are those of `cost`. A span that
-fits in no grid has infinite cost. What a span needs are the pixels of the image of the smallest tile that it can run
-with. Of equal ways that with the earliest cuts is taken: so the error on too small a tile names one operator.
+fits in no grid has infinite cost. What a span needs are the pixels of the image of the smallest tile that it can
+run with. Of equal ways that with the earliest cuts is taken: so the error on too small a tile names one operator.
 """
 
 from __future__ import annotations
