@@ -39,10 +39,16 @@ class DenseRun:
         return max(self._costs.nodes, key=lambda name: self._costs.sizes[self._costs.place[name]])
 
 
-def dense_option(costs: Costs, begin: int, stop: int, training: bool) -> Option:
-    """The operators from `begin` up to, not including, `stop` in the dense graph; no bytes of what they read."""
+def dense_option(
+    costs: Costs, begin: int, stop: int, training: bool, gradients: torch.Tensor | float = 0.0
+) -> Option:
+    """The operators from `begin` up to, not including, `stop` in the dense graph; no bytes of what they read.
+
+    `gradients` are bytes of gradients of what they read and of what others read of them, at each of their steps.
+    """
     part, ones = costs.part(begin, stop), torch.ones(len(costs.nodes), dtype=torch.float64)
     forward, backward = map(float, part.seconds(ones))
     if not training:
         return Option(None, float(part.profile_unrecorded(ones).max()), 0.0, forward)
-    return Option(None, float(part.profile(ones).max()), float(part.held(ones)), forward + backward)
+    needs = float((part.profile(ones) + gradients).max())
+    return Option(None, needs, float(part.held(ones)), forward + backward)

@@ -118,7 +118,7 @@ class MemoryRegion:
             inputs=self._bytes(*inputs),
             images=self._bytes(*self._images_from_outside(start, end)),
             made=self._bytes(*(name for name in outputs if index[name] > start and name not in written)),
-            gradients=self._image_gradients + self._bytes(*inputs, *outputs),
+            gradients=self._image_gradients + self._bytes(*{*inputs, *outputs}),
             weights=self.weights(start, end),
             folded=self._costs.folded(start, end),
         )
@@ -134,11 +134,31 @@ class MemoryRegion:
 
     def _dense(self, start: int, end: int, around: _Around) -> Option:
         """The span in the dense graph, which reads its inputs whole."""
-        option = dense_option(self._costs.dense, start + 1, end + 1, self._training)
+        gradients = self._gradients_over_time(start, end) if self._training else 0.0
+        option = dense_option(self._costs.dense, start + 1, end + 1, self._training, gradients)
         if not self._training:
             return replace(option, needs=option.needs + around.inputs + around.images)
         read = around.images + self._fetched(around)
-        return replace(option, needs=option.needs + around.gradients + read, holds=option.holds + read)
+        return replace(option, needs=option.needs + read, holds=option.holds + read)
+
+    def _gradients_over_time(self, start: int, end: int) -> torch.Tensor:
+        """Bytes of gradients around a dense span at each step of it.
+
+        That of what others read of the span is there from the start of backward until that of its maker, that of
+        what the span reads from the backward of its last reader there.
+        """
+        inputs, outputs, turn = self._live[start], self._live[end], end - start
+        levels = torch.full((2 * turn + 1,), self._image_gradients, dtype=torch.float64)
+        for name in {*inputs, *outputs}:
+            begins, ends = 0, 2 * turn + 1
+            if name in outputs:
+                begins = 0 if name in inputs else turn
+            if name not in inputs:
+                ends = 2 * turn - (self._costs.index[name] - start - 1)
+            elif name not in outputs:
+                begins = 2 * turn - (self._costs.positions.last_read(name) - start)
+            levels[begins:ends] += self._bytes(name)
+        return levels
 
     def _fetched(self, around: _Around) -> float:
         """Bytes of the inputs of a span that is not tiled, where they are brought from host memory."""

@@ -60,6 +60,10 @@ class Positions:
         maps = tuple(name for name in every.outputs if not self._graph[name].reduces)
         return replace(every, outputs=maps or every.outputs[-1:])
 
+    def last_read(self, name: str) -> int:
+        """The node of the region that is the last to read the result of one of its nodes; itself without any."""
+        return self._last_read[self._index[name]]
+
     def live(self) -> list[list[str]]:
         """For the position after each node, the values of the region computed so far that are still needed."""
         live: list[list[int]] = [[]]

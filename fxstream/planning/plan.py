@@ -43,12 +43,10 @@ LEAST_SHARE = 0.01
 """A region with less than this share of the network's activations is not worth a tile loop."""
 MANY_SWEEPS = 16
 """Sweeps over a span where boundaries enough to do with few do not fit."""
-MOST_ATTEMPTS = 6
-"""How often the search is repeated with less where its estimate was too low."""
 FASTER = 0.8
 """Where the plain network fits too, a plan is chosen that is predicted to take less than this part of its time."""
-LESS = 0.02
-"""The least part of the budget that it is given less, twice as much each time."""
+LESS = (0.0, 0.0, 0.02, 0.04, 0.08, 0.16, 0.32)
+"""The part of the memory that the search is given less at least, each time that its estimate was too low."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -223,14 +221,14 @@ def _fitting(
 ) -> tuple[tuple[SegmentPlan, ...], Prediction] | None:
     """The fastest plan of the search that really fits, with the graphs of tiles that may be kept."""
     budget = float(memory)
-    for attempt in range(MOST_ATTEMPTS):
+    for less in LESS:
         fastest = search.fastest(budget)
         if fastest is None:
             return None
         segments, prediction = _predicted(context, request, fastest)
         if prediction.bytes <= memory:
             return keep_graphs(context, segments, memory) if context.training else (segments, prediction)
-        budget *= min(1 - LESS * 2**attempt, memory / prediction.bytes)
+        budget = fastest.peak - max(prediction.bytes - memory, less * memory)
     return None
 
 
