@@ -211,8 +211,8 @@ def _rules(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_json(data: dict[str, Any]) -> None:
-    print(json.dumps(data, indent=1))
+def _print_json(report: dict[str, Any]) -> None:
+    print(json.dumps(report, indent=1))
 
 
 def _writable(path: str) -> Path:

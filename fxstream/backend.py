@@ -113,10 +113,10 @@ class BoundGraph(nn.Module):
         paths = _paths(nodes)
         self._tensors = {i: paths[i] for i, node in enumerate(nodes) if _is_model_tensor(node, examples[i])}
         others = [i for i in range(len(nodes)) if i not in self._tensors]
-        self._sizes = {i: found for i in others if (found := _size_of(examples[i], others, examples)) is not None}
-        self._given = {i: _argument(paths[i], nodes[i]) for i in others if i not in self._sizes}
-        self._numbers = {i for i in self._given if _takes_number(nodes[i])}
-        self.has_image = any(isinstance(examples[i], torch.Tensor) and is_image(examples[i]) for i in self._given)
+        self._sizes = {i: size for i in others if (size := _size_of(examples[i], others, examples)) is not None}
+        self._inputs = {i: _argument(paths[i], nodes[i]) for i in others if i not in self._sizes}
+        self._numbers = {i for i in self._inputs if _takes_number(nodes[i])}
+        self.has_image = any(isinstance(examples[i], torch.Tensor) and is_image(examples[i]) for i in self._inputs)
         _name_modules(traced.graph)
         traced.recompile()
         self._traced = traced
@@ -131,11 +131,11 @@ class BoundGraph(nn.Module):
             kept, left = registries if isinstance(values[i], nn.Parameter) else registries[::-1]
             left.pop(name, None)
             kept[name] = values[i]
-        return {name: values[i].item() if i in self._numbers else values[i] for i, name in self._given.items()}
+        return {name: values[i].item() if i in self._numbers else values[i] for i, name in self._inputs.items()}
 
-    def forward(self, **given: Any) -> Any:
+    def forward(self, **inputs: Any) -> Any:
         """What the graph returns. While it is captured, its nodes keep the user's lines and module names."""
-        values = {i: given[name] for i, name in self._given.items()}
+        values = {i: inputs[name] for i, name in self._inputs.items()}
         values |= {i: operator.attrgetter(".".join(path))(self) for i, path in self._tensors.items()}
         values |= {i: values[source].shape[dim] for i, (source, dim) in self._sizes.items()}
         ordered = [value for _, value in sorted(values.items())]
@@ -211,8 +211,8 @@ def _user_path(source: str) -> Path:
     ('x',)
     """
     scope, *parts = (bracketed or plain for bracketed, plain in PART.findall(source))
-    own = parts[1:] or parts or [scope]
-    return tuple(name for part in own if part not in REGISTRIES for name in part.split("."))
+    path = parts[1:] or parts or [scope]
+    return tuple(name for part in path if part not in REGISTRIES for name in part.split("."))
 
 
 def _paths(inputs: Sequence[fx.Node]) -> list[Path]:

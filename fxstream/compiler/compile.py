@@ -99,6 +99,6 @@ def plan(
     request = request_of(
         tile=tile, memory=memory, segments=segments, cut=cut, global_ops=global_ops, offload=offload
     )
-    there = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    default = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     graph = analyze(model, size, channels=channels, batch=batch, global_ops=global_ops).graph
-    return make_plan(graph, request, training=training, device=torch.device(device or there))
+    return make_plan(graph, request, training=training, device=torch.device(device or default))

@@ -91,7 +91,7 @@ class Prepared:
         assert self.streamed is not None
         captured = self.analysis.captured
         names, whole = captured.inputs, read_whole(self.streamed)
-        tensors = inputs.held([i for i in inputs.outside if names[i] in whole])
+        tensors = inputs.read_whole([i for i in inputs.outside if names[i] in whole])
         flat = self.streamed(*captured.model_tensors(model), *tensors)
         return pytree.tree_unflatten(flat, captured.out_spec)
 
@@ -115,7 +115,7 @@ class Pipeline:
         if self._ranks is None:
             prepared = self.prepared(inputs)
         else:
-            self._ranks.require_equal({"image": ", ".join(fingerprint(image) for image in inputs.given)})
+            self._ranks.require_equal({"image": ", ".join(fingerprint(image) for image in inputs.real)})
             with self._ranks.raise_together():
                 prepared = self.prepared(inputs)
             self._ranks.require_equal(_common(prepared))
@@ -154,8 +154,8 @@ class Pipeline:
     def _captured(self, mode: Any, inputs: Inputs) -> CapturedModel:
         """The capture for this mode; one that is bound to its size is not kept for other sizes."""
         model, args, kwargs, key = self.model, inputs.args, inputs.kwargs, ("capture", mode)
-        known = key in self._cache
-        if known:
+        previous = key in self._cache
+        if previous:
             cached = self._cache.get(key, lambda: None)
             assert isinstance(cached, CapturedModel)
             if not cached.captured.reads_sizes or still_holds(
@@ -166,7 +166,7 @@ class Pipeline:
         captured = capture(model, args, kwargs)
         self._volatile |= {name for name, value in attributes(model).items() if before.get(name) != value}
         made = self._made(captured, inputs)
-        if captured.bound or known:
+        if captured.bound or previous:
             self.warn_once(
                 "bound",
                 f"{type(model).__name__} is bound to the size of its input: each new image or batch size is"

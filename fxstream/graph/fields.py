@@ -42,20 +42,20 @@ def receptive_fields(graph: TypedGraph, nodes: Sequence[str], source: str) -> Fi
     them takes the field away from all that depends on it.
     """
     axes = _axes(graph, nodes)
-    known: dict[str, tuple[ReceptiveField, ...]] = {source: (ReceptiveField.of_map(IDENTITY),) * axes}
+    fields: dict[str, tuple[ReceptiveField, ...]] = {source: (ReceptiveField.of_map(IDENTITY),) * axes}
     lost: set[str] = set()
     for name in nodes:
         pattern = _pattern(graph, name)
         if any(one in lost for one in graph[name].inputs) or (pattern is None and graph[name].depends_on_image):
             lost.add(name)
-        reads = [read for read in pattern.reads if read.value.name in known] if pattern else []
+        reads = [read for read in pattern.reads if read.value.name in fields] if pattern else []
         if name in lost or not reads:
             continue
         try:
-            known[name] = _hull_over(known, reads)
+            fields[name] = _hull_over(fields, reads)
         except RuleError:
             lost.add(name)
-    return known
+    return fields
 
 
 def _pattern(graph: TypedGraph, name: str) -> AccessPattern | None:
@@ -69,11 +69,11 @@ def _axes(graph: TypedGraph, nodes: Sequence[str]) -> int:
 
 
 def _hull_over(
-    known: Mapping[str, tuple[ReceptiveField, ...]], reads: Sequence[Read]
+    fields: Mapping[str, tuple[ReceptiveField, ...]], reads: Sequence[Read]
 ) -> tuple[ReceptiveField, ...]:
     axes = range(len(reads[0].maps))
     return tuple(
-        hull_of([ReceptiveField.of_map(read.maps[axis]).then(known[read.value.name][axis]) for read in reads])
+        hull_of([ReceptiveField.of_map(read.maps[axis]).then(fields[read.value.name][axis]) for read in reads])
         for axis in axes
     )
 
@@ -81,20 +81,20 @@ def _hull_over(
 def demands(graph: TypedGraph, nodes: Sequence[str], output: str) -> Fields:
     """What one pixel of `output`, one of `nodes`, needs of every node before it and of the leaves."""
     axes = len(graph.pattern(output).dims)
-    known: dict[str, tuple[ReceptiveField, ...]] = {output: (ReceptiveField.of_map(IDENTITY),) * axes}
+    fields: dict[str, tuple[ReceptiveField, ...]] = {output: (ReceptiveField.of_map(IDENTITY),) * axes}
     lost: set[str] = set()
     for name in reversed(nodes):
-        if name not in known or name in lost:
+        if name not in fields or name in lost:
             continue
         for read in graph.pattern(name).reads:
             producer = read.value.name
             try:
-                needed = tuple(known[name][k].then(ReceptiveField.of_map(read.maps[k])) for k in range(axes))
-                known[producer] = _hulls(known.get(producer), needed)
+                needed = tuple(fields[name][k].then(ReceptiveField.of_map(read.maps[k])) for k in range(axes))
+                fields[producer] = _hulls(fields.get(producer), needed)
             except RuleError:
                 lost.add(producer)
-                known.pop(producer, None)
-    return known
+                fields.pop(producer, None)
+    return fields
 
 
 def _hulls(
@@ -108,18 +108,18 @@ def _hulls(
 def extent_chains(graph: TypedGraph, nodes: Sequence[str], source: str) -> dict[str, tuple[ExtentChain, ...]]:
     """Along each axis, the formulas that lead from the source's extent to each node's."""
     axes = _axes(graph, nodes)
-    known: dict[str, tuple[ExtentChain, ...]] = {source: ((),) * axes}
+    fields: dict[str, tuple[ExtentChain, ...]] = {source: ((),) * axes}
     for name in nodes:
         pattern = _pattern(graph, name)
         if pattern is None:
             continue
-        reads = [read for read in pattern.reads if read.value.name in known]
+        reads = [read for read in pattern.reads if read.value.name in fields]
         wide = [read for read in reads if BROADCAST not in read.maps] or reads
         if wide:
-            before = known[wide[0].value.name]
+            before = fields[wide[0].value.name]
             steps = pattern.extents or (None,) * axes
-            known[name] = tuple(_applied(chain, step) for chain, step in zip(before, steps, strict=True))
-    return known
+            fields[name] = tuple(_applied(chain, step) for chain, step in zip(before, steps, strict=True))
+    return fields
 
 
 def _applied(chain: ExtentChain, step: AxisExtent | None) -> ExtentChain:

@@ -84,7 +84,7 @@ class _Typing:
         )
 
     def _input_values(self, node: fx.Node) -> list[Value]:
-        return [value for given in node.all_input_nodes for value in self.nodes[given.name].values]
+        return [value for producer in node.all_input_nodes for value in self.nodes[producer.name].values]
 
     def _answer(self, node: fx.Node, meta: Meta) -> Answer:
         """What the first check says that has an answer."""
@@ -146,8 +146,8 @@ class _Typing:
     def _call(self, node: fx.Node, target: torch._ops.OpOverload, meta: Meta) -> Call:
         """The node as a rule sees it: schema names, defaults, values for tensors, integers for sizes."""
 
-        def value(given: fx.Node) -> Any:
-            typed = self.nodes[given.name]
+        def value(producer: fx.Node) -> Any:
+            typed = self.nodes[producer.name]
             if typed.integer is not None:
                 return typed.integer
             return typed.values[0] if typed.values and not typed.is_tuple else typed.values
@@ -158,13 +158,13 @@ class _Typing:
 
     def _stage(self, node: fx.Node, verdict: Verdict | None) -> int:
         """The stage of a node, by the rules of the NOTE in `typed_graph`; integers are known before all."""
-        inputs = [self.nodes[given.name] for given in node.all_input_nodes]
-        inputs = [given for given in inputs if given.integer is None]
+        inputs = [self.nodes[producer.name] for producer in node.all_input_nodes]
+        inputs = [producer for producer in inputs if producer.integer is None]
         if node in self._predecessor:
             inputs.append(self.nodes[self._predecessor[node].name])
         if verdict is not None and not isinstance(verdict.answer, NotTileable):
-            return max((given.stage + (not given.is_local) for given in inputs), default=0)
-        return max((given.stage for given in inputs), default=-1)
+            return max((producer.stage + (not producer.is_local) for producer in inputs), default=0)
+        return max((producer.stage for producer in inputs), default=-1)
 
 
 def _operator(node: fx.Node) -> str:

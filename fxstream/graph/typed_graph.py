@@ -224,7 +224,7 @@ class TypedGraph:
 
     def inputs(self, name: str) -> list[str]:
         """What a node reads, without integers."""
-        return [given for given in self.nodes[name].inputs if not self.is_integer(given)]
+        return [producer for producer in self.nodes[name].inputs if not self.is_integer(producer)]
 
     def users(self, name: str) -> list[str]:
         """What reads a node's result, without integers and nodes that need not be computed."""

@@ -29,27 +29,27 @@ class Inputs:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     tensors: list[torch.Tensor]
-    given: list[torch.Tensor | Source]
+    real: list[torch.Tensor | Source]
 
     @property
     def outside(self) -> frozenset[int]:
         """The places of the tensors that stand for something outside of the device's memory."""
-        pairs = enumerate(zip(self.tensors, self.given, strict=True))
-        return frozenset(i for i, (tensor, given) in pairs if tensor is not given)
+        pairs = enumerate(zip(self.tensors, self.real, strict=True))
+        return frozenset(i for i, (tensor, real) in pairs if tensor is not real)
 
-    def held(self, whole: Collection[int]) -> list[torch.Tensor | Source]:
+    def read_whole(self, whole: Collection[int]) -> list[torch.Tensor | Source]:
         """The real inputs, those at the places in `whole` read into the device's memory."""
         return [
-            _whole(given, tensor.device) if i in whole else given
-            for i, (tensor, given) in enumerate(zip(self.tensors, self.given, strict=True))
+            _whole(real, tensor.device) if i in whole else real
+            for i, (tensor, real) in enumerate(zip(self.tensors, self.real, strict=True))
         ]
 
     def plain(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments for the plain model, everything read into the device's memory."""
-        held = iter(self.held(self.outside))
+        tensors = iter(self.read_whole(self.outside))
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
         args, kwargs = pytree.tree_unflatten(
-            [next(held) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
+            [next(tensors) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
         )
         return args, kwargs
 
@@ -58,35 +58,35 @@ def inputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """The inputs of a call, arrays as sources. Raises `InputError` for what no network takes."""
     device = next((parameter.device for parameter in model.parameters()), None)
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    placed, tensors, given = [], [], []
+    placed, tensors, real = [], [], []
     for leaf in leaves:
         if is_array(leaf) and not isinstance(leaf, Source) and 2 < len(leaf.shape) <= 2 + LARGEST_AXES:
             leaf = source(leaf)
         if isinstance(leaf, Source):
             leaf = leaf.to(device or leaf.device)
         if isinstance(leaf, (torch.Tensor, Source)):
-            given.append(leaf)
+            real.append(leaf)
             leaf = _stand_in(leaf, device)
             tensors.append(leaf)
         placed.append(leaf)
     _check(model, tensors)
     args, kwargs = pytree.tree_unflatten(placed, spec)
-    return Inputs(args, dict(kwargs), tensors, given)
+    return Inputs(args, dict(kwargs), tensors, real)
 
 
-def _stand_in(given: torch.Tensor | Source, device: torch.device | None) -> torch.Tensor:
+def _stand_in(image: torch.Tensor | Source, device: torch.device | None) -> torch.Tensor:
     """The tensor itself where it is one on the device; else one of its shape and type that holds one element."""
-    if isinstance(given, torch.Tensor):
-        on_host = device is not None and given.device.type == "cpu" != device.type
-        if not on_host or not is_image(given):
-            return given
-        empty = torch.empty(1, dtype=given.dtype, device=device).expand(given.shape)
-        return empty.requires_grad_(given.requires_grad)
-    return torch.empty(1, dtype=given.dtype, device=device or given.device).expand(given.shape)
+    if isinstance(image, torch.Tensor):
+        on_host = device is not None and image.device.type == "cpu" != device.type
+        if not on_host or not is_image(image):
+            return image
+        empty = torch.empty(1, dtype=image.dtype, device=device).expand(image.shape)
+        return empty.requires_grad_(image.requires_grad)
+    return torch.empty(1, dtype=image.dtype, device=device or image.device).expand(image.shape)
 
 
-def _whole(given: torch.Tensor | Source, device: torch.device) -> torch.Tensor:
-    return given[()] if isinstance(given, Source) else given.to(device)
+def _whole(image: torch.Tensor | Source, device: torch.device) -> torch.Tensor:
+    return image[()] if isinstance(image, Source) else image.to(device)
 
 
 def _check(model: nn.Module, tensors: list[torch.Tensor]) -> None:
@@ -102,5 +102,5 @@ def _check(model: nn.Module, tensors: list[torch.Tensor]) -> None:
             raise InputError(f"the image is empty: its shape is {list(image.shape)}")
     devices = {tensor.device for tensor in tensors} | {p.device for p in model.parameters()}
     if len(devices) > 1:
-        found = ", ".join(sorted(map(str, devices)))
-        raise InputError(f"image and model are on different devices ({found}): move them to one")
+        listed = ", ".join(sorted(map(str, devices)))
+        raise InputError(f"image and model are on different devices ({listed}): move them to one")

@@ -40,9 +40,9 @@ class Journal:
 
     def _load(self, prediction: dict[str, Any]) -> None:
         lines = [line for line in map(_parsed, self._path.read_text(encoding="utf-8").splitlines()) if line]
-        found = lines[0] if lines else {}
-        if found != json.loads(json.dumps(prediction)):
-            different = sorted(key for key in prediction if prediction[key] != found.get(key))
+        header = lines[0] if lines else {}
+        if header != json.loads(json.dumps(prediction)):
+            different = sorted(key for key in prediction if prediction[key] != header.get(key))
             raise InputError(
                 f"the journal {self._path} is of another prediction (its {', '.join(different) or 'form'} differ):"
                 " give another path, or delete it to start over"
@@ -72,10 +72,10 @@ class Journal:
 
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
-        found = json.loads(line)
+        parsed = json.loads(line)
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def _in_chunks(box: Box, chunks: Sequence[int] | None) -> Box:
@@ -141,8 +141,8 @@ class Sink:
 
 def _flushes(array: Any) -> list[Callable[[], Any]]:
     """What brings an array's values to its file: its own flush, or its file's."""
-    found = (getattr(array, "flush", None), getattr(getattr(array, "file", None), "flush", None))
-    return [flush for flush in found if callable(flush)]
+    methods = (getattr(array, "flush", None), getattr(getattr(array, "file", None), "flush", None))
+    return [flush for flush in methods if callable(flush)]
 
 
 def _is_covered(box: Box, others: Sequence[Box]) -> bool:
@@ -161,10 +161,10 @@ def _less(box: Box, other: Box) -> list[Box]:
     """
     if not _meet(box, other):
         return [box]
-    found, rest = [], list(box)
+    parts, rest = [], list(box)
     for axis, (mine, cut) in enumerate(zip(box, other, strict=True)):
         for part in (Interval(mine.start, cut.start), Interval(cut.stop, mine.stop)):
             if part.stop > part.start:
-                found.append(Box((*rest[:axis], part, *rest[axis + 1 :])))
+                parts.append(Box((*rest[:axis], part, *rest[axis + 1 :])))
         rest[axis] = Interval(max(mine.start, cut.start), min(mine.stop, cut.stop))
-    return found
+    return parts

@@ -86,21 +86,21 @@ class Source:
         per_array = self.shape[0] // len(self._arrays)
         array, row = self._arrays[sample // per_array], sample % per_array
         row = row if self._batch is None else self._batch[row]
-        wanted = dict(zip(self._axes, (range(row, row + 1), *bounds), strict=True))
-        index = tuple(slice(wanted[axis].start, wanted[axis].stop) for axis in self._layout)
-        told = f"[{', '.join(f'{part.start}:{part.stop}' for part in index)}] of {describe(array)}"
+        bounds_of = dict(zip(self._axes, (range(row, row + 1), *bounds), strict=True))
+        index = tuple(slice(bounds_of[axis].start, bounds_of[axis].stop) for axis in self._layout)
+        region = f"[{', '.join(f'{part.start}:{part.stop}' for part in index)}] of {describe(array)}"
         try:
-            found = _as_tensor(array[index])
+            values = _as_tensor(array[index])
         except Exception as error:
-            raise StreamError(f"reading {told} failed: {type(error).__name__}: {error}") from error
-        shape = [len(wanted[axis]) for axis in self._layout]
-        if list(found.shape) != shape:
+            raise StreamError(f"reading {region} failed: {type(error).__name__}: {error}") from error
+        shape = [len(bounds_of[axis]) for axis in self._layout]
+        if list(values.shape) != shape:
             raise StreamError(
-                f"reading {told} gave the shape {list(found.shape)}, needed {shape}: has the array shrunk?"
+                f"reading {region} gave the shape {list(values.shape)}, needed {shape}: has the array shrunk?"
             )
         missing = [axis for axis in "NC" if axis not in self._layout]
         order = [*missing, *self._layout]
-        turned = found[(None,) * len(missing)].permute([order.index(axis) for axis in self._axes])
+        turned = values[(None,) * len(missing)].permute([order.index(axis) for axis in self._axes])
         return turned.clone(memory_format=torch.contiguous_format)
 
     def __repr__(self) -> str:
@@ -132,8 +132,8 @@ def source(
         if not _has_parts(array):
             raise InputError(f"an image source needs shape, dtype and slicing; found {type(array).__name__}")
         if tuple(array.shape) != tuple(arrays[0].shape) or array.dtype != arrays[0].dtype:
-            found = ", ".join(f"{list(array.shape)} {array.dtype}" for array in arrays)
-            raise InputError(f"the arrays of a batch need one shape and type; found {found}")
+            listed = ", ".join(f"{list(array.shape)} {array.dtype}" for array in arrays)
+            raise InputError(f"the arrays of a batch need one shape and type; found {listed}")
     layout = _checked_layout(layout, tuple(arrays[0].shape))
     rows = None if batch is None else [operator.index(row) for row in batch]
     if rows is not None and ("N" not in layout or not rows):
@@ -156,38 +156,38 @@ def _checked_layout(layout: str | None, shape: tuple[int, ...]) -> str:
     return layout
 
 
-def is_array(given: Any) -> bool:
+def is_array(argument: Any) -> bool:
     """Whether an argument can be read like an array and is no tensor."""
-    return _has_parts(given) and not isinstance(given, torch.Tensor)
+    return _has_parts(argument) and not isinstance(argument, torch.Tensor)
 
 
-def _has_parts(given: Any) -> bool:
-    return all(hasattr(given, part) for part in ("shape", "dtype", "__getitem__")) and len(given.shape) > 0
+def _has_parts(argument: Any) -> bool:
+    return all(hasattr(argument, part) for part in ("shape", "dtype", "__getitem__")) and len(argument.shape) > 0
 
 
-def _as_tensor(found: Any) -> torch.Tensor:
+def _as_tensor(sliced: Any) -> torch.Tensor:
     """What an array gave for a slice, in the machine's order of bytes; tensors as they are."""
-    if isinstance(found, torch.Tensor):
-        return found
-    values = found.__array__()
+    if isinstance(sliced, torch.Tensor):
+        return sliced
+    values = sliced.__array__()
     return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=not values.flags.writeable))
 
 
 def describe(array: Any) -> str:
     """An array in words: what it is, and its file where it has one."""
-    name = next((found for part in ("filename", "path", "name") if (found := getattr(array, part, None))), None)
+    name = next((label for part in ("filename", "path", "name") if (label := getattr(array, part, None))), None)
     where = f" {name}" if isinstance(name, str) or hasattr(name, "__fspath__") else ""
     return f"{type(array).__module__.split('.')[0]}.{type(array).__name__}{where} {list(array.shape)}"
 
 
 def torch_dtype(dtype: Any) -> torch.dtype:
     """The torch type of an array's type. Raises `InputError` for one that torch has not."""
-    found = getattr(torch, str(getattr(dtype, "name", dtype)).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
+    converted = getattr(torch, str(getattr(dtype, "name", dtype)).removeprefix("torch."), None)
+    if not isinstance(converted, torch.dtype):
         raise InputError(f"an image of type {dtype} cannot be streamed: torch has no such type")
-    if found.is_complex:
+    if converted.is_complex:
         raise InputError(f"a complex image ({dtype}) cannot be streamed: pass real and imaginary channels")
-    return found
+    return converted
 
 
 class _Regions:
@@ -203,8 +203,8 @@ class _Regions:
     def __getitem__(self, index: tuple[slice, slice, slice]) -> torch.Tensor:
         rows, columns = (range(*part.indices(size)) for part, size in zip(index[:2], self.shape, strict=False))
         region = self._read(columns.start, rows.start, len(columns), len(rows))
-        found = torch.frombuffer(bytearray(region), dtype=torch.uint8)
-        return found.view(len(rows), len(columns), self.shape[2])[:, :, index[2]]
+        values = torch.frombuffer(bytearray(region), dtype=torch.uint8)
+        return values.view(len(rows), len(columns), self.shape[2])[:, :, index[2]]
 
 
 def openslide_array(slide: Any, level: int = 0) -> _Regions:
@@ -215,8 +215,8 @@ def openslide_array(slide: Any, level: int = 0) -> _Regions:
     def read(left: int, top: int, columns: int, rows: int) -> bytes:
         """Regions are asked for at level 0."""
         origin = round(left * scale), round(top * scale)
-        found: bytes = slide.read_region(origin, level, (columns, rows)).convert("RGB").tobytes()
-        return found
+        values: bytes = slide.read_region(origin, level, (columns, rows)).convert("RGB").tobytes()
+        return values
 
     return _Regions(read, (height, width, 3), str(getattr(slide, "_filename", "")))
 
@@ -225,7 +225,7 @@ def pyvips_array(image: Any) -> _Regions:
     """A `pyvips.Image` of 8-bit bands as an array [H, W, bands]."""
 
     def read(left: int, top: int, columns: int, rows: int) -> bytes:
-        found: bytes = image.crop(left, top, columns, rows).write_to_memory()
-        return found
+        values: bytes = image.crop(left, top, columns, rows).write_to_memory()
+        return values
 
     return _Regions(read, (image.height, image.width, image.bands), str(getattr(image, "filename", "")))

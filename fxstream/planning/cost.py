@@ -236,7 +236,7 @@ class Part:
             levels[..., 2 * self.turn - 1 - (self.costs.outer[name] - self.start) :] += size
         return levels
 
-    def held(self, shares: torch.Tensor) -> torch.Tensor:
+    def saved(self, shares: torch.Tensor) -> torch.Tensor:
         """Bytes that are there between that forward and its backward."""
         amounts = self._bytes * shares[..., self._owner]
         across = (self._begin < self.turn) & (self._until >= self.turn)
@@ -256,9 +256,9 @@ class Part:
     def seconds(self, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predicted seconds of one forward and of one backward of a tile with these shares (note 1)."""
         span, machine = slice(self.start, self.stop), self.costs.machine
-        held = shares[..., span]
-        present = (held > 0).double()
-        work = held @ (self.costs.macs[span] / machine.macs + self.costs.moved[span] / machine.bandwidth)
+        of_span = shares[..., span]
+        present = (of_span > 0).double()
+        work = of_span @ (self.costs.macs[span] / machine.macs + self.costs.moved[span] / machine.bandwidth)
         work = work + present @ self.costs.calls[span] * machine.call
         if machine.fresh < math.inf:
             by, like, size = self._allocated.unbind(-1)

@@ -157,12 +157,12 @@ class Estimator:
 
         `kept` are the numbers of kept tiles by the name of the segment.
         """
-        held, folded, before = 0.0, 0.0, []
+        saved, folded, before = 0.0, 0.0, []
         for unit in self._units:
             folded = unit.folded + folded * self._context.training
-            before.append((held, folded))
-            yield self._forward(unit, held, folded, kept)
-            held += self._holds(unit, kept)
+            before.append((saved, folded))
+            yield self._forward(unit, saved, folded, kept)
+            saved += self._holds(unit, kept)
         weights = 0.0
         for unit, (earlier, folded) in reversed(list(zip(self._units, before, strict=True))):
             if self._context.training:
@@ -173,12 +173,14 @@ class Estimator:
         """Bytes that a unit holds until its backward."""
         return unit.holds * self._context.tiles_per_rank(kept[unit.name]) if unit.tiles else unit.holds
 
-    def _forward(self, unit: Unit, held: float, folded: float, kept: Mapping[str, int]) -> tuple[str, Step, float]:
+    def _forward(
+        self, unit: Unit, saved: float, folded: float, kept: Mapping[str, int]
+    ) -> tuple[str, Step, float]:
         made = unit.made if unit.tiles else 0.0
         seconds = self._context.tiles_per_rank(max(1, unit.tiles)) * unit.forward_seconds
         if unit.tiles > 1 or self._context.ranks > 1:
             seconds += self._context.collecting(made)
-        here = held + self._holds(unit, kept) if unit.tiles else held
+        here = saved + self._holds(unit, kept) if unit.tiles else saved
         return unit.name, Step(unit.there_forward + made, 0.0, here, unit.forward, 0.0, folded), seconds
 
     def _backward(

@@ -85,6 +85,6 @@ class _Axis:
         """The parts of the lengths of all nodes that the middle one of so many tiles holds."""
         if count not in self.computed:
             lengths = self.grid.inner(count)
-            held = torch.tensor([lengths.get(name, 0) for name in self.nodes], dtype=torch.float64)
-            self.computed[count] = held / self.extents
+            pixels = torch.tensor([lengths.get(name, 0) for name in self.nodes], dtype=torch.float64)
+            self.computed[count] = pixels / self.extents
         return self.computed[count]

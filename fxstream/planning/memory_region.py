@@ -2,11 +2,11 @@
 
 NOTE [the options of a span]
 1. It is left in the dense graph, where nothing is computed twice and everything is kept, runs as one checkpoint,
-   or is streamed in one of many grids. Needs and what is held are bytes, the cost is seconds by the cost model
+   or is streamed in one of many grids. Needs and what is saved are bytes, the cost is seconds by the cost model
    (`cost`): those of forward, recomputation and backward of all tiles.
 2. What a span holds until its backward are its outputs; all that autograd keeps, where it is dense. Without
-   recording nothing is held, and a span needs its inputs, its outputs and one tile.
-3. Offloaded boundaries are not held, a tile needs its boxes of them alone; what is not tiled holds its inputs.
+   recording nothing is saved, and a span needs its inputs, its outputs and one tile.
+3. Offloaded boundaries are not saved, a tile needs its boxes of them alone; what is not tiled saves its inputs.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class MemoryRegion:
         seconds = tiles * (2 * forward + backward) + copies
         yield from _options(nodes, grids, needs, holds, seconds)
         if self._context.ranks > 1:  # on one alone, what is kept is better left dense
-            kept = tiles * span.held(grids.shares)
+            kept = tiles * span.saved(grids.shares)
             yield from _options(nodes, grids, needs + kept, holds + kept, seconds - tiles * forward)
 
     def _bytes_of_boxes(self, start: int, shares: torch.Tensor) -> torch.Tensor:
@@ -244,6 +244,6 @@ def _considered(costs: RegionCosts, request: Request) -> list[int]:
 def _options(
     nodes: tuple[str, ...], grids: Grids, needs: torch.Tensor, holds: torch.Tensor, seconds: torch.Tensor
 ) -> Iterator[Option]:
-    """A span in every grid, of which needs, what is held and seconds are vectors [grids]."""
+    """A span in every grid, of which needs, what is saved and seconds are vectors [grids]."""
     each = zip(grids.counts, needs.tolist(), holds.tolist(), seconds.tolist(), strict=True)
-    return (Option(Span(nodes, counts), need, held, cost) for counts, need, held, cost in each)
+    return (Option(Span(nodes, counts), *numbers) for counts, *numbers in each)

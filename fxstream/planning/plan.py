@@ -247,9 +247,9 @@ def _segments(graph: TypedGraph, request: Request, spans: Sequence[Span]) -> tup
 
 def _parts(context: CostContext, request: Request) -> list[tuple[str, ...]]:
     """The nodes that may be streamed: worthwhile regions, or all before the user's cut."""
-    asked = request.segments is not None or request.cut is not None or request.global_ops == "stream"
+    is_chosen = request.segments is not None or request.cut is not None or request.global_ops == "stream"
     graph = context.graph
-    return _parts_before(graph, request.cut) if asked else worthwhile(graph, context.written)
+    return _parts_before(graph, request.cut) if is_chosen else worthwhile(graph, context.written)
 
 
 def worthwhile(graph: TypedGraph, written: Collection[str | None] = ()) -> list[tuple[str, ...]]:
@@ -272,8 +272,8 @@ def _parts_before(graph: TypedGraph, cut: str | None) -> list[tuple[str, ...]]:
 
 def _is_worthwhile(graph: TypedGraph, nodes: tuple[str, ...], total: int, written: Collection[str | None]) -> bool:
     """Whether streaming these nodes frees a good part of their activations."""
-    held = graph.activation_bytes(nodes)
+    before = graph.activation_bytes(nodes)
     inside = set(nodes)
     outputs = [name for name in nodes if graph.is_output(name, inside) and name not in written]
-    kept = graph.activation_bytes(outputs)
-    return held - kept > WORTHWHILE * held and held > LEAST_SHARE * total
+    after = graph.activation_bytes(outputs)
+    return before - after > WORTHWHILE * before and before > LEAST_SHARE * total

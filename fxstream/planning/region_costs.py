@@ -92,9 +92,9 @@ class SpanCosts:
         """Peak bytes of one forward that nothing is kept of."""
         return self.part.profile_unrecorded(self._of_remaining(shares)).amax(-1)
 
-    def held(self, shares: torch.Tensor) -> torch.Tensor:
+    def saved(self, shares: torch.Tensor) -> torch.Tensor:
         """Bytes between a forward and its backward."""
-        return self.part.held(self._of_remaining(shares))
+        return self.part.saved(self._of_remaining(shares))
 
     def seconds(self, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Seconds of one forward and one backward of a tile, in one sweep."""

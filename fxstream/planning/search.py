@@ -7,7 +7,7 @@ NOTE [the search]
    from there on, and what it costs. What an option holds burdens later options only (in a training step that is
    what is kept until the backward: it is gone when earlier spans run backward). So deep spans, whose maps are
    small, are kept almost for free. A state that holds more and costs more than another is dropped.
-3. Each option must fit: held + needs + gradients of the weights of this and later spans <= budget, and its cost
+3. Each option must fit: saved + needs + gradients of the weights of this and later spans <= budget, and its cost
    must be finite. Without a budget each is taken in the way that needs the least, whatever it costs, and states
    compare by the largest need so far.
 """
@@ -38,7 +38,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One way to run a span: what it needs at once, what it adds to what is held, what it costs.
+    """One way to run a span: what it needs at once, what it adds to what is saved, what it costs.
 
     `span` is None where it is left to the dense graph. Of states that are equal, that of the lowest ranks is kept.
     """
@@ -74,7 +74,7 @@ class Region(Protocol):
 class State:
     """A way to run everything up to a position; `peak` is the largest need so far, `peak_at` the span there."""
 
-    held: float = 0.0
+    saved: float = 0.0
     cost: float = 0.0
     peak: float = 0.0
     peak_at: tuple[Region, int, int] | None = None
@@ -90,9 +90,9 @@ class State:
 
     def then(self, option: Option, weights: float, at: tuple[Region, int, int]) -> State:
         """The state after one more span."""
-        needs = self.held + option.needs + weights
+        needs = self.saved + option.needs + weights
         return State(
-            self.held + option.holds,
+            self.saved + option.holds,
             self.cost + option.cost,
             max(self.peak, needs),
             at if needs > self.peak else self.peak_at,
@@ -104,14 +104,14 @@ class State:
 class Search:
     """The search through a sequence of regions, for any budget.
 
-    `held` is there from the start. With `count` each region gets at most so many streamed spans, or just so many
+    `saved` is there from the start. With `count` each region gets at most so many streamed spans, or just so many
     if `exact`.
     """
 
     def __init__(
-        self, regions: Sequence[Region], held: float = 0.0, count: int | None = None, exact: bool = False
+        self, regions: Sequence[Region], saved: float = 0.0, count: int | None = None, exact: bool = False
     ) -> None:
-        self._regions, self._held = regions, held
+        self._regions, self._saved = regions, saved
         self._count, self._exact = count, exact
 
     def fastest(self, budget: float) -> State | None:
@@ -125,7 +125,7 @@ class Search:
     def _states(self, budget: float | None) -> list[State]:
         """The states after all regions."""
         weights = [region.weights(-1, region.ends[-1]) for region in self._regions]
-        states = [State(held=self._held)]
+        states = [State(saved=self._saved)]
         for k, region in enumerate(self._regions):
             states = self._through(region, states, sum(weights[k + 1 :]), budget)
         return states
@@ -169,16 +169,16 @@ def _extended(
             if budget is None:
                 fitting = min(options, key=lambda option: option.needs, default=None)
             else:
-                fitting = next((o for o in options if state.held + o.needs + later <= budget), None)
+                fitting = next((o for o in options if state.saved + o.needs + later <= budget), None)
             if fitting is not None:
                 yield state.then(fitting, later, at)
 
 
 def _undominated(states: list[State], budget: float | None) -> list[State]:
-    """The states that no other beats in both what is held and the cost (without a budget: the peak)."""
+    """The states that no other beats in both what is saved and the cost (without a budget: the peak)."""
     best: list[State] = []
     least = math.inf
-    for state in sorted(states, key=lambda s: (s.held, s.peak if budget is None else s.cost, s.ranks)):
+    for state in sorted(states, key=lambda s: (s.saved, s.peak if budget is None else s.cost, s.ranks)):
         other = state.peak if budget is None else state.cost
         if other < least:
             least = other

@@ -57,7 +57,7 @@ class Unit:
     `tiles` is 0 for dense operators. `made` are the bytes of what it makes, `read` of the gradients of what it
     reads. `holds` is what it holds until its backward (per kept tile), apart from what other units read;
     `forward`, `backward` and `pulled` are the peaks of a forward, of a forward with its backward, and of the
-    backward of a kept tile beyond what is held. `there_forward`, `there_backward` and `gradients` are the
+    backward of a kept tile beyond what is saved. `there_forward`, `there_backward` and `gradients` are the
     boundaries and gradients of other units that exist meanwhile. `weights` are the gradients of all of its
     weights, `more_weights` of those that no later unit reads too: others are added to these. `folded` are the
     weights of its fusions, which exist from its forward to its backward.
@@ -146,36 +146,43 @@ def _crossing(
     """The values that units exchange, in the order in which they are made."""
     graph = context.graph
     maker: dict[str, int] = dict.fromkeys((*context.differentiated, *context.outside), -1)
-    readers: dict[str, set[int]] = {}
-    holders: dict[str, set[int]] = {}
-    read_whole: set[str] = set()
     for k, (nodes, plan) in enumerate(spans):
         maker |= dict.fromkeys(nodes if plan is None else plan.segment.outputs, k)
-        reads = _reads(graph, nodes) if plan is None else set(plan.segment.inputs)
-        saved = reads if plan is not None else _saved_inputs(graph, nodes) | costs[k].kept
-        read_whole |= reads if plan is None else set()
-        for name in reads:
-            readers.setdefault(name, set()).add(k)
-        for name in saved:
-            holders.setdefault(name, set()).add(k)
+    readers, holders = _readers_and_holders(graph, spans, costs)
     for name, made in maker.items():
-        is_result = graph.is_result(name)
         others = readers.get(name, set()) - {made}
-        if not others and not is_result:
+        if not others and not graph.is_result(name):
             continue
         is_new = made < 0 or (not _is_view(graph, name) and name not in offloaded)
-        is_written = made >= 0 and name in context.written and spans[made][1] is not None
-        is_there = not is_written if made >= 0 else name in context.outside & read_whole
+        if made >= 0:
+            exists = name not in context.written or spans[made][1] is None
+        else:
+            exists = name in context.outside and any(spans[k][1] is None for k in readers.get(name, ()))
         size = graph[name].bytes * is_new
         yield _Crossing(
             name,
             made,
-            len(spans) if is_result else max(others),
+            len(spans) if graph.is_result(name) else max(others),
             tuple(holders.get(name, ())),
-            size * is_there,
+            size * exists,
             size if made >= 0 or name in context.differentiated else 0,
-            is_result,
+            graph.is_result(name),
         )
+
+
+def _readers_and_holders(
+    graph: TypedGraph, spans: Sequence[Span], costs: Sequence[Costs]
+) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
+    """By name of a value the units that read it, and those that hold it until their backward."""
+    readers: dict[str, set[int]] = {}
+    holders: dict[str, set[int]] = {}
+    for k, (nodes, plan) in enumerate(spans):
+        reads = _reads(graph, nodes) if plan is None else set(plan.segment.inputs)
+        for name in reads:
+            readers.setdefault(name, set()).add(k)
+        for name in reads if plan is not None else _saved_inputs(graph, nodes) | costs[k].kept:
+            holders.setdefault(name, set()).add(k)
+    return readers, holders
 
 
 def _is_view(graph: TypedGraph, name: str) -> bool:
@@ -210,39 +217,41 @@ class _Needs:
 
     def unit(self, last: dict[str, int]) -> Unit:
         """All of it; `last` is the last unit that reads each weight."""
-        cost, plan, k, training = self._cost, self._plan, self._k, self._context.training
-        part, shares = cost.part(), _shares(plan, cost)
-        recorded, unrecorded, held = (
-            part.profile(shares, self._outer()),
-            part.profile_unrecorded(shares),
-            part.held(shares),
-        )
-        coming = going = 0.0
-        if plan is not None:
-            held = held + self._add_copies(plan, recorded, unrecorded)
-            recorded, unrecorded = recorded + self._prefetched(plan), unrecorded + self._prefetched(plan)
-            coming, going = self._transfers(plan)
-            recorded[part.turn :] += going
-        forward, backward = (s + (coming + going) / cost.machine.host for s in map(float, part.seconds(shares)))
+        cost, plan, k = self._cost, self._plan, self._k
+        shares, turn = _shares(plan, cost), len(cost.nodes)
+        recorded, unrecorded, saved = self._profiles(shares)
+        transfer = sum(self._transfers(plan)) / cost.machine.host if plan is not None else 0.0
+        seconds = [float(spent) + transfer for spent in cost.part().seconds(shares)]
         made = sum(value.bytes for value in self._crossing if value.maker == k)
         return Unit(
             name=plan.segment.name if plan is not None else "",
             tiles=plan.tile_count if plan is not None else 0,
             made=made,
             read=sum(v.gradient for v in self._crossing if v.maker < k and k in v.holders),
-            holds=(float(held) - (made if plan is None else 0.0)) * training,
+            holds=(saved - (made if plan is None else 0.0)) * self._context.training,
             there_forward=sum(value.bytes for value in self._crossing if value.in_forward(k)),
-            forward=float((recorded[: part.turn] if plan is None and training else unrecorded).max()),
-            forward_seconds=forward,
+            forward=float((recorded[:turn] if plan is None and self._context.training else unrecorded).max()),
+            forward_seconds=seconds[0],
             there_backward=sum(value.bytes for value in self._crossing if value.in_backward(k)),
             gradients=sum(v.gradient for v in self._crossing if v.has_gradient(k) and not self._is_last_of(v)),
             backward=float(recorded.max()),
-            pulled=float(recorded[part.turn :].max()) - float(held),
-            backward_seconds=backward,
+            pulled=float(recorded[turn:].max()) - saved,
+            backward_seconds=seconds[1],
             weights=float(cost.weight_gradients.sum()),
             more_weights=float(sum(size for name, size in cost.weight_bytes.items() if last[name] == k)),
             folded=float(sum(fusion.bytes for fusion in plan.segment.fusions)) if plan is not None else 0.0,
         )
+
+    def _profiles(self, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Bytes of a tile at each step, with recording and without, and what it saves, with boxes and copies."""
+        part, plan = self._cost.part(), self._plan
+        recorded, unrecorded = part.profile(shares, self._outer()), part.profile_unrecorded(shares)
+        saved = float(part.saved(shares))
+        if plan is not None:
+            saved += self._add_copies(plan, recorded, unrecorded)
+            recorded, unrecorded = recorded + self._prefetched(plan), unrecorded + self._prefetched(plan)
+            recorded[part.turn :] += self._transfers(plan)[1]
+        return recorded, unrecorded, saved
 
     def _is_last_of(self, value: _Crossing) -> bool:
         """Whether a value gets its gradient only here, at once: a sum over tiles exists all the while."""
@@ -262,14 +271,14 @@ class _Needs:
 
     def _add_copies(self, plan: SegmentPlan, recorded: torch.Tensor, unrecorded: torch.Tensor) -> float:
         """Add padded copies of inputs to the profiles; returns the bytes of those that autograd saves."""
-        held, turns = 0.0, len(recorded) - 1
+        saved, turns = 0.0, len(recorded) - 1
         for name, size in padded_copies(plan.segment, plan.axes).items():
             i, saves = self._cost.place[name], plan.segment.graph[name].saves
             is_saved = saves is not None and 0 in saves.inputs
             recorded[i : turns - i if is_saved else i + 1] += size
             unrecorded[i] += size
-            held += size * is_saved
-        return held
+            saved += size * is_saved
+        return saved
 
     def _prefetched(self, plan: SegmentPlan) -> float:
         """Bytes of this tile's and the next one's boxes of what lies outside."""

@@ -30,21 +30,21 @@ LEVELS = tuple((level, level) for level in (0.5, -0.5, 0.05, -0.05, 1.5, -1.5, 4
 class _Runner(fx.Interpreter):
     """Runs a subgraph and compares the value of every local node with its claim as soon as it is there."""
 
-    def __init__(self, strip: Strip, found: Findings) -> None:
+    def __init__(self, strip: Strip, findings: Findings) -> None:
         super().__init__(strip.part.module)
         self.extra_traceback = False
-        self._strip, self._found = strip, found
+        self._strip, self._findings = strip, findings
         self._nodes = set(strip.part.segment.nodes)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self._nodes:
-            _compare_forward(self._strip, n, value, self._found)
+            _compare_forward(self._strip, n, value, self._findings)
         return value
 
 
 @torch.no_grad()
-def poison_forward(strip: Strip, found: Findings) -> None:
+def poison_forward(strip: Strip, findings: Findings) -> None:
     """Rule 2: the valid interval of every node, for both tiles."""
     inputs = []
     for name, dims in strip.part.segment.spatial:
@@ -57,17 +57,17 @@ def poison_forward(strip: Strip, found: Findings) -> None:
             shown = strip.tile_of(name, tile)
             image[entry].narrow(dims[strip.axis] - 1, shown.start, len(shown)).fill_(1.0)
         inputs.append(image)
-    _Runner(strip, found).run(*inputs, *strip.weights.values())
+    _Runner(strip, findings).run(*inputs, *strip.weights.values())
 
 
-def _compare_forward(strip: Strip, node: fx.Node, value: Any, found: Findings) -> None:
+def _compare_forward(strip: Strip, node: fx.Node, value: Any, findings: Findings) -> None:
     name = node.name
     fields = {source: fields[name] for source, fields in strip.fields.items() if name in fields}
     if not isinstance(value, torch.Tensor):
         return
-    is_blurred = any(one.name in found.blurred_forward for one in node.all_input_nodes)
+    is_blurred = any(one.name in findings.blurred_forward for one in node.all_input_nodes)
     if is_blurred or not value.is_floating_point() or not fields or not strip.graph.pattern(name).is_tight:
-        found.blurred_forward.add(name)
+        findings.blurred_forward.add(name)
     if not value.is_floating_point() or not fields:
         return
     dim = strip.graph.value(name).dims[strip.axis]
@@ -75,7 +75,7 @@ def _compare_forward(strip: Strip, node: fx.Node, value: Any, found: Findings) -
     for entry, tile in enumerate(strip.tiles):
         claimed = _claimed_valid(strip, fields, tile, value.shape[dim])
         if not len(claimed):  # inputs of several sizes may leave no pixel that none of them poisons
-            found.blurred_forward.add(name)
+            findings.blurred_forward.add(name)
             continue
         measured = _valid_around(poisoned[entry], (claimed.start + claimed.stop - 1) // 2)
         if measured == claimed:
@@ -86,12 +86,12 @@ def _compare_forward(strip: Strip, node: fx.Node, value: Any, found: Findings) -
         before = measured.start in (claimed.start, 0)
         after = measured.stop in (claimed.stop, value.shape[dim])
         unseen = before and after
-        if not smaller and (unseen or name in found.blurred_forward or not _carries_nan(strip, node)):
-            found.blurred_forward.add(name)
+        if not smaller and (unseen or name in findings.blurred_forward or not _carries_nan(strip, node)):
+            findings.blurred_forward.add(name)
             return
         lost = [(v.start, value.shape[dim] - v.stop) if len(v) else "all" for v in (claimed, measured)]
-        found.add(name, strip.axis, "forward", f"pixels invalid at the border of a tile {tile}", *lost)
-        found.blurred_forward.add(name)
+        findings.add(name, strip.axis, "forward", f"pixels invalid at the border of a tile {tile}", *lost)
+        findings.blurred_forward.add(name)
         return
 
 
@@ -149,45 +149,48 @@ def _carries_nan(strip: Strip, node: fx.Node) -> bool:
     return all(bool(r.isnan().all()) for r in results if isinstance(r, torch.Tensor) and r.is_floating_point())
 
 
-def _call(strip: Strip, node: fx.Node, given: Mapping[str, Any]) -> Any:
+def _call(strip: Strip, node: fx.Node, tensors: Mapping[str, Any]) -> Any:
     """The operator on these tensors, with synthetic weights for the rest."""
     args, kwargs = strip.graph.arguments(node)
 
     def tensor_of(n: fx.Node) -> Any:
-        return given[n.name] if n.name in given else strip.weights[n.name]
+        return tensors[n.name] if n.name in tensors else strip.weights[n.name]
 
     assert callable(node.target)
     return node.target(*map_arg(args, tensor_of), **map_arg(kwargs, tensor_of))
 
 
 @torch.enable_grad()
-def poison_backward(strip: Strip, found: Findings) -> None:
+def poison_backward(strip: Strip, findings: Findings) -> None:
     """Rule 3: which pixels of every node the first half of the outputs depends on, and which the second half.
 
     Entry 0 is NaN in the gradient of the first half and rises along the axis, entry 1 is NaN in that of the second
     half and falls.
     """
-    segment, graph, axis = strip.part.segment, strip.graph, strip.axis
-    extents = {output: strip.extent(output) for output in segment.outputs}
-    halves = [Interval(0, e // 2) for e in extents.values()], [Interval(e // 2, e) for e in extents.values()]
-    walk = BoundsPass(strip.segment, axis)
-    claims = [walk.boxes(half) for half in halves]
-    gradients: dict[str, Any] = {output: _half_poisoned(strip, output) for output in extents}
-    inputs, blurred = {name for name, _ in segment.spatial}, set[str]()
+    segment, claims, blurred = strip.part.segment, _claimed_of_halves(strip), set[str]()
+    gradients: dict[str, Any] = {output: _half_poisoned(strip, output) for output in segment.outputs}
+    inputs = {name for name, _ in segment.spatial}
     for node in reversed(strip.part.module.graph.nodes):
         if node.name not in inputs and node.name not in segment.nodes:
             continue
-        gradient, typed = gradients.pop(node.name, None), graph[node.name]
+        gradient, typed = gradients.pop(node.name, None), strip.graph[node.name]
         if gradient is None or (not typed.is_tuple and not typed.values[0].dtype.is_floating_point):
             blurred.add(node.name)
         elif not typed.is_tuple:
-            dim = graph.value(node.name).dims[axis]
+            dim = typed.values[0].dims[strip.axis]
             claimed, poisoned = [claim.get(node.name, EMPTY) for claim in claims], _poisoned(gradient, dim)
-            _compare_backward(strip, node.name, poisoned, claimed, blurred, found)
+            _compare_backward(strip, node.name, poisoned, claimed, blurred, findings)
             gradient = _whole_box(gradient, poisoned, dim)
         if node.name not in inputs:
             _send(strip, typed, gradient, gradients, blurred)
-    found.blurred_backward |= blurred & set(segment.nodes)
+    findings.blurred_backward |= blurred & set(segment.nodes)
+
+
+def _claimed_of_halves(strip: Strip) -> list[dict[str, Interval]]:
+    """What each half of the outputs reads of every node, by the algebra."""
+    extents = [strip.extent(output) for output in strip.part.segment.outputs]
+    walk = BoundsPass(strip.segment, strip.axis)
+    return [walk.boxes([Interval(0, e // 2) for e in extents]), walk.boxes([Interval(e // 2, e) for e in extents])]
 
 
 def _half_poisoned(strip: Strip, output: str) -> torch.Tensor:
@@ -218,7 +221,7 @@ def _compare_backward(
     poisoned: torch.Tensor,
     claims: Sequence[Interval],
     blurred: set[str],
-    found: Findings,
+    findings: Findings,
 ) -> None:
     extent = poisoned.shape[1]
     reached = [entry.nonzero().flatten().tolist() for entry in poisoned]
@@ -234,7 +237,7 @@ def _compare_backward(
         return  # a tile holds the same box of every result of one operator, the hull of what any is needed for
     if more or name not in blurred:
         halves = f"pixels that the first half of the outputs reads up to, and the second half from, of {extent}"
-        found.add(name, strip.axis, "backward", halves, claimed, measured)
+        findings.add(name, strip.axis, "backward", halves, claimed, measured)
     blurred.add(name)
 
 
@@ -246,13 +249,13 @@ def _whole_box(gradient: torch.Tensor, poisoned: torch.Tensor, dim: int) -> torc
     return whole
 
 
-def _summed(known: Any, sent: Any) -> Any:
+def _summed(total: Any, sent: Any) -> Any:
     """The sum of two gradients, of one tensor or of several."""
-    if known is None:
+    if total is None:
         return sent
-    if not isinstance(known, list):
-        return known + sent
-    return [b if a is None else a if b is None else a + b for a, b in zip(known, sent, strict=True)]
+    if not isinstance(total, list):
+        return total + sent
+    return [b if a is None else a if b is None else a + b for a, b in zip(total, sent, strict=True)]
 
 
 def _pulled_back(strip: Strip, node: fx.Node, gradient: Any) -> dict[str, Any]:
@@ -273,20 +276,20 @@ def _pulled_back(strip: Strip, node: fx.Node, gradient: Any) -> dict[str, Any]:
         differentiable = {name: ramp for name, ramp in ramps.items() if ramp.requires_grad}
         results = _call(strip, node, ramps)
         pairs = [
-            (result, given)
-            for result, given in zip(
+            (result, part)
+            for result, part in zip(
                 pytree.tree_leaves(results), gradient if isinstance(gradient, list) else [gradient], strict=False
             )
-            if given is not None and isinstance(result, torch.Tensor) and result.requires_grad
+            if part is not None and isinstance(result, torch.Tensor) and result.requires_grad
         ]
         if not pairs or not differentiable:
             return sent
-        outputs, given = zip(*pairs, strict=True)
+        outputs, part = zip(*pairs, strict=True)
         try:
-            found = torch.autograd.grad(outputs, list(differentiable.values()), given, allow_unused=True)
+            pulled = torch.autograd.grad(outputs, list(differentiable.values()), part, allow_unused=True)
         except RuntimeError:  # an operator of the user without a gradient
             return sent
-        for name, gradient_in in zip(differentiable, found, strict=True):
+        for name, gradient_in in zip(differentiable, pulled, strict=True):
             if gradient_in is not None:
                 sent[name] = _summed(sent.get(name), gradient_in)
         if all(name in sent and bool(sent[name].sum().isnan()) for name in differentiable):
@@ -296,8 +299,8 @@ def _pulled_back(strip: Strip, node: fx.Node, gradient: Any) -> dict[str, Any]:
 
 def _is_closed(gradient: Any, sent: Any) -> bool:
     """Whether nothing of a NaN gradient passed to an input, as at a gate that no range of values opens."""
-    given, passed = ([t for t in (g if isinstance(g, list) else [g]) if t is not None] for g in (gradient, sent))
-    return any(bool(t.sum().isnan()) for t in given) and not any(bool(t.sum().isnan()) for t in passed)
+    part, passed = ([t for t in (g if isinstance(g, list) else [g]) if t is not None] for g in (gradient, sent))
+    return any(bool(t.sum().isnan()) for t in part) and not any(bool(t.sum().isnan()) for t in passed)
 
 
 def _is_spatial(strip: Strip, name: str) -> bool:

@@ -103,24 +103,24 @@ def probe(graph: TypedGraph, nodes: Sequence[str], part: str = "") -> ProbeRepor
 
 def _probe(graph: TypedGraph, nodes: Sequence[str], part: str) -> ProbeReport:
     """The report on a part: on its regions one by one, and on its reductions (rule 7)."""
-    started, wanted = time.perf_counter(), set(nodes)
-    pieces = [tuple(name for name in region.nodes if name in wanted) for region in graph.regions]
-    found, unprobed, measured = Findings(graph), list[str](), 0
+    started, chosen = time.perf_counter(), set(nodes)
+    pieces = [tuple(name for name in region.nodes if name in chosen) for region in graph.regions]
+    findings, unprobed, measured = Findings(graph), list[str](), 0
     for piece in filter(None, pieces):
         of_piece, reason = _probed(make_segment(graph, part, piece))
         measured += 0 if reason else len(piece) - len(of_piece.blurred)
         unprobed += [reason] if reason else []
-        found.mismatches += of_piece.mismatches
-        found.blurred_forward |= of_piece.blurred
+        findings.mismatches += of_piece.mismatches
+        findings.blurred_forward |= of_piece.blurred
     reductions = [name for name in nodes if graph[name].reduces]
-    compare_reductions(graph, reductions, found)
+    compare_reductions(graph, reductions, findings)
     order = {name: i for i, name in enumerate(nodes)}
-    ordered = sorted(found.mismatches, key=lambda m: (DIRECTIONS.index(m.direction), order[m.node]))
+    ordered = sorted(findings.mismatches, key=lambda m: (DIRECTIONS.index(m.direction), order[m.node]))
     return ProbeReport(
         part,
         len(nodes),
         measured + len(reductions),
-        len(found.blurred_forward),
+        len(findings.blurred_forward),
         tuple(ordered),
         unprobed[0] if unprobed else "",
         time.perf_counter() - started,
@@ -131,15 +131,15 @@ def _probed(segment: Segment) -> tuple[Findings, str]:
     """The findings on one region, and why it was not probed, if so."""
     try:
         for whole_windows in (False, True):
-            found = _measured(segment, whole_windows)
-            if not found.mismatches:
+            findings = _measured(segment, whole_windows)
+            if not findings.mismatches:
                 break
     except (UnprobedError, RuleError) as reason:
         return Findings(segment.graph), str(reason)
     except Exception as error:  # an operator that cannot be run on a strip must not keep the model from running
         first = str(error).splitlines()[0] if str(error) else ""
         return Findings(segment.graph), f"it fails on a strip with {type(error).__name__}: {first}"
-    return found, ""
+    return findings, ""
 
 
 def _measured(segment: Segment, whole_windows: bool) -> Findings:
@@ -148,12 +148,12 @@ def _measured(segment: Segment, whole_windows: bool) -> Findings:
     On a strip narrower than a dilated window all taps may lie in padding, which looks like a claim that is too
     large. So what is found there counts only if it is found on a strip that holds whole windows too.
     """
-    found = Findings(segment.graph)
+    findings = Findings(segment.graph)
     part = subgraph(segment, torch.float32)
     weights = {name: synthetic_weight(part, name) for name in segment.whole}
     for axis in range(len(segment.graph.pattern(segment.nodes[0]).dims)):
         strip = make_strip(part, axis, weights, whole_windows)
-        poison_forward(strip, found)
-        poison_backward(strip, found)
-    compare_values(segment, found)
-    return found
+        poison_forward(strip, findings)
+        poison_backward(strip, findings)
+    compare_values(segment, findings)
+    return findings

@@ -30,7 +30,7 @@ TOLERANCE = 1e-9
 """Relative difference between a tile's values and the plain operator's, in float64."""
 
 
-def compare_values(segment: Segment, found: Findings) -> None:
+def compare_values(segment: Segment, findings: Findings) -> None:
     """Rule 4: every distinct operator in three tiles, at both borders and between, against itself on the whole."""
     compared: set[object] = set()
     for name in segment.nodes:
@@ -39,7 +39,7 @@ def compare_values(segment: Segment, found: Findings) -> None:
         if not node.pattern.is_item and signature not in compared:
             compared.add(signature)
             items = tuple(user.name for user in node.node.users if user.name in segment.nodes)
-            _compare_tiles(segment.graph, (name, *items) if node.is_tuple else (name,), found)
+            _compare_tiles(segment.graph, (name, *items) if node.is_tuple else (name,), findings)
 
 
 def _signature(graph: TypedGraph, node: fx.Node) -> object:
@@ -51,7 +51,7 @@ def _signature(graph: TypedGraph, node: fx.Node) -> object:
     return node.target, tuple(numbers), tuple(ranks)
 
 
-def _compare_tiles(graph: TypedGraph, names: tuple[str, ...], found: Findings) -> None:
+def _compare_tiles(graph: TypedGraph, names: tuple[str, ...], findings: Findings) -> None:
     """One operator (with the items of its result) on the whole and in tiles, in float64."""
     name = names[0]
     part = subgraph(make_segment(graph, name, names), torch.float64)
@@ -62,24 +62,32 @@ def _compare_tiles(graph: TypedGraph, names: tuple[str, ...], found: Findings) -
     whole = [tensor.abs() + 1 for tensor in whole]
     with torch.no_grad():
         plain = part.module(*inputs, *whole)
-    axes = range(segment.axes)
-    walks = [BoundsPass(segment, axis) for axis in axes]
     for third in range(3):
-        owned = [[_third(segment.graph, output, axis, third) for output in segment.outputs] for axis in axes]
-        tiles = [walk.tile(tuple(along)) for walk, along in zip(walks, owned, strict=True)]
-        tables = [t for lookup in lookups(segment, tiles).values() for t in lookup.tensors(torch.device("cpu"))]
+        owned = [[_third(segment.graph, o, axis, third) for o in segment.outputs] for axis in range(segment.axes)]
         try:
-            with torch.no_grad():
-                results = tile_program(segment, tiles).forward(*_boxes(segment, tiles, inputs), *whole, *tables)
+            results = _of_tile(segment, owned, inputs, whole)
         except RuntimeError as error:
-            found.add(name, 0, "values", "a tile of it", "can be evaluated", str(error).splitlines()[0])
+            findings.add(name, 0, "values", "a tile of it", "can be evaluated", str(error).splitlines()[0])
             return
-        for k, output in enumerate(segment.outputs):
-            box = Box(tuple(owned[axis][k] for axis in axes))
-            expected = plain[k][box.index(segment.graph.value(output).dims, plain[k].ndim)]
-            if results[k] is not None and not _same_values(results[k], expected):
-                found.add(name, 0, "values", f"the tile {box}", _preview(results[k]), _preview(expected))
+        for k, result in enumerate(results):
+            box = Box(tuple(along[k] for along in owned))
+            expected = plain[k][box.index(segment.graph.value(segment.outputs[k]).dims, plain[k].ndim)]
+            if result is not None and not _same_values(result, expected):
+                findings.add(name, 0, "values", f"the tile {box}", _preview(result), _preview(expected))
                 return
+
+
+@torch.no_grad()
+def _of_tile(
+    segment: Segment,
+    owned: Sequence[Sequence[Interval]],
+    inputs: Sequence[torch.Tensor],
+    whole: Sequence[torch.Tensor],
+) -> Sequence[torch.Tensor | None]:
+    """What the tile that owns these intervals, of each output along each axis, makes of the inputs."""
+    tiles = [BoundsPass(segment, axis).tile(tuple(along)) for axis, along in enumerate(owned)]
+    tables = [t for lookup in lookups(segment, tiles).values() for t in lookup.tensors(torch.device("cpu"))]
+    return tile_program(segment, tiles).forward(*_boxes(segment, tiles, inputs), *whole, *tables)
 
 
 def _drawn(part: Subgraph, segment: Segment) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -90,7 +98,7 @@ def _drawn(part: Subgraph, segment: Segment) -> tuple[list[torch.Tensor], list[t
     return drawn[: len(segment.spatial)], drawn[len(segment.spatial) :]
 
 
-def compare_reductions(graph: TypedGraph, names: Sequence[str], found: Findings) -> None:
+def compare_reductions(graph: TypedGraph, names: Sequence[str], findings: Findings) -> None:
     """Every distinct reduction, combined from three tiles along each axis, against itself on the whole.
 
     Both its values and the gradients that it sends to the map.
@@ -100,10 +108,10 @@ def compare_reductions(graph: TypedGraph, names: Sequence[str], found: Findings)
         signature = _signature(graph, graph[name].node)
         if signature not in compared:
             compared.add(signature)
-            _compare_combined(graph, name, found)
+            _compare_combined(graph, name, findings)
 
 
-def _compare_combined(graph: TypedGraph, name: str, found: Findings) -> None:
+def _compare_combined(graph: TypedGraph, name: str, findings: Findings) -> None:
     part = subgraph(make_segment(graph, name, (name,), (name,)), torch.float64)
     if any(_is_position(graph.value(one)) for one, _ in part.segment.spatial):
         return  # random numbers are not positions
@@ -116,9 +124,9 @@ def _compare_combined(graph: TypedGraph, name: str, found: Findings) -> None:
         (plain,) = part.module(*inputs, *whole)
         combined = _combined_from_tiles(segment, inputs, whole).to(plain.dtype)
     if not _same_values(combined, plain):
-        found.add(name, 0, "values", "the result combined from tiles", _preview(combined), _preview(plain))
+        findings.add(name, 0, "values", "the result combined from tiles", _preview(combined), _preview(plain))
     elif plain.requires_grad:
-        _compare_gradients(name, combined, plain, maps, found)
+        _compare_gradients(name, combined, plain, maps, findings)
 
 
 def _combined_from_tiles(
@@ -140,7 +148,7 @@ def _combined_from_tiles(
 
 
 def _compare_gradients(
-    name: str, combined: torch.Tensor, plain: torch.Tensor, maps: Sequence[torch.Tensor], found: Findings
+    name: str, combined: torch.Tensor, plain: torch.Tensor, maps: Sequence[torch.Tensor], findings: Findings
 ) -> None:
     """The gradients of both results for the same gradient, which is another integer for each of their numbers."""
     gradient = torch.arange(1, plain.numel() + 1).view(plain.shape).to(plain.dtype)
@@ -152,7 +160,7 @@ def _compare_gradients(
     for of_tiles, of_whole in zip(tiled, expected, strict=True):
         if not _same_values(of_tiles, of_whole):
             what = "the gradient of the result combined from tiles"
-            found.add(name, 0, "values", what, _preview(of_tiles), _preview(of_whole))
+            findings.add(name, 0, "values", what, _preview(of_tiles), _preview(of_whole))
 
 
 def _boxes(segment: Segment, tiles: Sequence[AxisTile], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -202,12 +210,12 @@ def _third(graph: TypedGraph, output: str, axis: int, third: int) -> Interval:
     return (Interval(0, 1), Interval(1, extent - 1), Interval(extent - 1, extent))[third]
 
 
-def _same_values(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+def _same_values(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return False
-    if not found.is_floating_point():
-        return torch.equal(found, wanted)
-    return torch.allclose(found, wanted, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
+    if not actual.is_floating_point():
+        return torch.equal(actual, expected)
+    return torch.allclose(actual, expected, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
 
 
 def _preview(tensor: torch.Tensor) -> str:

@@ -115,10 +115,10 @@ def _image(call: Call) -> tuple[str, Value]:
 
 def _touched(call: Call, rank: int) -> list[int]:
     """The dims an operator works along, from its `dim` or `dims`; all where none is given."""
-    given = call.arguments.get("dim", call.arguments.get("dims"))
-    if given is None or (isinstance(given, Sequence) and not given):
+    dims = call.arguments.get("dim", call.arguments.get("dims"))
+    if dims is None or (isinstance(dims, Sequence) and not dims):
         return list(range(rank))
-    return [d % rank for d in ([given] if isinstance(given, int) else given)]
+    return [d % rank for d in ([dims] if isinstance(dims, int) else dims)]
 
 
 def _pass_through(call: Call, dims: Callable[[int], int] = lambda d: d) -> Answer:
@@ -240,12 +240,12 @@ def class_loss(call: Call) -> Answer:
     if 1 in image.dims or not image.dims or _depends_on_position(call["weight"]):
         return NotTileable(Reason.CLASSES_ALONG_TILED_DIM)
     dims = _without(image.dims, 1)
-    wanted = image.dims if len(target.shape) == len(image.shape) else dims
-    if target.dims not in ((), wanted):
+    expected = image.dims if len(target.shape) == len(image.shape) else dims
+    if target.dims not in ((), expected):
         return NotTileable(Reason.TARGET_DIMS_DIFFER, dims)
     if target.dims and target.extents != image.extents:
         return NotTileable(Reason.TARGETS_DIFFER, dims, (target.extents, image.extents))
-    return _looked_up(call, dims, (("self", image, image.dims), ("target", target, wanted)))
+    return _looked_up(call, dims, (("self", image, image.dims), ("target", target, expected)))
 
 
 def one_hot(call: Call) -> Answer:
@@ -280,8 +280,8 @@ def _depends_on_position(weight: Value | None) -> bool:
     return weight is not None and bool(weight.dims)
 
 
-def _without(dims: tuple[int, ...], gone: int) -> tuple[int, ...]:
-    return tuple(d - (d > gone) for d in dims)
+def _without(dims: tuple[int, ...], removed: int) -> tuple[int, ...]:
+    return tuple(d - (d > removed) for d in dims)
 
 
 def _looked_up(call: Call, dims: tuple[int, ...], read: tuple[tuple[str, Value, tuple[int, ...]], ...]) -> Answer:

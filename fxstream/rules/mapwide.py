@@ -77,17 +77,17 @@ def contract(call: Call) -> Answer:
     reads = [_read(call[name], name, letters[name], space, sizes) for name in ARGUMENTS]
     if any(isinstance(read, NotTileable) for read in reads):
         return NotTileable(Reason.SOME_DIMS_MISSING, (), (call["other"].name,))
-    found = sorted((r for r in reads if isinstance(r, Read)), key=lambda read: BROADCAST in read.maps)
+    spatial = sorted((r for r in reads if isinstance(r, Read)), key=lambda read: BROADCAST in read.maps)
     if set(space) <= set(output):
         dims = tuple(output.index(c) for c in space)
-        return Pointwise(dims, tuple(found))
+        return Pointwise(dims, tuple(spatial))
     if set(space) & set(output):
         return NotTileable(Reason.SUMS_SOME_DIMS)
-    if len(found) < len(ARGUMENTS):
+    if len(spatial) < len(ARGUMENTS):
         return NotTileable(Reason.SUMS_WITH_WHOLE)
-    if found[0].argument != "self":
+    if spatial[0].argument != "self":
         return NotTileable(Reason.SUMS_WITH_ROW)
-    return reduced(found, products, sums_of_tiles, call["equation"])
+    return reduced(spatial, products, sums_of_tiles, call["equation"])
 
 
 def products(one: torch.Tensor, other: torch.Tensor, equation: str) -> torch.Tensor:

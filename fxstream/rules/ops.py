@@ -73,8 +73,8 @@ class _MeanVariance(torch.autograd.Function):
 
 def mean_variance(tensor: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance over `dims`, in at least 32 bits."""
-    found: tuple[torch.Tensor, torch.Tensor] = _MeanVariance.apply(wide(tensor), dims)  # type: ignore[no-untyped-call]
-    return found
+    pair: tuple[torch.Tensor, torch.Tensor] = _MeanVariance.apply(wide(tensor), dims)  # type: ignore[no-untyped-call]
+    return pair
 
 
 @_operator("moments(Tensor self, int[] dim) -> Tensor")
@@ -147,22 +147,22 @@ def windows(count: int, extent: int, axis: int, axes: int, *, device: torch.devi
     return inside.view([count, *(-1 if a == axis else 1 for a in range(axes))])
 
 
-def _outside(held: torch.Tensor, dim: int) -> list[torch.Tensor]:
+def _outside(inside: torch.Tensor, dim: int) -> list[torch.Tensor]:
     """For each window along a dim (counted from the last), which pixels it does not hold."""
-    return [~window.view(-1, *[1] * (-dim - 1)) for window in held.flatten(1)]
+    return [~window.view(-1, *[1] * (-dim - 1)) for window in inside.flatten(1)]
 
 
 @_operator("window_sums(Tensor self, Tensor[] windows) -> Tensor")
-def window_sums(tensor: torch.Tensor, held: list[torch.Tensor]) -> torch.Tensor:
+def window_sums(tensor: torch.Tensor, inside: list[torch.Tensor]) -> torch.Tensor:
     """Sums over the products of the windows of the last axes, in at least 32 bits.
 
     A product of matrices would be fewer operations, but spreads infinities and NaN to all windows.
     """
-    found = wide(tensor)
-    for dim, of_axis in zip(range(-1, -len(held) - 1, -1), reversed(held), strict=True):
-        sums = [found.masked_fill(hidden, 0).sum(dim, keepdim=True) for hidden in _outside(of_axis, dim)]
-        found = torch.cat(sums, dim)
-    return found
+    partial = wide(tensor)
+    for dim, of_axis in zip(range(-1, -len(inside) - 1, -1), reversed(inside), strict=True):
+        sums = [partial.masked_fill(hidden, 0).sum(dim, keepdim=True) for hidden in _outside(of_axis, dim)]
+        partial = torch.cat(sums, dim)
+    return partial
 
 
 NOWHERE = 2**53
@@ -170,23 +170,24 @@ NOWHERE = 2**53
 
 
 @_operator("window_maxima(Tensor self, Tensor[] windows, Tensor[] positions) -> Tensor")
-def window_maxima(tensor: torch.Tensor, held: list[torch.Tensor], places: list[torch.Tensor]) -> torch.Tensor:
+def window_maxima(tensor: torch.Tensor, inside: list[torch.Tensor], places: list[torch.Tensor]) -> torch.Tensor:
     """Maxima over the products of the windows of the last axes, and their positions, stacked in front.
 
     Of equal maxima it is the first in row-major order, and that one has the gradient. In 64 bits, which hold every
     position exactly.
     """
-    found, place = tensor, torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for dim, of_axis, own in zip(range(-1, -len(held) - 1, -1), reversed(held), reversed(places), strict=True):
+    values, place = tensor, torch.zeros((), dtype=torch.int64, device=tensor.device)
+    dims = range(-1, -len(inside) - 1, -1)
+    for dim, of_axis, indices in zip(dims, reversed(inside), reversed(places), strict=True):
         maxima, firsts = [], []
         for hidden in _outside(of_axis, dim):
-            shown = found if len(of_axis) == 1 else found.masked_fill(hidden, -math.inf)
+            shown = values if len(of_axis) == 1 else values.masked_fill(hidden, -math.inf)
             maximum, at = shown.max(dim, keepdim=True)
-            first = (own.view(hidden.shape) + place).expand_as(shown).gather(dim, at)
+            first = (indices.view(hidden.shape) + place).expand_as(shown).gather(dim, at)
             maxima.append(maximum)
             firsts.append(torch.where(hidden.all(), NOWHERE, first))
-        found, place = torch.cat(maxima, dim), torch.cat(firsts, dim)
-    return torch.stack([found.double(), place.double()])
+        values, place = torch.cat(maxima, dim), torch.cat(firsts, dim)
+    return torch.stack([values.double(), place.double()])
 
 
 ODD = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
@@ -232,10 +233,10 @@ def dropout(
     `factor` and `summand` are the `entry_keys` of what lies at one position, `places` the `positions` along each
     axis; all broadcast against the tensor. Only the mask is kept for backward.
     """
-    held = tensor * scale
+    scaled = tensor * scale
     if shift:
-        held = held + shift
-    return held.masked_fill_(_is_dropped(factor, summand, places, p), dropped)
+        scaled = scaled + shift
+    return scaled.masked_fill_(_is_dropped(factor, summand, places, p), dropped)
 
 
 def _is_dropped(factor: torch.Tensor, summand: torch.Tensor, places: list[torch.Tensor], p: float) -> torch.Tensor:

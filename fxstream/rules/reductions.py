@@ -50,22 +50,22 @@ def over_space(call: Call, image: Value, touched: Sequence[int]) -> Answer:
     if not set(image.dims) <= set(touched):
         return NotTileable(Reason.REDUCES_SOME_DIMS)
     is_known = len(call.shapes) == 1 and (image.dtype.is_floating_point or name == "sum")
-    known = REDUCERS.get(name) if is_known else None
-    found = known(call) if known is not None else None
-    if found is None:
+    reducer = REDUCERS.get(name) if is_known else None
+    answer = reducer(call) if reducer is not None else None
+    if answer is None:
         return NotTileable(Reason.REDUCES_SPACE)
     argument = next(name for name, _, value in call.tensors() if value.name == image.name)
     read = Read(argument, image, image.dims, (IDENTITY,) * len(image.dims))
-    return reduced([read], *found, list(touched), bool(call.arguments.get("keepdim", False)))
+    return reduced([read], *answer, list(touched), bool(call.arguments.get("keepdim", False)))
 
 
 def _norm(call: Call) -> tuple[Callable[..., Any], Combine] | None:
-    known: dict[float, tuple[Callable[..., Any], Combine]] = {
+    orders: dict[float, tuple[Callable[..., Any], Combine]] = {
         1.0: (norm_1, partial(_norms, 1.0)),
         2.0: (norm_2, partial(_norms, 2.0)),
         math.inf: (largest_of, _maxima),
     }
-    return known.get(float(call["ord"]))
+    return orders.get(float(call["ord"]))
 
 
 def moments(call: Call) -> Answer:
@@ -91,9 +91,9 @@ def mean_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tenso
 
 def maximum_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
     """A tile's maximum, and how often it is attained."""
-    found = wide(tensor).amax(dims, True)
-    often = (tensor.detach() == found.detach()).sum(dims, keepdim)
-    return torch.stack([found if keepdim else found.squeeze(dims), often.to(found.dtype)])
+    maximum = wide(tensor).amax(dims, True)
+    often = (tensor.detach() == maximum.detach()).sum(dims, keepdim)
+    return torch.stack([maximum if keepdim else maximum.squeeze(dims), often.to(maximum.dtype)])
 
 
 def minimum_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
@@ -113,14 +113,14 @@ def logsumexp_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.
 
 def norm_1(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
     """A tile's sum of absolute values."""
-    found: torch.Tensor = torch.linalg.vector_norm(wide(tensor), 1, dims, keepdim)
-    return found
+    norm: torch.Tensor = torch.linalg.vector_norm(wide(tensor), 1, dims, keepdim)
+    return norm
 
 
 def norm_2(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
     """A tile's Euclidean norm."""
-    found: torch.Tensor = torch.linalg.vector_norm(wide(tensor), 2, dims, keepdim)
-    return found
+    norm: torch.Tensor = torch.linalg.vector_norm(wide(tensor), 2, dims, keepdim)
+    return norm
 
 
 def moments_of(tensor: torch.Tensor, dims: list[int]) -> torch.Tensor:
@@ -159,16 +159,16 @@ def _logsumexps(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 def _norms(order: float, partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = torch.linalg.vector_norm(partials.double(), order, 0)
-    return found
+    norm: torch.Tensor = torch.linalg.vector_norm(partials.double(), order, 0)
+    return norm
 
 
 def _moments(others: int, partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     means, variances = partials.double().unbind(1)
-    held, count = _along_tiles(counts * others, means), counts.sum() * others
+    elements, count = _along_tiles(counts * others, means), counts.sum() * others
     some = means[0].detach()  # so that of equal means no difference is left
-    mean = some + ((means - some) * (held / count)).sum(0)
-    squares = (held * (variances + (means - mean) ** 2)).sum(0)
+    mean = some + ((means - some) * (elements / count)).sum(0)
+    squares = (elements * (variances + (means - mean) ** 2)).sum(0)
     return torch.stack([mean, squares / count, squares / (count - 1)])
 
 
@@ -213,15 +213,15 @@ def _over_windows(call: Call, arguments: Sequence[str], target: Callable[..., An
 
 def window_sums_of(tensor: torch.Tensor, *windows: torch.Tensor) -> torch.Tensor:
     """A tile's part of each window's sum."""
-    found: torch.Tensor = overload("window_sums")(tensor, windows)
-    return found
+    sums: torch.Tensor = overload("window_sums")(tensor, windows)
+    return sums
 
 
 def window_maxima_of(tensor: torch.Tensor, *small: torch.Tensor) -> torch.Tensor:
     """The first maximum in a tile's part of each window and its position in the whole map."""
     axes = len(small) // 2
-    found: torch.Tensor = overload("window_maxima")(tensor, small[:axes], small[axes:])
-    return found
+    maxima: torch.Tensor = overload("window_maxima")(tensor, small[:axes], small[axes:])
+    return maxima
 
 
 def _summed(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -230,7 +230,7 @@ def _summed(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 def _first_maxima(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     maxima, places = partials.double().unbind(1)
-    known = maxima.detach()
-    best = (known == known.amax(0)) | known.isnan()
+    detached = maxima.detach()
+    best = (detached == detached.amax(0)) | detached.isnan()
     first = torch.where(best, places.detach(), math.inf).argmin(0, keepdim=True)
     return torch.stack([maxima.gather(0, first)[0], places.gather(0, first)[0]])

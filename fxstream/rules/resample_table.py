@@ -100,21 +100,23 @@ class Resample:
 
     def claim(self) -> tuple[AxisMap, bool]:
         """The access map, and whether it claims nothing that is not read: rules 1 and 2 of the NOTE."""
-        ratio = self.ratio.limit_denominator(LARGEST_DENOMINATOR)
-        num, den = ratio.numerator, ratio.denominator
+        num, den = self.ratio.limit_denominator(LARGEST_DENOMINATOR).as_integer_ratio()
         centre = (num - den * (not self.gathers)) // 2 if self.centred else 0
-        first, last = (centre + den * tap for tap in self.taps)
+        indices, start, low, high = self._extremes(num, centre)
+        first = min(centre + den * self.taps[0], int((den * low + den - 1 - start).min()))
+        last = max(centre + den * self.taps[1], int((den * high - start).max()))
+        lows = ((start + first) // den).clamp(0, self.extent - 1)
+        highs = ((start + last) // den).clamp(0, self.extent - 1)
+        tight = bool((lows >= indices.amin(0)).all() and (highs <= indices.amax(0)).all())
+        return AxisMap(num, den, first, last), tight
+
+    def _extremes(self, num: int, centre: int) -> tuple[torch.Tensor, ...]:
+        """Of the table the pixels [taps, pixels]; of each of these its start, the first and last pixel read."""
         table = self.table(torch.device("cpu"))
         start = num * torch.arange(self.extent_out, device="cpu")
         counts = (table.weights != 0) | (start + centre >= 0)
         low = table.indices.masked_fill(~counts, self.extent).amin(0)
-        high = table.indices.masked_fill(~counts, -1).amax(0)
-        first = min(first, int((den * low + den - 1 - start).min()))
-        last = max(last, int((den * high - start).max()))
-        lows = ((start + first) // den).clamp(0, self.extent - 1)
-        highs = ((start + last) // den).clamp(0, self.extent - 1)
-        tight = bool((lows >= table.indices.amin(0)).all() and (highs <= table.indices.amax(0)).all())
-        return AxisMap(num, den, first, last), tight
+        return table.indices, start, low, table.indices.masked_fill(~counts, -1).amax(0)
 
     def apply(
         self, lines: torch.Tensor, across: int, layout: torch.memory_format = torch.contiguous_format
@@ -149,19 +151,19 @@ def _measured_taps(resample: Resample, device: torch.device) -> Taps:
     indices = source + (classes - source + CLASSES // 2) % CLASSES - CLASSES // 2
     is_read = poisoned.isnan()
     order = indices.masked_fill(~is_read, resample.extent).argsort(0)[: int(is_read.sum(0).max())]
-    indices, weights, is_read = (found.gather(0, order) for found in (indices, weights, is_read))
+    indices, weights, is_read = (table.gather(0, order) for table in (indices, weights, is_read))
     return Taps(torch.where(is_read, indices, indices[:1]), weights.masked_fill(~is_read, 0), True)
 
 
 def _measured_pixels(resample: Resample, device: torch.device) -> Taps:
     """The table of a nearest mode, and whether all of torch's kernels have the same."""
     ramp = torch.arange(resample.extent, device=device).to(resample.dtype).expand(LINES, -1).contiguous()
-    found = [resample.apply(ramp, across) for across in (ACROSS, WIDE)]
+    ramps = [resample.apply(ramp, across) for across in (ACROSS, WIDE)]
     if resample.axes > 1:
         layout = torch.channels_last if resample.axes == 2 else torch.channels_last_3d
-        found.append(resample.apply(ramp, WIDE, layout))
-    indices = found[0][:1].long()
-    agree = all(torch.equal(other, found[0]) for other in found)
+        ramps.append(resample.apply(ramp, WIDE, layout))
+    indices = ramps[0][:1].long()
+    agree = all(torch.equal(other, ramps[0]) for other in ramps)
     return Taps(indices, torch.ones_like(indices, dtype=resample.dtype), agree)
 
 
@@ -178,7 +180,7 @@ class Lookup:
 
     resample: Resample
     out: Interval
-    held: Interval
+    read: Interval
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -188,8 +190,8 @@ class Lookup:
     def tensors(self, device: torch.device) -> list[torch.Tensor]:
         """Indices into what the tile holds, ``[taps, pixels]``, and their weights unless pixels are only moved."""
         table = self.resample.table(device)
-        indices = table.indices[:, self.out.start : self.out.stop] - self.held.start
-        indices = indices.clamp(0, len(self.held) - 1)
+        indices = table.indices[:, self.out.start : self.out.stop] - self.read.start
+        indices = indices.clamp(0, len(self.read) - 1)
         return [indices] if self.resample.gathers else [indices, table.weights[:, self.out.start : self.out.stop]]
 
 

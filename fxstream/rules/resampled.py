@@ -95,13 +95,12 @@ def transposed_convolution(n: int, call: Call) -> Answer:
     dims = window_dims(call, image, n)
     if isinstance(dims, NotTileable):
         return dims
-    first = len(image.shape) - n
     stride, padding = per_axis(call["stride"], n), per_axis(call["padding"], n)
     dilation, kernel = per_axis(call["dilation"], n), call["weight"].shape[2:]
     gaps = [max(0, s - 1 - d * (k - 1)) for s, d, k in zip(stride, dilation, kernel, strict=True)]
     maps, spans, extents = [], [], []
     for dim in dims:
-        j = dim - first
+        j = dim - (len(image.shape) - n)
         span = dilation[j] * (kernel[j] - 1)
         maps.append(AxisMap(1, stride[j], padding[j] - span + (0 if gaps[j] else stride[j] - 1), padding[j]))
         spans.append(OutputSpan(stride[j], -padding[j], span + 1 + gaps[j]))

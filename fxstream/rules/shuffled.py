@@ -56,8 +56,8 @@ def permute(call: Call) -> Answer:
     return moved(call, image, tuple(order.index(d) for d in image.dims))
 
 
-def _as_list(given: int | Sequence[int]) -> list[int]:
-    return [given] if isinstance(given, int) else list(given)
+def _as_list(dims: int | Sequence[int]) -> list[int]:
+    return [dims] if isinstance(dims, int) else list(dims)
 
 
 def _moved_order(rank: int, source: list[int], destination: list[int]) -> list[int]:
@@ -107,12 +107,12 @@ def squeeze(call: Call) -> Answer:
     """Removes dims of size 1; on a tile exactly the dims it removes from the whole map."""
     image: Value = call["self"]
     rank = len(image.shape)
-    given = _as_list(call.arguments.get("dim", list(range(rank))))
-    gone = [d % rank for d in given if image.shape[d % rank] == 1]
-    if set(gone) & set(image.dims):
+    squeezed = _as_list(call.arguments.get("dim", list(range(rank))))
+    removed = [d % rank for d in squeezed if image.shape[d % rank] == 1]
+    if set(removed) & set(image.dims):
         return NotTileable(Reason.SQUEEZES_TILED_DIM)
-    pattern = moved(call, image, tuple(d - sum(g < d for g in gone) for d in image.dims))
-    return replace(pattern, target=torch.ops.aten.squeeze.dims, replaced={"dim": gone})
+    pattern = moved(call, image, tuple(d - sum(g < d for g in removed) for d in image.dims))
+    return replace(pattern, target=torch.ops.aten.squeeze.dims, replaced={"dim": removed})
 
 
 def _follow_dims(before: Sequence[int], after: Sequence[int], dims: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -43,9 +43,9 @@ def add_rules(table: RuleTable) -> None:
     table.add("aten::pixel_unshuffle", "windowed", pixel_unshuffle)
 
 
-def per_axis(given: Sequence[int] | int, n: int) -> tuple[int, ...]:
+def per_axis(value: Sequence[int] | int, n: int) -> tuple[int, ...]:
     """One number per window axis, from torch's shorthand of one for all."""
-    values = (given,) if isinstance(given, int) else tuple(given)
+    values = (value,) if isinstance(value, int) else tuple(value)
     return values * n if len(values) == 1 else values
 
 
@@ -116,10 +116,10 @@ def convolution(n: int, call: Call) -> Answer:
     )
 
 
-def other_axes(image: Value, dims: tuple[int, ...], given: Sequence[int]) -> list[int]:
+def other_axes(image: Value, dims: tuple[int, ...], numbers: Sequence[int]) -> list[int]:
     """The numbers given for the last dims, 0 for those that are tiled dims: what stays with the operator."""
-    first = len(image.shape) - len(given)
-    return [0 if first + i in dims else number for i, number in enumerate(given)]
+    first = len(image.shape) - len(numbers)
+    return [0 if first + i in dims else number for i, number in enumerate(numbers)]
 
 
 def pool_windows(n: int, call: Call) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -246,10 +246,10 @@ def crop(call: Call) -> Answer:
     return Windowed(image.dims, reads, tuple(extents), {"start": None, "end": None})
 
 
-def _cropped(given: int, end: int | None, start: int, stop: int, extent: int, step: int) -> AxisExtent:
+def _cropped(bound: int, end: int | None, start: int, stop: int, extent: int, step: int) -> AxisExtent:
     """The extent of a crop; an end that is counted from the image's end, like a start, moves with it."""
     moves = end is None or end < 0 or end >= extent
-    if moves and given >= 0:
+    if moves and bound >= 0:
         return AxisExtent(1, step, step - 1 - start + stop - extent)
     return AxisExtent.fixed(len(range(start, stop, step)))
 

@@ -92,7 +92,7 @@ class _Overlaps:
         self._source = source
         self._dims = tuple(range(2, source.ndim))
         self._sharing = shared_boxes([self._box(subscript) for subscript in subscripts])
-        self._held: dict[Box, list[_Piece]] = {}
+        self._pieces: dict[Box, list[_Piece]] = {}
         self._bytes = 0
 
     def _box(self, subscript: Subscript) -> Box:
@@ -102,19 +102,19 @@ class _Overlaps:
     def read(self, subscript: Subscript) -> torch.Tensor:
         """A box as it is stored: what is held of it, and the rest from the source."""
         box = self._box(subscript)
-        pieces = self._held.pop(box, [])
+        pieces = self._pieces.pop(box, [])
         rest = box
         for piece in pieces:
             rest = without(rest, piece.box)
-        found = self._assembled(box, rest, pieces)
+        values = self._assembled(box, rest, pieces)
         self._bytes -= sum(piece.pixels.nbytes for piece in pieces)
         for shared, following in self._sharing.get(box, ()):
-            size = math.prod(shared.shape) * math.prod(found.shape[:2]) * found.itemsize
+            size = math.prod(shared.shape) * math.prod(values.shape[:2]) * values.itemsize
             if self._bytes + size <= MOST_HELD:
-                piece = _Piece(shared, found[self._inside(box, shared)].clone())
-                self._held.setdefault(following, []).append(piece)
+                piece = _Piece(shared, values[self._inside(box, shared)].clone())
+                self._pieces.setdefault(following, []).append(piece)
                 self._bytes += size
-        return found
+        return values
 
     def _assembled(self, box: Box, rest: Box, pieces: Sequence[_Piece]) -> torch.Tensor:
         if not pieces:
@@ -140,7 +140,7 @@ def shared_boxes(boxes: Iterable[Box]) -> dict[Box, list[tuple[Box, Box]]]:
     >>> [(str(shared), str(following)) for shared, following in shared_boxes(row)[row[0]]]
     [('[0:4, 2:3]', '[0:4, 2:5]')]
     """
-    found: dict[Box, list[tuple[Box, Box]]] = {}
+    shares: dict[Box, list[tuple[Box, Box]]] = {}
     last: dict[tuple[int, tuple[Interval, ...]], Box] = {}
     for box in boxes:
         for axis, along in enumerate(box):
@@ -153,8 +153,8 @@ def shared_boxes(boxes: Iterable[Box]) -> dict[Box, list[tuple[Box, Box]]]:
             shared = Interval(max(along.start, other.start), min(along.stop, other.stop))
             if len(shared):
                 slab = Box((*box.intervals[:axis], shared, *box.intervals[axis + 1 :]))
-                found.setdefault(before, []).append((slab, box))
-    return found
+                shares.setdefault(before, []).append((slab, box))
+    return shares
 
 
 def without(box: Box, slab: Box) -> Box:

@@ -52,10 +52,10 @@ class Ranks:
         for what, mine in everyone[0].items():
             others = [rank for rank, theirs in enumerate(everyone) if theirs.get(what) != mine]
             if others:
-                found = everyone[others[0]].get(what)
+                other = everyone[others[0]].get(what)
                 raise StreamError(
                     f"the ranks of the mesh differ in their {what}: rank 0 has {mine}, rank"
-                    f" {', '.join(map(str, others))} {found}. All ranks of this dimension need the same"
+                    f" {', '.join(map(str, others))} {other}. All ranks of this dimension need the same"
                 )
 
     @contextlib.contextmanager
@@ -69,14 +69,14 @@ class Ranks:
         failures = self._all_gather(None if failure is None else f"{type(failure).__name__}: {failure}")
         if failure is not None:
             raise failure
-        for rank, told in enumerate(failures):
-            if told is not None:
-                raise StreamError(f"rank {rank} of the mesh failed: {told}")
+        for rank, message in enumerate(failures):
+            if message is not None:
+                raise StreamError(f"rank {rank} of the mesh failed: {message}")
 
     def least(self, value: int) -> int:
         """The smallest of the ranks' values."""
-        found: int = min(self._all_gather(value))
-        return found
+        smallest: int = min(self._all_gather(value))
+        return smallest
 
     def exchange(self, whole: torch.Tensor, boxes: Sequence[Sequence[Subscript]]) -> None:
         """Complete a result of which every rank has its own boxes; `boxes` are those of each rank."""
@@ -111,26 +111,26 @@ class Ranks:
                 values = torch.empty((len(theirs), *shape), dtype=dtype, device=device)
             self._broadcast(values, rank)
             if rank != self.rank:
-                found = before if rank < self.rank else behind
-                found += zip(values.unbind(), theirs, strict=True)
+                side = before if rank < self.rank else behind
+                side += zip(values.unbind(), theirs, strict=True)
         return before, behind
 
     def add_up(self, sums: Iterable[torch.Tensor | None], like: Sequence[Any]) -> list[torch.Tensor | None]:
         """The sums over all ranks; None where no rank has anything. `like` are the tensors they belong to."""
         mine = list(sums)
         forms = self._all_gather([None if total is None else total.dtype for total in mine])
-        found: list[torch.Tensor | None] = []
-        for total, given, types in zip(mine, like, zip(*forms, strict=True), strict=True):
-            dtype = next((known for known in types if known is not None), None)
+        totals: list[torch.Tensor | None] = []
+        for total, tensor, types in zip(mine, like, zip(*forms, strict=True), strict=True):
+            dtype = next((one for one in types if one is not None), None)
             if dtype is None:
-                found.append(None)
+                totals.append(None)
                 continue
-            total = torch.zeros(given.shape, dtype=dtype, device=given.device) if total is None else total
+            total = torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) if total is None else total
             total = total.contiguous()
             with _reaching():
                 dist.all_reduce(total, group=self._group)
-            found.append(total)
-        return found
+            totals.append(total)
+        return totals
 
     def _all_gather(self, mine: Any) -> list[Any]:
         """The object of every rank, in their order."""

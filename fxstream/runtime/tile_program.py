@@ -128,10 +128,10 @@ class _Writer:
     def add(self, node: TypedNode, steps: Sequence[AxisStep]) -> None:
         """The call of one node on its crops and pads, cropped to the box that the tile holds."""
         pattern, before = node.pattern, len(self.graph.nodes)
-        own = [own_padding(node, axis, step) for axis, step in enumerate(steps)]
+        pads = [own_padding(node, axis, step) for axis, step in enumerate(steps)]
         inputs = []
         for i, read in enumerate(pattern.reads):
-            reads = [CropPad(s.reads[i].crop, 0, 0) if p else s.reads[i] for s, p in zip(steps, own, strict=True)]
+            reads = [CropPad(s.reads[i].crop, 0, 0) if p else s.reads[i] for s, p in zip(steps, pads, strict=True)]
             inputs.append(self._serve(pattern.fill, read, reads))
         call = _Call(
             self.graph,
@@ -142,12 +142,12 @@ class _Writer:
             [step.result.full for step in steps],
             [step.counts for step in steps],
             [self._tables.get((node.name, axis), ()) for axis in range(len(steps))],
-            {dim: p.width for dim, p in zip(pattern.dims, own, strict=True) if p},
+            {dim: p.width for dim, p in zip(pattern.dims, pads, strict=True) if p},
         )
         result = pattern.emit(call)
         if result not in inputs:
             self.origin[result] = node.name
-        crops = [p.result if p else step.result for step, p in zip(steps, own, strict=True)]
+        crops = [p.result if p else step.result for step, p in zip(steps, pads, strict=True)]
         self._env[node.name] = self._crop(result, pattern.dims, crops)
         for new in itertools.islice(reversed(self.graph.nodes), len(self.graph.nodes) - before):
             new.meta = {key: node.node.meta[key] for key in TRACED if key in node.node.meta}

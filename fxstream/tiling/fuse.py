@@ -73,18 +73,18 @@ def _convolution_before(segment: Segment, name: str) -> str | None:
 
 def _fusion(graph: TypedGraph, name: str, convolution: str) -> Fusion | None:
     """The fusion (rule 3); None where the weights are computed, or narrow."""
-    given, norm = bind(graph[convolution].node), bind(graph[name].node)
-    tensors = [*(given[argument] for argument in CONVOLUTION), *(norm[argument] for argument in BATCH_NORM)]
+    args, norm = bind(graph[convolution].node), bind(graph[name].node)
+    tensors = [*(args[argument] for argument in CONVOLUTION), *(norm[argument] for argument in BATCH_NORM)]
     names = tuple(tensor.name if isinstance(tensor, fx.Node) else None for tensor in tensors)
-    known = [graph[one] for one in names if one is not None]
-    types = {value.dtype for one in known for value in one.values}
+    inputs = [graph[one] for one in names if one is not None]
+    types = {value.dtype for one in inputs for value in one.values}
     if (
-        not all(one.is_parameter for one in known)
+        not all(one.is_parameter for one in inputs)
         or len(types) != 1
         or not types <= {torch.float32, torch.float64}
     ):
         return None
-    weight, dtype = graph.value(given["weight"].name), graph.value(convolution).dtype
+    weight, dtype = graph.value(args["weight"].name), graph.value(convolution).dtype
     return Fusion(name, names, norm["eps"], dtype, weight.elements * dtype.itemsize)
 
 

@@ -94,7 +94,7 @@ def _description(
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    pairs = zip(inputs.tensors, inputs.given, strict=True)
+    pairs = zip(inputs.tensors, inputs.real, strict=True)
     return {
         "inputs": [_form(tensor) if image is tensor else repr(image) for tensor, image in pairs],
         "results": [_form(shape) for shape in shapes],

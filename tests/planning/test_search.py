@@ -79,7 +79,7 @@ def streamed(way):
 @pytest.mark.parametrize("seed", range(8))
 def test_the_fastest_way_is_that_of_all_ways_within_every_budget(seed):
     regions = [region("a", seed, 3, weight=2.0), region("b", seed + 100, 2)]
-    search, every = Search(regions, held=3.0), [(peak(way, 3.0), cost(way)) for way in ways(regions)]
+    search, every = Search(regions, saved=3.0), [(peak(way, 3.0), cost(way)) for way in ways(regions)]
     least, _ = min(every)
     assert search.fastest(least - 1) is None
     for budget in range(int(least), 120, 7):
