@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from fxstream.errors import InputError
 from fxstream.graph.shapes import is_image
 from fxstream.io.source import LARGEST_AXES, Source, is_array, source
+from fxstream.machine.device import is_accelerator
 
 __all__ = ["Inputs", "inputs_of"]
 
@@ -77,7 +78,7 @@ def inputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 def _stand_in(image: torch.Tensor | Source, device: torch.device | None) -> torch.Tensor:
     """The tensor itself where it is one on the device; else one of its shape and type that holds one element."""
     if isinstance(image, torch.Tensor):
-        on_host = device is not None and image.device.type == "cpu" != device.type
+        on_host = device is not None and is_accelerator(device) and not is_accelerator(image.device)
         if not on_host or not is_image(image):
             return image
         empty = torch.empty(1, dtype=image.dtype, device=device).expand(image.shape)

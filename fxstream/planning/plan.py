@@ -20,7 +20,7 @@ import torch
 from fxstream.errors import PlanError
 from fxstream.graph.autograd_saves import saves_of
 from fxstream.graph.typed_graph import TypedGraph
-from fxstream.machine.device import budget_of
+from fxstream.machine.device import budget_of, is_accelerator
 from fxstream.machine.speeds import Machine
 from fxstream.machine.units import bytes_text
 from fxstream.planning.estimate import CostContext, Prediction, keep_graphs, predict
@@ -114,7 +114,7 @@ def make_plan(
     """
     if not graph.costed:
         graph = reuse_memory(graph.with_saves(saves_of(graph)))
-    offload, machine = request.offload and device.type != "cpu", Machine.of(device)
+    offload, machine = request.offload and is_accelerator(device), Machine.of(device)
     context = CostContext(graph, machine, training, differentiated, outside, written, ranks, offload)
     if request.tile is None:
         segments, prediction = _fastest(context, request, budget_of(request.memory, device))

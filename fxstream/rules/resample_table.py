@@ -29,6 +29,7 @@ import torch
 
 from fxstream.geometry.box import Interval
 from fxstream.geometry.receptive_field import AxisMap
+from fxstream.machine.device import is_accelerator
 
 __all__ = ["Lookup", "Resample", "Taps", "resampled_tile"]
 
@@ -93,7 +94,7 @@ class Resample:
 
     def table(self, device: torch.device) -> Taps:
         """The taps of all output pixels, on `device`."""
-        if not self.gathers or device.type == "cpu":
+        if not self.gathers or not is_accelerator(device):
             return _measured(self, device)
         table = _measured(self, torch.device("cpu"))
         return replace(table, indices=table.indices.to(device), weights=table.weights.to(device))
