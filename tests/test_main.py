@@ -238,7 +238,7 @@ BAD = {
     "tile of wrong axes": (["plan", "model.py:build", "--size", "99", "--tile", "9x9x9"], "has 3 axes"),
     "memory in words": (
         ["plan", "model.py:build", "--size", "99", "--memory", "lots"],
-        "'lots' is no amount of memory: write 8GiB",
+        "cannot parse 'lots' as a size: use 8GiB",
     ),
     "segments of zero": (
         ["plan", "model.py:build", "--size", "99", "--tile", "30", "--segments", "0"],
@@ -269,7 +269,7 @@ BAD = {
     "no such picture": (["report", "model.py:build", "--size", "64", "--plot", "a.docx"], "cannot be written"),
     "no such device": (
         ["plan", "model.py:build", "--size", "99", "--memory", "1MB", "--device", "gpu 1"],
-        "--device 'gpu 1' is no device: cpu, cuda, cuda:1",
+        "--device 'gpu 1' is not a device: use cpu, cuda or cuda:1",
     ),
 }
 if not torch.cuda.is_available():
