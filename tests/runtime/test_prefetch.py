@@ -45,7 +45,7 @@ def test_no_more_is_held_than_is_allowed(most, monkeypatch):
     overlaps = prefetch._Overlaps(fxstream.source(array), calls)
     for call in calls:
         assert torch.equal(overlaps.read(call), torch.from_numpy(array.array[call]))
-        pieces = [piece.pixels for several in overlaps._held.values() for piece in several]
+        pieces = [piece.pixels for several in overlaps._pieces.values() for piece in several]
         assert sum(piece.untyped_storage().nbytes() for piece in pieces) <= most  # and none holds more than it is
     assert array.counts.max() > 1
 
