@@ -66,6 +66,7 @@ class Journal:
     def _begin(self, header: dict[str, Any]) -> None:
         """Write the first line; a journal that was there is replaced in one step."""
         beside = self.path.with_name(self.path.name + ".new")
+        beside.unlink(missing_ok=True)
         _append(beside, header)
         beside.replace(self.path)
 

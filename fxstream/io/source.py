@@ -8,6 +8,7 @@ keep their type until they are on the device: normalisation belongs to the model
 from __future__ import annotations
 
 import operator
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -255,8 +256,8 @@ def _warn_of_mask(array: Any, sliced: Any) -> None:
 
 def describe(array: Any) -> str:
     """An array in words: what it is, and its file where it has one."""
-    name = next((label for part in ("filename", "path", "name") if (label := attribute(array, part))), None)
-    where = f" {name}" if isinstance(name, str) or hasattr(name, "__fspath__") else ""
+    labels = (attribute(array, part) for part in ("filename", "path", "name"))
+    where = next((f" {label}" for label in labels if isinstance(label, (str, os.PathLike)) and str(label)), "")
     return f"{type(array).__module__.split('.')[0]}.{type(array).__name__}{where} {list(array.shape)}"
 
 

@@ -62,7 +62,7 @@ def target(array: Any, index: Any) -> Target:
     Raises `InputError` for an index of another kind or outside of the array.
 
     >>> import numpy
-    >>> fxstream.target(numpy.zeros((5, 40, 60)), numpy.s_[None, 3:4, :, 10:]).shape
+    >>> target(numpy.zeros((5, 40, 60)), numpy.s_[None, 3:4, :, 10:]).shape
     (1, 1, 40, 50)
     """
     if not is_array(array):

@@ -45,6 +45,7 @@ def test_a_journal_of_another_prediction_is_refused_or_begun_anew(tmp_path):
     with pytest.raises(fxstream.InputError, match=r"its pixels, weights differ.*restart=True to begin it anew"):
         Journal(path, other, False)
     assert Journal(path, {"weights": "1", "pixels": ["a"]}, True).done(0) == {UPPER: 17}  # the same one continues
+    (tmp_path / "journal.new").write_text("of a beginning that was killed\n")
     assert Journal(path, other, True).done(0) == {}
     Journal(path, other, False).tick(0, LOWER, 21)
     assert Journal(path, other, False).done(0) == {LOWER: 21}

@@ -86,11 +86,12 @@ class Nested(nn.Module):
         return {"b": first, "a": (first * 2, {"d": first * 3, "c": first * 4})}
 
 
-def test_results_are_paired_by_their_keys():
+@pytest.mark.parametrize("request_", [{"tile": 15, "segments": 1}, {"memory": "1GiB"}])
+def test_results_are_paired_by_their_keys(request_):
     """Whatever their order, and a whole part of them may be returned."""
     model, image = make_integer(Nested()), integer_image(1, 3, 37, 41, requires_grad=False)
     first = model(image)["b"]
-    module = fxstream.compile(model, tile=15, segments=1, verify=False)
+    module = fxstream.compile(model, **request_, verify=False)
     out = {"a": [np.zeros(first.shape), {"c": np.zeros(first.shape), "d": None}], "b": None}
     results = fxstream.infer(module, image, out=out)
     assert torch.equal(torch.from_numpy(out["a"][0]), first * 2)
