@@ -16,7 +16,9 @@ from fxstream.errors import (
     StreamError,
     StreamingWarning,
 )
-from fxstream.io.source import Source, openslide_array, pyvips_array, source
+from fxstream.io.slides import openslide_array, pyvips_array
+from fxstream.io.source import Source, source
+from fxstream.io.target import Target, target
 from fxstream.probe.probe import ProbeReport
 from fxstream.rules import register_rule
 from fxstream.tools.check import CheckReport, check
@@ -43,6 +45,7 @@ __all__ = [
     "StreamError",
     "StreamedModule",
     "StreamingWarning",
+    "Target",
     "__version__",
     "analyze",
     "backend",
@@ -57,4 +60,5 @@ __all__ = [
     "register_rule",
     "rules",
     "source",
+    "target",
 ]

@@ -163,7 +163,8 @@ class Pipeline:
             ):
                 return cached
         before = attributes(model)
-        captured = capture(model, args, kwargs)
+        with inputs.explained():
+            captured = capture(model, args, kwargs)
         self._volatile |= {name for name, value in attributes(model).items() if before.get(name) != value}
         made = self._made(captured, inputs)
         if captured.bound or previous:

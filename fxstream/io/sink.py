@@ -1,97 +1,29 @@
-"""Results that are written into arrays tile by tile, and the journal of what is written.
-
-NOTE [what a killed prediction leaves]
-1. A tile is announced in the journal before it is written, and ticked off after: one line of JSON each, on disk
-   before the next step. A line that was cut off counts as not written.
-2. A resumed prediction skips tiles that lie in boxes ticked off, whatever its own tiles are.
-3. Where the array is stored in chunks (zarr, HDF5), a tile that was announced and not ticked off may have left a
-   chunk half written: what was ticked off before and shares a chunk with it counts as not written.
-4. The first line names the prediction: shapes, types, weights. A journal of another one is refused.
-"""
+"""Results that are written into arrays tile by tile, and what of them was written before."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import warnings
+import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from fxstream.errors import InputError, StreamError
+from fxstream.errors import InputError, StreamError, StreamingWarning
 from fxstream.geometry.box import Box, Interval
-from fxstream.io.source import describe, is_array, torch_dtype
+from fxstream.io.journal import Journal
+from fxstream.io.source import as_tensor, describe, is_array, torch_dtype
+from fxstream.io.target import flushes
 
-__all__ = ["Journal", "Sink"]
-
-
-class Journal:
-    """The boxes of each result that are written, in a file of lines; see the NOTE."""
-
-    def __init__(self, path: str | os.PathLike[str], prediction: dict[str, Any]) -> None:
-        self._path = Path(path)
-        self._begun: dict[int, list[Box]] = {}
-        self._done: dict[int, list[Box]] = {}
-        if self._path.exists():
-            self._load(prediction)
-        else:
-            self._append(prediction)
-
-    def _load(self, prediction: dict[str, Any]) -> None:
-        lines = [line for line in map(_parsed, self._path.read_text(encoding="utf-8").splitlines()) if line]
-        header = lines[0] if lines else {}
-        if header != json.loads(json.dumps(prediction)):
-            different = sorted(key for key in prediction if prediction[key] != header.get(key))
-            raise InputError(
-                f"the journal {self._path} is of another prediction (its {', '.join(different) or 'form'} differ):"
-                " give another path, or delete it to start over"
-            )
-        for line in lines[1:]:
-            box = Box(tuple(Interval(*bounds) for bounds in line["box"]))
-            (self._done if line["done"] else self._begun).setdefault(line["output"], []).append(box)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("\n")  # ends a line that was cut off
-
-    def done(self, output: int, chunks: Sequence[int] | None) -> list[Box]:
-        """The boxes of a result that are whole (rules 2 and 3)."""
-        done = self._done.get(output, [])
-        broken = [_in_chunks(box, chunks) for box in set(self._begun.get(output, [])) - set(done)]
-        return [box for box in done if not any(_meet(_in_chunks(box, chunks), other) for other in broken)]
-
-    def note(self, output: int, box: Box, *, done: bool) -> None:
-        """Announce a box, or tick it off."""
-        self._append({"output": output, "box": [[part.start, part.stop] for part in box], "done": done})
-
-    def _append(self, line: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        parsed = json.loads(line)
-    except ValueError:
-        return None
-    return parsed if isinstance(parsed, dict) else None
-
-
-def _in_chunks(box: Box, chunks: Sequence[int] | None) -> Box:
-    """The box, grown to whole chunks."""
-    if not chunks:
-        return box
-    parts = zip(box, chunks, strict=True)
-    return Box(tuple(Interval(p.start // size * size, -(-p.stop // size) * size) for p, size in parts))
-
-
-def _meet(one: Box, other: Box) -> bool:
-    return all(a.start < b.stop and b.start < a.stop for a, b in zip(one, other, strict=True))
+__all__ = ["Sink"]
 
 
 class Sink:
-    """An array that takes one result of the network, box by box. Raises `InputError` for one that does not fit."""
+    """An array that takes one result of the network, box by box. Raises `InputError` for one that does not fit.
+
+    With a journal, boxes that it lists and that the array still holds count as written. `saturate` lets integers
+    outside of the range of the array's type become its limits.
+    """
 
     def __init__(
         self,
@@ -100,17 +32,46 @@ class Sink:
         dtype: torch.dtype,
         output: int = 0,
         journal: Journal | None = None,
+        saturate: bool = False,
     ) -> None:
-        if not (is_array(array) and hasattr(array, "__setitem__")):
+        if not (is_array(array) and hasattr(type(array), "__setitem__")):
             raise InputError(f"out needs shape, dtype and assignment to slices; found {type(array).__name__}")
         if tuple(array.shape) != shape:
-            raise InputError(f"out has the shape {list(array.shape)}, the result has {list(shape)}: give it that")
+            raise InputError(
+                f"out has the shape {list(array.shape)}, the result has {list(shape)}: give it that, or a part"
+                " of an array by fxstream.target"
+            )
         self._array, self._output, self._journal = array, output, journal
         self._dtype = torch_dtype(array.dtype)
-        if not torch.can_cast(dtype, self._dtype):
-            raise InputError(f"out has the type {array.dtype} and the result {dtype}: convert in the model")
-        chunks = getattr(array, "chunks", None)
-        self._done = [] if journal is None else journal.done(output, chunks)
+        are_integers = _is_integer(dtype) and _is_integer(self._dtype)
+        self._limits = _common_limits(dtype, self._dtype) if saturate and are_integers else None
+        if self._limits is None and not _can_hold(self._dtype, dtype):
+            raise InputError(
+                f"out has the type {array.dtype} and the result {dtype}, which it cannot hold: convert in the"
+                f" model{', or give saturate=True' if are_integers else ''}"
+            )
+        self._done = [] if journal is None else self._intact(journal)
+
+    def _intact(self, journal: Journal) -> list[Box]:
+        """The boxes of the journal that the array still holds; a warning where some are lost."""
+        listed = journal.done(self._output)
+        intact = [box for box, checksum in listed.items() if self._holds(box, checksum)]
+        if len(intact) < len(listed):
+            warnings.warn(
+                f"{describe(self._array)} does not hold what was written in {len(listed) - len(intact)} of"
+                f" {len(listed)} boxes of the journal {journal.path} (it was made anew, or a kill left them half"
+                " written): they are written again",
+                StreamingWarning,
+                stacklevel=2,
+            )
+        return intact
+
+    def _holds(self, box: Box, checksum: int) -> bool:
+        """Whether a box has the values of that checksum; what cannot be read has not."""
+        try:
+            return _checksum(as_tensor(self._array[_index(box)])) == checksum
+        except Exception:
+            return False
 
     def is_written(self, box: Box) -> bool:
         """Whether all of a box was written before."""
@@ -118,19 +79,18 @@ class Sink:
 
     def write(self, box: Box, values: torch.Tensor) -> None:
         """Write one box of the result. Raises `StreamError` where the array fails, naming both."""
-        if self._journal is not None:
-            self._journal.note(self._output, box, done=False)
-        index = tuple(slice(part.start, part.stop) for part in box)
+        limited = values.detach() if self._limits is None else values.detach().clamp(*self._limits)
+        stored = limited.to("cpu", self._dtype)
         try:
-            self._array[index] = values.detach().to("cpu", self._dtype).numpy()
-            for flush in _flushes(self._array):
+            self._array[_index(box)] = stored.numpy()
+            for flush in flushes(self._array):
                 flush()
         except Exception as error:
             raise StreamError(
                 f"writing {box} of {describe(self._array)} failed: {type(error).__name__}: {error}"
             ) from error
         if self._journal is not None:
-            self._journal.note(self._output, box, done=True)
+            self._journal.tick(self._output, box, _checksum(stored))
 
     def write_whole(self, values: torch.Tensor) -> None:
         """Write a result that is there as a whole, unless it was written before."""
@@ -139,10 +99,37 @@ class Sink:
             self.write(whole, values)
 
 
-def _flushes(array: Any) -> list[Callable[[], Any]]:
-    """What brings an array's values to its file: its own flush, or its file's."""
-    methods = (getattr(array, "flush", None), getattr(getattr(array, "file", None), "flush", None))
-    return [flush for flush in methods if callable(flush)]
+def _index(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(part.start, part.stop) for part in box)
+
+
+def _checksum(values: torch.Tensor) -> int:
+    """A number that differs where values do; stores may change the sign of zero and the bits of NaN."""
+    if values.is_floating_point():
+        values = torch.where(values.isnan(), torch.inf, values + 0.0)
+    return zlib.crc32(values.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
+
+
+def _common_limits(dtype: torch.dtype, other: torch.dtype) -> tuple[int, int]:
+    """The least and the largest integer that both types have."""
+    one, two = torch.iinfo(dtype), torch.iinfo(other)
+    return max(one.min, two.min), min(one.max, two.max)
+
+
+def _can_hold(dtype: torch.dtype, values: torch.dtype) -> bool:
+    """Whether values of a type can be converted: to floats or to less precise ones, but not to fewer integers."""
+    if _is_integer(dtype) and _is_integer(values):
+        limits = torch.iinfo(values)
+        return _common_limits(dtype, values) == (limits.min, limits.max)
+    return torch.can_cast(values, dtype)
+
+
+def _meet(one: Box, other: Box) -> bool:
+    return all(a.start < b.stop and b.start < a.stop for a, b in zip(one, other, strict=True))
 
 
 def _is_covered(box: Box, others: Sequence[Box]) -> bool:

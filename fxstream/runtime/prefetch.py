@@ -90,14 +90,14 @@ class _Overlaps:
 
     def __init__(self, source: Source, subscripts: Sequence[Subscript]) -> None:
         self._source = source
-        self._dims = tuple(range(2, source.ndim))
+        self._dims = tuple(range(1, source.ndim))
         self._sharing = shared_boxes([self._box(subscript) for subscript in subscripts])
         self._pieces: dict[Box, list[_Piece]] = {}
         self._bytes = 0
 
     def _box(self, subscript: Subscript) -> Box:
-        """The box along the axes of the image."""
-        return Box(Box.of(subscript, self._source.shape).intervals[2:])
+        """The box along all dims but the batch: labels and weights have no channels."""
+        return Box(Box.of(subscript, self._source.shape).intervals[1:])
 
     def read(self, subscript: Subscript) -> torch.Tensor:
         """A box as it is stored: what is held of it, and the rest from the source."""
@@ -109,7 +109,7 @@ class _Overlaps:
         values = self._assembled(box, rest, pieces)
         self._bytes -= sum(piece.pixels.nbytes for piece in pieces)
         for shared, following in self._sharing.get(box, ()):
-            size = math.prod(shared.shape) * math.prod(values.shape[:2]) * values.itemsize
+            size = math.prod(shared.shape) * values.shape[0] * values.itemsize
             if self._bytes + size <= MOST_HELD:
                 piece = _Piece(shared, values[self._inside(box, shared)].clone())
                 self._pieces.setdefault(following, []).append(piece)
@@ -120,7 +120,7 @@ class _Overlaps:
         if not pieces:
             return self._source.read(box.index(self._dims, self._source.ndim))
         sample = pieces[0].pixels
-        whole = sample.new_empty((*sample.shape[:2], *box.shape))
+        whole = sample.new_empty((sample.shape[0], *box.shape))
         for piece in pieces:
             whole[self._inside(box, piece.box)] = piece.pixels
         if all(rest.shape):

@@ -68,6 +68,8 @@ def uncomputed_convolution(
     groups: int = 1,
 ) -> torch.Tensor:
     """Zeros in place of the result of a convolution, with its gradients, in the types that autocast gives both."""
+    if image.ndim < weight.ndim:  # without its batch
+        return uncomputed_convolution(image[None], weight, bias, stride, padding, dilation, groups)[0]
     image, weight = _as_autocast(image), _as_autocast(weight)
     bias = _as_autocast(bias) if bias is not None else None
     numbers = (list(per_axis(number, weight.ndim - 2)) for number in (stride, padding, dilation))

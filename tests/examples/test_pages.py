@@ -44,7 +44,8 @@ def test_blocks_for_fxstream(tmp_path, monkeypatch):
     array = np.random.default_rng(0).integers(0, 256, (250, 230, 3), dtype=np.uint8)
     names = {"fxstream": fxstream, "torch": torch, "nn": nn, "resnet18": resnet18, "network": network}
     names |= {"criterion": nn.CrossEntropyLoss(), "labels": torch.tensor([1]), "array": array}
-    names |= {"image": torch.randn(1, 3, 257, 300), "scores": np.zeros((1, 1, 250, 230), np.float32)}
+    scores = np.memmap("scores", mode="w+", shape=(1, 1, 250, 230), dtype=np.float32)
+    names |= {"image": torch.randn(1, 3, 257, 300), "scores": scores}
 
     exec(blocks[0].replace("8GiB", "60MiB"), names)
     assert not names["model"].plan.is_trivial

@@ -1,29 +1,18 @@
-"""The journal of what is written, and whether boxes cover a box."""
+"""Results into arrays: what is written, what counts as written, and whether boxes cover a box."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fxstream
 from fxstream.geometry.box import Box, Interval
-from fxstream.io import sink
+from fxstream.io import journal, sink
 
 
 def box(*bounds):
     return Box(tuple(Interval(*pair) for pair in bounds))
-
-
-def test_a_chunk_half_written_is_written_again(tmp_path):
-    """The tile that was being written shares a chunk with one that was finished."""
-    path = tmp_path / "journal"
-    notes = sink.Journal(path, {"a": 1})
-    notes.note(0, box((0, 10)), done=False)
-    notes.note(0, box((0, 10)), done=True)
-    notes.note(0, box((10, 20)), done=False)
-    assert sink.Journal(path, {"a": 1}).done(0, None) == [box((0, 10))]
-    assert sink.Journal(path, {"a": 1}).done(0, (5,)) == [box((0, 10))]
-    assert sink.Journal(path, {"a": 1}).done(0, (8,)) == []
-    assert sink.Journal(path, {"a": 1}).done(1, None) == []
 
 
 def test_coverage():
@@ -58,44 +47,109 @@ def test_what_is_left_of_a_box_without_another(one, other):
     assert sink._meet(one, other) == bool((marked(one) * marked(other)).any())
 
 
-@given(boxes, st.tuples(st.integers(1, 4), st.integers(1, 4)))
-def test_a_box_grown_to_chunks_holds_the_chunks_that_it_touches(one, chunks):
-    grown = sink._in_chunks(one, chunks)
-    for part, whole, size in zip(one, grown, chunks, strict=True):
-        assert {p // size for p in range(part.start, part.stop)} == {
-            p // size for p in range(whole.start, whole.stop)
-        }
-        assert whole.start % size == whole.stop % size == 0
-    assert sink._in_chunks(one, None) == one
+def prediction(folder, restart=False):
+    return journal.Journal(folder / "journal", {"weights": "1"}, restart)
 
 
-class Chunked(np.ndarray):
-    """An array that says that it is stored in chunks."""
+def sink_of(array, folder, output=0):
+    return sink.Sink(array, array.shape, torch.float32, output, prediction(folder))
 
-    chunks = (1, 4, 4)
+
+UPPER, LOWER = box((0, 1), (0, 4), (0, 8)), box((0, 1), (4, 8), (0, 8))
 
 
 def test_a_sink_writes_boxes_and_knows_what_was_written(tmp_path):
-    array = np.zeros((1, 8, 8)).view(Chunked)
-    journal = sink.Journal(tmp_path / "journal", {"a": 1})
-    first = sink.Sink(array, (1, 8, 8), torch.float32, 0, journal)
-    assert not first.is_written(box((0, 1), (0, 4), (0, 8)))
-    first.write(box((0, 1), (0, 4), (0, 8)), torch.ones(1, 4, 8))
+    array = np.zeros((1, 8, 8))
+    first = sink_of(array, tmp_path)
+    assert not first.is_written(UPPER)
+    first.write(UPPER, torch.ones(1, 4, 8))
     assert array.sum() == 32
     assert array[0, :4].all()
-    again = sink.Sink(array, (1, 8, 8), torch.float32, 0, sink.Journal(tmp_path / "journal", {"a": 1}))
+    again = sink_of(array, tmp_path)
     assert again.is_written(box((0, 1), (1, 3), (2, 7)))
     assert not again.is_written(box((0, 1), (3, 5), (2, 7)))
-    assert not sink.Sink(array, (1, 8, 8), torch.float32, 1, journal).is_written(box((0, 1), (1, 3), (2, 7)))
+    assert not sink_of(array, tmp_path, output=1).is_written(box((0, 1), (1, 3), (2, 7)))
     again.write_whole(torch.full((1, 8, 8), 2.0))
     assert (array == 2).all()
-    third = sink.Sink(array, (1, 8, 8), torch.float32, 0, sink.Journal(tmp_path / "journal", {"a": 1}))
-    third.write_whole(torch.full((1, 8, 8), 3.0))
+    with pytest.warns(fxstream.StreamingWarning, match="in 1 of 2 boxes"):  # the upper half has new values
+        sink_of(array, tmp_path).write_whole(torch.full((1, 8, 8), 3.0))
     assert (array == 2).all()
 
 
-def test_results_have_boxes_of_their_own(tmp_path):
-    notes = sink.Journal(tmp_path / "journal", {"weights": ""})
-    notes.note(1, box((0, 4)), done=True)
-    again = sink.Journal(tmp_path / "journal", {"weights": ""})
-    assert (again.done(0, None), again.done(1, None)) == ([], [box((0, 4))])
+@pytest.mark.parametrize(
+    "lost",
+    [lambda array: array.fill(0), lambda array: array[0, 7].fill(9), lambda array: array[0, 4, :1].fill(np.nan)],
+)
+def test_what_an_array_no_longer_holds_is_not_written(tmp_path, lost):
+    """As of an array that was made anew, and of a chunk that was torn by a kill."""
+    array = np.zeros((1, 8, 8))
+    first = sink_of(array, tmp_path)
+    first.write(UPPER, torch.zeros(1, 4, 8))
+    first.write(LOWER, torch.ones(1, 4, 8))
+    lost(array)
+    with pytest.warns(
+        fxstream.StreamingWarning,
+        match=r"numpy.ndarray \[1, 8, 8\] does not hold what was written in 1 of 2 boxes",
+    ):
+        again = sink_of(array, tmp_path)
+    assert again.is_written(UPPER)
+    assert not again.is_written(LOWER)
+
+
+def test_what_cannot_be_read_is_not_written(tmp_path):
+    class Torn(np.ndarray):
+        def __getitem__(self, index):
+            raise ValueError("corrupt chunk")
+
+    array = np.zeros((1, 8, 8))
+    sink_of(array, tmp_path).write(UPPER, torch.ones(1, 4, 8))
+    with pytest.warns(fxstream.StreamingWarning, match="written again"):
+        assert not sink_of(array.view(Torn), tmp_path).is_written(UPPER)
+
+
+@pytest.mark.parametrize("dtype", ["f4", ">f4", "f2", ">f8"])
+def test_zeros_and_nans_are_recognised_whatever_a_store_makes_of_them(tmp_path, dtype):
+    array = np.zeros((1, 8, 8), dtype)
+    values = torch.tensor([-0.0, torch.nan, -torch.nan, torch.inf, 1 / 3, 0, 1, -1]).expand(1, 4, 8)
+    sink_of(array, tmp_path).write(UPPER, values)
+    array[array == 0] = 0
+    array[np.isnan(array)] = np.nan
+    assert sink_of(array, tmp_path).is_written(UPPER)
+
+
+@pytest.mark.parametrize(
+    "values, array, match",
+    [
+        (torch.int64, "u1", r"type uint8 and the result torch.int64, which it cannot hold.*or give saturate=True"),
+        (torch.int64, "i4", "cannot hold"),
+        (torch.uint8, "i1", "cannot hold"),
+        (torch.int8, "u1", "cannot hold"),
+        (torch.float32, "u1", r"cannot hold: convert in the model$"),
+        (torch.float32, "?", "cannot hold"),
+        (torch.int32, "i8", None),
+        (torch.uint8, "i2", None),
+        (torch.bool, "u1", None),
+        (torch.int64, "f4", None),
+        (torch.float64, "f2", None),
+    ],
+)
+def test_types_that_an_array_can_hold(values, array, match):
+    if match is None:
+        sink.Sink(np.zeros(3, array), (3,), values)
+        return
+    with pytest.raises(fxstream.InputError, match=match):
+        sink.Sink(np.zeros(3, array), (3,), values)
+
+
+def test_integers_saturate_by_request():
+    for dtype, expected in (
+        ("u1", [0, 0, 7, 255, 255]),
+        ("i1", [-128, -1, 7, 127, 127]),
+        ("u8", [0, 0, 7, 255, 2**62]),
+    ):
+        array = np.zeros(5, dtype)
+        saturating = sink.Sink(array, (5,), torch.int64, saturate=True)
+        saturating.write(box((0, 5)), torch.tensor([-(2**62), -1, 7, 255, 2**62]))
+        assert array.tolist() == expected
+    with pytest.raises(fxstream.InputError, match="convert in the model"):
+        sink.Sink(np.zeros(5, "u1"), (5,), torch.float32, saturate=True)

@@ -225,39 +225,126 @@ def test_bad_arrays():
         fxstream.source(np.zeros((4, 4)), np.zeros((4, 5)), layout="HW")
 
 
-def test_adapters():
-    pixels = bytes_image(40, 30, 3)
+class Plain:
+    """An array of another package: shape, type, slices, and nothing else."""
 
-    class Region:
-        def __init__(self, array):
-            self.array = array
+    def __init__(self, array, dtype=None):
+        self.array, self.shape, self.dtype = array, array.shape, np.dtype(dtype or array.dtype)
 
-        def convert(self, mode):
-            return self
+    def __getitem__(self, index):
+        return self.array[index]
 
-        def tobytes(self):
-            return self.array.tobytes()
 
-        write_to_memory = tobytes
+class Raising(Plain):
+    """An array that raises something else than AttributeError for what it has not, as netCDF4's variables do."""
 
-    class Slide:
-        level_dimensions = ((60, 80), (30, 40))
-        level_downsamples = (1.0, 2.0)
+    def __getattr__(self, name):
+        raise KeyError(name)
 
-        def read_region(self, origin, level, size):
-            left, top = (part // 2 for part in origin)
-            assert level == 1
-            return Region(pixels[top : top + size[1], left : left + size[0]])
 
-    class Vips:
-        width, height, bands = 30, 40, 3
+def test_an_array_whose_attributes_raise():
+    model = make_integer(Normalising(1))
+    array = Raising(bytes_image(43, 58))
+    with torch.no_grad():
+        found = fxstream.compile(model, tile=21, segments=1, verify=False)(fxstream.source(array, layout="YX"))
+    assert torch.equal(found, model(torch.from_numpy(array.array)[None, None]))
+    assert repr(fxstream.source(array, layout="YX")) == (
+        "Source(test_source.Raising [43, 58], [1, 1, 43, 58], torch.uint8)"
+    )
 
-        def crop(self, left, top, width, height):
-            return Region(pixels[top : top + height, left : left + width])
 
-    wanted = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    for array in (fxstream.openslide_array(Slide(), level=1), fxstream.pyvips_array(Vips())):
-        image = fxstream.source(array, layout="HWC")
-        assert torch.equal(image[()], wanted)
-        box = (slice(None), slice(None), slice(3, 21), slice(7, 8))
-        assert torch.equal(image[box], wanted[box])
+def test_slices_of_another_type_than_the_array_declares():
+    """As of NIfTI's `dataobj` and of scaled netCDF variables: integers on disk, floats when they are read."""
+    model = make_integer(nn.Conv2d(1, 2, 3))
+    array = Plain(bytes_image(43, 58) / 2, "int16")
+    module = fxstream.compile(model, tile=21, segments=1, verify=False)
+    message = r"gave torch.float64, and the array says that it is int16: choose the type, as .*dtype=torch.float64"
+    with torch.no_grad(), pytest.raises(fxstream.StreamError, match=message):
+        fxstream.source(array, layout="HW")[()]
+    with torch.no_grad():
+        found = module(fxstream.source(array, layout="HW", dtype=torch.float64))
+    assert torch.equal(found, model(torch.from_numpy(array.array)[None, None]))
+
+
+def test_masks_are_dropped_with_a_warning():
+    values = bytes_image(43, 58)
+    masked = Plain(np.ma.masked_equal(values, 3))
+    with pytest.warns(
+        fxstream.StreamingWarning, match=r"Plain \[43, 58\] has masked values, whose mask is dropped"
+    ):
+        assert torch.equal(fxstream.source(masked, layout="HW")[()][0, 0], torch.from_numpy(values))
+    unmasked = Plain(np.ma.masked_equal(values, 77))
+    assert torch.equal(fxstream.source(unmasked, layout="HW")[()][0, 0], torch.from_numpy(values))
+
+
+class PixelLoss(nn.Module):
+    """Labels [N, spatial dims...] and weights beside the image."""
+
+    def __init__(self, convolution):
+        super().__init__()
+        self.conv = convolution
+
+    def forward(self, image, labels, weights):
+        return (nn.functional.cross_entropy(self.conv(image), labels, reduction="none") * weights).sum()
+
+
+@pytest.mark.parametrize("shape", [(2, 33, 40), (2, 14, 15, 16)])
+def test_labels_and_weights_from_arrays(shape):
+    """They have the image's pixels and no channels."""
+    convolution = nn.Conv2d if len(shape) == 3 else nn.Conv3d
+    torch.manual_seed(0)
+    model = PixelLoss(convolution(3, 4, 3, padding=1)).double()
+    image = torch.randn(shape[0], 3, *shape[1:], dtype=torch.float64)
+    labels, weights = (
+        Counted(bytes_image(*shape).astype("int64") % 4),
+        Plain(bytes_image(*shape).astype("float64")),
+    )
+    module = fxstream.compile(model, tile=9, segments=1)
+    found = gradients(lambda arrays: module(image, *arrays), model, (labels, weights))
+    tensors = torch.from_numpy(labels.array), torch.from_numpy(weights.array)
+    expected = gradients(lambda tensors: model(image, *tensors), model, tensors)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    assert module.plan.segments[0].tile_count > 4
+    assert labels.largest < labels.array.size
+
+
+@pytest.mark.parametrize(
+    "shape, layout, match",
+    [
+        ((600, 600, 3), "hwc", "is not in upper case: give 'HWC'"),
+        ((600, 600, 3), "HwC", "is not in upper case: give 'HWC'"),
+        ((600, 600, 3), "CHW", r"image of 600 channels that has 3 pixels along W: is it 'HWC'\?"),
+        ((2, 150, 600, 3), "NCHW", r"is it 'NHWC'\?"),
+        ((2, 3, 150, 600), "NHWC", r"is it 'NCHW'\?"),
+        ((40, 50, 60, 4), "CZYX", r"is it 'ZYXC'\?"),
+        ((3, 600, 600), "CHW", None),
+        ((4, 600, 600, 32), "ZYXC", None),
+        ((200, 60, 60), "CHW", None),
+        ((32, 3, 60, 60), "CZYX", None),
+        ((5, 16, 3), "CHW", None),
+        ((2, 64, 3), "NCL", None),
+    ],
+)
+def test_layouts_that_cannot_be_right(shape, layout, match):
+    array = np.broadcast_to(np.uint8(0), shape)
+    if match is None:
+        assert fxstream.source(array, layout=layout).shape.numel() == array.size
+        return
+    with pytest.raises(fxstream.InputError, match=match):
+        fxstream.source(array, layout=layout)
+
+
+@pytest.mark.parametrize("batch", [2, [1.5], "1"])
+def test_a_batch_is_a_list_of_entries(batch):
+    with pytest.raises(fxstream.InputError, match=r"is no list of entries along N: give one, as batch=\[2\]"):
+        fxstream.source(bytes_image(5, 3, 9, 9), batch=batch)
+
+
+@pytest.mark.parametrize("differentiated", [True, False])
+def test_bytes_into_a_network_of_floats(differentiated):
+    module = fxstream.compile(nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()), tile=21)
+    image = fxstream.source(bytes_image(43, 58, 3), layout="HWC")
+    message = r"torch.uint8, as it is stored.*source\(\.\.\., dtype=torch.float32\), or convert and normalise"
+    with torch.set_grad_enabled(differentiated), pytest.raises(fxstream.InputError, match=message):
+        module(image)

@@ -92,6 +92,17 @@ def test_what_is_not_recomputed_is_cast_as_autocast_does(arguments):
         assert torch.equal(mine, wanted)
 
 
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")  # bound to its size: it has no batch to vary
+@pytest.mark.parametrize("shape", [(2, 31, 26), (2, 13, 17, 26)])
+def test_an_image_without_its_batch_dim(shape):
+    """Layers of torch take one; the last convolution is not recomputed."""
+    layer = nn.Conv2d if len(shape) == 3 else nn.Conv3d
+    model = make_integer(nn.Sequential(layer(2, 3, 3, padding=1), nn.ReLU(), layer(3, 2, 3)))
+    module, image = fxstream.compile(model, tile=13), integer_image(*shape)
+    assert_same(step(module, model, [image]), step(model, model, [image]), 0.0)
+    assert sum(len(stream.schedule.tasks) for stream in streams(module)) > 1
+
+
 def test_relu_takes_over_the_memory_of_its_input_where_nothing_else_needs_it():
     model = make_integer(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.Sigmoid()))
     module = fxstream.compile(model, tile=20, segments=1)
