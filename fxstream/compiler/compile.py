@@ -12,6 +12,7 @@ from fxstream.compiler.module import StreamedModule
 from fxstream.compiler.options import request_of
 from fxstream.compiler.pipeline import Options
 from fxstream.errors import InputError
+from fxstream.machine import heap
 from fxstream.planning.plan import Plan, make_plan
 
 __all__ = ["compile", "plan"]
@@ -30,6 +31,7 @@ def compile(
     offload: bool = False,
     mesh: Any = None,
     progress: bool = False,
+    return_freed: bool = False,
 ) -> StreamedModule:
     """Wrap a model so that its large part runs tile by tile, with the same results and gradients.
 
@@ -56,6 +58,9 @@ def compile(
       tile, within a memory where that is predicted to be faster.
     - `mesh`: one dimension of a DeviceMesh, or a process group, whose ranks share the tiles of each image. All
       ranks get the same image, and have the same results and gradients.
+    - `return_freed`: whether the memory of a freed tensor goes back to the operating system at once, in the whole
+      process and from now on, so that the process stays within `memory` and not only its tensors (on a CPU, with
+      the C library of Linux). Without it freed memory stays for the next tile, which is faster.
     - `progress`: whether a bar is shown on a terminal for each sweep over the tiles.
 
     Raises `InputError` for a tile that is not a positive integer or a tuple of them, for a memory that is not a
@@ -69,6 +74,8 @@ def compile(
     request = request_of(
         tile=tile, memory=memory, segments=segments, cut=cut, global_ops=global_ops, offload=offload
     )
+    if return_freed:
+        heap.return_freed()
     return StreamedModule(model, Options(request, verify, compile_tiles, mesh, progress))
 
 

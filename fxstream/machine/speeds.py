@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fxstream.machine.device import is_accelerator
-from fxstream.machine.heap import REUSED, malloc_remaps
+from fxstream.machine.heap import REUSED, largest_reused, malloc_remaps
 
 __all__ = ["Machine"]
 
@@ -17,8 +17,8 @@ __all__ = ["Machine"]
 class Machine:
     """Multiply-accumulates and bytes per second, seconds per operator, bytes per second between ranks.
 
-    `fresh` are bytes per second of newly mapped pages: every allocation above `REUSED`. `host` are bytes per
-    second between the device and host memory.
+    `fresh` are bytes per second of newly mapped pages: every allocation of more than `reused` bytes. `host` are
+    bytes per second between the device and host memory.
     """
 
     macs: float
@@ -27,6 +27,7 @@ class Machine:
     link: float = 1e9
     fresh: float = math.inf
     host: float = math.inf
+    reused: int = REUSED
 
     @classmethod
     def of(cls, device: torch.device) -> Machine:
@@ -35,11 +36,11 @@ class Machine:
             return ACCELERATORS.get(device.type, ACCELERATORS["cuda"])
         threads = torch.get_num_threads()
         fresh = 1.25e9 * threads if malloc_remaps() else math.inf
-        return cls(5e10 * threads, 1.25e10 * threads, 1e-5, fresh=fresh)
+        return cls(5e10 * threads, 1.25e10 * threads, 1e-5, fresh=fresh, reused=largest_reused())
 
     def writing(self, count: float) -> float:
         """Seconds to fill a buffer of `count` bytes."""
-        return count / self.bandwidth + (count / self.fresh if count > REUSED else 0.0)
+        return count / self.bandwidth + (count / self.fresh if count > self.reused else 0.0)
 
 
 ACCELERATORS = {

@@ -27,7 +27,6 @@ import torch
 
 from fxstream.graph.functionalize import WAS_IN_PLACE
 from fxstream.graph.typed_graph import Saves, TypedGraph
-from fxstream.machine.heap import REUSED
 from fxstream.machine.speeds import Machine
 
 __all__ = ["Costs", "Part"]
@@ -263,7 +262,7 @@ class Part:
         if machine.fresh < math.inf:
             by, like, size = self._allocated.unbind(-1)
             allocated = size * shares[..., like] * (shares[..., by] > 0)
-            work = work + (allocated * (allocated > REUSED)).sum(-1) / machine.fresh
+            work = work + (allocated * (allocated > machine.reused)).sum(-1) / machine.fresh
         read = present @ self.costs.weights[span] / machine.bandwidth
         return work + read, BACKWARD * work + WEIGHTS_BACKWARD * read
 

@@ -71,3 +71,39 @@ def test_a_tile_has_the_memory_of_the_one_before_and_the_system_behind_the_pass_
     assert max(inside, inside_again) < pages / 2
     assert during > 0.9 * pages
     assert behind < pages / 10
+
+
+NETWORK = """
+import sys
+from pathlib import Path
+import torch, fxstream
+from fxstream.tools.zoo import build
+
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+torch.manual_seed(0)
+model = fxstream.freeze_batch_norm(build("torchvision/resnet18")).train()
+image, budget = torch.rand(1, 3, 768, 768), 160 * 2**20
+module = fxstream.compile(model, memory=budget, verify=False, return_freed=sys.argv[1] == "returned")
+module(torch.rand(1, 3, 64, 64)).sum().backward()  # libraries and programs are loaded
+before = resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+module(image).square().sum().backward()
+print((resident("VmHWM") - before) / budget, len(module.plan.segments))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of the C library of Linux")
+def test_the_process_stays_within_the_memory_where_what_is_freed_is_returned():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    shares = {}
+    for how in ("kept", "returned"):
+        command = [sys.executable, "-W", "ignore", "-c", NETWORK, how]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        share, segments = done.stdout.split()
+        shares[how] = float(share)
+        assert int(segments) > 0
+    assert shares["returned"] <= 1.15
+    assert shares["kept"] > shares["returned"] + 0.1
