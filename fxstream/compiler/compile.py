@@ -37,9 +37,10 @@ def compile(
     The first call captures the model and probes the rules, the first call at an image size plans; later calls only
     run.
 
-    - `memory`: what one call may allocate at its peak, with its backward where gradients are recorded: bytes, text
-      such as ``"8GiB"``, or a share of the device below one. Activations, boundaries and gradients count; the
-      image, the parameters and the state of an optimiser do not. The plan is the fastest that is predicted to fit.
+    - `memory`: what one call may allocate at its peak, with its backward where gradients are recorded: ``"8GiB"``,
+      a number of bytes, or ``"50%"`` or ``0.5``, a share of all memory that the device has (of the machine, or its
+      container, on a CPU). Activations, boundaries and gradients count; the image, the parameters and the state of
+      an optimiser do not. The plan is the fastest that is predicted to fit.
       By default, with no `tile` either, it is what the device has free at the first call of a size.
     - `tile`, instead of `memory`: the largest box of the model's input, overlap included, that a tile of the first
       segment reads, in pixels: one number for all axes or one per axis.

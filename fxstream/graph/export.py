@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -53,6 +54,21 @@ class SizeReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _WithoutGraphs:
+    """Standard error without what `torch.export` prints: the graph so far of a model that it cannot trace."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> Any:
+        """Pass on what anything else writes."""
+        is_export = sys._getframe(1).f_globals.get("__name__") == "torch.export._trace"
+        return len(text) if is_export else self._stream.write(text)
+
+
 @contextlib.contextmanager
 def _neutral_modes() -> Iterator[None]:
     """No inference mode, gradients on; what capture saves for backward must not reach a checkpoint's hooks.
@@ -63,6 +79,7 @@ def _neutral_modes() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(fake_tensor_log_silenced())
+        stack.enter_context(contextlib.redirect_stderr(_WithoutGraphs(sys.stderr)))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged))
         yield
 
@@ -230,5 +247,9 @@ def _explanation(model: nn.Module, error: Exception) -> str:
     kind = type(error).__name__
     reason = next(iter(str(error).strip().splitlines()), kind)
     if "DataDependent" in kind or "GuardOnData" in kind:
-        reason = f"control flow depends on the values of a tensor: {reason}"
+        return (
+            f"{type(model).__name__} has control flow{line} that depends on the values of a tensor, which no graph of"
+            " the whole model can follow: compile a part without it, such as the backbone, or use"
+            f" torch.compile(model, backend='fxstream'), which splits the model there ({reason})"
+        )
     return f"{type(model).__name__} cannot run on inputs of these shapes and types{line}: {reason}"

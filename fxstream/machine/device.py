@@ -76,13 +76,13 @@ def release_cached() -> None:
 
 
 def budget_of(memory: float | None, device: torch.device) -> int:
-    """Bytes: the number itself, that share of the device where it is below one, most of what is free for None.
+    """Bytes: the number itself, that share of all memory of the device up to one, most of what is free for None.
 
     Raises `InputError` where the device's memory has to be known for that, and is not.
     """
     if memory is None:
         return int(FREE_SHARE * free_bytes(device))
-    return int(memory * total_bytes(device)) if memory < 1 else int(memory)
+    return int(memory * total_bytes(device)) if isinstance(memory, float) and memory <= 1 else int(memory)
 
 
 def free_bytes(device: torch.device) -> int:
