@@ -44,7 +44,7 @@ for name in options.networks:
         memory, plain = budget_of_share(model, options.size, share, options.device)
         methods.append(Method(FXSTREAM, f"{share:.0%}", {"memory": memory}))
     shape = (1, 3, options.size, options.size)
-    workload = Workload(name, shape, train=True, freeze_batch_norm=True, device=options.device)
+    workload = Workload(name, ((shape, ""),), train=True, freeze_batch_norm=True, device=options.device)
     for row in compare(workload, methods, rounds=1):
         predicted = row.predicted_bytes or plain
         measured = row.failure or bytes_text(row.peak_bytes)

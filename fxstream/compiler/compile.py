@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def compile(
 
 def plan(
     model: nn.Module,
-    size: int | tuple[int, ...],
+    size: int | tuple[int, ...] | None = None,
     *,
     tile: int | tuple[int, ...] | None = None,
     memory: float | str | None = None,
@@ -84,15 +85,18 @@ def plan(
     global_ops: str = "auto",
     channels: int = 3,
     batch: int = 1,
+    inputs: Sequence[torch.Tensor | tuple[int, ...]] | None = None,
     training: bool = True,
     offload: bool = False,
     device: torch.device | str | None = None,
 ) -> Plan:
     """Plan how `compile` would stream the model for an image [batch, channels, *size], without running it.
 
-    `size` is in pixels, one number for a square 2-D image or one per axis. `tile`, `memory`, `segments`, `cut`,
-    `global_ops` and `offload` are those of `compile`. `training` plans for a call with its backward. `device` is
-    the device to plan for, by default the model's; it need not exist where the memory is given in bytes.
+    `size` is in pixels, one number for a square 2-D image or one per axis; a model of several inputs gets `inputs`
+    instead, as in `analyze`. `tile`, `memory`, `segments`, `cut`, `global_ops` and `offload` are those of
+    `compile`. `training` plans for a call with its backward, in the mode in which the model is: in training mode
+    with batch statistics. `device` is the device to plan for, by default the model's; it need not exist where the
+    memory is given in bytes.
 
     The plan prints as a table of segments with predicted time and memory. Raises what `analyze` and the first call
     of a compiled module raise.
@@ -101,5 +105,5 @@ def plan(
         tile=tile, memory=memory, segments=segments, cut=cut, global_ops=global_ops, offload=offload
     )
     default = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    graph = analyze(model, size, channels=channels, batch=batch, global_ops=global_ops).graph
+    graph = analyze(model, size, channels=channels, batch=batch, inputs=inputs, global_ops=global_ops).graph
     return make_plan(graph, request, training=training, device=torch.device(device or default))

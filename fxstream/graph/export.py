@@ -248,8 +248,8 @@ def _explanation(model: nn.Module, error: Exception) -> str:
     reason = next(iter(str(error).strip().splitlines()), kind)
     if "DataDependent" in kind or "GuardOnData" in kind:
         return (
-            f"{type(model).__name__} has control flow{line} that depends on the values of a tensor, which no graph of"
-            " the whole model can follow: compile a part without it, such as the backbone, or use"
+            f"{type(model).__name__} has control flow{line} that depends on the values of a tensor, which no graph"
+            " of the whole model can follow: compile a part without it, such as the backbone, or use"
             f" torch.compile(model, backend='fxstream'), which splits the model there ({reason})"
         )
     return f"{type(model).__name__} cannot run on inputs of these shapes and types{line}: {reason}"

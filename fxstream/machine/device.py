@@ -21,6 +21,7 @@ from fxstream.errors import InputError
 __all__ = [
     "budget_of",
     "current_device",
+    "device_of",
     "free_bytes",
     "is_accelerator",
     "is_present",
@@ -41,6 +42,14 @@ LIMITS = (
 )
 """Limit and use of a container, in both forms that Linux knows."""
 MEMINFO = Path("/proc/meminfo")
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this name, which need not be present. Raises `InputError` for what is no device."""
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise InputError(f"{name!r} is not a device: use cpu, cuda or cuda:1") from None
 
 
 def is_accelerator(device: torch.device) -> bool:

@@ -36,8 +36,8 @@ def parse_memory(memory: object) -> int | float:
     """Bytes as an int, or a share, above 0 and at most 1, as a float; from numbers and from text alike.
 
     A number without a unit is a share where it is at most 1 and written as a fraction (``0.5``, ``"0.5"``,
-    ``1.0``) or with a percent sign (``"50%"``), and bytes otherwise. Raises `InputError` for anything else, and for
-    so few bytes that a unit must have been left out.
+    ``1.0``) or with a percent sign (``"50%"``), and bytes otherwise. Raises `InputError` for anything else, and
+    for so few bytes that a unit must have been left out.
 
     >>> [parse_memory(memory) for memory in (0.5, "0.5", "50%", "8GiB", "8 GiB", 2**33)]
     [0.5, 0.5, 0.5, 8589934592, 8589934592, 8589934592]
