@@ -17,6 +17,9 @@ from fxstream.planning.plan import Plan, make_plan
 
 __all__ = ["compile", "plan"]
 
+REPLICATED = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+"""Wrappers that exchange between processes, or copy, in a forward of their own."""
+
 
 def compile(
     model: nn.Module,
@@ -68,6 +71,11 @@ def compile(
         raise InputError(f"compile needs an nn.Module, found {type(model).__name__}")
     if offload and mesh is not None:
         raise InputError("offload and mesh exclude each other: ranks exchange boundaries on the device")
+    if type(model).__name__ in REPLICATED:
+        raise InputError(
+            f"compile({type(model).__name__}(...)) is the wrong order, since a stream does not run the wrapper:"
+            " wrap the compiled module: DistributedDataParallel(fxstream.compile(model, ...))"
+        )
     request = request_of(
         tile=tile, memory=memory, segments=segments, cut=cut, global_ops=global_ops, offload=offload
     )

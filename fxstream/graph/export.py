@@ -29,12 +29,13 @@ from fxstream.errors import CaptureError
 from fxstream.graph.shapes import stream_dims
 from fxstream.graph.user_code import called_by_user, last_user_frame
 
-__all__ = ["CUMULATIVE", "SizeReads", "export", "fake_tensor_log_silenced"]
+__all__ = ["CUMULATIVE", "SizeReads", "export", "fake_tensor_log_silenced", "is_capturing"]
 
 CUMULATIVE = -1.0
 """Stands for the momentum of a BatchNorm that averages over all batches so far."""
 READS = {torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel, torch.Tensor.__len__}  # type: ignore[attr-defined]
 GRADIENT_HOOKS = {torch.Tensor.register_hook, torch.Tensor.retain_grad}
+_THREAD = threading.local()
 _EXPORT_LOCK = threading.RLock()
 """Held during an export, which changes a method of torch and attributes of the model until it is done."""
 
@@ -69,6 +70,20 @@ class _WithoutGraphs:
         return len(text) if is_export else self._stream.write(text)
 
 
+def is_capturing() -> bool:
+    """Whether this thread runs a model to capture it."""
+    return getattr(_THREAD, "captures", False)
+
+
+@contextlib.contextmanager
+def _capturing() -> Iterator[None]:
+    _THREAD.captures = True
+    try:
+        yield
+    finally:
+        _THREAD.captures = False
+
+
 @contextlib.contextmanager
 def _neutral_modes() -> Iterator[None]:
     """No inference mode, gradients on; what capture saves for backward must not reach a checkpoint's hooks.
@@ -76,6 +91,7 @@ def _neutral_modes() -> Iterator[None]:
     Autocast stays as it is, since the types that the model computes in depend on it.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_capturing())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(fake_tensor_log_silenced())
@@ -136,6 +152,18 @@ def _refuse_backward_hooks(model: nn.Module) -> None:
             )
 
 
+def _refuse_quantised(model: nn.Module) -> None:
+    """Raises `CaptureError` where weights are packed for integer kernels, which are no tensors of a graph."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        packed = any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
+        if packed or kind.__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise CaptureError(
+                f"`{name}` ({kind.__name__}) is quantised to integers, whose packed weights torch does not export:"
+                " compile the model as it was before torch.ao.quantization.convert"
+            )
+
+
 def _refuse_shared_statistics(model: nn.Module) -> None:
     """Raises `CaptureError` where statistics are taken over several processes."""
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -191,6 +219,7 @@ def export(
     """
     _refuse_shared_statistics(model)
     _refuse_backward_hooks(model)
+    _refuse_quantised(model)
     try:
         with _EXPORT_LOCK, _neutral_modes(), _cumulative_averages(model), _opaque_functions(), _RefuseHooks():
             program = torch.export.export(model, *_fake_inputs(args, kwargs, shift), strict=False)

@@ -23,7 +23,7 @@ def writable(path: str) -> Path:
 
 
 def write(path: Path, write_into: Callable[[Path], Any]) -> None:
-    """Write a file whole or not at all, and say so; its mode is that of the user's umask, or of the one before it."""
+    """Write a file whole or not at all, and say so; its mode is that of the umask, or of the file before it."""
     target = path.resolve()  # of a link, what it leads to
     unfinished = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
     try:
