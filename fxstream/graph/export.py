@@ -164,6 +164,17 @@ def _refuse_quantised(model: nn.Module) -> None:
             )
 
 
+def _refuse_sharded_parts(model: nn.Module) -> None:
+    """Raises `CaptureError` where FSDP2 gathers weights when a module is called: a stream calls operators."""
+    for name, module in model.named_modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            place = f"`{name}`" if name else "the model"
+            raise CaptureError(
+                f"{place} is sharded by itself, and a stream would not gather its weights: shard the compiled"
+                " module as a whole, and nothing in it: fully_shard(fxstream.compile(model, ...))"
+            )
+
+
 def _refuse_shared_statistics(model: nn.Module) -> None:
     """Raises `CaptureError` where statistics are taken over several processes."""
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -220,6 +231,7 @@ def export(
     _refuse_shared_statistics(model)
     _refuse_backward_hooks(model)
     _refuse_quantised(model)
+    _refuse_sharded_parts(model)
     try:
         with _EXPORT_LOCK, _neutral_modes(), _cumulative_averages(model), _opaque_functions(), _RefuseHooks():
             program = torch.export.export(model, *_fake_inputs(args, kwargs, shift), strict=False)
