@@ -38,11 +38,11 @@ class Benchmark:
     needs: str = ""
 
 
-BENCH = "fxstream bench torchvision/{} --size 2048 --memory {} --rounds 2"
+BENCH = "fxstream bench torchvision/{} --size 2048 --memory {} --eval --rounds 2"
 SMALL = "--size 512 --memory 80% --rounds 1"
 SMALLEST = "torchvision/resnet18"
 REUSED = "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 "
-REPORT = "fxstream report torchvision/{} --size 8192 --memory {} --depth 1 --device cuda"
+REPORT = "fxstream report torchvision/{} --size 8192 --memory {} --freeze-batch-norm --depth 1 --device cuda"
 GPU = "python examples/benchmarks/gpu.py "
 BENCHMARKS = {
     "quickstart": Benchmark("python examples/quickstart.py", "--size 640 --memory 80MiB --network " + SMALLEST),

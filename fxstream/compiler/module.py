@@ -109,7 +109,7 @@ class StreamedModule(nn.Module):
 
 def _is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an exporter or a tracer writes this call down: ONNX, TorchScript, torch.export, make_fx or fx."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting() or get_proxy_mode() is not None:
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting() or get_proxy_mode() is not None:
         return True
     return any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values()))
 
