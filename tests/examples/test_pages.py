@@ -87,7 +87,7 @@ def make_images(folder, sizes):
 
 
 def test_your_own_training(tmp_path, monkeypatch, capsys):
-    """Six epochs and six more after a restart are twelve in one go; the network learns, and its maps are on disk."""
+    """Six epochs and six more after a restart are twelve in one go; the network learns; its maps are on disk."""
     (block,) = re.findall(r"```python\n(.*?)```", (EXAMPLES / "own_training.md").read_text(), re.DOTALL)
     assert len([line for line in block.splitlines() if line and not line.startswith(("import", "from"))]) <= 45
     losses = []
