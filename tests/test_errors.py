@@ -97,8 +97,23 @@ def test_no_image(model):
 
 
 def test_integer_image_into_a_float_network(model):
-    with pytest.raises(CaptureError, match="cannot run on inputs of these shapes and types"):
+    advice = r"an input is uint8 and weights are float32: convert it in the model .* dtype=torch\.float32\)$"
+    with pytest.raises(CaptureError, match=advice):
         fxstream.compile(model, tile=12)(torch.ones(1, 3, 30, 30, dtype=torch.uint8))
+    source = fxstream.source(torch.ones(30, 30, 3, dtype=torch.uint8), layout="HWC")
+    with pytest.raises(CaptureError, match=advice):
+        fxstream.compile(model, tile=12)(source)
+
+
+class TwoInputs(nn.Module):
+    def forward(self, image, mask):
+        return image * mask
+
+
+def test_an_input_is_missing():
+    with pytest.raises(CaptureError) as error:
+        fxstream.compile(TwoInputs(), tile=12)(torch.ones(1, 3, 30, 30))
+    assert "types: missing a required argument: 'mask'; give all inputs of the model, on the c" in str(error.value)
 
 
 def test_complex_image(model):

@@ -236,7 +236,8 @@ def export(
         with _EXPORT_LOCK, _neutral_modes(), _cumulative_averages(model), _opaque_functions(), _RefuseHooks():
             program = torch.export.export(model, *_fake_inputs(args, kwargs, shift), strict=False)
     except Exception as error:
-        raise CaptureError(_explanation(model, error)) from error
+        leaves = pytree.tree_leaves((args, dict(kwargs)))
+        raise CaptureError(_explanation(model, error) + _advice(model, str(error), leaves)) from error
     if any(isinstance(constant, FakeTensor) for constant in program.constants.values()):
         raise CaptureError(
             f"{type(model).__name__} takes `.data` of a tensor that it computes, which hides it from capture:"
@@ -294,3 +295,19 @@ def _explanation(model: nn.Module, error: Exception) -> str:
             f" torch.compile(model, backend='fxstream'), which splits the model there ({reason})"
         )
     return f"{type(model).__name__} cannot run on inputs of these shapes and types{line}: {reason}"
+
+
+def _advice(model: nn.Module, reason: str, leaves: Sequence[Any]) -> str:
+    """What to do about inputs that are missing or of a wrong type; empty where they are not the reason."""
+    if "missing a required argument" in reason:
+        return "; give all inputs of the model, on the command line one --input for each"
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    integers = [tensor.dtype for tensor in tensors if not tensor.is_floating_point()]
+    floats = [weight.dtype for weight in model.parameters() if weight.is_floating_point()]
+    if not integers or not floats or "type" not in reason:
+        return ""
+    types = [str(kind).removeprefix("torch.") for kind in (integers[0], floats[0])]
+    return (
+        f"; an input is {types[0]} and weights are {types[1]}: convert it in the model (image.float() / 255), or"
+        f" give an array as fxstream.source(..., dtype=torch.{types[1]})"
+    )

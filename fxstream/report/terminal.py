@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fxstream.geometry.receptive_field import ReceptiveField
 from fxstream.machine.units import bytes_text, macs_text
+from fxstream.planning.estimate import Prediction
 from fxstream.report.closed_form import FieldForm
 from fxstream.report.summary import Layer, Summary
 from fxstream.rules import OpRule, Tileability
@@ -34,6 +35,9 @@ __all__ = [
     "tile_lines",
     "window_text",
 ]
+
+BETTER = 0.9
+"""Frozen BatchNorm is worth a line where it takes less than this part of the time or memory."""
 
 
 def per_axis(texts: Sequence[str]) -> str:
@@ -186,7 +190,7 @@ def tile_lines(summary: Summary) -> list[str]:
     if summary.plan is None:
         return ["give --tile or --memory for tiles and predicted memory"]
     lines = str(summary.plan).splitlines()
-    if summary.frozen is not None:
+    if summary.frozen is not None and _is_better(summary.frozen.prediction, summary.plan.prediction):
         predicted = summary.frozen.prediction
         lines.append(
             "batch statistics take more passes over the tiles, or more memory: with --freeze-batch-norm"
@@ -194,6 +198,11 @@ def tile_lines(summary: Summary) -> list[str]:
             f" {bytes_text(predicted.bytes)}"
         )
     return lines
+
+
+def _is_better(prediction: Prediction, other: Prediction) -> bool:
+    """Whether one plan is predicted to take much less time or memory than another."""
+    return prediction.seconds < BETTER * other.seconds or prediction.bytes < BETTER * other.bytes
 
 
 def probe_lines(summary: Summary) -> list[str]:
