@@ -182,6 +182,7 @@ def test_plan_for_a_device_that_is_elsewhere(model, capsys):
 def test_check(model, capsys):
     code, out, _ = run(capsys, "check", f"{model}:build", "--size", "61x50", "--tile", 24, "--batch", 2)
     assert code == 0
+    assert out.startswith("model.py:build, image 2x3x61x50, train mode\n")
     assert "all agree" in out
     assert "grad of input 0" in out
     code, out, _ = run(capsys, "check", f"{model}:build", "--size", 60, "--tile", 24, "--native", "--json")

@@ -37,7 +37,7 @@ from fxstream.tools.check import check
 from fxstream.tools.freeze import freeze_batch_norm
 from fxstream.tools.inputs import checked_inputs, example_inputs_of
 from fxstream.tools.model_spec import load
-from fxstream.tools.values import budgets_of, has_request, is_training, request_options, shapes_of
+from fxstream.tools.values import budgets_of, has_request, is_training, request_options, shapes_of, title_of
 from fxstream.tools.zoo import names
 
 __all__ = ["COMMANDS"]
@@ -152,7 +152,8 @@ def _check(options: Options) -> int:
     if options.json:
         _print_json(as_json(report))
     else:
-        show_check(report, Console())
+        title = title_of(options.target, shapes_of(options), is_training(options), options.freeze_batch_norm)
+        show_check(report, Console(), title)
     return 0 if report.ok else 1
 
 

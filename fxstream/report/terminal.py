@@ -219,8 +219,9 @@ def show_plan(summary: Summary, console: Console) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
-def show_check(report: CheckReport, console: Console, rows: int = 12) -> None:
-    """What was compared, worst first."""
+def show_check(report: CheckReport, console: Console, title: str, rows: int = 12) -> None:
+    """What was compared, worst first, below a line that says of what."""
+    console.print(Text(title, style="bold"))
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("tensor", overflow="fold")
     for name in ("error", "allowed"):

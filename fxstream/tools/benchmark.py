@@ -32,7 +32,7 @@ from fxstream.machine.meter import measure, resident_bytes
 from fxstream.tools.freeze import freeze_batch_norm
 from fxstream.tools.inputs import drawn_inputs
 from fxstream.tools.model_spec import load
-from fxstream.tools.values import Input
+from fxstream.tools.values import Input, title_of
 
 __all__ = ["CHECKPOINT", "FXSTREAM", "PLAIN", "Method", "Row", "Workload", "checkpointed", "compare"]
 
@@ -55,9 +55,7 @@ class Workload:
     @property
     def title(self) -> str:
         """Network, inputs and mode in one line."""
-        shapes = " and ".join("x".join(map(str, shape)) for shape, _ in self.inputs)
-        frozen = ", BatchNorm frozen" if self.train and self.freeze_batch_norm else ""
-        return f"{self.target}, image {shapes}, {'train' if self.train else 'eval'} mode{frozen}"
+        return title_of(self.target, self.inputs, self.train, self.freeze_batch_norm)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from fxstream.errors import InputError
@@ -17,7 +18,16 @@ from fxstream.tools.flags import BUDGETS
 if TYPE_CHECKING:
     from fxstream.compiler.options import RequestOptions
 
-__all__ = ["Input", "budgets_of", "check_flags", "has_request", "is_training", "request_options", "shapes_of"]
+__all__ = [
+    "Input",
+    "budgets_of",
+    "check_flags",
+    "has_request",
+    "is_training",
+    "request_options",
+    "shapes_of",
+    "title_of",
+]
 
 Input = tuple[tuple[int, ...], str]
 """Shape and type of an input; an empty type is that of the model."""
@@ -54,6 +64,13 @@ def is_training(options: argparse.Namespace) -> bool:
         return bool(options.train)
     predicts = options.command != "report" or has_request(options)
     return predicts and not getattr(options, "no_grad", False)
+
+
+def title_of(target: str, inputs: Sequence[Input], train: bool, frozen: bool) -> str:
+    """Network, inputs and mode in one line."""
+    shapes = " and ".join("x".join(map(str, shape)) for shape, _ in inputs)
+    batch_norm = ", BatchNorm frozen" if train and frozen else ""
+    return f"{target}, image {shapes}, {'train' if train else 'eval'} mode{batch_norm}"
 
 
 def shapes_of(options: argparse.Namespace) -> list[Input]:
