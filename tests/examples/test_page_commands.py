@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from test_main import MODEL
+from command_line import MODEL
 
 from fxstream.__main__ import _parser, main
 from fxstream.tools.values import check_flags
