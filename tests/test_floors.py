@@ -25,7 +25,7 @@ FLOORS = (
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 HOMES = {
     "sympy": {"report/closed_form.py"},
-    "rich": {"report/terminal.py", "runtime/progress.py", "__main__.py"},
+    "rich": {"report/terminal.py", "report/commands.py", "runtime/progress.py"},
 }
 
 

@@ -38,11 +38,11 @@ class Benchmark:
     needs: str = ""
 
 
-BENCH = "fxstream bench torchvision/{} --size 2048 --memory {} --rounds 2"
+BENCH = "fxstream bench torchvision/{} --size 2048 --memory {} --eval --rounds 2"
 SMALL = "--size 512 --memory 80% --rounds 1"
 SMALLEST = "torchvision/resnet18"
 REUSED = "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 "
-REPORT = "fxstream report torchvision/{} --size 8192 --memory {} --depth 1 --device cuda"
+REPORT = "fxstream report torchvision/{} --size 8192 --memory {} --freeze-batch-norm --depth 1 --device cuda"
 GPU = "python examples/benchmarks/gpu.py "
 BENCHMARKS = {
     "quickstart": Benchmark("python examples/quickstart.py", "--size 640 --memory 80MiB --network " + SMALLEST),
@@ -54,6 +54,12 @@ BENCHMARKS = {
     "bench_resnet50_reused": Benchmark(REUSED + BENCH.format("resnet50", "39%,25%"), SMALL),
     "bench_densenet121_reused": Benchmark(REUSED + BENCH.format("densenet121", "43%,20%"), SMALL),
     "capture": Benchmark("python examples/benchmarks/capture.py", "--networks resnet18"),
+    "drawings": Benchmark("python examples/pictures/draw.py", None),
+    "pareto": Benchmark("python examples/pictures/pareto.py", None),
+    "plan": Benchmark(
+        "fxstream plan torchvision/resnet50 --size 8192 --memory 5GiB --freeze-batch-norm --device cuda"
+    ),
+    "which_memory": Benchmark("python examples/benchmarks/which_memory.py", "--size 2048 --rows 4"),
     "planner": Benchmark("python examples/benchmarks/planner.py"),
     "scaling": Benchmark("python examples/benchmarks/scaling.py"),
     "memory": Benchmark("python examples/benchmarks/memory.py", "--sizes 1024"),

@@ -46,7 +46,7 @@ for name in options.networks:
         methods.append(Method(FXSTREAM, f"{share:.0%}", {"memory": memory}))
         methods.append(Method(FXSTREAM, "returned", {"memory": memory, "return_freed": True}))
     shape = (1, 3, options.size, options.size)
-    workload = Workload(name, shape, train=True, freeze_batch_norm=True, device=options.device)
+    workload = Workload(name, ((shape, ""),), train=True, freeze_batch_norm=True, device=options.device)
     rows = iter(compare(workload, methods, rounds=1))
     for row in rows:
         predicted = row.predicted_bytes or plain

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from fxstream.graph.type_graph import type_graph
 from fxstream.graph.typed_graph import Region, TypedGraph, Verdict
 from fxstream.lowering import lower, with_positions
 
-__all__ = ["Analysis", "analyse", "analyze", "example_image", "image_dims", "lowered"]
+__all__ = ["Analysis", "analyse", "analyze", "example_inputs", "image_dims", "lowered"]
 
 MOST_SHOWN = 8
 LARGEST = 2**31
@@ -117,45 +117,62 @@ def image_dims(captured: Captured, metas: Mapping[str, Meta]) -> dict[str, tuple
     return dict(zip(shapes, stream_dims(list(shapes.values())), strict=True))
 
 
-def example_image(model: nn.Module, size: int | tuple[int, ...], channels: int, batch: int) -> torch.Tensor:
-    """An image [batch, channels, *size] of the model's type on its device, without memory of its own.
+def example_inputs(
+    model: nn.Module,
+    size: int | tuple[int, ...] | None,
+    channels: int,
+    batch: int,
+    inputs: Sequence[torch.Tensor | tuple[int, ...]] | None,
+) -> list[torch.Tensor]:
+    """The positional inputs of the model: one image [batch, channels, *size], or those that `inputs` has.
 
-    `size` is one number for a square 2-D image, or one per axis. Raises `InputError` for anything but
-    positive ints.
+    A shape stands for a tensor of the model's type on its device, without memory of its own. Raises `InputError`
+    for both or neither of the two, and for anything but positive ints.
     """
-    extents = (size, size) if isinstance(size, int) else tuple(size)
-    if any(isinstance(n, int) and n >= LARGEST for n in (*extents, channels, batch)):
-        raise InputError(f"size, channels and batch must be below {LARGEST}, found {size!r}, {channels}, {batch}")
-    if not extents or any(
-        isinstance(e, bool) or not isinstance(e, int) or e < 1 for e in (*extents, channels, batch)
-    ):
-        raise InputError(f"size, channels and batch must be positive ints, found {size!r}, {channels}, {batch}")
+    if (size is None) == (inputs is None):
+        raise InputError(
+            "give the size of one image, or the shapes of all inputs: inputs=[(1, 3, 512, 512), (1, 1, 512, 512)]"
+        )
+    if inputs is not None:
+        return [i if isinstance(i, torch.Tensor) else _example(model, "an input", tuple(i)) for i in inputs]
+    extents = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    return [_example(model, "size, channels and batch", (batch, channels, *extents))]
+
+
+def _example(model: nn.Module, what: str, shape: tuple[Any, ...]) -> torch.Tensor:
+    ints = [n for n in shape if isinstance(n, int) and not isinstance(n, bool)]
+    if any(n >= LARGEST for n in ints):
+        raise InputError(f"{what} must be below {LARGEST}, found {shape}")
+    if len(shape) < 3 or len(ints) < len(shape) or min(ints) < 1:
+        raise InputError(f"{what} must be positive ints, batch and channels before the extents; found {shape}")
     floating = (weight for weight in model.parameters() if weight.is_floating_point())
     weight = next(floating, torch.empty(0))
-    return torch.empty(1, dtype=weight.dtype, device=weight.device).expand(batch, channels, *extents)
+    return torch.zeros(1, dtype=weight.dtype, device=weight.device).expand(shape)
 
 
 def analyze(
     model: nn.Module,
-    size: int | tuple[int, ...],
+    size: int | tuple[int, ...] | None = None,
     *,
     channels: int = 3,
     batch: int = 1,
+    inputs: Sequence[torch.Tensor | tuple[int, ...]] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     global_ops: str = "auto",
 ) -> Analysis:
     """The verdict on every operator of `model` for an image [batch, channels, *size], without running the model.
 
-    `size` is in pixels, one number for a square 2-D image or one per axis. `kwargs` are further arguments of the
-    model, `global_ops` is that of `compile`. Raises `CaptureError` where the model cannot be captured and
-    `InputError` where it does not accept the size.
+    `size` is in pixels, one number for a square 2-D image or one per axis. A model of several inputs gets `inputs`
+    instead, with the shape of each, or a tensor where it is not of the model's type; only shapes and types are
+    looked at. `kwargs` are further arguments of the model, `global_ops` is that of `compile`. Raises
+    `CaptureError` where the model cannot be captured and `InputError` where it does not accept the size.
 
     >>> print(analyze(torch.nn.Conv2d(3, 8, 3), 64))
     1 nodes: 1 local
     region conv2d .. conv2d: 1 nodes, 100.0% of the activations
     """
-    image = example_image(model, size, channels, batch)
-    captured = capture(model, (image,), kwargs or {})
-    tensors = [t for t in (kwargs or {}).values() if isinstance(t, torch.Tensor)]
-    combines, tensors = global_ops != "cut", [image, *tensors]
+    examples = example_inputs(model, size, channels, batch, inputs)
+    captured = capture(model, tuple(examples), kwargs or {})
+    tensors = [*examples, *(t for t in (kwargs or {}).values() if isinstance(t, torch.Tensor))]
+    combines = global_ops != "cut"
     return analyse(lowered(captured, model, tensors, combines), model, tensors, combines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from fxstream.machine import heap
 from fxstream.planning.plan import Plan, make_plan
 
 __all__ = ["compile", "plan"]
+
+REPLICATED = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+"""Wrappers that exchange between processes, or copy, in a forward of their own."""
 
 
 def compile(
@@ -39,9 +43,10 @@ def compile(
     The first call captures the model and probes the rules, the first call at an image size plans; later calls only
     run.
 
-    - `memory`: what one call may allocate at its peak, with its backward where gradients are recorded: bytes, text
-      such as ``"8GiB"``, or a share of the device below one. Activations, boundaries and gradients count; the
-      image, the parameters and the state of an optimiser do not. The plan is the fastest that is predicted to fit.
+    - `memory`: what one call may allocate at its peak, with its backward where gradients are recorded: ``"8GiB"``,
+      a number of bytes, or ``"50%"`` or ``0.5``, a share of all memory that the device has (of the machine, or its
+      container, on a CPU). Activations, boundaries and gradients count; the image, the parameters and the state of
+      an optimiser do not. The plan is the fastest that is predicted to fit.
       By default, with no `tile` either, it is what the device has free at the first call of a size.
     - `tile`, instead of `memory`: the largest box of the model's input, overlap included, that a tile of the first
       segment reads, in pixels: one number for all axes or one per axis.
@@ -71,6 +76,11 @@ def compile(
         raise InputError(f"compile needs an nn.Module, found {type(model).__name__}")
     if offload and mesh is not None:
         raise InputError("offload and mesh exclude each other: ranks exchange boundaries on the device")
+    if type(model).__name__ in REPLICATED:
+        raise InputError(
+            f"compile({type(model).__name__}(...)) is the wrong order, since a stream does not run the wrapper:"
+            " wrap the compiled module: DistributedDataParallel(fxstream.compile(model, ...))"
+        )
     request = request_of(
         tile=tile, memory=memory, segments=segments, cut=cut, global_ops=global_ops, offload=offload
     )
@@ -81,7 +91,7 @@ def compile(
 
 def plan(
     model: nn.Module,
-    size: int | tuple[int, ...],
+    size: int | tuple[int, ...] | None = None,
     *,
     tile: int | tuple[int, ...] | None = None,
     memory: float | str | None = None,
@@ -90,15 +100,18 @@ def plan(
     global_ops: str = "auto",
     channels: int = 3,
     batch: int = 1,
+    inputs: Sequence[torch.Tensor | tuple[int, ...]] | None = None,
     training: bool = True,
     offload: bool = False,
     device: torch.device | str | None = None,
 ) -> Plan:
     """Plan how `compile` would stream the model for an image [batch, channels, *size], without running it.
 
-    `size` is in pixels, one number for a square 2-D image or one per axis. `tile`, `memory`, `segments`, `cut`,
-    `global_ops` and `offload` are those of `compile`. `training` plans for a call with its backward. `device` is
-    the device to plan for, by default the model's; it need not exist where the memory is given in bytes.
+    `size` is in pixels, one number for a square 2-D image or one per axis; a model of several inputs gets `inputs`
+    instead, as in `analyze`. `tile`, `memory`, `segments`, `cut`, `global_ops` and `offload` are those of
+    `compile`. `training` plans for a call with its backward, in the mode in which the model is: in training mode
+    with batch statistics. `device` is the device to plan for, by default the model's; it need not exist where the
+    memory is given in bytes.
 
     The plan prints as a table of segments with predicted time and memory. Raises what `analyze` and the first call
     of a compiled module raise.
@@ -107,5 +120,5 @@ def plan(
         tile=tile, memory=memory, segments=segments, cut=cut, global_ops=global_ops, offload=offload
     )
     default = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    graph = analyze(model, size, channels=channels, batch=batch, global_ops=global_ops).graph
+    graph = analyze(model, size, channels=channels, batch=batch, inputs=inputs, global_ops=global_ops).graph
     return make_plan(graph, request, training=training, device=torch.device(device or default))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from fxstream.errors import InputError
-from fxstream.machine.units import parse_bytes
+from fxstream.machine.units import parse_memory
 from fxstream.tiling.request import Request
 
 if TYPE_CHECKING:
@@ -67,13 +67,7 @@ def _checked_segments(segments: object) -> int | tuple[str, ...] | None:
 
 
 def _checked_memory(memory: object) -> float | None:
-    if isinstance(memory, str):
-        return parse_bytes(memory)
-    if memory is None or (
-        isinstance(memory, (int, float)) and not isinstance(memory, bool) and 0 < memory < 2**63
-    ):
-        return memory
-    raise InputError(f"memory must be bytes, text such as '8GiB', or a share below one; found {memory!r}")
+    return None if memory is None else parse_memory(memory)
 
 
 CHECKS: dict[str, Callable[[object], Any]] = {

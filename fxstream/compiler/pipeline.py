@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from fxstream.compiler.analysis import Analysis, analyse, lowered
 from fxstream.compiler.cache import Cache
+from fxstream.compiler.stages import Stages
 from fxstream.errors import StreamingWarning
 from fxstream.graph.autograd_saves import saves_of
 from fxstream.graph.capture import Captured, capture, still_holds
@@ -132,9 +133,10 @@ class Pipeline:
         mode = mode_key(self.model, inputs.args, inputs.kwargs, self._volatile)
         size = self._size_key(inputs, written)
         if ("size", mode, size) not in self._cache:
-            captured = self._captured(mode, inputs)
+            stages = Stages(type(self.model).__name__, self._watch)
+            captured = self._captured(mode, inputs, stages)
             mode = mode_key(self.model, inputs.args, inputs.kwargs, self._volatile)
-            self._cache.put(("size", mode, size), self._prepare(captured, inputs, written))
+            self._cache.put(("size", mode, size), self._prepare(captured, inputs, written, stages))
         self.last = self._cache.get(("size", mode, size), lambda: self.last)
         assert self.last is not None
         return self.last
@@ -151,22 +153,25 @@ class Pipeline:
         shapes = tuple((tuple(t.shape), differentiates and t.requires_grad) for t in inputs.tensors)
         return shapes, training, inputs.outside, None if written is None else tuple(written)
 
-    def _captured(self, mode: Any, inputs: Inputs) -> CapturedModel:
+    def _captured(self, mode: Any, inputs: Inputs, stages: Stages) -> CapturedModel:
         """The capture for this mode; one that is bound to its size is not kept for other sizes."""
         model, args, kwargs, key = self.model, inputs.args, inputs.kwargs, ("capture", mode)
         previous = key in self._cache
         if previous:
             cached = self._cache.get(key, lambda: None)
             assert isinstance(cached, CapturedModel)
-            if not cached.captured.reads_sizes or still_holds(
-                cached.captured, model, args, kwargs, inputs.tensors
-            ):
+            if not cached.captured.reads_sizes:
+                return cached
+            with stages("check of the capture"):
+                holds = still_holds(cached.captured, model, args, kwargs, inputs.tensors)
+            if holds:
                 return cached
         before = attributes(model)
-        with inputs.explained():
+        with stages("capture"), inputs.explained():
             captured = capture(model, args, kwargs)
         self._volatile |= {name for name, value in attributes(model).items() if before.get(name) != value}
-        made = self._made(captured, inputs)
+        with stages("analysis"):
+            made = self._made(captured, inputs)
         if captured.bound or previous:
             self.warn_once(
                 "bound",
@@ -185,7 +190,28 @@ class Pipeline:
             captured, simple, saves_of(analyse(simple, self.model, inputs.tensors, combines).graph)
         )
 
-    def _prepare(self, captured: CapturedModel, inputs: Inputs, written: Sequence[int] | None) -> Prepared:
+    def _prepare(
+        self, captured: CapturedModel, inputs: Inputs, written: Sequence[int] | None, stages: Stages
+    ) -> Prepared:
+        """The stages of one image size."""
+        with stages("plan"):
+            analysis, plan = self._planned(captured, inputs, written)
+        self._warn_what_stops_the_stream(analysis, plan, inputs.tensors[0].device)
+        reports: tuple[ProbeReport, ...] = ()
+        streamed = None
+        if not plan.is_trivial:
+            with stages("probe"):
+                reports = self._verified(captured, analysis, plan)
+            with stages("tile programs"):
+                options, lowered = self.options, captured.lowered
+                streamed = rewrite(lowered, analysis.graph, plan, options.compile_tiles, self._ranks, self._watch)
+        plan = replace(plan, prepared=stages.seconds)
+        logger.info("%s", plan)
+        return Prepared(analysis, plan, reports, streamed)
+
+    def _planned(
+        self, captured: CapturedModel, inputs: Inputs, written: Sequence[int] | None
+    ) -> tuple[Analysis, Plan]:
         tensors, options = inputs.tensors, self.options
         analysis = analyse(captured.lowered, self.model, tensors, options.request.global_ops != "cut")
         graph = reuse_memory(analysis.graph.with_saves(captured.saves))
@@ -200,13 +226,7 @@ class Pipeline:
             written=frozenset(name for i, name in enumerate(captured.lowered.results) if i in (written or ())),
             ranks=1 if self._ranks is None else self._ranks.count,
         )
-        logger.info("%s", plan)
-        self._warn_what_stops_the_stream(analysis, plan, tensors[0].device)
-        if plan.is_trivial:
-            return Prepared(analysis, plan, (), None)
-        reports = self._verified(captured, analysis, plan)
-        streamed = rewrite(captured.lowered, graph, plan, options.compile_tiles, self._ranks, self._watch)
-        return Prepared(analysis, plan, reports, streamed)
+        return analysis, plan
 
     def _request(self, device: torch.device) -> Request:
         """The request; ranks that share tiles plan for the least memory of any."""
@@ -258,7 +278,7 @@ class Pipeline:
 def _common(prepared: Prepared) -> dict[str, str]:
     """What ranks that share tiles must have in common, besides the image."""
     draws = any(is_random(node) for node in prepared.analysis.captured.graph.nodes)
-    plan = str(prepared.plan)
+    plan = str(replace(prepared.plan, prepared=()))  # ranks do not take the same time
     return {
         "plan": f"{len(prepared.plan.segments)} segments #{digest(plan.encode())}",
         "random state": digest(torch.get_rng_state().numpy().tobytes()) if draws else "",

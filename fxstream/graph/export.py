@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -28,12 +29,13 @@ from fxstream.errors import CaptureError
 from fxstream.graph.shapes import stream_dims
 from fxstream.graph.user_code import called_by_user, last_user_frame
 
-__all__ = ["CUMULATIVE", "SizeReads", "export", "fake_tensor_log_silenced"]
+__all__ = ["CUMULATIVE", "SizeReads", "export", "fake_tensor_log_silenced", "is_capturing"]
 
 CUMULATIVE = -1.0
 """Stands for the momentum of a BatchNorm that averages over all batches so far."""
 READS = {torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel, torch.Tensor.__len__}  # type: ignore[attr-defined]
 GRADIENT_HOOKS = {torch.Tensor.register_hook, torch.Tensor.retain_grad}
+_THREAD = threading.local()
 _EXPORT_LOCK = threading.RLock()
 """Held during an export, which changes a method of torch and attributes of the model until it is done."""
 
@@ -53,6 +55,35 @@ class SizeReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _WithoutGraphs:
+    """Standard error without what `torch.export` prints: the graph so far of a model that it cannot trace."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> Any:
+        """Pass on what anything else writes."""
+        is_export = sys._getframe(1).f_globals.get("__name__") == "torch.export._trace"
+        return len(text) if is_export else self._stream.write(text)
+
+
+def is_capturing() -> bool:
+    """Whether this thread runs a model to capture it."""
+    return getattr(_THREAD, "captures", False)
+
+
+@contextlib.contextmanager
+def _capturing() -> Iterator[None]:
+    _THREAD.captures = True
+    try:
+        yield
+    finally:
+        _THREAD.captures = False
+
+
 @contextlib.contextmanager
 def _neutral_modes() -> Iterator[None]:
     """No inference mode, gradients on; what capture saves for backward must not reach a checkpoint's hooks.
@@ -60,9 +91,11 @@ def _neutral_modes() -> Iterator[None]:
     Autocast stays as it is, since the types that the model computes in depend on it.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_capturing())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(fake_tensor_log_silenced())
+        stack.enter_context(contextlib.redirect_stderr(_WithoutGraphs(sys.stderr)))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged))
         yield
 
@@ -116,6 +149,29 @@ def _refuse_backward_hooks(model: nn.Module) -> None:
             raise CaptureError(
                 f"`{name}` ({type(module).__name__}) has a backward hook, which a stream would not call: remove"
                 " it, or register it on the compiled module or on the parameters"
+            )
+
+
+def _refuse_quantised(model: nn.Module) -> None:
+    """Raises `CaptureError` where weights are packed for integer kernels, which are no tensors of a graph."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        packed = any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
+        if packed or kind.__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise CaptureError(
+                f"`{name}` ({kind.__name__}) is quantised to integers, whose packed weights torch does not export:"
+                " compile the model as it was before torch.ao.quantization.convert"
+            )
+
+
+def _refuse_sharded_parts(model: nn.Module) -> None:
+    """Raises `CaptureError` where FSDP2 gathers weights when a module is called: a stream calls operators."""
+    for name, module in model.named_modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            place = f"`{name}`" if name else "the model"
+            raise CaptureError(
+                f"{place} is sharded by itself, and a stream would not gather its weights: shard the compiled"
+                " module as a whole, and nothing in it: fully_shard(fxstream.compile(model, ...))"
             )
 
 
@@ -174,11 +230,14 @@ def export(
     """
     _refuse_shared_statistics(model)
     _refuse_backward_hooks(model)
+    _refuse_quantised(model)
+    _refuse_sharded_parts(model)
     try:
         with _EXPORT_LOCK, _neutral_modes(), _cumulative_averages(model), _opaque_functions(), _RefuseHooks():
             program = torch.export.export(model, *_fake_inputs(args, kwargs, shift), strict=False)
     except Exception as error:
-        raise CaptureError(_explanation(model, error)) from error
+        leaves = pytree.tree_leaves((args, dict(kwargs)))
+        raise CaptureError(_explanation(model, error) + _advice(model, str(error), leaves)) from error
     if any(isinstance(constant, FakeTensor) for constant in program.constants.values()):
         raise CaptureError(
             f"{type(model).__name__} takes `.data` of a tensor that it computes, which hides it from capture:"
@@ -230,5 +289,25 @@ def _explanation(model: nn.Module, error: Exception) -> str:
     kind = type(error).__name__
     reason = next(iter(str(error).strip().splitlines()), kind)
     if "DataDependent" in kind or "GuardOnData" in kind:
-        reason = f"control flow depends on the values of a tensor: {reason}"
+        return (
+            f"{type(model).__name__} has control flow{line} that depends on the values of a tensor, which no graph"
+            " of the whole model can follow: compile a part without it, such as the backbone, or use"
+            f" torch.compile(model, backend='fxstream'), which splits the model there ({reason})"
+        )
     return f"{type(model).__name__} cannot run on inputs of these shapes and types{line}: {reason}"
+
+
+def _advice(model: nn.Module, reason: str, leaves: Sequence[Any]) -> str:
+    """What to do about inputs that are missing or of a wrong type; empty where they are not the reason."""
+    if "missing a required argument" in reason:
+        return "; give all inputs of the model, on the command line one --input for each"
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    integers = [tensor.dtype for tensor in tensors if not tensor.is_floating_point()]
+    floats = [weight.dtype for weight in model.parameters() if weight.is_floating_point()]
+    if not integers or not floats or "type" not in reason:
+        return ""
+    types = [str(kind).removeprefix("torch.") for kind in (integers[0], floats[0])]
+    return (
+        f"; an input is {types[0]} and weights are {types[1]}: convert it in the model (image.float() / 255), or"
+        f" give an array as fxstream.source(..., dtype=torch.{types[1]})"
+    )

@@ -14,6 +14,7 @@ __all__ = ["called_by_user", "is_library_file", "last_user_frame", "module_path"
 
 FRAME = re.compile(r'^\s*File "([^"]*)", line (\d+)', re.MULTILINE)
 LIBRARIES = (f"{torch.__path__[0]}/", f"{Path(__file__).parent.parent}/", "<")
+STANDARD_LIBRARY = Path(traceback.__file__).parent
 TRACING = tuple(f"{torch.__path__[0]}/{part}" for part in ("_", "fx/", "overrides", "export/"))
 
 
@@ -36,8 +37,9 @@ def module_path(node: fx.Node) -> str:
 
 def last_user_frame(error: BaseException) -> traceback.FrameSummary | None:
     """The last frame of the user's code that the error passed through."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return next((frame for frame in reversed(frames) if not is_library_file(frame.filename)), None)
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    users = (frame for frame in frames if not is_library_file(frame.filename))
+    return next((frame for frame in users if Path(frame.filename).parent != STANDARD_LIBRARY), None)
 
 
 def called_by_user() -> bool:

@@ -21,6 +21,7 @@ from fxstream.errors import InputError
 __all__ = [
     "budget_of",
     "current_device",
+    "device_of",
     "free_bytes",
     "is_accelerator",
     "is_present",
@@ -41,6 +42,14 @@ LIMITS = (
 )
 """Limit and use of a container, in both forms that Linux knows."""
 MEMINFO = Path("/proc/meminfo")
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this name, which need not be present. Raises `InputError` for what is no device."""
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise InputError(f"{name!r} is not a device: use cpu, cuda or cuda:1") from None
 
 
 def is_accelerator(device: torch.device) -> bool:
@@ -76,13 +85,13 @@ def release_cached() -> None:
 
 
 def budget_of(memory: float | None, device: torch.device) -> int:
-    """Bytes: the number itself, that share of the device where it is below one, most of what is free for None.
+    """Bytes: the number itself, that share of all memory of the device up to one, most of what is free for None.
 
     Raises `InputError` where the device's memory has to be known for that, and is not.
     """
     if memory is None:
         return int(FREE_SHARE * free_bytes(device))
-    return int(memory * total_bytes(device)) if memory < 1 else int(memory)
+    return int(memory * total_bytes(device)) if isinstance(memory, float) and memory <= 1 else int(memory)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import numbers
 import re
 
 from fxstream.errors import InputError
 
-__all__ = ["bytes_text", "macs_text", "parse_bytes"]
+__all__ = ["bytes_text", "macs_text", "parse_bytes", "parse_memory"]
 
 UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
     for power, prefix in enumerate("KMGT", 1)
     for suffix, base in (("iB", 1024), ("B", 1000), ("", 1024))
 }
+NUMBER = re.compile(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]*|%)")
+FEWEST = 2**16
+"""Fewer bytes than these are taken for a number whose unit was left out."""
 
 
 def parse_bytes(text: str) -> int:
@@ -22,11 +26,44 @@ def parse_bytes(text: str) -> int:
     >>> parse_bytes("1.5 GiB"), parse_bytes("500MB"), parse_bytes("2g")
     (1610612736, 500000000, 2147483648)
     """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    amount = parse_memory(text)
+    if isinstance(amount, float):
+        raise InputError(f"{text!r} is a share and not an amount of bytes: use 8GiB or 500MB")
+    return amount
+
+
+def parse_memory(memory: object) -> int | float:
+    """Bytes as an int, or a share, above 0 and at most 1, as a float; from numbers and from text alike.
+
+    A number without a unit is a share where it is at most 1 and written as a fraction (``0.5``, ``"0.5"``,
+    ``1.0``) or with a percent sign (``"50%"``), and bytes otherwise. Raises `InputError` for anything else, and
+    for so few bytes that a unit must have been left out.
+
+    >>> [parse_memory(memory) for memory in (0.5, "0.5", "50%", "8GiB", "8 GiB", 2**33)]
+    [0.5, 0.5, 0.5, 8589934592, 8589934592, 8589934592]
+    """
+    match = NUMBER.fullmatch(_as_text(memory))
     units = {name.lower(): factor for name, factor in UNITS.items()}
-    if match is None or match[2].lower() not in units or float(match[1]) <= 0:
-        raise InputError(f"cannot parse {text!r} as a size: use 8GiB, 500MB or a number of bytes")
-    return int(float(match[1]) * units[match[2].lower()])
+    amount = float(match[1]) if match is not None else 0.0
+    if match is None or match[2].lower() not in (*units, "%") or not 0 < amount < math.inf:
+        raise InputError(f"cannot parse {memory!r} as a size: use 8GiB, 500MB, a number of bytes, or a share: 50%")
+    if match[2] == "%" or (not match[2] and amount <= 1 and not match[1].isdigit()):
+        return _share(memory, amount / 100 if match[2] else amount)
+    if not match[2] and amount < FEWEST:
+        raise InputError(f"{memory!r} is a number of bytes and needs a unit: {match[1]}GiB, or {match[1]}MiB")
+    return int(amount * units[match[2].lower()])
+
+
+def _as_text(memory: object) -> str:
+    if isinstance(memory, numbers.Real) and not isinstance(memory, bool):
+        return str(int(memory) if isinstance(memory, numbers.Integral) else float(memory))
+    return memory.strip() if isinstance(memory, str) else ""
+
+
+def _share(memory: object, share: float) -> float:
+    if share > 1:
+        raise InputError(f"{memory!r} is more than all: give a share up to 100%, or an amount such as 8GiB")
+    return share
 
 
 def bytes_text(count: float, *, up: bool = False) -> str:

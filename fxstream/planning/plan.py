@@ -54,6 +54,7 @@ class Plan:
     """The segments to stream, in the order of the graph, and what that is predicted to cost.
 
     A plan `is_trivial` where the plain network does the same. `offloaded` are the boundaries in host memory.
+    `prepared` are the stages of the call that made the plan, with their seconds.
     """
 
     segments: tuple[SegmentPlan, ...]
@@ -63,6 +64,7 @@ class Plan:
     is_trivial: bool
     prediction: Prediction
     offloaded: frozenset[str] = frozenset()
+    prepared: tuple[tuple[str, float], ...] = ()
 
     @property
     def streamed_share(self) -> float:
@@ -88,7 +90,11 @@ class Plan:
         )
         if self.reductions_overhead:
             head += f", {self.reductions_overhead:.2f}x of them in passes for reductions"
-        return "\n".join([head, *(f"  {segment}" for segment in self.segments), *self.prediction.lines()])
+        lines = [head, *(f"  {segment}" for segment in self.segments), *self.prediction.lines()]
+        if self.prepared:
+            stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.prepared)
+            lines.append(f"prepared in {sum(seconds for _, seconds in self.prepared):.1f} s: {stages}")
+        return "\n".join(lines)
 
     __repr__ = __str__
 

@@ -28,7 +28,7 @@ from fxstream.tools.check import CheckReport, Difference
 
 __all__ = ["SCHEMA", "as_json", "bench_json", "plan_json"]
 
-SCHEMA = 2
+SCHEMA = 3
 
 Form = dict[str, Callable[[Any], Any]]
 """The keys of a class, and how the value of each is read from an object."""
@@ -136,9 +136,9 @@ def as_json(report: Summary | CheckReport) -> dict[str, Any]:
     return {"schema": SCHEMA, **_plain(report)}
 
 
-def plan_json(plan: Plan, network: str) -> dict[str, Any]:
-    """The plan of a network as plain data."""
-    return {"schema": SCHEMA, "network": network, **_plain(plan)}
+def plan_json(plan: Plan, network: str, training: bool) -> dict[str, Any]:
+    """The plan of a network as plain data; `training` is the network's mode."""
+    return {"schema": SCHEMA, "network": network, "training": training, **_plain(plan)}
 
 
 def bench_json(workload: Workload, rows: Sequence[Row]) -> dict[str, Any]:

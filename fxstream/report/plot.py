@@ -95,7 +95,7 @@ def save_pareto(workload: Workload, rows: Sequence[Row], path: Path) -> None:
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9)
-    axes.set_title(f"{workload.target}, {'x'.join(map(str, workload.shape))}", fontsize=10)
+    axes.set_title(workload.title, fontsize=10)
     figure.savefig(path, dpi=150)
 
 

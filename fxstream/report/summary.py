@@ -84,7 +84,10 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Everything that a report shows; `reductions` are those over space that are combined from tiles."""
+    """Everything that a report shows; `reductions` are those over space that are combined from tiles.
+
+    `frozen` is the plan that there would be with frozen BatchNorm, where that is another one.
+    """
 
     name: str
     image: tuple[int, ...]
@@ -97,6 +100,7 @@ class Summary:
     streamed_share: float
     reductions: int
     plan: Plan | None
+    frozen: Plan | None
     probe: tuple[ProbeReport, ...]
     bound: bool
 
@@ -107,6 +111,7 @@ def summarise(
     *,
     training: bool = False,
     plan: Plan | None = None,
+    frozen: Plan | None = None,
     probe: Sequence[ProbeReport] = (),
 ) -> Summary:
     """The report's data for an analysed network; with a plan also its tiles and predicted memory."""
@@ -126,6 +131,7 @@ def summarise(
         streamed_share=share,
         reductions=len(graph.reductions()),
         plan=plan,
+        frozen=frozen,
         probe=tuple(probe),
         bound=analysis.captured.bound,
     )

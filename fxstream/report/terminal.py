@@ -9,9 +9,11 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from fxstream.geometry.receptive_field import ReceptiveField
 from fxstream.machine.units import bytes_text, macs_text
+from fxstream.planning.estimate import Prediction
 from fxstream.report.closed_form import FieldForm
 from fxstream.report.summary import Layer, Summary
 from fxstream.rules import OpRule, Tileability
@@ -33,6 +35,9 @@ __all__ = [
     "tile_lines",
     "window_text",
 ]
+
+BETTER = 0.9
+"""Frozen BatchNorm is worth a line where it takes less than this part of the time or memory."""
 
 
 def per_axis(texts: Sequence[str]) -> str:
@@ -109,9 +114,7 @@ def _layer_table(summary: Summary, depth: int | None, width: int) -> Table:
 
 def show(summary: Summary, console: Console, depth: int | None = 1) -> None:
     """The whole report: layers grouped to a depth of the module path, regions, cuts, tiles, memory, probe."""
-    image = "x".join(map(str, summary.image))
-    mode = "train" if summary.training else "eval"
-    console.print(f"[bold]{summary.name}[/bold], image {image}, {mode} mode", highlight=False)
+    console.print(Text(title_line(summary), style="bold"))
     console.print(
         f"{len(summary.layers)} operators, {macs_text(summary.macs)}MACs, activations"
         f" {bytes_text(summary.bytes)}, {summary.streamed_share:.1%} of them can be streamed",
@@ -123,6 +126,12 @@ def show(summary: Summary, console: Console, depth: int | None = 1) -> None:
         console.print()
         for line in paragraph:
             console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+
+
+def title_line(summary: Summary) -> str:
+    """What the report is of: network, image and mode."""
+    image = "x".join(map(str, summary.image))
+    return f"{summary.name}, image {image}, {'train' if summary.training else 'eval'} mode"
 
 
 def region_lines(summary: Summary) -> list[str]:
@@ -180,7 +189,20 @@ def tile_lines(summary: Summary) -> list[str]:
     """Segments, tiles and predicted memory."""
     if summary.plan is None:
         return ["give --tile or --memory for tiles and predicted memory"]
-    return str(summary.plan).splitlines()
+    lines = str(summary.plan).splitlines()
+    if summary.frozen is not None and _is_better(summary.frozen.prediction, summary.plan.prediction):
+        predicted = summary.frozen.prediction
+        lines.append(
+            "batch statistics take more passes over the tiles, or more memory: with --freeze-batch-norm"
+            f" (fxstream.freeze_batch_norm) it is {predicted.time_ratio:.2f}x the plain time in"
+            f" {bytes_text(predicted.bytes)}"
+        )
+    return lines
+
+
+def _is_better(prediction: Prediction, other: Prediction) -> bool:
+    """Whether one plan is predicted to take much less time or memory than another."""
+    return prediction.seconds < BETTER * other.seconds or prediction.bytes < BETTER * other.bytes
 
 
 def probe_lines(summary: Summary) -> list[str]:
@@ -191,13 +213,15 @@ def probe_lines(summary: Summary) -> list[str]:
 
 
 def show_plan(summary: Summary, console: Console) -> None:
-    """The plan with its predicted memory."""
+    """The plan with its predicted memory, below a line that says of what."""
+    console.print(Text(title_line(summary), style="bold"))
     for line in tile_lines(summary):
         console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
-def show_check(report: CheckReport, console: Console, rows: int = 12) -> None:
-    """What was compared, worst first."""
+def show_check(report: CheckReport, console: Console, title: str, rows: int = 12) -> None:
+    """What was compared, worst first, below a line that says of what."""
+    console.print(Text(title, style="bold"))
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("tensor", overflow="fold")
     for name in ("error", "allowed"):
@@ -217,8 +241,7 @@ def show_check(report: CheckReport, console: Console, rows: int = 12) -> None:
 
 def show_bench(workload: Workload, rows: Sequence[Row], console: Console) -> None:
     """One line per method: seconds and bytes, over those of the plain network, and what was predicted."""
-    shape = "x".join(map(str, workload.shape))
-    console.print(f"{workload.target}, image {shape}, one training step on {workload.device}", highlight=False)
+    console.print(f"{workload.title}, one training step on {workload.device}", highlight=False)
     console.print(_bench_table([row for row in rows if not row.failure]))
     for row in rows:
         if row.failure:

@@ -1,6 +1,9 @@
-"""Progress of long passes on a terminal (standard error): tiles done, tiles per second, time left."""
+"""Progress on a terminal (standard error): the stages before the first tile, then tiles done and time left."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -27,6 +30,15 @@ class Bar:
         self._console = console or Console(stderr=True)
         self._shown: Progress | None = None
         self._task = TaskID(0)
+
+    @contextlib.contextmanager
+    def stage(self, what: str) -> Iterator[None]:
+        """Show what is done within the block, which has no parts that could be counted."""
+        if not self._console.is_terminal:
+            yield
+            return
+        with self._console.status(what):
+            yield
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Show that so many tiles of a pass are done; the last one ends it."""

@@ -8,6 +8,7 @@ of a reduction. It is an ordinary `fx.GraphModule`: it can be printed, linted, a
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from fxstream.tiling.segment import Segment
 
 __all__ = ["TileProgram", "tile_program", "whole_program"]
 
+logger = logging.getLogger("fxstream")
 aten = torch.ops.aten
 Program = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -52,9 +54,23 @@ class TileProgram:
 
     def compiled(self) -> TileProgram:
         """The same program through `torch.compile`, for its fixed shapes; compiled when it first runs."""
-        forward = torch.compile(self.forward, dynamic=False)
+        forward = _compiled(self.forward)
         same = self.recomputation is self.forward
-        return TileProgram(forward, forward if same else torch.compile(self.recomputation, dynamic=False))
+        return TileProgram(forward, forward if same else _compiled(self.recomputation))
+
+
+def _compiled(program: Program) -> Program:
+    """The program through `torch.compile`; its first run, which takes long, is announced at level INFO."""
+    run, is_first = torch.compile(program, dynamic=False), True
+
+    def announced(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        nonlocal is_first
+        if is_first:
+            is_first = False
+            logger.info("compilation of the program of a tile of %s", list(tensors[0].shape))
+        return run(*tensors)
+
+    return announced
 
 
 def _without_hooks(program: Program) -> Program:

@@ -30,7 +30,9 @@ from fxstream.compiler.options import RequestOptions
 from fxstream.machine.device import synchronize
 from fxstream.machine.meter import measure, resident_bytes
 from fxstream.tools.freeze import freeze_batch_norm
+from fxstream.tools.inputs import drawn_inputs
 from fxstream.tools.model_spec import load
+from fxstream.tools.values import Input, title_of
 
 __all__ = ["CHECKPOINT", "FXSTREAM", "PLAIN", "Method", "Row", "Workload", "checkpointed", "compare"]
 
@@ -41,14 +43,19 @@ KILLED = (-9, 137)
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What all methods have in common: network, mode, shape of the image, device, options of `compile`."""
+    """What all methods have in common: network, mode, shapes and types of inputs, device, options of `compile`."""
 
     target: str
-    shape: tuple[int, ...]
+    inputs: tuple[Input, ...]
     train: bool = False
     freeze_batch_norm: bool = False
     device: str = "cpu"
     options: RequestOptions = field(default_factory=RequestOptions)
+
+    @property
+    def title(self) -> str:
+        """Network, inputs and mode in one line."""
+        return title_of(self.target, self.inputs, self.train, self.freeze_batch_norm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +139,9 @@ def _in_a_process(workload: Workload, method: Method) -> Row:
 def worker() -> None:
     """Run the task on standard input and print what was measured as JSON."""
     workload, method = json.loads(sys.stdin.read())
-    shape = tuple(workload.pop("shape"))
+    inputs = tuple((tuple(shape), dtype) for shape, dtype in workload.pop("inputs"))
     warnings.simplefilter("ignore")
-    print(json.dumps(_measured(Workload(shape=shape, **workload), Method(**method))))
+    print(json.dumps(_measured(Workload(inputs=inputs, **workload), Method(**method))))
 
 
 def _measured(workload: Workload, method: Method) -> dict[str, Any]:
@@ -145,7 +152,7 @@ def _measured(workload: Workload, method: Method) -> dict[str, Any]:
     if workload.freeze_batch_norm:
         freeze_batch_norm(model)
     module = _by_method(model, method, workload.options)
-    step = partial(one_step, module, model, torch.randn(workload.shape, device=device))
+    step = partial(one_step, module, model, drawn_inputs(model, workload.inputs))
     before = resident_bytes()
     step()
     peak, grown = measure(step, device).peak_bytes, resident_bytes() - before
@@ -171,10 +178,10 @@ def _predicted(module: StreamedModule) -> dict[str, Any]:
     }
 
 
-def one_step(module: nn.Module, model: nn.Module, image: torch.Tensor) -> None:
+def one_step(module: nn.Module, model: nn.Module, images: Sequence[torch.Tensor]) -> None:
     """Forward and backward of the sum of all outputs; `model` owns the parameters."""
     model.zero_grad(set_to_none=True)
-    outputs = [t for t in pytree.tree_leaves(module(image)) if isinstance(t, torch.Tensor) and t.requires_grad]
+    outputs = [t for t in pytree.tree_leaves(module(*images)) if isinstance(t, torch.Tensor) and t.requires_grad]
     torch.stack([output.sum() for output in outputs]).sum().backward()  # type: ignore[no-untyped-call]
 
 

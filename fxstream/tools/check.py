@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxstream.compiler.analysis import example_image
+from fxstream.compiler.analysis import example_inputs
 from fxstream.compiler.compile import compile
 from fxstream.compiler.options import RequestOptions
 from fxstream.errors import InputError
@@ -145,10 +145,11 @@ def relative_error(result: torch.Tensor | None, expected: torch.Tensor | None, l
 
 def check(
     model: nn.Module,
-    size: int | tuple[int, ...],
+    size: int | tuple[int, ...] | None = None,
     *,
     channels: int = 3,
     batch: int = 1,
+    inputs: Sequence[torch.Tensor | tuple[int, ...]] | None = None,
     native: bool = False,
     seed: int = 0,
     **options: Unpack[RequestOptions],
@@ -156,8 +157,9 @@ def check(
     """Compare one streamed training step of a copy of `model` with the plain step, on a random image.
 
     Outputs, all gradients and all buffers are compared, in float64 on the CPU, or with `native` in the model's
-    type on its device. `size`, `channels` and `batch` are those of the image, as in `analyze`; `seed` draws it;
-    `options` (`tile`, `memory`, ...) are those of `compile`. The model is not changed.
+    type on its device. `size`, `channels` and `batch` are those of the image, `inputs` the shapes of several, as
+    in `analyze`; `seed` draws them, a tensor among `inputs` is taken as it is. `options` (`tile`, `memory`, ...)
+    are those of `compile`. The model is not changed.
 
     Returns a report whose `ok` says whether all tensors agree. Raises what `compile` raises, and `InputError` for
     a model on the meta device.
@@ -168,31 +170,41 @@ def check(
     if not native:
         plain = plain.to(device="cpu", dtype=torch.float64)
     compiled = compile(copy.deepcopy(plain), **options)
-    image = example_image(plain, size, channels, batch)
-    generators = [image.device] if is_accelerator(image.device) else []
-    with torch.random.fork_rng(generators, device_type=image.device.type):
+    examples = example_inputs(plain, size, channels, batch, inputs)
+    generators = [examples[0].device] if is_accelerator(examples[0].device) else []
+    with torch.random.fork_rng(generators, device_type=examples[0].device.type):
         torch.manual_seed(seed)
-        image = torch.randn(image.shape, dtype=image.dtype, device=image.device).requires_grad_()
-        streamed = _seeded_step(compiled, compiled.model, image, seed)
-        expected = _seeded_step(plain, plain, image, seed)
+        passed = {id(value) for value in inputs or ()}
+        images = [_image(example, native, id(example) not in passed) for example in examples]
+        streamed = _seeded_step(compiled, compiled.model, images, seed)
+        expected = _seeded_step(plain, plain, images, seed)
         differences = (
-            _in_precision(streamed, expected, _exact_step(model, image, seed))
+            _in_precision(streamed, expected, _exact_step(model, images, seed))
             if native
             else _in_float64(streamed, expected)
         )
     ordered = sorted(differences, key=lambda d: -d.excess)
-    return CheckReport(tuple(ordered), image.dtype, compiled.plan)
+    dtype = next((image.dtype for image in images if image.requires_grad), images[0].dtype)
+    return CheckReport(tuple(ordered), dtype, compiled.plan)
 
 
-def _seeded_step(module: nn.Module, model: nn.Module, image: torch.Tensor, seed: int) -> Step:
+def _image(example: torch.Tensor, native: bool, draw: bool) -> torch.Tensor:
+    """An input of the step: drawn or taken as it is, in float64 on the CPU unless `native`; integers stay."""
+    image = torch.randn(example.shape, dtype=example.dtype, device=example.device) if draw else example
+    if not native:
+        image = image.to(device="cpu", dtype=torch.float64 if image.is_floating_point() else image.dtype)
+    return image.detach().requires_grad_(image.is_floating_point())
+
+
+def _seeded_step(module: nn.Module, model: nn.Module, images: Sequence[torch.Tensor], seed: int) -> Step:
     torch.manual_seed(seed)
-    return step(module, model, [image])
+    return step(module, model, images)
 
 
-def _exact_step(model: nn.Module, image: torch.Tensor, seed: int) -> Step:
+def _exact_step(model: nn.Module, images: Sequence[torch.Tensor], seed: int) -> Step:
     """The step of a copy of the model in float64 on the CPU."""
     exact = copy.deepcopy(model).to(device="cpu", dtype=torch.float64)
-    return _seeded_step(exact, exact, image.detach().cpu().double().requires_grad_(), seed)
+    return _seeded_step(exact, exact, [_image(image, False, False) for image in images], seed)
 
 
 def least_norms(tensors: Step) -> dict[str, float]:

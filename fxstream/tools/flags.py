@@ -1,8 +1,7 @@
-"""The flags of the command line: a table per group, and the values that their texts stand for.
+"""The flags of the command line: a table per group. Does not load torch, so that help and mistakes are fast.
 
-A flag is a line of a table: its name, its help, and what argparse needs besides. Texts are read after all flags
-are parsed, so that a mistake in one is an `InputError` with a sentence, as any other mistake. A flag with the name
-of an option of `compile` is one: `request_options` passes it on.
+A flag is a line of a table: its name, its help, and what argparse needs besides. What its text stands for is in
+`values`. A flag with the name of an option of `compile` is one.
 """
 
 from __future__ import annotations
@@ -10,28 +9,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import torch
-
-from fxstream.compiler.options import GLOBAL_OPS, RequestOptions, request_of
-from fxstream.errors import InputError
-from fxstream.machine.units import parse_bytes
-from fxstream.tiling.request import Request
-
-__all__ = [
-    "BENCH",
-    "CHECK",
-    "PLAN",
-    "REPORT",
-    "Group",
-    "add_flags",
-    "budgets_of",
-    "device_of",
-    "image_shape",
-    "request_from",
-    "request_options",
-]
+__all__ = ["BENCH", "BUDGETS", "CHECK", "MODELS", "PLAN", "REPORT", "Group", "add_flags"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,25 +41,34 @@ BUDGETS = "60%,40%,25%,15%"
 """The budgets of a benchmark that names none."""
 
 MODEL: Group = (
-    flag("target", "what to look at; see below", metavar="TARGET"),
+    flag("target", "the network; see below", metavar="TARGET"),
     flag("--size", "image extent, one number or one per axis: 8192, 4096x6144"),
     flag("--channels", "image channels (3)", type=int, default=3),
     flag("--batch", "images per batch (1)", type=int, default=1),
-    flag("--input-shape", "the whole shape, instead of the three above", metavar="N,C,..."),
-    (switch("--train", "training mode"), switch("--eval", "evaluation mode (the default)")),
-    switch("--freeze-batch-norm", "use running statistics also in training"),
+    flag(
+        "--input",
+        "instead of the three above, the whole shape of an input, once for each: 1x3x512x512, with a type if it is"
+        " not the model's: 1x512x512:int64",
+        action="append",
+        metavar="SHAPE",
+    ),
+    (
+        switch("--train", "training mode; the default for a training step"),
+        switch("--eval", "evaluation mode; the default without one (report, --no-grad)"),
+    ),
+    switch("--freeze-batch-norm", "running statistics in training mode, too; faster"),
     switch("--json", "plain data on standard output"),
 )
 TILE = flag("--tile", "largest box that a tile reads of the image: 2048, 2048x1024")
-MEMORY = flag("--memory", "the fastest plan predicted to fit: 8GiB, 500MB")
+MEMORY = flag("--memory", "the fastest plan predicted to fit: 8GiB, 500MB, or 50% of all memory of the device")
 SEGMENTS: Group = (
     flag("--segments", "segments per region; 1 is a single stream", type=int),
     flag("--cut", "stream nothing after this module", metavar="MODULE"),
     flag(
         "--global-ops",
         "stream reductions over space (batch statistics, pooling), cut there, or as the planner finds (auto)",
-        choices=GLOBAL_OPS,
         default="auto",
+        metavar="{auto,stream,cut}",
     ),
 )
 OFFLOAD = switch("--offload", "boundaries in host memory, where that is faster")
@@ -111,13 +100,16 @@ CHECK: Group = (
 BENCH: Group = (
     *MODEL,
     TILE,
-    flag("--memory", f"budgets, in bytes or as a share of the plain network's peak ({BUDGETS})"),
+    flag("--memory", f"budgets: 8GiB, or shares of the plain network's predicted peak ({BUDGETS})"),
     *SEGMENTS,
     flag("--device", "what to measure on: cpu, cuda, cuda:1 (cpu)", default="cpu"),
     OFFLOAD,
     flag("--rounds", "processes per method; medians are shown (3)", type=int, default=3),
     flag("--plot", "draw time over memory (needs matplotlib)", metavar="FILE"),
 )
+
+
+MODELS: Group = (flag("pattern", "only names that contain this", nargs="?", default="", metavar="PATTERN"),)
 
 
 def add_flags(parser: argparse._ActionsContainer, flags: Group) -> None:
@@ -127,72 +119,3 @@ def add_flags(parser: argparse._ActionsContainer, flags: Group) -> None:
             add_flags(parser.add_mutually_exclusive_group(), one)
         else:
             parser.add_argument(one.name, help=one.help.replace("%", "%%"), **one.settings)
-
-
-def image_shape(options: argparse.Namespace) -> tuple[tuple[int, ...], int, int]:
-    """Extents, channels and batch of the image."""
-    if options.input_shape:
-        shape = _numbers(options.input_shape, "--input-shape")
-        if len(shape) < 3:
-            raise InputError(f"--input-shape {options.input_shape} needs batch, channels and at least one extent")
-        return shape[2:], shape[1], shape[0]
-    if not options.size:
-        raise InputError("give the image's --size: 8192, or 4096x6144")
-    size = _numbers(options.size, "--size")
-    return (size * 2 if len(size) == 1 else size), options.channels, options.batch
-
-
-def device_of(options: argparse.Namespace) -> torch.device:
-    """The device named by --device. It need not be present."""
-    try:
-        return torch.device(options.device)
-    except RuntimeError:
-        raise InputError(f"--device {options.device!r} is not a device: use cpu, cuda or cuda:1") from None
-
-
-def request_from(options: argparse.Namespace) -> Request | None:
-    """What --tile or --memory and their companions ask for; None without either of the two."""
-    if options.tile and options.memory:
-        raise InputError("give --tile or --memory, not both")
-    if not options.tile and not options.memory:
-        return None
-    return request_of(**request_options(options))
-
-
-def request_options(options: argparse.Namespace) -> RequestOptions:
-    """The options of `compile` among the flags; the memory is text."""
-    flags = {name: getattr(options, name) for name in RequestOptions.__annotations__ if hasattr(options, name)}
-    return cast(RequestOptions, flags | {"tile": _tile(options), "memory": options.memory or None})
-
-
-def budgets_of(options: argparse.Namespace, plain: int) -> list[tuple[str, int]]:
-    """The budgets of a benchmark: each text and its bytes; a share is one of `plain` bytes."""
-    texts = (options.memory or BUDGETS).split(",")
-    return [(text.strip(), _budget(text, plain)) for text in texts]
-
-
-def _budget(text: str, plain: int) -> int:
-    share = text.strip().removesuffix("%")
-    if share == text.strip():
-        return parse_bytes(text)
-    try:
-        return int(float(share) / 100 * plain)
-    except ValueError:
-        raise InputError(f"--memory {text!r} is not a share: use 25%") from None
-
-
-def _tile(options: argparse.Namespace) -> int | tuple[int, ...] | None:
-    if not options.tile:
-        return None
-    numbers = _numbers(options.tile, "--tile")
-    if min(numbers) < 1:
-        raise InputError(f"--tile {options.tile} must be positive")
-    return numbers if len(numbers) > 1 else numbers[0]
-
-
-def _numbers(text: str, what: str) -> tuple[int, ...]:
-    """Numbers written as 8192 or 4096x6144."""
-    try:
-        return tuple(int(part) for part in text.replace(",", "x").split("x"))
-    except ValueError:
-        raise InputError(f"{what} {text!r} is not a number, or numbers joined by x: 8192, 4096x6144") from None

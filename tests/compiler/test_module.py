@@ -1,16 +1,19 @@
 """The compiled module in the places where the plain one is used (invariant 4)."""
 
 import copy
+import io
 import pickle
 import socket
 import warnings
 
 import pytest
 import torch
+import torch.ao.quantization as tq
 import torch.distributed as dist
 import torch.nn.functional as F
 from compare import assert_same, integer_image, make_integer, relative_error, step
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fxstream
@@ -307,3 +310,93 @@ def test_every_size_has_a_plan_of_its_own():
         plans.setdefault(size, module.plan)
         assert module.plan is plans[size]
     assert len(set(map(id, plans.values()))) == 3
+
+
+class Quantised(nn.Module):
+    """As torch.ao.quantization makes them: weights packed into an object that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        model = nn.Sequential(tq.QuantStub(), nn.Conv2d(3, 8, 3), nn.ReLU(), tq.DeQuantStub()).eval()
+        model.qconfig = tq.get_default_qconfig(torch.backends.quantized.engine)
+        tq.prepare(model, inplace=True)(torch.randn(1, 3, 16, 16))
+        self.layers = tq.convert(model)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_quantised_model_is_called_that():
+    with pytest.raises(fxstream.CaptureError, match=r"`layers.0` \(Quantize\) is quantised to integers.*convert$"):
+        fxstream.compile(Quantised(), tile=16)(torch.randn(1, 3, 40, 40))
+
+
+TRACERS = {
+    "TorchScript": lambda module, x: torch.jit.trace(module, x),
+    "ONNX": lambda module, x: torch.onnx.export(module, (x,), io.BytesIO(), dynamo=False),
+    "torch.export": lambda module, x: torch.export.export(module, (x,)),
+    "make_fx": lambda module, x: make_fx(module)(x),
+    "torch.fx": lambda module, x: torch.fx.symbolic_trace(nn.Sequential(module)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("ran", [False, True], ids=["before the first call", "after it"])
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_a_compiled_module_is_not_traced(tracer, ran):
+    model, x = frozen().eval(), image()
+    module = compiled(model)
+    if ran:
+        module(x)
+    with pytest.raises(
+        fxstream.InputError, match=r"cannot be traced or exported: export the model, .*compiled\.model"
+    ):
+        TRACERS[tracer](module, x)
+    assert relative_error(module(x), model(x)) < 1e-12
+    assert not module.plan.is_trivial
+
+
+def test_a_compiled_module_as_a_part_of_another_one():
+    inner = frozen()
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1).double(), compiled(inner))
+    x = image()
+    streamed = fxstream.compile(model, tile=16, verify=False)
+    plain = copy.deepcopy(nn.Sequential(model[0], inner))
+    assert relative_error(streamed(x), plain(x)) < 1e-12
+    assert not streamed.plan.is_trivial
+
+
+class FSDPModule:
+    """Stands for the class that `fully_shard` gives to a module, which needs a process group."""
+
+
+class ShardedConvolution(FSDPModule, nn.Conv2d):
+    pass
+
+
+def test_blocks_that_are_sharded_by_themselves():
+    model, x = nn.Sequential(nn.ReLU(), ShardedConvolution(2, 2, 3)), torch.randn(1, 2, 40, 40)
+    message = r" is sharded by itself.*: fully_shard\(fxstream\.compile\(model, \.\.\.\)\)"
+    with pytest.raises(fxstream.CaptureError, match=f"`1`{message}"):
+        fxstream.compile(model, tile=16)(x)
+    with pytest.raises(fxstream.CaptureError, match=f"the model{message}"):
+        fxstream.compile(model[1], tile=16)(x)
+
+
+def test_properties_of_the_last_call_before_the_first():
+    module = compiled(frozen())
+    assert not hasattr(module, "plan")
+    with pytest.raises(fxstream.InputError, match="nothing is known before the first call"):
+        module.plan  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'plans'"):
+        module.plans  # noqa: B018
+
+
+@pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "DataParallel"])
+def test_wrappers_for_several_devices_come_around_the_compiled_module(wrapper):
+    wrapped = getattr(nn.parallel, wrapper).__new__(getattr(nn.parallel, wrapper))
+    with pytest.raises(
+        fxstream.InputError, match=r"wrap the compiled module: DistributedDataParallel\(fxstream\.c"
+    ):
+        fxstream.compile(wrapped, tile=16)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import fxstream
 from fxstream.tools.zoo import define_missing_torchvision_schemas
 
+zarr = pytest.importorskip("zarr")
 define_missing_torchvision_schemas()
 from torchvision.models import resnet18  # noqa: E402
 
@@ -75,3 +76,38 @@ def test_batch_norm_counts_a_step_once():
     streamed(image).sum().backward()
     assert not streamed.plan.is_trivial
     assert block[1].num_batches_tracked == 1
+
+
+def make_images(folder, sizes):
+    """Images of noise; a pixel's class is whether it is bright."""
+    for number, (height, width) in enumerate(sizes):
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        (folder / str(number)).mkdir(parents=True)
+        zarr.save_array(folder / str(number) / "image.zarr", pixels)
+        zarr.save_array(folder / str(number) / "mask.zarr", (pixels.mean(2) > 128).astype(np.uint8))
+
+
+def test_your_own_training(tmp_path, monkeypatch, capsys):
+    """Six epochs and six more after a restart are twelve in one go; the network learns; its maps are on disk."""
+    (block,) = re.findall(r"```python\n(.*?)```", (EXAMPLES / "own_training.md").read_text(), re.DOTALL)
+    assert len([line for line in block.splitlines() if line and not line.startswith(("import", "from"))]) <= 45
+    losses = []
+    for epochs in ([12], [6, 12]):
+        folder = tmp_path / str(len(epochs))
+        make_images(folder / "train", [(90, 80), (80, 90), (90, 80), (80, 90)])
+        make_images(folder / "validation", [(70, 100)])
+        monkeypatch.chdir(folder)
+        for last in epochs:
+            torch.manual_seed(0)
+            names = {"__name__": "page"}
+            exec(block.replace("8GiB", "700KiB").replace("20 + 1", f"{last} + 1").replace("1e-2", "3e-2"), names)
+        assert names["epoch"] == 12
+        assert not names["model"].plan.is_trivial
+        assert torch.load("state.pt")["epoch"] == 12
+        losses.append(names["loss"].item())
+        image = torch.from_numpy(zarr.open("validation/0/image.zarr")[:]).permute(2, 0, 1)[None]
+        plain = names["FromBytes"](*names["layers"])(image)
+        torch.testing.assert_close(torch.from_numpy(names["scores"][:]), plain.detach(), rtol=1e-4, atol=1e-4)
+        assert names["accuracy"] > 0.8
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert "epoch 12, 0: accuracy 0." in capsys.readouterr().out

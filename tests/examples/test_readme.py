@@ -114,11 +114,24 @@ def test_predict_into_an_array(run):
     run("Predict into an array")  # over the finished one
 
 
+def several_processes():
+    """The block of the guide, with the imports and the step that the README has; one replica of two ranks."""
+    page = (ROOT / "examples" / "several_processes.md").read_text()
+    block = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1].replace("(2, 4)", "(1, 2)")
+    before, after = re.split(r"^mesh = .*?^(?=network)", RECIPES["Several GPUs"], flags=re.MULTILINE | re.DOTALL)
+    network, after = after.split("model = ", 1)
+    imports = "from torch.nn.parallel import DistributedDataParallel\n"
+    return imports + before + network + block + after.split("\n", 1)[1]
+
+
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 @pytest.mark.xdist_group("sharing")
-def test_several_gpus(tmp_path):
+@pytest.mark.parametrize("recipe", ["README.md", "several_processes.md"])
+def test_several_gpus(recipe, tmp_path):
     """Two processes on the CPU; every rank has the gradient."""
-    recipe = small(RECIPES["Several GPUs"], **{'"cuda"': '"cpu"'})
+    recipe = small(
+        RECIPES["Several GPUs"] if recipe == "README.md" else several_processes(), **{'"cuda"': '"cpu"'}
+    )
     report = (
         "norm = next(network.parameters()).grad.norm().item()\n"
         "open(f'norm_{torch.distributed.get_rank()}', 'w').write(str(norm))\n"

@@ -55,7 +55,7 @@ def test_less_memory_is_needed_where_boundaries_are_elsewhere():
     least = []
     for offload in (False, True):
         with pytest.raises(fxstream.PlanError) as error:
-            fxstream.plan(model, 4096, memory=1, offload=offload, device="cuda", segments=4)
+            fxstream.plan(model, 4096, memory="1B", offload=offload, device="cuda", segments=4)
         least.append(error.value.least_bytes)
     assert least[1] < least[0]
     plan = fxstream.plan(model, 4096, memory=least[1], offload=True, device="cuda", segments=4)

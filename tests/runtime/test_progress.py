@@ -1,6 +1,7 @@
 """A bar on a terminal while tiles are left, and nothing of it behind."""
 
 import io
+import logging
 
 import pytest
 import torch
@@ -23,6 +24,26 @@ def test_each_pass_has_a_bar():
     assert module.pipeline._watch._shown is None
 
 
+def test_the_stages_of_the_first_call_are_shown_told_and_timed(caplog):
+    """On a terminal, and without one in the log; the plan has their seconds, and a later size fewer of them."""
+    console = Console(force_terminal=True, width=80, record=True, file=io.StringIO())
+    module = fxstream.compile(nn.Conv2d(2, 3, 3), tile=8, segments=1, progress=True)
+    module.pipeline._watch._console = console
+    caplog.set_level(logging.INFO, "fxstream")
+    module(torch.randn(1, 2, 26, 20))
+    stages = ["capture", "analysis", "plan", "probe", "tile programs"]
+    assert [name for name, _ in module.plan.prepared] == stages
+    assert [m for m in caplog.messages if m.startswith("Conv2d: ")] == [f"Conv2d: {name}" for name in stages]
+    shown = console.export_text()
+    assert all(f"Conv2d: {name}" in shown for name in stages)
+    seconds = sum(seconds for _, seconds in module.plan.prepared)
+    assert 0 < seconds < 60
+    assert f"prepared in {seconds:.1f} s: capture " in str(module.plan)
+    module(torch.randn(1, 2, 27, 20))
+    assert [name for name, _ in module.plan.prepared] == stages[2:]
+    assert "prepared" not in str(fxstream.plan(nn.Conv2d(2, 3, 3), 26, channels=2, tile=8))
+
+
 def test_a_pass_that_fails_ends_its_bar(monkeypatch):
     ends = []
     monkeypatch.setattr(progress.Bar, "__call__", lambda self, what, done, total: ends.append(done == total))
@@ -41,4 +62,6 @@ def test_silent_in_a_pipe():
     bar = progress.Bar(Console(file=file))
     bar("segment_0 forward", 1, 3)
     bar("segment_0 forward", 3, 3)
+    with bar.stage("Conv2d: probe"):
+        pass
     assert file.getvalue() == ""
