@@ -137,6 +137,11 @@ class TypedNode:
         return answer
 
     @property
+    def is_attribute(self) -> bool:
+        """Whether it is no tensor but what the graph takes from its module: a subgraph, a function of the user."""
+        return self.node.op == "get_attr" and not self.values
+
+    @property
     def is_local(self) -> bool:
         """Whether it is computed box by box."""
         return self.verdict is not None and self.verdict.pattern is not None

@@ -182,7 +182,8 @@ def _within_memory(
         segments, prediction = _predicted(context, request, smallest)
         if prediction.bytes <= memory:
             return segments, prediction
-        error = _too_little(context.graph, memory, prediction, smallest.binding)
+        least = prediction.bytes if request.segments is not None else min(plain.bytes, prediction.bytes)
+        error = _too_little(context.graph, memory, least, smallest.binding)
     raise error
 
 
@@ -198,16 +199,18 @@ def _predicted(context: CostContext, request: Request, state: State) -> tuple[tu
     return segments, predict(context, segments)
 
 
-def _too_little(graph: TypedGraph, memory: int, smallest: Prediction, binding: str) -> PlanError:
-    """The error on a memory that not even the smallest plan fits into, whose peak is at the node `binding`."""
+def _too_little(graph: TypedGraph, memory: int, least: int, binding: str) -> PlanError:
+    """The error on a memory that not even the smallest plan fits into, whose peak is at the node `binding`.
+
+    That plan needs `least` bytes.
+    """
     verdict = graph.verdicts[binding]
     source = f" ({verdict.source})" if verdict.source else ""
-    least = bytes_text(smallest.bytes, up=True)
     message = (
-        f"no plan fits into {bytes_text(memory)}: the least that works is {least}, which"
+        f"no plan fits into {bytes_text(memory)}: the least that works is {bytes_text(least, up=True)}, which"
         f" `{verdict.place}`{source} needs; give that much, or a smaller image or batch"
     )
-    return PlanError(message, least_bytes=smallest.bytes)
+    return PlanError(message, least_bytes=least)
 
 
 def _may_be_faster(context: CostContext, plain: Prediction) -> bool:
