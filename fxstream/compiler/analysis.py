@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxstream.errors import InputError
 from fxstream.graph.capture import Captured, capture
@@ -20,10 +20,13 @@ from fxstream.graph.shapes import Meta, Shape, Shapes, shapes_at, stream_dims
 from fxstream.graph.type_graph import type_graph
 from fxstream.graph.typed_graph import Region, TypedGraph, Verdict
 from fxstream.lowering import lower, with_positions
+from fxstream.rules import Reason
 
 __all__ = ["Analysis", "analyse", "analyze", "example_image", "image_dims", "lowered"]
 
 MOST_SHOWN = 8
+ImageDims = Mapping[str, tuple[int, ...]]
+"""The tiled dims of every input of the model, by name."""
 LARGEST = 2**31
 """No extent of an image is larger."""
 
@@ -82,7 +85,26 @@ def analyse(captured: Captured, model: nn.Module, tensors: list[torch.Tensor], c
     With `combines` reductions over space may be combined from tiles.
     """
     shapes = shapes_at(captured.module, [*captured.model_tensors(model), *tensors])
-    return Analysis(captured, type_graph(captured.graph, shapes, image_dims(captured, shapes.metas), combines))
+    return Analysis(captured, _typed(captured.graph, shapes, image_dims(captured, shapes.metas), combines))
+
+
+def _typed(graph: fx.Graph, shapes: Shapes, dims: ImageDims, combines: bool = True) -> TypedGraph:
+    """The typed graph with the first tiled dims of images left whole where more can be tiled then.
+
+    That is so where windows slide along the others alone, as over frames [N, T, C, H, W] as a batch or along rows,
+    and where the bands of a volume become channels.
+    """
+    typed = type_graph(graph, shapes, dims, combines)
+    most = max(map(len, dims.values()), default=0)
+    reasons = [Reason.SLIDES_ALONG_OTHER_DIMS] * (most > 1) + [Reason.JOINS_TILED_DIM] * (most > 2)
+    if not any(verdict.not_tileable_for(reason) for verdict in typed.barriers() for reason in reasons):
+        return typed
+    fewer = {name: of[1:] if len(of) == most else of for name, of in dims.items()}
+    return max(typed, _typed(graph, shapes, fewer, combines), key=_tileable_bytes)
+
+
+def _tileable_bytes(graph: TypedGraph) -> int:
+    return sum(graph.activation_bytes(region.nodes) for region in graph.regions)
 
 
 def lowered(captured: Captured, model: nn.Module, tensors: list[torch.Tensor], combines: bool = True) -> Captured:
@@ -108,10 +130,10 @@ def with_frozen_batch_norm(analysis: Analysis) -> TypedGraph:
                 statistics.meta.pop(UNSTREAMED, None)  # they are no longer updated
     metas = analysis.graph.metas
     shapes = Shapes(metas, {name: node.macs for name, node in analysis.graph.nodes.items()})
-    return type_graph(graph, shapes, image_dims(analysis.captured, metas))
+    return _typed(graph, shapes, image_dims(analysis.captured, metas))
 
 
-def image_dims(captured: Captured, metas: Mapping[str, Meta]) -> dict[str, tuple[int, ...]]:
+def image_dims(captured: Captured, metas: Mapping[str, Meta]) -> ImageDims:
     """The tiled dims of every input of the model."""
     shapes = {name: meta.shape for name in captured.inputs if isinstance(meta := metas.get(name), Shape)}
     return dict(zip(shapes, stream_dims(list(shapes.values())), strict=True))

@@ -268,9 +268,16 @@ class TypedGraph:
 
         return map_arg(node.args, folded), map_arg(dict(node.kwargs), folded)
 
-    def image_extents(self, axes: int) -> tuple[int, ...]:
-        """The extents of the largest image among the inputs with this many tiled dims."""
-        return max((image.extents for image in self.images if len(image.dims) == axes), key=math.prod)
+    def image_extents(self, extents: Sequence[int]) -> tuple[int, ...]:
+        """The pixels of the largest image along each axis of a value with these extents.
+
+        It is one with as many axes where there is one. Otherwise the last axes of both are the same: a value lacks
+        the first of the image's, as after bands became channels, or has axes of its own before them.
+        """
+        axes = len(extents)
+        images = [image.extents for image in self.images]
+        of_largest = max([one for one in images if len(one) == axes] or images, key=math.prod)
+        return (*extents[: max(0, axes - len(of_largest))], *of_largest[max(0, len(of_largest) - axes) :])
 
     @property
     def metas(self) -> dict[str, Meta]:

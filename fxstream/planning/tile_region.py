@@ -137,7 +137,7 @@ class TileRegion:
         if name not in self._inputs:
             graph = self._costs.graph
             extents = tuple(graph.value(name).shape[d] for d in dims)
-            full = graph.image_extents(len(dims))
+            full = graph.image_extents(extents)
             scales = tuple(image / extent for image, extent in zip(full, extents, strict=True))
             self._inputs[name] = _Input(tile_bounds(graph, self._request, extents), scales)
         return self._inputs[name]
