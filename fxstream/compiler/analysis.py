@@ -59,7 +59,7 @@ class Analysis:
         return self.barriers[0] if self.barriers else None
 
     def __str__(self) -> str:
-        total = max(1, self.graph.activation_bytes(list(self.graph.verdicts)))
+        total = max(1, self.graph.total_bytes())
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.graph.counts().items()))
         lines = [f"{len(self.verdicts)} nodes: {counts}"]
         regions = sorted(self.regions, key=lambda r: -self.graph.activation_bytes(r.nodes))

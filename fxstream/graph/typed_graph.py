@@ -256,8 +256,9 @@ class TypedGraph:
         return sum(self.nodes[name].bytes for name in names if not self.nodes[name].is_tuple)
 
     def total_bytes(self) -> int:
-        """Bytes of all results that depend on an image."""
-        return self.activation_bytes([v.node for v in self.verdicts.values() if v.kind is not Tileability.SMALL])
+        """Bytes of all results that depend on an image, with tiled dims or without."""
+        dependent = (name for name in self.verdicts if self.nodes[name].depends_on_image)
+        return self.activation_bytes([name for name in dependent if name not in self.unread])
 
     def arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A node's arguments with every integer-valued node replaced by its value at this size."""
