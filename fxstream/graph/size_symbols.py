@@ -164,7 +164,7 @@ class _TensorSizes:
                     yield _SizeExpression(tensor, (dim,))
 
     def _products_equal_to(self, constant: SizeDependentConstant) -> Iterator[_SizeExpression]:
-        for tensor in constant.node.all_input_nodes:
+        for tensor in self._tensors_near(constant.node):
             for count in (2, 3):
                 for factors in itertools.combinations(enumerate(self._sizes[tensor]), count):
                     dims, sizes = zip(*factors, strict=True)
