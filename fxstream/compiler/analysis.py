@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -142,6 +143,7 @@ def image_dims(captured: Captured, metas: Mapping[str, Meta]) -> ImageDims:
 def example_image(model: nn.Module, size: int | tuple[int, ...], channels: int, batch: int) -> torch.Tensor:
     """An image [batch, channels, *size] of the model's type on its device, without memory of its own.
 
+    Type and device are those of its parameters, or of its buffers where it has none.
     `size` is one number for a square 2-D image, or one per axis. Raises `InputError` for anything but
     positive ints.
     """
@@ -152,7 +154,8 @@ def example_image(model: nn.Module, size: int | tuple[int, ...], channels: int, 
         isinstance(e, bool) or not isinstance(e, int) or e < 1 for e in (*extents, channels, batch)
     ):
         raise InputError(f"size, channels and batch must be positive ints, found {size!r}, {channels}, {batch}")
-    floating = (weight for weight in model.parameters() if weight.is_floating_point())
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    floating = (weight for weight in tensors if weight.is_floating_point())
     weight = next(floating, torch.empty(0))
     return torch.empty(1, dtype=weight.dtype, device=weight.device).expand(batch, channels, *extents)
 
