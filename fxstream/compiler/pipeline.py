@@ -45,6 +45,8 @@ logger.addHandler(logging.NullHandler())
 
 SMALL_SHARE = 0.5
 """Below this share of streamed activations a warning says what stands in the way."""
+MOST_NAMED = 3
+"""Stretches that a warning names."""
 MOST_ENTRIES = 64
 """Captures, and image sizes with their plans and tile programs, that are kept."""
 MOST_PROBES = 16
@@ -201,6 +203,7 @@ class Pipeline:
         )
         logger.info("%s", plan)
         self._warn_what_stops_the_stream(analysis, plan, tensors[0].device)
+        self._warn_what_runs_whole(plan)
         if plan.is_trivial:
             return Prepared(analysis, plan, (), None)
         reports = self._verified(captured, analysis, plan)
@@ -246,6 +249,16 @@ class Pipeline:
         self.warn_once(
             "share", f"{plan.streamed_share:.0%} of the activations of {name} are streamed{first}{advice}"
         )
+
+    def _warn_what_runs_whole(self, plan: Plan) -> None:
+        if plan.untiled:
+            more = len(plan.untiled) - MOST_NAMED
+            listed = ", ".join(plan.untiled[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+            self.warn_once(
+                "untiled",
+                f"tile={self.options.request.tile} is too small for {listed}: computed whole, and recomputed for"
+                " the backward. A larger tile, or a memory, bounds that too",
+            )
 
     def warn_once(self, topic: str, message: str) -> None:
         """A warning, the first time that something is to be said about a topic."""

@@ -53,7 +53,8 @@ LESS = (0.0, 0.0, 0.02, 0.04, 0.08, 0.16, 0.32)
 class Plan:
     """The segments to stream, in the order of the graph, and what that is predicted to cost.
 
-    A plan `is_trivial` where the plain network does the same. `offloaded` are the boundaries in host memory.
+    A plan `is_trivial` where the plain network does the same. `offloaded` are the boundaries in host memory,
+    `untiled` the stretches that need more than the tile, and run whole.
     """
 
     segments: tuple[SegmentPlan, ...]
@@ -63,6 +64,7 @@ class Plan:
     is_trivial: bool
     prediction: Prediction
     offloaded: frozenset[str] = frozenset()
+    untiled: tuple[str, ...] = ()
 
     @property
     def streamed_share(self) -> float:
@@ -119,9 +121,18 @@ def make_plan(
     if request.tile is None:
         segments, prediction = _fastest(context, request, budget_of(request.memory, device))
         return _plan(context, segments, prediction, not segments, prediction.offloaded > 0)
-    segments = _with_tiles(context, request)
+    spans = [span for part in _parts(context, request) for span in spans_within_tile(context, part, request)]
+    segments = _segments(graph, request, spans)
     is_trivial = all(segment.tile_count == 1 for segment in segments)
-    return _plan(context, segments, predict(context, () if is_trivial else segments), is_trivial, offload)
+    plan = _plan(context, segments, predict(context, () if is_trivial else segments), is_trivial, offload)
+    untiled = () if is_trivial else tuple(_ends(graph, span) for span in spans if span.counts == ())
+    return replace(plan, untiled=untiled)
+
+
+def _ends(graph: TypedGraph, span: Span) -> str:
+    """The user's modules in which a span begins and ends."""
+    first, last = (graph.verdicts[span.nodes[i]].place for i in (0, -1))
+    return f"`{first}`" if first == last else f"`{first}` .. `{last}`"
 
 
 def _plan(
@@ -138,12 +149,6 @@ def _plan(
     away = offloadable(graph, segments) if offload and not is_trivial else frozenset[str]()
     streamed, total = graph.activation_bytes(covered), graph.total_bytes()
     return Plan(segments, streamed, total, plain, is_trivial, prediction, away)
-
-
-def _with_tiles(context: CostContext, request: Request) -> tuple[SegmentPlan, ...]:
-    """The segments of every worthwhile region, in the coarsest grids that the tile allows."""
-    spans = [span for part in _parts(context, request) for span in spans_within_tile(context, part, request)]
-    return _segments(context.graph, request, spans)
 
 
 def _fastest(context: CostContext, request: Request, memory: int) -> tuple[tuple[SegmentPlan, ...], Prediction]:
@@ -236,12 +241,15 @@ def _fitting(
 
 
 def _segments(graph: TypedGraph, request: Request, spans: Sequence[Span]) -> tuple[SegmentPlan, ...]:
-    """The plans of these spans: of each sweep, or of the whole span as one checkpoint."""
+    """The plans of these spans: of each sweep, or of the whole span as one checkpoint.
+
+    A span that cannot be one stays in the dense graph.
+    """
     plans: list[SegmentPlan] = []
     for i, span in enumerate(spans):
-        whole = whole_segment(graph, f"segment_{i}", span.nodes) if span.counts == () else None
-        if whole is not None:
-            plans.append(plan_whole(optimised(whole)))
+        if span.counts == ():
+            whole = whole_segment(graph, f"segment_{i}", span.nodes)
+            plans += [plan_whole(optimised(whole))] if whole is not None else []
         else:
             tiled = sweeps(graph, f"segment_{i}", span.nodes)
             plans += [plan_segment(optimised(segment), request, span.counts) for segment in tiled]
