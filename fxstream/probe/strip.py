@@ -68,6 +68,19 @@ class Strip:
         """The typed graph at the strip's size."""
         return self.segment.graph
 
+    @property
+    def bytes(self) -> int:
+        """About what it takes to run it: values while something reads them, gradients beside them, and weights."""
+        values = {name: self.graph[name].bytes for name in (*self.input_extents, *self.part.segment.nodes)}
+        last = {one: name for name in self.part.segment.nodes for one in self.graph[name].inputs}
+        live, peak = sum(values[name] for name in self.input_extents), 0
+        for name in self.part.segment.nodes:
+            live += values[name]
+            peak = max(peak, live)
+            live -= sum(values.get(one, 0) for one in {*self.graph[name].inputs} if last[one] == name)
+        weights = sum(weight.nbytes for weight in self.weights.values())
+        return 2 * peak + 2 * max(values.values()) + weights
+
     def extent(self, name: str) -> int:
         """Pixels of a node or input along the axis."""
         return self.graph.value(name).extents[self.axis]
