@@ -68,7 +68,7 @@ def has_one_window(typed: TypedGraph, node: fx.Node, bound: bool) -> bool:
     Its window is written in the sizes of the map, as in ``avg_pool2d(x, x.shape[2:])``.
     """
     arguments, axes = bind(node), _axes_of(node)
-    image, first = typed.value(node.args[0].name), -axes  # type: ignore[union-attr]
+    image, first = typed.value(node.all_input_nodes[0].name), -axes
     rank = len(image.shape)
     kernel, padding, dilation = (
         per_axis(arguments.get(name, default), axes)

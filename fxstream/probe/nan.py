@@ -52,9 +52,9 @@ def poison_forward(strip: Strip, findings: Findings) -> None:
     before = len(findings.mismatches)
     _Runner(strip, findings).run(*_inputs(strip, math.nan), *strip.weights.values())
     if suspected := findings.mismatches[before:]:
-        own = _NaNs(strip.part.module)
-        own.run(*_inputs(strip, 1.0), *strip.weights.values())
-        findings.mismatches[before:] = [one for one in suspected if one.node not in own.nodes]
+        unpoisoned = _NaNs(strip.part.module)
+        unpoisoned.run(*_inputs(strip, 1.0), *strip.weights.values())
+        findings.mismatches[before:] = [one for one in suspected if one.node not in unpoisoned.nodes]
 
 
 def _inputs(strip: Strip, around: float) -> list[torch.Tensor]:

@@ -110,21 +110,8 @@ def probe(graph: TypedGraph, nodes: Sequence[str], part: str = "", memory: int =
 
 def _probe(graph: TypedGraph, nodes: Sequence[str], part: str, memory: int) -> ProbeReport:
     """The report on a part: on its regions one by one, and on its reductions (rule 7)."""
-    started, chosen = time.perf_counter(), set(nodes)
-    pieces = [tuple(name for name in region.nodes if name in chosen) for region in graph.regions]
-    findings, unprobed, measured = Findings(graph), list[str](), 0
-    waiting = [piece for piece in reversed(pieces) if piece]
-    while waiting:
-        piece = waiting.pop()
-        try:
-            of_piece, reason = _probed(make_segment(graph, part, piece), memory if len(piece) > 1 else None)
-        except TooLargeError:
-            waiting += [piece[len(piece) // 2 :], piece[: len(piece) // 2]]
-            continue
-        measured += 0 if reason else len(piece) - len(of_piece.blurred)
-        unprobed += [reason] if reason else []
-        findings.mismatches += of_piece.mismatches
-        findings.blurred_forward |= of_piece.blurred
+    started, findings = time.perf_counter(), Findings(graph)
+    measured, unprobed = _measured_regions(graph, nodes, memory, findings)
     reductions = [name for name in nodes if graph[name].reduces]
     compare_reductions(graph, reductions, findings)
     order = {name: i for i, name in enumerate(nodes)}
@@ -138,6 +125,27 @@ def _probe(graph: TypedGraph, nodes: Sequence[str], part: str, memory: int) -> P
         unprobed[0] if unprobed else "",
         time.perf_counter() - started,
     )
+
+
+def _measured_regions(
+    graph: TypedGraph, nodes: Sequence[str], memory: int, findings: Findings
+) -> tuple[int, list[str]]:
+    """How many nodes of the regions of a part were measured, and why others were not; halves by rule 8."""
+    chosen, measured, unprobed = set(nodes), 0, list[str]()
+    pieces = [tuple(name for name in region.nodes if name in chosen) for region in graph.regions]
+    waiting = [piece for piece in reversed(pieces) if piece]
+    while waiting:
+        piece = waiting.pop()
+        try:
+            of_piece, reason = _probed(make_segment(graph, "", piece), memory if len(piece) > 1 else None)
+        except TooLargeError:
+            waiting += [piece[len(piece) // 2 :], piece[: len(piece) // 2]]
+            continue
+        measured += 0 if reason else len(piece) - len(of_piece.blurred)
+        unprobed += [reason] if reason else []
+        findings.mismatches += of_piece.mismatches
+        findings.blurred_forward |= of_piece.blurred
+    return measured, unprobed
 
 
 def _probed(segment: Segment, memory: int | None) -> tuple[Findings, str]:

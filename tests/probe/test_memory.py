@@ -39,10 +39,10 @@ def test_strips_take_no_more_than_there_is(analysis, monkeypatch):
 
 
 def test_a_wrong_rule_shows_in_halves(analysis):
+    from fxstream.geometry.receptive_field import IDENTITY
     from fxstream.rules import register_rule, unregister_rule
     from fxstream.rules.access import Read
     from fxstream.rules.patterns import Pointwise
-    from fxstream.geometry.receptive_field import IDENTITY
 
     @torch.library.custom_op("fxstream_tests::moved", mutates_args=())
     def moved(x: torch.Tensor) -> torch.Tensor:
