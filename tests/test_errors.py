@@ -186,6 +186,24 @@ def test_parameter_changed_in_place_between_forward_and_backward():
         y.backward()
 
 
+@pytest.mark.parametrize(
+    "replaced",
+    [
+        lambda data: 0.9 * data,
+        lambda data: data.clone(),
+        lambda data: data.new_zeros(2, *data.shape)[1],
+        lambda data: data.transpose(2, 3),
+    ],
+    ids=["other values", "moved away and back", "a part of a larger one", "in another order"],
+)
+def test_parameter_given_other_data_between_forward_and_backward(replaced):
+    model = network()
+    y = fxstream.compile(model, tile=14, verify=False)(torch.randn(1, 3, 30, 30)).sum()
+    model[2].weight.data = replaced(model[2].weight.data)
+    with pytest.raises(StreamError, match=r"`2\.weight` was given other data between forward and backward"):
+        y.backward()
+
+
 def test_double_backward_refused_leaves_the_graph_usable():
     model = make_integer(network())
     x = integer_image(1, 3, 30, 30)

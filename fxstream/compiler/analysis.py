@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxstream.errors import InputError
 from fxstream.graph.capture import Captured, capture
@@ -20,10 +21,13 @@ from fxstream.graph.shapes import Meta, Shape, Shapes, shapes_at, stream_dims
 from fxstream.graph.type_graph import type_graph
 from fxstream.graph.typed_graph import Region, TypedGraph, Verdict
 from fxstream.lowering import lower, with_positions
+from fxstream.rules import Reason
 
 __all__ = ["Analysis", "analyse", "analyze", "example_inputs", "image_dims", "lowered"]
 
 MOST_SHOWN = 8
+ImageDims = Mapping[str, tuple[int, ...]]
+"""The tiled dims of every input of the model, by name."""
 LARGEST = 2**31
 """No extent of an image is larger."""
 
@@ -56,7 +60,7 @@ class Analysis:
         return self.barriers[0] if self.barriers else None
 
     def __str__(self) -> str:
-        total = max(1, self.graph.activation_bytes(list(self.graph.verdicts)))
+        total = max(1, self.graph.total_bytes())
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.graph.counts().items()))
         lines = [f"{len(self.verdicts)} nodes: {counts}"]
         regions = sorted(self.regions, key=lambda r: -self.graph.activation_bytes(r.nodes))
@@ -82,7 +86,26 @@ def analyse(captured: Captured, model: nn.Module, tensors: list[torch.Tensor], c
     With `combines` reductions over space may be combined from tiles.
     """
     shapes = shapes_at(captured.module, [*captured.model_tensors(model), *tensors])
-    return Analysis(captured, type_graph(captured.graph, shapes, image_dims(captured, shapes.metas), combines))
+    return Analysis(captured, _typed(captured.graph, shapes, image_dims(captured, shapes.metas), combines))
+
+
+def _typed(graph: fx.Graph, shapes: Shapes, dims: ImageDims, combines: bool = True) -> TypedGraph:
+    """The typed graph with the first tiled dims of images left whole where more can be tiled then.
+
+    That is so where windows slide along the others alone, as over frames [N, T, C, H, W] as a batch or along rows,
+    and where the bands of a volume become channels.
+    """
+    typed = type_graph(graph, shapes, dims, combines)
+    most = max(map(len, dims.values()), default=0)
+    reasons = [Reason.SLIDES_ALONG_OTHER_DIMS] * (most > 1) + [Reason.JOINS_TILED_DIM] * (most > 2)
+    if not any(verdict.not_tileable_for(reason) for verdict in typed.barriers() for reason in reasons):
+        return typed
+    fewer = {name: of[1:] if len(of) == most else of for name, of in dims.items()}
+    return max(typed, _typed(graph, shapes, fewer, combines), key=_tileable_bytes)
+
+
+def _tileable_bytes(graph: TypedGraph) -> int:
+    return sum(graph.activation_bytes(region.nodes) for region in graph.regions)
 
 
 def lowered(captured: Captured, model: nn.Module, tensors: list[torch.Tensor], combines: bool = True) -> Captured:
@@ -108,10 +131,10 @@ def with_frozen_batch_norm(analysis: Analysis) -> TypedGraph:
                 statistics.meta.pop(UNSTREAMED, None)  # they are no longer updated
     metas = analysis.graph.metas
     shapes = Shapes(metas, {name: node.macs for name, node in analysis.graph.nodes.items()})
-    return type_graph(graph, shapes, image_dims(analysis.captured, metas))
+    return _typed(graph, shapes, image_dims(analysis.captured, metas))
 
 
-def image_dims(captured: Captured, metas: Mapping[str, Meta]) -> dict[str, tuple[int, ...]]:
+def image_dims(captured: Captured, metas: Mapping[str, Meta]) -> ImageDims:
     """The tiled dims of every input of the model."""
     shapes = {name: meta.shape for name in captured.inputs if isinstance(meta := metas.get(name), Shape)}
     return dict(zip(shapes, stream_dims(list(shapes.values())), strict=True))
@@ -126,7 +149,8 @@ def example_inputs(
 ) -> list[torch.Tensor]:
     """The positional inputs of the model: one image [batch, channels, *size], or those that `inputs` has.
 
-    A shape stands for a tensor of the model's type on its device, without memory of its own. Raises `InputError`
+    A shape stands for a tensor of the model's type on its device (of its buffers, where it has no
+    parameters), without memory of its own. Raises `InputError`
     for both or neither of the two, and for anything but positive ints.
     """
     if (size is None) == (inputs is None):
@@ -145,7 +169,8 @@ def _example(model: nn.Module, what: str, shape: tuple[Any, ...]) -> torch.Tenso
         raise InputError(f"{what} must be below {LARGEST}, found {shape}")
     if len(shape) < 3 or len(ints) < len(shape) or min(ints) < 1:
         raise InputError(f"{what} must be positive ints, batch and channels before the extents; found {shape}")
-    floating = (weight for weight in model.parameters() if weight.is_floating_point())
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    floating = (weight for weight in tensors if weight.is_floating_point())
     weight = next(floating, torch.empty(0))
     return torch.zeros(1, dtype=weight.dtype, device=weight.device).expand(shape)
 

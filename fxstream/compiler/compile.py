@@ -49,7 +49,8 @@ def compile(
       an optimiser do not. The plan is the fastest that is predicted to fit.
       By default, with no `tile` either, it is what the device has free at the first call of a size.
     - `tile`, instead of `memory`: the largest box of the model's input, overlap included, that a tile of the first
-      segment reads, in pixels: one number for all axes or one per axis.
+      segment reads, in pixels: one number for all axes or one per axis. Deeper operators that need more run whole,
+      with a warning.
     - `segments`: the number of segments of each streamed region (at most, within a memory), or the names of the
       modules that each end one. By default the planner chooses.
     - `cut`: the name of the module after which nothing is streamed.

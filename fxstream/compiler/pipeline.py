@@ -8,6 +8,7 @@ per image size. All of it is in one bounded cache.
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from fxstream.graph.typed_graph import Saves
 from fxstream.io.inputs import Inputs, inputs_of
 from fxstream.machine.device import budget_of
 from fxstream.planning.plan import Plan, make_plan
-from fxstream.probe.probe import ProbeReport, probe
+from fxstream.probe.probe import MOST_BYTES, ProbeReport, probe
 from fxstream.rules import Reason
 from fxstream.runtime.progress import Bar
 from fxstream.runtime.ranks import Ranks, digest, fingerprint
@@ -46,10 +47,14 @@ logger.addHandler(logging.NullHandler())
 
 SMALL_SHARE = 0.5
 """Below this share of streamed activations a warning says what stands in the way."""
+MOST_NAMED = 3
+"""Stretches that a warning names."""
 MOST_ENTRIES = 64
 """Captures, and image sizes with their plans and tile programs, that are kept."""
-MOST_PROBES = 16
-"""Sets of streamed nodes of one capture whose reports are kept."""
+LEAST_OF_PROBE = 2**26
+"""Bytes that the probe may take however small the budget is."""
+MOST_PROBES = 256
+"""Parts of one capture whose reports are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +202,7 @@ class Pipeline:
         with stages("plan"):
             analysis, plan = self._planned(captured, inputs, written)
         self._warn_what_stops_the_stream(analysis, plan, inputs.tensors[0].device)
+        self._warn_what_runs_whole(plan)
         reports: tuple[ProbeReport, ...] = ()
         streamed = None
         if not plan.is_trivial:
@@ -240,18 +246,23 @@ class Pipeline:
         """The probe's reports on what the plan streams, once per capture. Raises `ProbeError` on a mismatch."""
         if not self.options.verify:
             return ()
-        streamed = frozenset(name for segment in plan.segments for name in segment.segment.covers)
-        return captured.probes.get(streamed, lambda: self._probed(analysis, streamed))
+        streamed = {name for segment in plan.segments for name in segment.segment.covers}
+        memory = plan.prediction.bytes // 2 if self.options.request.tile is None else MOST_BYTES
+        parts = {f"region {i}": part for i, part in enumerate(streamable_parts(analysis.graph))}
+        return tuple(
+            captured.probes.get(part, functools.partial(self._probed, analysis, name, part, memory))
+            for name, part in parts.items()
+            if not streamed.isdisjoint(part)
+        )
 
-    def _probed(self, analysis: Analysis, streamed: frozenset[str]) -> tuple[ProbeReport, ...]:
-        parts = [[n for n in part if n in streamed] for part in streamable_parts(analysis.graph)]
-        reports = tuple(probe(analysis.graph, part, f"region {i}") for i, part in enumerate(parts) if part)
-        for report in reports:
-            logger.info("%s", report)
-            report.raise_on_mismatch()
-            if report.unprobed:
-                self.warn_once(report.part, f"{report}; it is streamed by its rules alone")
-        return reports
+    def _probed(self, analysis: Analysis, name: str, part: tuple[str, ...], memory: int) -> ProbeReport:
+        """The report on a whole part, also where only some of it is streamed: another plan streams other nodes."""
+        report = probe(analysis.graph, part, name, max(LEAST_OF_PROBE, min(memory, MOST_BYTES)))
+        logger.info("%s", report)
+        report.raise_on_mismatch()
+        if report.unprobed:
+            self.warn_once(report.part, f"{report}; it is streamed by its rules alone")
+        return report
 
     def _warn_what_stops_the_stream(self, analysis: Analysis, plan: Plan, device: torch.device) -> None:
         barriers, request = analysis.barriers, self.options.request
@@ -267,6 +278,16 @@ class Pipeline:
         self.warn_once(
             "share", f"{plan.streamed_share:.0%} of the activations of {name} are streamed{first}{advice}"
         )
+
+    def _warn_what_runs_whole(self, plan: Plan) -> None:
+        if plan.untiled:
+            more = len(plan.untiled) - MOST_NAMED
+            listed = ", ".join(plan.untiled[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+            self.warn_once(
+                "untiled",
+                f"tile={self.options.request.tile} is too small for {listed}: computed whole, and recomputed for"
+                " the backward. A larger tile, or a memory, bounds that too",
+            )
 
     def warn_once(self, topic: str, message: str) -> None:
         """A warning, the first time that something is to be said about a topic."""

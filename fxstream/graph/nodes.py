@@ -6,6 +6,7 @@ Every other file that reads or writes the arguments of an operator by name, or c
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import fx
 
 __all__ = [
     "TRACED",
+    "attributes_of",
     "bind",
     "bind_to",
     "call_with",
@@ -81,6 +83,12 @@ def call_with(graph: fx.Graph, target: torch._ops.OpOverload, arguments: Mapping
         elif parameter.name in arguments:
             keywords[parameter.name] = arguments[parameter.name]
     return graph.call_function(target, tuple(positional), keywords)
+
+
+def attributes_of(graph: fx.Graph, owner: object = None) -> dict[str, Any]:
+    """What the graph takes from its module (or another `owner`), by name: subgraphs, and functions of the user."""
+    owner = graph.owning_module if owner is None else owner
+    return {str(n.target): operator.attrgetter(str(n.target))(owner) for n in graph.nodes if n.op == "get_attr"}
 
 
 def copy_node(graph: fx.Graph, node: fx.Node, replace: Callable[[fx.Node], Any]) -> fx.Node:

@@ -53,6 +53,11 @@ def size_dependent_constants(graphs: Sequence[fx.Graph]) -> list[SizeDependentCo
     return constants
 
 
+def _is_same(one: object, other: object) -> bool:
+    """Whether two constants of one type are the same, also if they are not a number."""
+    return one == other or (isinstance(one, float) and isinstance(other, float) and math.isnan(one + other))
+
+
 def _differing_integers(
     nodes: Sequence[fx.Node], indices: Sequence[Mapping[fx.Node, int]]
 ) -> list[SizeDependentConstant] | None:
@@ -63,7 +68,7 @@ def _differing_integers(
     differing = [
         (i, values)
         for i, values in enumerate(zip(*arguments, strict=True))
-        if not all(value == values[0] and type(value) is type(values[0]) for value in values)
+        if not all(type(value) is type(values[0]) and _is_same(value, values[0]) for value in values)
     ]
     if not all(type(value) is int for _, values in differing for value in values):
         return None
@@ -159,7 +164,7 @@ class _TensorSizes:
                     yield _SizeExpression(tensor, (dim,))
 
     def _products_equal_to(self, constant: SizeDependentConstant) -> Iterator[_SizeExpression]:
-        for tensor in constant.node.all_input_nodes:
+        for tensor in self._tensors_near(constant.node):
             for count in (2, 3):
                 for factors in itertools.combinations(enumerate(self._sizes[tensor]), count):
                     dims, sizes = zip(*factors, strict=True)

@@ -104,7 +104,9 @@ class _Typing:
             return None
         rule, has_dims = rule_of(node.target), any(value.dims for value in values)
         if rule is None and has_dims:
-            return NotTileable(Reason.UNKNOWN_OPERATOR, (), (str(node.target),))
+            is_operator = isinstance(node.target, torch._ops.OpOverload)
+            reason = Reason.UNKNOWN_OPERATOR if is_operator else Reason.CODE_OF_ITS_OWN
+            return NotTileable(reason, (), (str(node.target),))
         return NO_TILED_DIM if rule is None or (not has_dims and rule.family not in STARTS_DIMS) else None
 
     def _by_rule(self, node: fx.Node, meta: Meta) -> Answer:

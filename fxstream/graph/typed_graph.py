@@ -137,6 +137,11 @@ class TypedNode:
         return answer
 
     @property
+    def is_attribute(self) -> bool:
+        """Whether it is no tensor but what the graph takes from its module: a subgraph, a function of the user."""
+        return self.node.op == "get_attr" and not self.values
+
+    @property
     def is_local(self) -> bool:
         """Whether it is computed box by box."""
         return self.verdict is not None and self.verdict.pattern is not None
@@ -251,8 +256,9 @@ class TypedGraph:
         return sum(self.nodes[name].bytes for name in names if not self.nodes[name].is_tuple)
 
     def total_bytes(self) -> int:
-        """Bytes of all results that depend on an image."""
-        return self.activation_bytes([v.node for v in self.verdicts.values() if v.kind is not Tileability.SMALL])
+        """Bytes of all results that depend on an image, with tiled dims or without."""
+        dependent = (name for name in self.verdicts if self.nodes[name].depends_on_image)
+        return self.activation_bytes([name for name in dependent if name not in self.unread])
 
     def arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A node's arguments with every integer-valued node replaced by its value at this size."""
@@ -263,9 +269,16 @@ class TypedGraph:
 
         return map_arg(node.args, folded), map_arg(dict(node.kwargs), folded)
 
-    def image_extents(self, axes: int) -> tuple[int, ...]:
-        """The extents of the largest image among the inputs with this many tiled dims."""
-        return max((image.extents for image in self.images if len(image.dims) == axes), key=math.prod)
+    def image_extents(self, extents: Sequence[int]) -> tuple[int, ...]:
+        """The pixels of the largest image along each axis of a value with these extents.
+
+        It is one with as many axes where there is one. Otherwise the last axes of both are the same: a value lacks
+        the first of the image's, as after bands became channels, or has axes of its own before them.
+        """
+        axes = len(extents)
+        images = [image.extents for image in self.images]
+        of_largest = max([one for one in images if len(one) == axes] or images, key=math.prod)
+        return (*extents[: max(0, axes - len(of_largest))], *of_largest[max(0, len(of_largest) - axes) :])
 
     @property
     def metas(self) -> dict[str, Meta]:

@@ -41,7 +41,7 @@ def lower(captured: Captured, typed: TypedGraph, reductions: bool = True) -> Cap
 
     The model itself where it has none.
     """
-    lowerings = {node.name: _lowering(typed, node, reductions) for node in captured.graph.nodes}
+    lowerings = {node.name: _lowering(typed, node, reductions, captured.bound) for node in captured.graph.nodes}
     if not any(lowerings.values()):
         return captured
     draft = Draft.of(captured, typed)
@@ -64,12 +64,14 @@ def _put_in_place(draft: Draft, node: fx.Node, result: Proxy | tuple[Proxy, ...]
         draft.graph.erase_node(node)
 
 
-def _lowering(typed: TypedGraph, node: fx.Node, reductions: bool) -> Lowering | None:
+def _lowering(typed: TypedGraph, node: fx.Node, reductions: bool, bound: bool) -> Lowering | None:
     verdict = typed.verdicts.get(node.name)
     if verdict is None or verdict.reduction is not None or UNSTREAMED in node.meta:
         return None
     if verdict.operator == "aten::batch_norm" and CUMULATIVE in node.args and bind(node)["training"]:
         return REDUCTIONS[verdict.operator]
+    if reductions and verdict.operator in pooling.WINDOWS and pooling.has_one_window(typed, node, bound):
+        return pooling.WINDOWS[verdict.operator]
     if verdict.kind is Tileability.GLOBAL:
         return randomness.LOWERINGS.get(verdict.operator)
     return REDUCTIONS.get(verdict.operator) if verdict.kind is Tileability.REDUCTION and reductions else None

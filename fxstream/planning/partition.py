@@ -87,6 +87,15 @@ class Positions:
                 best[section] = i
         return {i: lowest[i] for i in best.values()}
 
+    def first_window(self) -> dict[int, int]:
+        """The position before the second window, and the bytes of a boundary there; none with fewer windows."""
+        windows = [i for i in range(len(self._nodes)) if self._is_window(i)]
+        if len(windows) < 2 or not windows[1]:
+            return {}
+        names = self.live()[windows[1] - 1]
+        is_tuple = any(self._graph[name].is_tuple for name in names)
+        return {} if is_tuple else {windows[1] - 1: self._graph.activation_bytes(names)}
+
     def _is_candidate(self, i: int, live: Sequence[str], sizes: Sequence[int]) -> bool:
         """Whether the position `i`, where these values are live, is worth a boundary; `sizes` are those of all."""
         if not live or any(self._graph[name].is_tuple for name in live) or sizes[i] > sizes[max(i - 1, 0)]:

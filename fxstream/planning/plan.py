@@ -53,8 +53,9 @@ LESS = (0.0, 0.0, 0.02, 0.04, 0.08, 0.16, 0.32)
 class Plan:
     """The segments to stream, in the order of the graph, and what that is predicted to cost.
 
-    A plan `is_trivial` where the plain network does the same. `offloaded` are the boundaries in host memory.
-    `prepared` are the stages of the call that made the plan, with their seconds.
+    A plan `is_trivial` where the plain network does the same. `offloaded` are the boundaries in host memory,
+    `untiled` the stretches that need more than the tile, and run whole. `prepared` are the stages of the call that
+    made the plan, with their seconds.
     """
 
     segments: tuple[SegmentPlan, ...]
@@ -65,6 +66,7 @@ class Plan:
     prediction: Prediction
     offloaded: frozenset[str] = frozenset()
     prepared: tuple[tuple[str, float], ...] = ()
+    untiled: tuple[str, ...] = ()
 
     @property
     def streamed_share(self) -> float:
@@ -125,9 +127,18 @@ def make_plan(
     if request.tile is None:
         segments, prediction = _fastest(context, request, budget_of(request.memory, device))
         return _plan(context, segments, prediction, not segments, prediction.offloaded > 0)
-    segments = _with_tiles(context, request)
+    spans = [span for part in _parts(context, request) for span in spans_within_tile(context, part, request)]
+    segments = _segments(graph, request, spans)
     is_trivial = all(segment.tile_count == 1 for segment in segments)
-    return _plan(context, segments, predict(context, () if is_trivial else segments), is_trivial, offload)
+    plan = _plan(context, segments, predict(context, () if is_trivial else segments), is_trivial, offload)
+    untiled = () if is_trivial else tuple(_ends(graph, span) for span in spans if span.counts == ())
+    return replace(plan, untiled=untiled)
+
+
+def _ends(graph: TypedGraph, span: Span) -> str:
+    """The user's modules in which a span begins and ends."""
+    first, last = (graph.verdicts[span.nodes[i]].place for i in (0, -1))
+    return f"`{first}`" if first == last else f"`{first}` .. `{last}`"
 
 
 def _plan(
@@ -144,12 +155,6 @@ def _plan(
     away = offloadable(graph, segments) if offload and not is_trivial else frozenset[str]()
     streamed, total = graph.activation_bytes(covered), graph.total_bytes()
     return Plan(segments, streamed, total, plain, is_trivial, prediction, away)
-
-
-def _with_tiles(context: CostContext, request: Request) -> tuple[SegmentPlan, ...]:
-    """The segments of every worthwhile region, in the coarsest grids that the tile allows."""
-    spans = [span for part in _parts(context, request) for span in spans_within_tile(context, part, request)]
-    return _segments(context.graph, request, spans)
 
 
 def _fastest(context: CostContext, request: Request, memory: int) -> tuple[tuple[SegmentPlan, ...], Prediction]:
@@ -188,7 +193,8 @@ def _within_memory(
         segments, prediction = _predicted(context, request, smallest)
         if prediction.bytes <= memory:
             return segments, prediction
-        error = _too_little(context.graph, memory, prediction, smallest.binding)
+        least = prediction.bytes if request.segments is not None else min(plain.bytes, prediction.bytes)
+        error = _too_little(context.graph, memory, least, smallest.binding)
     raise error
 
 
@@ -204,16 +210,18 @@ def _predicted(context: CostContext, request: Request, state: State) -> tuple[tu
     return segments, predict(context, segments)
 
 
-def _too_little(graph: TypedGraph, memory: int, smallest: Prediction, binding: str) -> PlanError:
-    """The error on a memory that not even the smallest plan fits into, whose peak is at the node `binding`."""
+def _too_little(graph: TypedGraph, memory: int, least: int, binding: str) -> PlanError:
+    """The error on a memory that not even the smallest plan fits into, whose peak is at the node `binding`.
+
+    That plan needs `least` bytes.
+    """
     verdict = graph.verdicts[binding]
     source = f" ({verdict.source})" if verdict.source else ""
-    least = bytes_text(smallest.bytes, up=True)
     message = (
-        f"no plan fits into {bytes_text(memory)}: the least that works is {least}, which"
+        f"no plan fits into {bytes_text(memory)}: the least that works is {bytes_text(least, up=True)}, which"
         f" `{verdict.place}`{source} needs; give that much, or a smaller image or batch"
     )
-    return PlanError(message, least_bytes=smallest.bytes)
+    return PlanError(message, least_bytes=least)
 
 
 def _may_be_faster(context: CostContext, plain: Prediction) -> bool:
@@ -239,12 +247,15 @@ def _fitting(
 
 
 def _segments(graph: TypedGraph, request: Request, spans: Sequence[Span]) -> tuple[SegmentPlan, ...]:
-    """The plans of these spans: of each sweep, or of the whole span as one checkpoint."""
+    """The plans of these spans: of each sweep, or of the whole span as one checkpoint.
+
+    A span that cannot be one stays in the dense graph.
+    """
     plans: list[SegmentPlan] = []
     for i, span in enumerate(spans):
-        whole = whole_segment(graph, f"segment_{i}", span.nodes) if span.counts == () else None
-        if whole is not None:
-            plans.append(plan_whole(optimised(whole)))
+        if span.counts == ():
+            whole = whole_segment(graph, f"segment_{i}", span.nodes)
+            plans += [plan_whole(optimised(whole))] if whole is not None else []
         else:
             tiled = sweeps(graph, f"segment_{i}", span.nodes)
             plans += [plan_segment(optimised(segment), request, span.counts) for segment in tiled]

@@ -5,8 +5,10 @@ Each span has one option: the coarsest grid that the tile allows. The search min
     seconds of all tiles / seconds of the dense region  +  bytes of the boundaries / bytes of the activations
 
 which trades time against kept memory, both relative to the plain network; seconds are those of `cost`. A span that
-fits in no grid has infinite cost. What a span needs are the pixels of the image of the smallest tile that it can
-run with. Of equal ways that with the earliest cuts is taken: so the error on too small a tile names one operator.
+fits in no grid has infinite cost. Where no cut of the region fits, such spans may run whole, as few bytes of them
+as possible, but not the span that reads the image. What a span needs are the pixels of the image of the smallest
+tile that it can run with. Of equal ways that with the earliest cuts is taken: so the error on too small a tile
+names one operator.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,16 +35,18 @@ MOST_CANDIDATES = 24
 """Boundaries considered per region; their pairs are what planning time goes into."""
 SEGMENT_COST = 0.01
 """What one more segment must save, as a share of the dense region's seconds or activations."""
+WHOLE_COST = 100
+"""What it costs to run all of the region whole: so much that nothing is run whole that fits into the tile."""
 RATIO = 1.25
 """Ratio of one number of tiles along an axis that is tried to the next."""
 
 
 def spans_within_tile(context: CostContext, nodes: tuple[str, ...], request: Request) -> list[Span]:
-    """The spans of a region that become segments, in order.
+    """The spans of a region that become segments, in order; one that needs more than the tile runs whole.
 
     Where the tile is too small for the few usual candidates, all positions are considered; where it is too small
-    for any choice, the one that needs the smallest tile is returned, so that the error can name it. Raises
-    `PlanError` where the region cannot be cut into as many segments as are asked for.
+    for the first operators, or for as many segments as are asked for, the choice that needs the smallest tile is
+    returned, so that the error can name it. Raises `PlanError` where the region cannot be cut into so many.
     """
     costs = RegionCosts(context, nodes)
     positions, count = costs.positions, request.segments
@@ -55,6 +59,11 @@ def spans_within_tile(context: CostContext, nodes: tuple[str, ...], request: Req
         cheapest = search.fastest(math.inf)
         if cheapest is not None or len(region.ends) <= most // 2:
             break
+    if cheapest is None and count is None:
+        boundaries = positions.candidates(most) | positions.first_window()
+        region = TileRegion(costs, request, dict(sorted(boundaries.items())), may_be_whole=True)
+        search = Search([region])
+        cheapest = search.fastest(math.inf)
     chosen = cheapest or search.smallest()
     if chosen is None:
         raise PlanError(f"segments={count}: this stream can be cut into 1 to {len(region.ends)} segments")
@@ -82,10 +91,16 @@ class _Along:
 
 
 class TileRegion:
-    """A region that may be cut at the positions in `boundaries`, each with the bytes of the boundary there."""
+    """A region that may be cut at the positions in `boundaries`, each with the bytes of the boundary there.
 
-    def __init__(self, costs: RegionCosts, request: Request, boundaries: Mapping[int, int]) -> None:
+    With `may_be_whole` spans run whole where they need more than the tile, but not the one that reads the image.
+    """
+
+    def __init__(
+        self, costs: RegionCosts, request: Request, boundaries: Mapping[int, int], may_be_whole: bool = False
+    ) -> None:
         self._costs, self._request, self._boundaries = costs, request, boundaries
+        self._may_be_whole = may_be_whole
         self.ends = [*boundaries, len(costs.nodes) - 1]
         self._most_sweeps = FEW_SWEEPS if request.segments is None else len(costs.nodes)
         self._bytes = max(1, costs.graph.activation_bytes(costs.nodes))
@@ -104,7 +119,10 @@ class TileRegion:
             self._along[end] = self._along_axes(end)
         along, span = self._along[end][start], Span(self._costs.span(start, end))
         cost = self._cost(start, end, along) if all(axis.count for axis in along) else math.inf
-        return [[Option(span, max(axis.least_tile for axis in along), 0.0, cost, rank=(end,))]]
+        tiled = Option(span, max(axis.least_tile for axis in along), 0.0, cost, rank=(end,))
+        if cost < math.inf or not self._may_be_whole or (start < 0 and self._reads_image):
+            return [[tiled]]
+        return [[Option(replace(span, counts=()), 0.0, 0.0, self._cost_whole(start, end), rank=(end,))]]
 
     def weights(self, start: int, end: int) -> float:
         """Nothing: weights are not tiled."""
@@ -113,6 +131,17 @@ class TileRegion:
     def largest(self, start: int, end: int) -> str:
         """The node of a span with the largest result."""
         return self._costs.largest(start, end)
+
+    @property
+    def _reads_image(self) -> bool:
+        """Whether the region is that which begins with the image."""
+        graph, first = self._costs.graph, self._costs.nodes[0]
+        return any(image.name in graph[first].inputs for image in graph.images)
+
+    def _cost_whole(self, start: int, end: int) -> float:
+        """The share in the objective of a span that runs whole."""
+        size = self._costs.graph.activation_bytes(self._costs.span(start, end))
+        return (WHOLE_COST * size + self._boundaries.get(end, 0)) / self._bytes + SEGMENT_COST
 
     def _along_axes(self, end: int) -> dict[int, list[_Along]]:
         """For each start the span from there to `end` along every axis. One walk serves all starts."""
@@ -137,7 +166,7 @@ class TileRegion:
         if name not in self._inputs:
             graph = self._costs.graph
             extents = tuple(graph.value(name).shape[d] for d in dims)
-            full = graph.image_extents(len(dims))
+            full = graph.image_extents(extents)
             scales = tuple(image / extent for image, extent in zip(full, extents, strict=True))
             self._inputs[name] = _Input(tile_bounds(graph, self._request, extents), scales)
         return self._inputs[name]

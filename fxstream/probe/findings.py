@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fxstream.errors import FxstreamError
 from fxstream.graph.typed_graph import TypedGraph
 
-__all__ = ["DIRECTIONS", "Findings", "Mismatch", "UnprobedError"]
+__all__ = ["DIRECTIONS", "Findings", "Mismatch", "TooLargeError", "UnprobedError"]
 
 DIRECTIONS = ("forward", "values", "backward")
 """The measurements, in the order in which their mismatches are reported."""
@@ -38,6 +38,10 @@ class Mismatch:
 
 class UnprobedError(FxstreamError):
     """Why a part cannot be run on a strip."""
+
+
+class TooLargeError(FxstreamError):
+    """A strip needs more memory than there is for it."""
 
 
 @dataclass

@@ -35,10 +35,13 @@ class _Runner(fx.Interpreter):
         self.extra_traceback = False
         self._strip, self._findings = strip, findings
         self._nodes = set(strip.part.segment.nodes)
+        self._unclaimed = strip.unclaimed()
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.name in self._nodes:
+        if n.name in self._unclaimed:
+            self._findings.blurred_forward.add(n.name)
+        elif n.name in self._nodes:
             _compare_forward(self._strip, n, value, self._findings)
         return value
 
@@ -46,18 +49,44 @@ class _Runner(fx.Interpreter):
 @torch.no_grad()
 def poison_forward(strip: Strip, findings: Findings) -> None:
     """Rule 2: the valid interval of every node, for both tiles."""
+    before = len(findings.mismatches)
+    _Runner(strip, findings).run(*_inputs(strip, math.nan), *strip.weights.values())
+    if suspected := findings.mismatches[before:]:
+        unpoisoned = _NaNs(strip.part.module)
+        unpoisoned.run(*_inputs(strip, 1.0), *strip.weights.values())
+        findings.mismatches[before:] = [one for one in suspected if one.node not in unpoisoned.nodes]
+
+
+def _inputs(strip: Strip, around: float) -> list[torch.Tensor]:
+    """Every spatial input: ones in the tile of each batch entry, and `around` them that number."""
     inputs = []
     for name, dims in strip.part.segment.spatial:
         shape = strip.part.input_shape(name, 2, strip.input_extents[name])
         if (dtype := strip.part.type_of(name)) != strip.part.dtype:
             inputs.append(torch.ones(shape, dtype=dtype))
             continue
-        image = torch.full(shape, math.nan, dtype=dtype)
+        image = torch.full(shape, around, dtype=dtype)
         for entry, tile in enumerate(strip.tiles):
             shown = strip.tile_of(name, tile)
             image[entry].narrow(dims[strip.axis] - 1, shown.start, len(shown)).fill_(1.0)
         inputs.append(image)
-    _Runner(strip, findings).run(*inputs, *strip.weights.values())
+    return inputs
+
+
+class _NaNs(fx.Interpreter):
+    """Runs a subgraph and collects the `nodes` whose values are NaN anywhere, as of a logarithm of less than 0."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+        self.nodes: set[str] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+        if any(bool(leaf.isnan().any()) for leaf in leaves):
+            self.nodes.add(n.name)
+        return value
 
 
 def _compare_forward(strip: Strip, node: fx.Node, value: Any, findings: Findings) -> None:

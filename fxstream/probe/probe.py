@@ -24,6 +24,8 @@ NOTE [what is measured]
 6. A tile without valid interior is an error, not an overlap of zero.
 7. Every distinct reduction over space is combined from tiles of random integers, and compared with the operator on
    the whole: its result, and the gradient that it sends to the map.
+8. Where a strip would need more memory than there is, each half of its operators gets strips of its own, which are
+   shorter, and so on down to single operators.
 
 Reference: Pinckaers, van Ginneken, Litjens (StreamingCNN), section III-C and Algorithm 2.
 """
@@ -39,14 +41,14 @@ import torch
 
 from fxstream.errors import ProbeError, RuleError
 from fxstream.graph.typed_graph import TypedGraph
-from fxstream.probe.findings import DIRECTIONS, Findings, Mismatch, UnprobedError
+from fxstream.probe.findings import DIRECTIONS, Findings, Mismatch, TooLargeError, UnprobedError
 from fxstream.probe.nan import poison_backward, poison_forward
 from fxstream.probe.strip import make_strip, synthetic_weight
 from fxstream.probe.subgraph import subgraph
 from fxstream.probe.tiles import compare_reductions, compare_values
 from fxstream.tiling.segment import Segment, make_segment
 
-__all__ = ["Mismatch", "ProbeReport", "probe"]
+__all__ = ["MOST_BYTES", "Mismatch", "ProbeReport", "probe"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -90,28 +92,26 @@ class ProbeReport:
             )
 
 
-def probe(graph: TypedGraph, nodes: Sequence[str], part: str = "") -> ProbeReport:
+MOST_BYTES = 2**30
+"""What strips may take where nothing is said."""
+
+
+def probe(graph: TypedGraph, nodes: Sequence[str], part: str = "", memory: int = MOST_BYTES) -> ProbeReport:
     """Measure the claims about `nodes` (local ones and reductions, in their order) on the real operators.
 
+    Strips take about `memory` bytes at most; those of a single operator may take more.
     Runs on the CPU, whose operators do not mix NaN into other pixels, and in a thread of its own, so that modes
     of the caller (autocast, checkpointing, a default device) do not reach it. Never raises for what it finds: see
     `ProbeReport.raise_on_mismatch`.
     """
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_probe, graph, nodes, part).result()
+        return thread.submit(_probe, graph, nodes, part, memory).result()
 
 
-def _probe(graph: TypedGraph, nodes: Sequence[str], part: str) -> ProbeReport:
+def _probe(graph: TypedGraph, nodes: Sequence[str], part: str, memory: int) -> ProbeReport:
     """The report on a part: on its regions one by one, and on its reductions (rule 7)."""
-    started, chosen = time.perf_counter(), set(nodes)
-    pieces = [tuple(name for name in region.nodes if name in chosen) for region in graph.regions]
-    findings, unprobed, measured = Findings(graph), list[str](), 0
-    for piece in filter(None, pieces):
-        of_piece, reason = _probed(make_segment(graph, part, piece))
-        measured += 0 if reason else len(piece) - len(of_piece.blurred)
-        unprobed += [reason] if reason else []
-        findings.mismatches += of_piece.mismatches
-        findings.blurred_forward |= of_piece.blurred
+    started, findings = time.perf_counter(), Findings(graph)
+    measured, unprobed = _measured_regions(graph, nodes, memory, findings)
     reductions = [name for name in nodes if graph[name].reduces]
     compare_reductions(graph, reductions, findings)
     order = {name: i for i, name in enumerate(nodes)}
@@ -127,13 +127,36 @@ def _probe(graph: TypedGraph, nodes: Sequence[str], part: str) -> ProbeReport:
     )
 
 
-def _probed(segment: Segment) -> tuple[Findings, str]:
-    """The findings on one region, and why it was not probed, if so."""
+def _measured_regions(
+    graph: TypedGraph, nodes: Sequence[str], memory: int, findings: Findings
+) -> tuple[int, list[str]]:
+    """How many nodes of the regions of a part were measured, and why others were not; halves by rule 8."""
+    chosen, measured, unprobed = set(nodes), 0, list[str]()
+    pieces = [tuple(name for name in region.nodes if name in chosen) for region in graph.regions]
+    waiting = [piece for piece in reversed(pieces) if piece]
+    while waiting:
+        piece = waiting.pop()
+        try:
+            of_piece, reason = _probed(make_segment(graph, "", piece), memory if len(piece) > 1 else None)
+        except TooLargeError:
+            waiting += [piece[len(piece) // 2 :], piece[: len(piece) // 2]]
+            continue
+        measured += 0 if reason else len(piece) - len(of_piece.blurred)
+        unprobed += [reason] if reason else []
+        findings.mismatches += of_piece.mismatches
+        findings.blurred_forward |= of_piece.blurred
+    return measured, unprobed
+
+
+def _probed(segment: Segment, memory: int | None) -> tuple[Findings, str]:
+    """The findings on one region, and why it was not probed, if so. Raises `TooLargeError`."""
     try:
         for whole_windows in (False, True):
-            findings = _measured(segment, whole_windows)
+            findings = _measured(segment, whole_windows, memory)
             if not findings.mismatches:
                 break
+    except TooLargeError:
+        raise
     except (UnprobedError, RuleError) as reason:
         return Findings(segment.graph), str(reason)
     except Exception as error:  # an operator that cannot be run on a strip must not keep the model from running
@@ -142,7 +165,7 @@ def _probed(segment: Segment) -> tuple[Findings, str]:
     return findings, ""
 
 
-def _measured(segment: Segment, whole_windows: bool) -> Findings:
+def _measured(segment: Segment, whole_windows: bool, memory: int | None) -> Findings:
     """The findings on strips of the least width.
 
     On a strip narrower than a dilated window all taps may lie in padding, which looks like a claim that is too
@@ -153,6 +176,8 @@ def _measured(segment: Segment, whole_windows: bool) -> Findings:
     weights = {name: synthetic_weight(part, name) for name in segment.whole}
     for axis in range(len(segment.graph.pattern(segment.nodes[0]).dims)):
         strip = make_strip(part, axis, weights, whole_windows)
+        if memory is not None and strip.bytes > memory:
+            raise TooLargeError(segment.name)
         poison_forward(strip, findings)
         poison_backward(strip, findings)
     compare_values(segment, findings)

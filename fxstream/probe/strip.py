@@ -7,6 +7,7 @@ which is a mismatch.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,9 +68,33 @@ class Strip:
         """The typed graph at the strip's size."""
         return self.segment.graph
 
+    @property
+    def bytes(self) -> int:
+        """About what it takes to run it: values while something reads them, gradients beside them, and weights."""
+        values = {name: self.graph[name].bytes for name in (*self.input_extents, *self.part.segment.nodes)}
+        last = {one: name for name in self.part.segment.nodes for one in self.graph[name].inputs}
+        live, peak = sum(values[name] for name in self.input_extents), 0
+        for name in self.part.segment.nodes:
+            live += values[name]
+            peak = max(peak, live)
+            live -= sum(values.get(one, 0) for one in {*self.graph[name].inputs} if last[one] == name)
+        weights = sum(weight.nbytes for weight in self.weights.values())
+        return 2 * peak + 2 * max(values.values()) + weights
+
     def extent(self, name: str) -> int:
         """Pixels of a node or input along the axis."""
         return self.graph.value(name).extents[self.axis]
+
+    def unclaimed(self) -> set[str]:
+        """The nodes that depend on an input in which they have no field, which NaN may reach at any pixel."""
+        nodes: set[str] = set()
+        for source, fields in self.fields.items():
+            reached = {source}
+            for name in self.part.segment.nodes:
+                if any(read.value.name in reached for read in self.graph.pattern(name).reads):
+                    reached.add(name)
+            nodes |= reached - fields.keys()
+        return nodes
 
     def tile_of(self, name: str, tile: Interval) -> Interval:
         """The interval of another input that shows the same part of the image as `tile` of the main one.
@@ -106,6 +131,13 @@ class _Claims:
     def of_input(self, name: str) -> list[ReceptiveField]:
         """The fields of all nodes in one input, along the axis."""
         return [of[self.axis] for node, of in self.fields[name].items() if node in self.part.segment.nodes]
+
+    def are_all_in(self, fields: Mapping[str, Fields]) -> bool:
+        """Whether every node has the fields that it has at its real size.
+
+        At a size at which resolutions do not divide each other, branches of several have none.
+        """
+        return all(self.fields[name].keys() <= of_input.keys() for name, of_input in fields.items())
 
     def geometry(self) -> tuple[int, tuple[Interval, Interval], int]:
         """The width of the NaN surroundings, the two tiles, and the least length of a strip that holds them."""
@@ -173,7 +205,16 @@ def make_strip(part: Subgraph, axis: int, weights: Mapping[str, torch.Tensor], w
     if any(0 in dims for _, dims in part.segment.spatial):
         raise UnprobedError("its images have no batch dim in front")
     claims = _Claims.of(part, axis)
-    margin, tiles, length = claims.geometry()
+    strips = _strips(claims, weights, whole_windows)
+    first = next(strips, None)
+    if first is None:
+        raise UnprobedError("its operators refuse images of the size of a strip")
+    return next((strip for strip in itertools.chain([first], strips) if claims.are_all_in(strip.fields)), first)
+
+
+def _strips(claims: _Claims, weights: Mapping[str, torch.Tensor], whole_windows: bool) -> Iterator[Strip]:
+    """The narrowest strip of each period, of those whose sizes the part accepts."""
+    (margin, tiles, length), part = claims.geometry(), claims.part
     for group in claims.candidates(length):
         refused = 0
         for extents in group:
@@ -187,8 +228,8 @@ def make_strip(part: Subgraph, axis: int, weights: Mapping[str, torch.Tensor], w
                 continue
             fields = _fields_at(claims, segment, extents, margin, whole_windows)
             if fields is not None:
-                return Strip(part, axis, segment, extents, fields, tiles, claims.main, weights)
-    raise UnprobedError("its operators refuse images of the size of a strip")
+                yield Strip(part, claims.axis, segment, extents, fields, tiles, claims.main, weights)
+                break
 
 
 def _fields_at(

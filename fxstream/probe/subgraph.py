@@ -7,6 +7,7 @@ the model's precision and device are. Node names are kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,10 @@ from fxstream.graph.typed_graph import TypedGraph
 from fxstream.tiling.segment import Segment, isolated
 
 __all__ = ["Subgraph", "subgraph"]
+
+
+IN_PLACE_OF_NAN = 0.5
+"""A constant of the model that is NaN would be taken for what the probe puts around its tiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,8 @@ def subgraph(segment: Segment, dtype: torch.dtype) -> Subgraph:
     def adapt(leaf: Any) -> Any:
         if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
             return dtype
+        if isinstance(leaf, float) and math.isnan(leaf):
+            return IN_PLACE_OF_NAN
         return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
 
     alone = isolated(segment, adapt)

@@ -268,6 +268,8 @@ def _advice(analysis: Analysis, verdict: Verdict, share: float) -> str:
     if verdict.operator == "aten::batch_norm":
         frozen = f"{_share_with_frozen_batch_norm(analysis):.0%} instead of {share:.0%}"
         return f"fxstream.freeze_batch_norm(model) streams {frozen} of the activations"
+    if verdict.not_tileable_for(Reason.CODE_OF_ITS_OWN):
+        return "as an operator (torch.library.custom_op) it can have a rule; until then it runs plainly"
     if verdict.kind is Tileability.NO_RULE:
         return "fxstream.register_rule teaches fxstream an operator; until then it runs plainly"
     if verdict.not_tileable_for(Reason.RANDOM_DRAW):

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from fxstream.graph.autograd_saves import in_place_variant
 from fxstream.graph.capture import Captured
+from fxstream.graph.nodes import attributes_of
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.io.sink import Sink
 from fxstream.planning.plan import Plan
@@ -74,7 +75,7 @@ def rewrite(
         _call_segment(graph, env, segment)
     for name in sorted(dense):
         _reuse_input(env, typed, name, dense)
-    root = {node.target: getattr(captured.module, node.target) for node in graph.nodes if node.op == "get_attr"}
+    root = attributes_of(graph, captured.module)
     graph.lint()
     return fx.GraphModule({**root, **modules}, graph, "Streamed")
 

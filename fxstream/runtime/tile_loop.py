@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxstream.errors import StreamError
 from fxstream.runtime.backward import Backward
@@ -103,7 +104,7 @@ class _StreamMap(torch.autograd.Function):
         ctx.stream = stream
         ctx.autocast = _Autocast.now(device)
         ctx.dtypes = tuple(output.dtype for output in outputs)
-        ctx.versions = [(weakref.ref(t), None if t.is_inference() else t._version) for t in inputs]
+        ctx.states = [_State.of(tensor) for tensor in inputs]
         pairs = zip(outputs, stream.sources, strict=True)
         constant = (out for out, sources in pairs if not any(tensors[i].requires_grad for i in sources))
         ctx.mark_non_differentiable(*constant)
@@ -117,7 +118,8 @@ class _StreamMap(torch.autograd.Function):
                 " create_graph=True is not possible; call the plain model for higher derivatives"
             )
         labels = [label for k, label in enumerate(ctx.stream.labels) if k not in ctx.arrays]
-        _check_unchanged(labels, ctx.versions)
+        for label, state in zip(labels, ctx.states, strict=True):
+            state.check(label)
         saved = iter(ctx.saved_tensors)
         tensors = [ctx.arrays[k] if k in ctx.arrays else next(saved) for k in range(len(ctx.stream.labels))]
         with ctx.autocast.restored():
@@ -125,12 +127,41 @@ class _StreamMap(torch.autograd.Function):
             return (None, *backward.run(ctx.runs, ctx.others, grads))
 
 
-def _check_unchanged(labels: Sequence[str], versions: Sequence[tuple[Any, int | None]]) -> None:
-    """Refuse where a saved tensor was changed in place since forward, naming it."""
-    for label, (reference, version) in zip(labels, versions, strict=True):
-        tensor = reference()
-        if tensor is not None and version is not None and tensor._version != version:
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What tells whether a saved tensor still holds the values of forward: its version, and where its data lies.
+
+    While `storage` exists no other storage has its number, whether or not its data is still there.
+    """
+
+    tensor: weakref.ref[torch.Tensor]
+    version: int | None
+    storage: StorageWeakRef | None
+    layout: tuple[object, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _State:
+        """The state of a tensor now; one without a storage of its own has no place."""
+        version = None if tensor.is_inference() else tensor._version
+        try:
+            storage = StorageWeakRef(tensor.untyped_storage())
+        except (NotImplementedError, RuntimeError):  # a sparse tensor, a subclass that wraps others
+            return cls(weakref.ref(tensor), version, None, ())
+        layout = (tensor.storage_offset(), tensor.shape, tensor.stride())
+        return cls(weakref.ref(tensor), version, storage, layout)
+
+    def check(self, label: str) -> None:
+        """Refuse where the tensor, which is called `label`, was changed since, if it still exists."""
+        tensor = self.tensor()
+        if tensor is None:
+            return
+        now, what = _State.of(tensor), ""
+        if self.version is not None and now.version != self.version:
+            what = "changed in place"
+        elif (now.storage, now.layout) != (self.storage, self.layout):
+            what = "given other data"
+        if what:
             raise StreamError(
-                f"`{label}` was changed in place between forward and backward, and the stream must recompute"
-                " with the values of forward: take the optimiser's step after backward"
+                f"`{label}` was {what} between forward and backward, and the stream must recompute with the values"
+                " of forward: take the optimiser's step, and set or move weights, after backward"
             )

@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 
 from fxstream.errors import StreamError
 from fxstream.graph.autograd_saves import in_place_variant
-from fxstream.graph.nodes import TRACED, bind_to, call_with
+from fxstream.graph.nodes import TRACED, attributes_of, bind_to, call_with
 from fxstream.graph.typed_graph import TypedNode
 from fxstream.rules import Border, Read
 from fxstream.tiling.bounds import AxisStep, AxisTile, Crop, CropPad, lookups
@@ -94,6 +94,9 @@ def whole_program(segment: Segment) -> TileProgram:
     """The program of a segment that runs whole: its operators as they are, with all integers folded."""
     graph = fx.Graph()
     env = {name: graph.placeholder(name) for name in segment.inputs}
+    for typed in segment.graph.nodes.values():
+        if typed.is_attribute:
+            env[typed.name] = graph.create_node("get_attr", typed.node.target)
     for name in segment.nodes:
         node = segment.graph[name].node
         args, kwargs = segment.graph.arguments(node)
@@ -113,7 +116,8 @@ def _finished(segment: Segment, graph: fx.Graph, origin: Mapping[fx.Node, str]) 
         if typed.reuses and is_direct:
             node.target = in_place_variant(node.target) or node.target
     graph.lint()
-    program = fx.GraphModule({}, graph, f"{segment.name}_tile")
+    attributes = attributes_of(graph, segment.graph.graph.owning_module)
+    program = fx.GraphModule(attributes, graph, f"{segment.name}_tile")
     skipped = {node.name for node, name in origin.items() if segment.graph[name].skips}
     if not skipped:
         return TileProgram(program, program)
@@ -122,7 +126,7 @@ def _finished(segment: Segment, graph: fx.Graph, origin: Mapping[fx.Node, str]) 
     for node in again.nodes:
         if node.name in skipped:
             node.target = uncomputed_convolution
-    return TileProgram(program, fx.GraphModule({}, again, f"{segment.name}_tile"))
+    return TileProgram(program, fx.GraphModule(attributes, again, f"{segment.name}_tile"))
 
 
 class _Writer:

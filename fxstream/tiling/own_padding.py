@@ -58,8 +58,8 @@ def padded_copies(segment: Segment, axes: Sequence[Sequence[AxisTile]]) -> dict[
         node = segment.graph[name]
         steps = [[step for tile in tiles if (step := tile.steps[index]) is not None] for tiles in axes]
         if len(node.pattern.reads) == 1 and all(steps) and (pixels := _largest_copy(node, steps)):
-            value = node.pattern.reads[0].value
-            copies[name] = pixels * value.bytes / math.prod(value.extents)
+            (read,) = node.pattern.reads  # its value may have tiled dims for this operator alone
+            copies[name] = pixels * read.value.bytes / math.prod(read.extents)
     return copies
 
 

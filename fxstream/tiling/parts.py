@@ -73,7 +73,8 @@ def whole_segment(graph: TypedGraph, name: str, nodes: Sequence[str]) -> Segment
         return None
     inside = {*nodes, *between}
     all_nodes = tuple(sorted(inside, key=lambda one: graph[one].index))
-    inputs = dict.fromkeys(one for node in all_nodes for one in graph.inputs(node) if one not in inside)
+    read = (one for node in all_nodes for one in graph.inputs(node) if not graph[one].is_attribute)
+    inputs = dict.fromkeys(one for one in read if one not in inside)
     dims = {one: graph.value(one).dims for one in inputs}
     spatial = {one: dims[one] for one in inputs if dims[one]}
     whole = [one for one in inputs if not dims[one]]
@@ -82,17 +83,21 @@ def whole_segment(graph: TypedGraph, name: str, nodes: Sequence[str]) -> Segment
 
 
 def _between(graph: TypedGraph, nodes: Sequence[str]) -> set[str]:
-    """The other nodes that depend on one of these and that another of these depends on; no integers."""
+    """The other nodes that depend on the values of one of these, and whose value another of these depends on.
+
+    What depends on sizes alone is not among them.
+    """
     inside, order = set(nodes), list(graph.nodes)
     span = order[min(graph[n].index for n in nodes) : max(graph[n].index for n in nodes) + 1]
+    span = [name for name in span if not graph.is_integer(name)]
     after, before = set(nodes), set(nodes)
     for name in span:
         if any(one in after for one in graph[name].inputs):
             after.add(name)
     for name in reversed(span):
-        if any(user.name in before for user in graph[name].node.users):
+        if any(user in before for user in graph.users(name)):
             before.add(name)
-    return {n for n in after & before - inside if graph[n].integer is None}
+    return after & before - inside
 
 
 def stages_of_outputs(graph: TypedGraph, outputs: Sequence[str]) -> list[int]:

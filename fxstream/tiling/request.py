@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from fxstream.errors import PlanError
 from fxstream.graph.typed_graph import TypedGraph
+from fxstream.rules import Value
 
 __all__ = [
     "Request",
@@ -38,21 +39,26 @@ class Request:
     global_ops: str = "auto"
     offload: bool = False
 
-    def tile_along(self, axis: int, axes: int) -> int | None:
-        """The bound along one axis, in pixels of the model's input; None for no bound."""
+    def tile_along(self, axes: int, images: Sequence[Value]) -> tuple[int | None, ...]:
+        """The bound along each of so many axes, in pixels of the model's input; None for no bound.
+
+        The last axes of a value are those of the images, of which the first may be left whole.
+        """
         if self.tile is None or isinstance(self.tile, int):
-            return self.tile
-        if len(self.tile) != axes:
-            raise PlanError(f"tile={self.tile} has {len(self.tile)} axes, but the image has {axes}: give {axes}")
-        return self.tile[axis]
+            return (self.tile,) * axes
+        counts = {count for image in images for count in (len(image.dims), len(image.shape) - 2)}
+        if len(self.tile) not in counts:
+            count = max(len(image.dims) for image in images)
+            raise PlanError(f"tile={self.tile} has {len(self.tile)} axes, but the image has {count}: give {count}")
+        return (None,) * (axes - len(self.tile)) + self.tile[max(0, len(self.tile) - axes) :]
 
 
 def tile_bounds(graph: TypedGraph, request: Request, extents: Sequence[int]) -> tuple[int, ...]:
     """The tile scaled to the resolution of a value with these extents, rounded up; the extents without a tile."""
     if request.tile is None:
         return tuple(extents)
-    image = graph.image_extents(len(extents))
-    tiles = [request.tile_along(axis, len(extents)) for axis in range(len(extents))]
+    image = graph.image_extents(extents)
+    tiles = request.tile_along(len(extents), graph.images)
     return tuple(
         extent if tile is None else -(-tile * extent // full)
         for tile, extent, full in zip(tiles, extents, image, strict=True)

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxstream.graph.nodes import TRACED
+from fxstream.graph.nodes import TRACED, attributes_of
 from fxstream.graph.typed_graph import TypedGraph, TypedNode
 
 __all__ = ["Fusion", "Segment", "isolated", "make_segment", "segment_of", "with_nodes"]
@@ -136,7 +136,8 @@ def _needed(graph: TypedGraph, nodes: tuple[str, ...], outputs: Collection[str])
 def isolated(segment: Segment, adapt: Callable[[Any], Any] = lambda leaf: leaf) -> Segment:
     """The segment with a graph of its own, at the same size; `adapt` may replace arguments that are not nodes.
 
-    Integers that follow from sizes inside the segment stay size arithmetic, all others are folded.
+    Integers that follow from sizes inside the segment stay size arithmetic, all others are folded. What its
+    operators take from the model's module (subgraphs, functions of the user) belongs to a module of its own.
     """
     parent, graph = segment.graph, fx.Graph()
     nodes: dict[str, TypedNode] = {}
@@ -152,23 +153,26 @@ def isolated(segment: Segment, adapt: Callable[[Any], Any] = lambda leaf: leaf) 
 
     for name in dict.fromkeys(segment.inputs):
         add(replace(parent[name], verdict=None, saves=None), graph.placeholder(name))
-    for original in _with_integers(segment):
+    for original in _with_constants(segment):
         node = original.node
         args, kwargs = pytree.tree_map(argument, (node.args, dict(node.kwargs)), is_leaf=lambda x: x is None)
         copy = graph.create_node(node.op, node.target, args, kwargs)
         copy.meta = {key: node.meta[key] for key in TRACED if key in node.meta}
         add(original, copy)
     graph.output(tuple(nodes[name].node for name in segment.outputs))
+    if attributes := attributes_of(graph, parent.graph.owning_module):
+        fx.GraphModule(attributes, graph)
     graph.lint()
     return replace(segment, graph=TypedGraph(graph, nodes, images=parent.images))
 
 
-def _with_integers(segment: Segment) -> Iterable[TypedNode]:
-    """The nodes of a segment, and the integers that follow from them and its inputs, in the order of the graph."""
+def _with_constants(segment: Segment) -> Iterable[TypedNode]:
+    """The nodes of a segment, the integers that follow from them and its inputs, and attributes, in order."""
     reached, inside = set(segment.inputs), set(segment.nodes)
     for name, node in segment.graph.nodes.items():
         follows = node.integer is not None and bool(node.inputs) and all(one in reached for one in node.inputs)
-        if name in inside or follows:
+        is_read = node.is_attribute and any(user.name in inside for user in node.node.users)
+        if name in inside or follows or is_read:
             reached.add(name)
             yield node
 

@@ -134,7 +134,7 @@ def _too_small(segment: Segment, request: Request, grid: Grid) -> PlanError:
     verdict = segment.graph[segment.outputs[-1]].verdict
     assert verdict is not None
     extents = segment.input_extents(name)
-    full = segment.graph.image_extents(len(extents))[grid.axis]
+    full = segment.graph.image_extents(extents)[grid.axis]
     least = (pixels - 1) * full // extents[grid.axis] + 1
     where = f" ({verdict.source})" if verdict.source else ""
     message = (

@@ -29,3 +29,24 @@ def test_a_gradient_that_cancels_is_no_difference():
 def test_check_needs_weights():
     with torch.device("meta"), pytest.raises(fxstream.InputError, match="meta device"):
         check(nn.Conv2d(3, 4, 3), 40, tile=16)
+
+
+class Blur(nn.Module):
+    """A filter that makes its weights, or has them as a buffer."""
+
+    def __init__(self, of_buffer):
+        super().__init__()
+        if of_buffer:
+            self.register_buffer("kernel", torch.ones(1, 1, 5, 5) / 25)
+
+    def forward(self, x):
+        kernel = getattr(self, "kernel", torch.full((1, 1, 5, 5), 0.04, dtype=x.dtype))
+        return nn.functional.conv2d(x, kernel).square()
+
+
+@pytest.mark.parametrize("of_buffer", [False, True])
+def test_a_module_without_parameters_is_checked_in_float64(of_buffer):
+    report = fxstream.check(Blur(of_buffer), 48, tile=24, channels=1)
+    assert report.dtype == torch.float64
+    assert report.ok, report
+    assert fxstream.check(Blur(of_buffer), 48, tile=24, channels=1, native=True).dtype == torch.float32

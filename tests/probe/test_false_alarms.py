@@ -1,0 +1,100 @@
+"""Models that the probe once took for wrong rules."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_networks import Function
+from torch import nn
+
+import fxstream
+from fxstream.probe.probe import probe
+
+
+def network(forward):
+    return Function(forward, a=nn.Conv2d(3, 4, 3, padding=1), b=nn.Conv2d(4, 4, 3, padding=1))
+
+
+def median(m, x):
+    y = m.a(x)
+    return m.b(torch.where(y > 1e9, torch.full_like(y, math.nan), y))
+
+
+NAN_OF_ITS_OWN = {
+    "a constant": median,
+    "a filled mask": lambda m, x: m.b(m.a(x).masked_fill(m.a(x) > 1e9, math.nan)),
+    "a pad": lambda m, x: m.b(F.pad(m.a(x), (1, 1, 1, 1), value=math.nan).nan_to_num()),
+    "a logarithm of what is negative": lambda m, x: m.b((m.a(x) - 1e3).log()),
+    "a root of what is negative": lambda m, x: m.b(torch.nan_to_num((-1 - m.a(x).square()).sqrt(), 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", NAN_OF_ITS_OWN)
+def test_nan_of_the_model_is_not_taken_for_that_of_the_probe(name):
+    analysis = fxstream.analyze(network(NAN_OF_ITS_OWN[name]), 48)
+    report = probe(analysis.graph, analysis.regions[0].nodes)
+    assert not report.mismatches, report
+    assert not report.unprobed, report
+
+
+class Pyramid(nn.Module):
+    """Maps at strides of 4 to 32, each of which is brought to the finest; `stages` are the way down."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(i, 4, s, s), nn.Conv2d(4, 4, 7, padding=3, groups=4))
+            for i, s in ((3, 4), (4, 2), (4, 2), (4, 2))
+        )
+
+    def forward(self, x):
+        maps = []
+        for stage in self.stages:
+            x = F.gelu(stage(x))
+            maps.append(x)
+        y, *coarser = maps
+        for one in coarser:
+            y = y + F.interpolate(one, size=y.shape[-2:], mode="bilinear")
+        return F.gelu(y)
+
+
+@pytest.mark.parametrize("size", [1024, 1056, 1000])
+@pytest.mark.parametrize("skipped", [2, 3])
+def test_a_part_that_starts_deep_and_reads_finer_maps(size, skipped):
+    """On a strip of another residue the coarsest map is no whole number of times smaller than the finest."""
+    analysis = fxstream.analyze(Pyramid(), size)
+    nodes = [n for n in analysis.regions[0].nodes if _stage(analysis, n) >= skipped]
+    report = probe(analysis.graph, nodes)
+    assert not report.mismatches, report
+    assert not report.unprobed, report
+    if size == 1024:
+        assert report.measured == report.nodes
+
+
+def _stage(analysis, name):
+    module = analysis.graph.verdicts[name].module.split(".")
+    return int(module[1]) if module[0] == "stages" else 4 if "gelu" not in name else _of_input(analysis, name)
+
+
+def _of_input(analysis, name):
+    return _stage(analysis, analysis.graph.inputs(name)[0])
+
+
+def test_a_wrong_rule_shows_beside_nan_of_the_model(monkeypatch):
+    """What is NaN by itself says nothing of the operators before it."""
+    from fxstream.geometry import receptive_field
+
+    analysis = fxstream.analyze(network(NAN_OF_ITS_OWN["a logarithm of what is negative"]), 48)
+    window = receptive_field.AxisMap.window
+
+    def narrow(kernel, stride, padding, dilation=1):
+        return window(kernel - 1, stride, padding, dilation)
+
+    monkeypatch.setattr(receptive_field.AxisMap, "window", staticmethod(narrow))
+    analysis = fxstream.analyze(network(NAN_OF_ITS_OWN["a logarithm of what is negative"]), 48)
+    assert probe(analysis.graph, analysis.regions[0].nodes).mismatches
+
+
+def test_a_constant_that_is_not_a_number_does_not_bind_a_model_to_its_size():
+    assert not fxstream.analyze(network(median), 48).captured.bound
