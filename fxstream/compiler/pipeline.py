@@ -285,8 +285,8 @@ class Pipeline:
             listed = ", ".join(plan.untiled[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
             self.warn_once(
                 "untiled",
-                f"tile={self.options.request.tile} is too small for {listed}: computed whole, and recomputed for"
-                " the backward. A larger tile, or a memory, bounds that too",
+                f"tile={self.options.request.tile} is too small for {listed}: these run whole. A larger tile,"
+                " or a memory, bounds them too",
             )
 
     def warn_once(self, topic: str, message: str) -> None:
