@@ -278,8 +278,22 @@ def _shifted(tensors: Sequence[torch.Tensor], shift: Sequence[int]) -> list[list
             shape[0] += 1
         if len(dims) == len(extents):
             for dim, pixels, extent in zip(dims, shift, extents, strict=False):
-                shape[dim] += pixels * shape[dim] // extent
+                shape[dim] = _scaled(shape[dim], extent, pixels)
     return shapes
+
+
+def _scaled(size: int, extent: int, pixels: int) -> int:
+    """The size of an axis where that of the image has `pixels` more; sizes at a stride stay at that stride.
+
+    >>> _scaled(23, 45, 33), _scaled(22, 45, 33), _scaled(30, 45, 33)
+    (39, 39, 52)
+    """
+    stride = max(1, round(extent / size))
+    if -(-extent // stride) == size:
+        return -(-(extent + pixels) // stride)
+    if extent // stride == size:
+        return (extent + pixels) // stride
+    return size + pixels * size // extent
 
 
 def _explanation(model: nn.Module, error: Exception) -> str:

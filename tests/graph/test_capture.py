@@ -71,6 +71,30 @@ def test_constants_that_move_with_the_size(captures):
     assert captures["captures"] == 1
 
 
+class AtHalf(nn.Module):
+    """A loss over a target at half of the image's resolution, divided by the pixels of the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, 2, 1))
+
+    def forward(self, image, target):
+        return (self.net(image) - target).square().sum() / (image.shape[2] * image.shape[3])
+
+
+@pytest.mark.parametrize("first", [40, 45])
+def test_a_target_at_half_of_the_resolution_is_captured_once(captures, first):
+    model = AtHalf().double()
+    module = fxstream.compile(model, tile=16, verify=False)
+    for size in (first, 51, 60, 77):
+        image, target = (
+            torch.randn(1, 3, size, size).double(),
+            torch.randn(1, 2, -(-size // 2), -(-size // 2)).double(),
+        )
+        assert torch.allclose(module(image, target), model(image, target), rtol=1e-12)
+    assert captures["captures"] == 1
+
+
 class Bound(nn.Module):
     def __init__(self):
         super().__init__()
