@@ -147,6 +147,32 @@ def test_small_images_take_the_plain_path():
     assert module.plan.is_trivial
 
 
+class CheckpointedNorm(nn.Module):
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.a, self.norm, self.c = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        block = lambda y: torch.relu(self.norm(y))  # noqa: E731
+        x = self.a(x)
+        return self.c(
+            block(x) if self.use_reentrant is None else checkpoint(block, x, use_reentrant=self.use_reentrant)
+        )
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_statistics_in_a_checkpoint_of_the_model_are_updated_once(use_reentrant):
+    """In eager mode the block runs twice, and updates them twice."""
+    model = CheckpointedNorm(use_reentrant).double()
+    plain = copy.deepcopy(model)
+    plain.use_reentrant = None
+    image = torch.randn(2, 3, 24, 24).double().requires_grad_()
+    assert_same(step(fxstream.compile(model, tile=12), model, [image]), step(plain, plain, [image]), 1e-10)
+    assert model.norm.num_batches_tracked == plain.norm.num_batches_tracked == 1
+    assert torch.allclose(model.norm.running_var, plain.norm.running_var, rtol=1e-12)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_inside_checkpoint(use_reentrant):
     model = frozen()
