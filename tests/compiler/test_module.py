@@ -154,11 +154,13 @@ class CheckpointedNorm(nn.Module):
         self.use_reentrant = use_reentrant
 
     def forward(self, x):
-        block = lambda y: torch.relu(self.norm(y))  # noqa: E731
         x = self.a(x)
-        return self.c(
-            block(x) if self.use_reentrant is None else checkpoint(block, x, use_reentrant=self.use_reentrant)
-        )
+        if self.use_reentrant is None:
+            return self.c(self.block(x))
+        return self.c(checkpoint(self.block, x, use_reentrant=self.use_reentrant))
+
+    def block(self, x):
+        return torch.relu(self.norm(x))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
