@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -172,7 +172,7 @@ class Pipeline:
             if holds:
                 return cached
         before = attributes(model)
-        with stages("capture"), inputs.explained():
+        with stages("capture"):
             captured = capture(model, args, kwargs)
         self._volatile |= {name for name, value in attributes(model).items() if before.get(name) != value}
         with stages("analysis"):
@@ -249,19 +249,25 @@ class Pipeline:
         streamed = {name for segment in plan.segments for name in segment.segment.covers}
         memory = plan.prediction.bytes // 2 if self.options.request.tile is None else MOST_BYTES
         parts = {f"region {i}": part for i, part in enumerate(streamable_parts(analysis.graph))}
-        return tuple(
-            captured.probes.get(part, functools.partial(self._probed, analysis, name, part, memory))
-            for name, part in parts.items()
-            if not streamed.isdisjoint(part)
-        )
+        of_part = functools.partial(self._report, captured.probes, analysis, streamed, memory)
+        return tuple(of_part(name, part) for name, part in parts.items() if not streamed.isdisjoint(part))
 
-    def _probed(self, analysis: Analysis, name: str, part: tuple[str, ...], memory: int) -> ProbeReport:
-        """The report on a whole part, also where only some of it is streamed: another plan streams other nodes."""
-        report = probe(analysis.graph, part, name, max(LEAST_OF_PROBE, min(memory, MOST_BYTES)))
-        logger.info("%s", report)
-        report.raise_on_mismatch()
-        if report.unprobed:
-            self.warn_once(report.part, f"{report}; it is streamed by its rules alone")
+    def _report(
+        self,
+        reports: Cache,
+        analysis: Analysis,
+        streamed: Collection[str],
+        memory: int,
+        name: str,
+        part: tuple[str, ...],
+    ) -> ProbeReport:
+        """The report on a whole part, for another plan streams other nodes; else on what is streamed of it."""
+        for nodes in (part, tuple(node for node in part if node in streamed)):
+            report = reports.get(nodes, functools.partial(_probed, analysis, name, nodes, memory))
+            assert isinstance(report, ProbeReport)
+            if not report.unprobed:
+                return report
+        self.warn_once(report.part, f"{report}; it is streamed by its rules alone")
         return report
 
     def _warn_what_stops_the_stream(self, analysis: Analysis, plan: Plan, device: torch.device) -> None:
@@ -309,3 +315,11 @@ def _common(prepared: Prepared) -> dict[str, str]:
 def _records(model: nn.Module, tensors: list[torch.Tensor]) -> bool:
     """Whether this call will be followed by a backward, as far as one can know."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in (*model.parameters(), *tensors))
+
+
+def _probed(analysis: Analysis, name: str, nodes: tuple[str, ...], memory: int) -> ProbeReport:
+    """What the probe says of these nodes. Raises `ProbeError` on a mismatch."""
+    report = probe(analysis.graph, nodes, name, max(LEAST_OF_PROBE, min(memory, MOST_BYTES)))
+    logger.info("%s", report)
+    report.raise_on_mismatch()
+    return report

@@ -7,8 +7,7 @@ reads boxes of the image itself (`reading`); what is not streamed gets it whole.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxstream.errors import CaptureError, InputError
+from fxstream.errors import InputError
 from fxstream.graph.shapes import is_image
 from fxstream.io.source import LARGEST_AXES, Source, is_array, source
 from fxstream.machine.device import is_accelerator
@@ -45,21 +44,6 @@ class Inputs:
             _whole(real, tensor.device) if i in whole else real
             for i, (tensor, real) in enumerate(zip(self.tensors, self.real, strict=True))
         ]
-
-    @contextmanager
-    def explained(self) -> Iterator[None]:
-        """While the model is captured: an `InputError` where it fails at the type of an array of integers."""
-        try:
-            yield
-        except CaptureError as error:
-            types = {real.dtype for real in self.real if isinstance(real, Source)}
-            listed = ", ".join(sorted(str(dtype) for dtype in types if not dtype.is_floating_point))
-            if not listed or "type" not in str(error.__cause__):
-                raise
-            raise InputError(
-                f"{error}. The image is of {listed}, as it is stored: give source(..., dtype=torch.float32), or"
-                " convert and normalise it in the model"
-            ) from error
 
     def plain(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments for the plain model, everything read into the device's memory."""

@@ -16,7 +16,7 @@ UNITS = {"": 1, "B": 1} | {
     for suffix, base in (("iB", 1024), ("B", 1000), ("", 1024))
 }
 NUMBER = re.compile(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]*|%)")
-FEWEST = 2**16
+FEWEST = 2**8
 """Fewer bytes than these are taken for a number whose unit was left out."""
 
 

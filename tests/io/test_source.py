@@ -132,6 +132,7 @@ def test_a_volume():
         assert torch.equal(found, model(torch.from_numpy(volume)[None, None].double()))
 
 
+@pytest.mark.filterwarnings("ignore:.*of the activations of Both are streamed:fxstream.StreamingWarning")
 def test_what_is_not_streamed_gets_it_whole():
     class Both(nn.Module):
         def __init__(self):
@@ -345,6 +346,6 @@ def test_a_batch_is_a_list_of_entries(batch):
 def test_bytes_into_a_network_of_floats(differentiated):
     module = fxstream.compile(nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()), tile=21)
     image = fxstream.source(bytes_image(43, 58, 3), layout="HWC")
-    message = r"torch.uint8, as it is stored.*source\(\.\.\., dtype=torch.float32\), or convert and normalise"
-    with torch.set_grad_enabled(differentiated), pytest.raises(fxstream.InputError, match=message):
+    message = r"an input is uint8 and weights are float32: convert it.*source\(\.\.\., dtype=torch.float32\)"
+    with torch.set_grad_enabled(differentiated), pytest.raises(fxstream.CaptureError, match=message):
         module(image)

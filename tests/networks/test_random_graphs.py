@@ -61,7 +61,7 @@ def run_within(graph, size, share) -> bool:
     model, image, wanted = plain
     whole = fxstream.compile(model, memory=2**40, verify=False)
     whole(image)
-    module = fxstream.compile(model, memory=max(1, int(share * whole.plan.prediction.bytes)), verify=False)
+    module = fxstream.compile(model, memory=f"{max(1, int(share * whole.plan.prediction.bytes))}B", verify=False)
     try:
         found = step(module, model, [image])
     except fxstream.PlanError as error:

@@ -170,10 +170,10 @@ def test_a_call_without_gradients_needs_less():
     ("arguments", "message"),
     [
         ({"memory": "lots"}, "cannot parse .lots. as a size"),
-        ({"memory": 0}, "memory must be bytes"),
-        ({"memory": True}, "memory must be bytes"),
-        ({"memory": -1.0}, "memory must be bytes"),
-        ({"memory": float("nan")}, "memory must be bytes"),
+        ({"memory": 0}, "cannot parse .* as a size"),
+        ({"memory": True}, "cannot parse .* as a size"),
+        ({"memory": -1.0}, "cannot parse .* as a size"),
+        ({"memory": float("nan")}, "cannot parse .* as a size"),
         ({"memory": "1GiB", "tile": 64}, "not both"),
     ],
 )

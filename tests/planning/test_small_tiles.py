@@ -36,7 +36,7 @@ def network():
 
 def test_what_needs_more_than_the_tile_runs_whole():
     image = torch.randn(1, 3, 80, 72, dtype=torch.float64, requires_grad=True)
-    with pytest.warns(fxstream.StreamingWarning, match=r"tile=24 is too small for `4` .. `7`: computed whole"):
+    with pytest.warns(fxstream.StreamingWarning, match=r"tile=24 is too small for `4` .. `7`: these run whole"):
         plan = assert_streams(network(), image, tile=24)
     assert plan.untiled == ("`4` .. `7`",)
     assert [bool(segment.axes) for segment in plan.segments] == [True, False]
