@@ -149,9 +149,9 @@ def example_inputs(
 ) -> list[torch.Tensor]:
     """The positional inputs of the model: one image [batch, channels, *size], or those that `inputs` has.
 
-    A shape stands for a tensor of the model's type on its device (of its buffers, where it has no
-    parameters), without memory of its own. Raises `InputError`
-    for both or neither of the two, and for anything but positive ints.
+    A shape stands for a tensor of the model's type on its device (of its buffers, where it has no parameters),
+    without memory of its own. Raises `InputError` for both or neither of the two, and for anything but positive
+    ints.
     """
     if (size is None) == (inputs is None):
         raise InputError(

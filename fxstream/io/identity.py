@@ -36,9 +36,9 @@ def values_of(image: torch.Tensor | Source) -> str:
 
 def weights_of(model: nn.Module) -> str:
     """A digest of the parameters and buffers of a model."""
-    tensors = [tensor for _, tensor in sorted(model.state_dict(keep_vars=True).items())]
-    names = "\n".join(sorted(model.state_dict(keep_vars=True)))
-    return f"{hashlib.sha256(names.encode()).hexdigest()[:16]} {_digest(tensor.detach() for tensor in tensors)}"
+    tensors = dict(sorted(model.state_dict().items()))
+    names = hashlib.sha256("\n".join(tensors).encode()).hexdigest()[:16]
+    return f"{names} {_digest(tensors.values())}"
 
 
 def _digest(tensors: Iterable[torch.Tensor]) -> str:

@@ -7,25 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_same
-from small_networks import Function
+from small_networks import Doubled, Function
 from torch import nn
 
 import fxstream
 from fxstream.compiler.analysis import analyze
 from fxstream.tiling.parts import streamable_parts, whole_segment
 from fxstream.tools.check import step
-
-
-class Doubled(torch.autograd.Function):
-    """A function that no rule describes."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * 2
 
 
 def with_function(m, x):
