@@ -13,10 +13,11 @@ if _TYPE_CHECKING:
     from fxstream import backend, rules
     from fxstream.compiler.analysis import Analysis, analyze
     from fxstream.compiler.compile import compile, plan
-    from fxstream.compiler.module import StreamedModule
+    from fxstream.compiler.module import StreamedModule, inspect
     from fxstream.errors import (
         CaptureError,
         FxstreamError,
+        GraphBreakError,
         InputError,
         PlanError,
         ProbeError,
@@ -40,10 +41,10 @@ _HOMES = {
     "fxstream": ("backend", "rules"),
     "fxstream.compiler.analysis": ("Analysis", "analyze"),
     "fxstream.compiler.compile": ("compile", "plan"),
-    "fxstream.compiler.module": ("StreamedModule",),
+    "fxstream.compiler.module": ("StreamedModule", "inspect"),
     "fxstream.errors": (
-        *("CaptureError", "FxstreamError", "InputError", "PlanError", "ProbeError", "RuleError", "StreamError"),
-        "StreamingWarning",
+        *("CaptureError", "FxstreamError", "GraphBreakError", "InputError", "PlanError", "ProbeError"),
+        *("RuleError", "StreamError", "StreamingWarning"),
     ),
     "fxstream.io.slides": ("openslide_array", "pyvips_array"),
     "fxstream.io.source": ("Source", "source"),
@@ -63,6 +64,7 @@ __all__ = [
     "CaptureError",
     "CheckReport",
     "FxstreamError",
+    "GraphBreakError",
     "InputError",
     "PlanError",
     "ProbeError",
@@ -80,6 +82,7 @@ __all__ = [
     "compile",
     "freeze_batch_norm",
     "infer",
+    "inspect",
     "lsuv_",
     "openslide_array",
     "plan",

@@ -8,6 +8,7 @@ sentence as the cause and add the line of the model that it came from.
 __all__ = [
     "CaptureError",
     "FxstreamError",
+    "GraphBreakError",
     "InputError",
     "PlanError",
     "ProbeError",
@@ -27,6 +28,10 @@ class InputError(FxstreamError, ValueError):
 
 class CaptureError(FxstreamError, RuntimeError):
     """The model cannot be turned into a graph."""
+
+
+class GraphBreakError(CaptureError):
+    """The model is not one graph: its code between two graphs has to run as Python."""
 
 
 class RuleError(FxstreamError, RuntimeError):

@@ -75,7 +75,7 @@ def integer_image(*shape: int, requires_grad: bool = True) -> torch.Tensor:
 
 def streams(module):
     """The segments of the last call, made ready to run."""
-    return [m.stream for m in module.pipeline.last.streamed.modules() if hasattr(m, "stream")]
+    return [m.stream for m in fxstream.inspect(module).last.streamed.modules() if hasattr(m, "stream")]
 
 
 def captures(module):
@@ -85,7 +85,7 @@ def captures(module):
 
 def replan(module, plan):
     """Let a compiled module run another plan at the size of its last call."""
-    last = module.pipeline.last
+    last = fxstream.inspect(module).last
     streamed = rewrite(last.analysis.captured, last.analysis.graph, plan)
     entries = module.pipeline._cache._entries
     for key, prepared in entries.items():

@@ -11,6 +11,7 @@ FLOORS = (
     ("geometry", "machine"),
     ("rules",),
     ("graph",),
+    ("capture",),
     ("lowering",),
     ("io",),
     ("tiling",),

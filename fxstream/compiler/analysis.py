@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxstream.capture.capture import capture
+from fxstream.capture.casts import without_autocast
 from fxstream.errors import InputError
-from fxstream.graph.capture import Captured, capture
+from fxstream.graph.captured import Captured
 from fxstream.graph.effects import UNSTREAMED
 from fxstream.graph.nodes import bind, copy_graph
 from fxstream.graph.shapes import Meta, Shape, Shapes, shapes_at, stream_dims
@@ -80,12 +82,12 @@ class Analysis:
     __repr__ = __str__
 
 
-def analyse(captured: Captured, model: nn.Module, tensors: list[torch.Tensor], combines: bool = True) -> Analysis:
-    """The analysis of a captured model for these inputs (only their shapes are looked at).
+def analyse(captured: Captured, values: Sequence[Any], combines: bool = True) -> Analysis:
+    """The analysis of a captured model for these values of a call (of tensors only their shapes are looked at).
 
     With `combines` reductions over space may be combined from tiles.
     """
-    shapes = shapes_at(captured.module, [*captured.model_tensors(model), *tensors])
+    shapes = shapes_at(captured.module, captured.arguments(values))
     return Analysis(captured, _typed(captured.graph, shapes, image_dims(captured, shapes.metas), combines))
 
 
@@ -108,15 +110,15 @@ def _tileable_bytes(graph: TypedGraph) -> int:
     return sum(graph.activation_bytes(region.nodes) for region in graph.regions)
 
 
-def lowered(captured: Captured, model: nn.Module, tensors: list[torch.Tensor], combines: bool = True) -> Captured:
+def lowered(captured: Captured, values: Sequence[Any], combines: bool = True) -> Captured:
     """The captured model with its feature-map-wide operators decomposed, where any can be (`lowering`).
 
     Reductions over space only where they may be combined from tiles.
     """
-    graph = analyse(captured, model, tensors, combines).graph
+    graph = analyse(captured, values, combines).graph
     unflattened = with_positions(captured, graph) if combines else captured
     if unflattened is not captured:
-        captured, graph = unflattened, analyse(unflattened, model, tensors).graph
+        captured, graph = unflattened, analyse(unflattened, values).graph
     return lower(captured, graph, combines)
 
 
@@ -197,7 +199,7 @@ def analyze(
     region conv2d .. conv2d: 1 nodes, 100.0% of the activations
     """
     examples = example_inputs(model, size, channels, batch, inputs)
-    captured = capture(model, tuple(examples), kwargs or {})
-    tensors = [*examples, *(t for t in (kwargs or {}).values() if isinstance(t, torch.Tensor))]
+    captured, values = capture(model, tuple(examples), kwargs or {})
     combines = global_ops != "cut"
-    return analyse(lowered(captured, model, tensors, combines), model, tensors, combines)
+    with without_autocast(captured):
+        return analyse(lowered(captured, values, combines), values, combines)

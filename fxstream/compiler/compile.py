@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fxstream.compiler.analysis import analyze
 from fxstream.compiler.module import StreamedModule
-from fxstream.compiler.options import request_of
+from fxstream.compiler.options import RequestOptions, request_of
 from fxstream.compiler.pipeline import Options
 from fxstream.errors import InputError
 from fxstream.machine import heap
 from fxstream.planning.plan import Plan, make_plan
 
-__all__ = ["compile", "plan"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["compile", "options_of", "plan"]
 
 REPLICATED = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 """Wrappers that exchange between processes, or copy, in a forward of their own."""
@@ -75,19 +78,43 @@ def compile(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"compile needs an nn.Module, found {type(model).__name__}")
-    if offload and mesh is not None:
-        raise InputError("offload and mesh exclude each other: ranks exchange boundaries on the device")
     if type(model).__name__ in REPLICATED:
         raise InputError(
             f"compile({type(model).__name__}(...)) is the wrong order, since a stream does not run the wrapper:"
             " wrap the compiled module: DistributedDataParallel(fxstream.compile(model, ...))"
         )
-    request = request_of(
-        tile=tile, memory=memory, segments=segments, cut=cut, global_ops=global_ops, offload=offload
+    options = options_of(
+        verify=verify,
+        compile_tiles=compile_tiles,
+        mesh=mesh,
+        progress=progress,
+        return_freed=return_freed,
+        tile=tile,
+        memory=memory,
+        segments=segments,
+        cut=cut,
+        global_ops=global_ops,
+        offload=offload,
     )
+    return StreamedModule(model, options)
+
+
+def options_of(
+    *,
+    verify: bool = True,
+    compile_tiles: bool = False,
+    mesh: Any = None,
+    progress: bool = False,
+    return_freed: bool = False,
+    **options: Unpack[RequestOptions],
+) -> Options:
+    """The options of `compile`, checked. Raises `InputError` for those that make no sense."""
+    if options.get("offload") and mesh is not None:
+        raise InputError("offload and mesh exclude each other: ranks exchange boundaries on the device")
+    request = request_of(**options)
     if return_freed:
         heap.return_freed()
-    return StreamedModule(model, Options(request, verify, compile_tiles, mesh, progress))
+    return Options(request, verify, compile_tiles, mesh, progress)
 
 
 def plan(

@@ -11,45 +11,39 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from fxstream.compiler.pipeline import Options, Pipeline, Prepared
+from fxstream.capture.trace import is_capturing
+from fxstream.compiler.pipeline import Options
+from fxstream.compiler.streaming import Streaming
 from fxstream.errors import InputError
-from fxstream.graph.export import is_capturing
-from fxstream.graph.typed_graph import Verdict
-from fxstream.planning.plan import Plan
-from fxstream.probe.probe import ProbeReport
 
-__all__ = ["StreamedModule"]
+__all__ = ["StreamedModule", "inspect"]
 
-
-class _BeforeFirstCallError(InputError, AttributeError):
-    """A property of the last call was read before the first: for `hasattr` it is not there."""
+SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+INSPECTED = ("model", "plan", "verdicts", "probe", "graph")
+"""What is read from the `Streaming` where the model has no attribute of that name."""
 
 
 class StreamedModule(nn.Module):
     """A model that streams; made by `compile`.
 
-    It shares the model's parameters, buffers and submodules (the same dictionaries), so `state_dict`,
-    optimisers, `.to()` and `.train()` act on both.
+    It shares the model's parameters, buffers and submodules (the same dictionaries), so `state_dict`, optimisers,
+    `.to()` and `.train()` act on both. Any other attribute is the model's, to read and to set. `plan`, `verdicts`,
+    `probe`, `graph` and `model` are those of `inspect`, where the model has no such name.
     """
 
-    model: nn.Module
-    pipeline: Pipeline
-    _untraced_run: Callable[..., Any]
+    _fxstream: Streaming
 
     def __init__(self, model: nn.Module, options: Options) -> None:
-        super().__init__()
-        shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-        # Not registered as a submodule: the model's parts are ours under their own names.
-        self.__dict__ |= {parts: model.__dict__[parts] for parts in shared} | {"model": model}
-        self.pipeline = Pipeline(model, options)
-        self.training = model.training
-        self._untraced_run = _untraced_run()
+        machinery = nn.Module().__dict__
+        del machinery["training"]
+        shared = {name: model.__dict__[name] for name in SHARED}
+        self.__dict__.update(machinery | shared | {"_fxstream": Streaming(model, options)})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StreamedModule, (self.model, self.pipeline.options)
+        return StreamedModule, (self._fxstream.model, self._fxstream.options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamedModule:
-        return StreamedModule(copy.deepcopy(self.model, memo), self.pipeline.options)
+        return StreamedModule(copy.deepcopy(self._fxstream.model, memo), self._fxstream.options)
 
     def _replicate_for_data_parallel(self) -> StreamedModule:
         raise InputError(
@@ -58,41 +52,31 @@ class StreamedModule(nn.Module):
         )
 
     def train(self, mode: bool = True) -> StreamedModule:
-        """Training mode of the model and of this module."""
-        self.training = mode
-        self.model.train(mode)
+        """Training mode of the model, and so of this module."""
+        self._fxstream.model.train(mode)
         return self
 
-    @property
-    def verdicts(self) -> tuple[Verdict, ...]:
-        """The verdict on every node, for the last input."""
-        return self._last().analysis.verdicts
-
-    @property
-    def plan(self) -> Plan:
-        """Segments and tiles for the last input."""
-        return self._last().plan
-
-    @property
-    def probe(self) -> tuple[ProbeReport, ...]:
-        """What the probe measured on each streamed region, for the last input; empty where it was not run."""
-        return self._last().probe
-
-    @property
-    def graph(self) -> fx.Graph:
-        """The rewritten graph for the last input; the captured one where the plain path was taken."""
-        return self._last().graph
-
-    def _last(self) -> Prepared:
-        if self.pipeline.last is None:
-            raise _BeforeFirstCallError("nothing is known before the first call: call the module on an image")
-        return self.pipeline.last
-
     def __getattr__(self, name: str) -> Any:
-        """Called where `name` is no attribute, or a property of the last call before there was one."""
-        if isinstance(getattr(type(self), name, None), property):
-            self._last()
-        return super().__getattr__(name)
+        """Called where the module itself has no such attribute: the model's, or what `inspect` knows."""
+        streaming: Streaming = self.__dict__["_fxstream"]
+        try:
+            return getattr(streaming.model, name)
+        except AttributeError:
+            if name not in INSPECTED:
+                raise
+        return getattr(streaming, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:
+            self.__dict__[name] = value
+        else:
+            setattr(self._fxstream.model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._fxstream.model, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._fxstream.model)})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for these arguments, of which images may be arrays (`fxstream.source`).
@@ -100,11 +84,24 @@ class StreamedModule(nn.Module):
         A `torch.compile` around it does not look inside. As a part of another model that is compiled, it is what
         its model is. Raises `InputError` where an exporter or a tracer writes the call down.
         """
-        return self._untraced_run(self, args, kwargs)
+        if _is_inlined()():
+            return self._fxstream.model(*args, **kwargs)
+        return _untraced_run()(self, args, kwargs)
 
     def extra_repr(self) -> str:
-        request = self.pipeline.options.request
+        request = self._fxstream.options.request
         return f"memory={request.memory}" if request.tile is None else f"tile={request.tile}"
+
+
+def inspect(module: StreamedModule) -> Streaming:
+    """How a compiled module streams: its `model` and `options`, and of the last call `plan`, `verdicts`, `probe`, `graph`.
+
+    `module.plan` is the same, unless the model has an attribute `plan` of its own. Raises `InputError` for anything
+    but a compiled module, and where something of the last call is read before the first.
+    """
+    if not isinstance(module, StreamedModule):
+        raise InputError(f"inspect needs a module made by fxstream.compile, found {type(module).__name__}")
+    return module._fxstream
 
 
 def _is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -115,14 +112,12 @@ def _is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _run(module: StreamedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if is_capturing():
-        return module.model(*args, **kwargs)
     if _is_traced(args, kwargs):
         raise InputError(
-            "a stream of tiles cannot be traced or exported: export the model, which is compiled.model and has the"
-            " same weights"
+            "a stream of tiles cannot be traced or exported: export the model, which is"
+            " fxstream.inspect(compiled).model and has the same weights"
         )
-    return module.pipeline.run(args, kwargs)
+    return module._fxstream.run(args, kwargs)
 
 
 @functools.cache
@@ -132,3 +127,9 @@ def _untraced_run() -> Callable[..., Any]:
         "fxstream compiles this module by itself: without fullgraph=True, it is one call in the graph around it"
     )
     return torch.compiler.disable(_run, reason=reason)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _is_inlined() -> Callable[[], bool]:
+    """Whether fxstream traces a model around this one; dynamo takes the answer for a constant."""
+    return torch.compiler.assume_constant_result(is_capturing)  # type: ignore[no-any-return]

@@ -1,34 +1,34 @@
-"""The pipeline from a model to a graph that streams, readable as a table of contents.
+"""The pipeline from a traced graph to one that streams, readable as a table of contents.
 
     capture  ->  lower  ->  type at this size  ->  plan  ->  probe  ->  rewrite  ->  run
 
-Captures are made per mode (training flags, input structure, types, devices) and probed once; everything else is
-per image size. All of it is in one bounded cache.
+A graph is captured and probed once; everything else is per image size. All of it is in one bounded cache.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import threading
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.utils import _pytree as pytree
+from torch import fx
 
+from fxstream.capture.capture import Retrace, capture_graph, still_holds
+from fxstream.capture.casts import without_autocast
+from fxstream.capture.traced_graph import Kind, TracedGraph
 from fxstream.compiler.analysis import Analysis, analyse, lowered
 from fxstream.compiler.cache import Cache
 from fxstream.compiler.stages import Stages
 from fxstream.errors import StreamingWarning
 from fxstream.graph.autograd_saves import saves_of
-from fxstream.graph.capture import Captured, capture, still_holds
-from fxstream.graph.effects import is_random
-from fxstream.graph.guards import attributes, mode_key
 from fxstream.graph.typed_graph import Saves
-from fxstream.io.inputs import Inputs, inputs_of
+from fxstream.io.inputs import whole
+from fxstream.io.source import Source
 from fxstream.machine.device import budget_of
 from fxstream.planning.plan import Plan, make_plan
 from fxstream.probe.probe import MOST_BYTES, ProbeReport, probe
@@ -40,7 +40,7 @@ from fxstream.tiling.parts import streamable_parts
 from fxstream.tiling.request import Request
 from fxstream.tiling.reuse import reuse_memory
 
-__all__ = ["CapturedModel", "Options", "Pipeline", "Prepared"]
+__all__ = ["CapturedModel", "Options", "Pipeline", "Prepared", "Shared"]
 
 logger = logging.getLogger("fxstream")
 logger.addHandler(logging.NullHandler())
@@ -68,6 +68,24 @@ class Options:
     progress: bool = False
 
 
+class Shared:
+    """What the graphs of one model have in common: its options, what was warned of, and what ran last."""
+
+    def __init__(self, name: str, options: Options) -> None:
+        self.name, self.options = name, options
+        self.last: Prepared | None = None
+        self.warned: set[str] = set()
+        """The topics that the user was warned about, or that are not worth a warning."""
+        self.ranks = None if options.mesh is None else Ranks(options.mesh)
+        self.watch = Bar() if options.progress else None
+
+    def warn_once(self, topic: str, message: str) -> None:
+        """A warning, the first time that something is to be said about a topic."""
+        if topic not in self.warned:
+            self.warned.add(topic)
+            warnings.warn(message, StreamingWarning, stacklevel=2)
+
+
 @dataclass(frozen=True, slots=True)
 class CapturedModel:
     """Everything that is made once per capture: its graph, lowered, what autograd saves, the probe's reports."""
@@ -80,7 +98,7 @@ class CapturedModel:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """The model made ready for one image size; `streamed` is None where the plain path does the same."""
+    """A graph made ready for one image size; `streamed` is None where the plain path does the same."""
 
     analysis: Analysis
     plan: Plan
@@ -92,116 +110,135 @@ class Prepared:
         """The rewritten graph; the captured one where the plain path is taken."""
         return self.analysis.captured.graph if self.streamed is None else self.streamed.graph
 
-    def run(self, model: nn.Module, inputs: Inputs) -> Any:
+    def run(self, values: Sequence[Any], outside: Mapping[int, Any]) -> list[Any]:
         """What the streamed graph returns; images from outside are read whole where it needs them whole."""
         assert self.streamed is not None
         captured = self.analysis.captured
-        names, whole = captured.inputs, read_whole(self.streamed)
-        tensors = inputs.read_whole([i for i in inputs.outside if names[i] in whole])
-        flat = self.streamed(*captured.model_tensors(model), *tensors)
-        return pytree.tree_unflatten(flat, captured.out_spec)
+        in_whole, names = read_whole(self.streamed), ("",) * len(captured.tensors) + captured.inputs
+        arguments = captured.arguments(values)
+        for k, (place, name) in enumerate(zip(captured.places, names, strict=True)):
+            if place in outside:
+                real = outside[place]  # type: ignore[index]
+                arguments[k] = whole(real, values[place].device) if name in in_whole else real  # type: ignore[index]
+        with without_autocast(captured):
+            return self.streamed(*arguments)  # type: ignore[no-any-return]
 
 
 class Pipeline:
-    """The stages for one model, with what they keep; `last` is what the last call ran."""
+    """The stages for one traced graph, with what they keep. Threads prepare it one after the other."""
 
-    def __init__(self, model: nn.Module, options: Options) -> None:
-        self.model, self.options = model, options
-        self.last: Prepared | None = None
-        self.warned: set[str] = set()
-        """The topics that the user was warned about, or that are not worth a warning."""
+    def __init__(self, traced: TracedGraph, shared: Shared, retrace: Retrace | None = None) -> None:
+        self.traced, self.shared = traced, shared
+        self._retrace = retrace
         self._cache = Cache(MOST_ENTRIES)
-        self._ranks = None if options.mesh is None else Ranks(options.mesh)
-        self._watch = Bar() if options.progress else None
-        self._volatile: set[str] = set()
+        self._lock = threading.RLock()
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the model returns for these arguments."""
-        inputs = inputs_of(self.model, args, kwargs)
-        if self._ranks is None:
-            prepared = self.prepared(inputs)
+    def run(self, values: Sequence[Any], outside: Mapping[int, torch.Tensor | Source]) -> Sequence[Any]:
+        """What the graph returns for these values of its inputs.
+
+        `outside` has the real images of those that only stand in for what is not in the device's memory.
+        """
+        if not self.traced.indices(Kind.ARGUMENT):
+            return self.traced(values)  # type: ignore[no-any-return]
+        ranks = self.shared.ranks
+        if ranks is None:
+            prepared = self.prepared(values, outside)
         else:
-            self._ranks.require_equal({"image": ", ".join(fingerprint(image) for image in inputs.real)})
-            with self._ranks.raise_together():
-                prepared = self.prepared(inputs)
-            self._ranks.require_equal(_common(prepared))
+            images = [outside.get(i, values[i]) for i in self.traced.indices(Kind.ARGUMENT)]
+            ranks.require_equal({"image": ", ".join(fingerprint(image) for image in images)})
+            with ranks.raise_together():
+                prepared = self.prepared(values, outside)
+            ranks.require_equal(_common(prepared))
         if prepared.streamed is None:
-            args, kwargs = inputs.plain()
-            return self.model(*args, **kwargs)
-        return prepared.run(self.model, inputs)
+            return self.plain(values, outside)
+        return self.traced.with_numbers(prepared.run(values, outside), values)
 
-    def prepared(self, inputs: Inputs, written: Sequence[int] | None = None) -> Prepared:
-        """The model ready for these inputs; results at the indices `written` are written as they come.
+    def plain(self, values: Sequence[Any], outside: Mapping[int, torch.Tensor | Source]) -> Sequence[Any]:
+        """What the graph returns as it is, everything read into the device's memory."""
+        read = [whole(outside[i], value.device) if i in outside else value for i, value in enumerate(values)]
+        return self.traced(read)  # type: ignore[no-any-return]
+
+    def prepared(
+        self, values: Sequence[Any], outside: Collection[int], written: Sequence[int] | None = None
+    ) -> Prepared:
+        """The graph ready for these values; outputs at the indices `written` are written as they come.
 
         With `written` it is a call without gradients.
         """
-        mode = mode_key(self.model, inputs.args, inputs.kwargs, self._volatile)
-        size = self._size_key(inputs, written)
-        if ("size", mode, size) not in self._cache:
-            stages = Stages(type(self.model).__name__, self._watch)
-            captured = self._captured(mode, inputs, stages)
-            mode = mode_key(self.model, inputs.args, inputs.kwargs, self._volatile)
-            self._cache.put(("size", mode, size), self._prepare(captured, inputs, written, stages))
-        self.last = self._cache.get(("size", mode, size), lambda: self.last)
-        assert self.last is not None
-        return self.last
+        key = self._size_key(values, outside, written)
+        with self._lock:
+            if key not in self._cache:
+                stages = Stages(self.shared.name, self.shared.watch)
+                captured = self._captured(values, stages)
+                with without_autocast(captured.captured):
+                    prepared = self._prepare(captured, values, outside, written, stages)
+                self._cache.put(key, prepared)
+            last: Prepared = self._cache.get(key, lambda: None)  # type: ignore[assignment]
+        self.shared.last = last
+        return last
 
-    def _training(self, inputs: Inputs, written: Sequence[int] | None) -> bool:
+    def serves(self, traced: TracedGraph) -> bool:
+        """Whether another trace of the same call, at another size, has the graph that is captured here."""
+        with self._lock:
+            made = self._cache.get(("capture", self.traced.numbers(traced.examples)), lambda: None)
+            return made is not None and still_holds(made.captured, traced, traced.examples)
+
+    def _tensors(self, values: Sequence[Any]) -> list[torch.Tensor]:
+        """The tensors of the call."""
+        return [values[i] for i in self.traced.indices(Kind.ARGUMENT)]
+
+    def _training(self, values: Sequence[Any], written: Sequence[int] | None) -> bool:
         """Whether to plan for a backward; with a tile the plan is the same in any case."""
         if written is not None:
             return False
-        return self.options.request.tile is not None or _records(self.model, inputs.tensors)
+        return self.shared.options.request.tile is not None or _records(values)
 
-    def _size_key(self, inputs: Inputs, written: Sequence[int] | None) -> Any:
-        training = self._training(inputs, written)
-        differentiates = training and self.options.request.tile is None
-        shapes = tuple((tuple(t.shape), differentiates and t.requires_grad) for t in inputs.tensors)
-        return shapes, training, inputs.outside, None if written is None else tuple(written)
+    def _size_key(self, values: Sequence[Any], outside: Collection[int], written: Sequence[int] | None) -> Any:
+        training = self._training(values, written)
+        differentiates = training and self.shared.options.request.tile is None
+        shapes = tuple((tuple(t.shape), differentiates and t.requires_grad) for t in self._tensors(values))
+        places = None if written is None else tuple(written)
+        return "size", self.traced.numbers(values), shapes, training, frozenset(outside), places
 
-    def _captured(self, mode: Any, inputs: Inputs, stages: Stages) -> CapturedModel:
-        """The capture for this mode; one that is bound to its size is not kept for other sizes."""
-        model, args, kwargs, key = self.model, inputs.args, inputs.kwargs, ("capture", mode)
-        previous = key in self._cache
-        if previous:
-            cached = self._cache.get(key, lambda: None)
-            assert isinstance(cached, CapturedModel)
-            if not cached.captured.reads_sizes:
-                return cached
-            with stages("check of the capture"):
-                holds = still_holds(cached.captured, model, args, kwargs, inputs.tensors)
-            if holds:
-                return cached
-        before = attributes(model)
+    def _captured(self, values: Sequence[Any], stages: Stages) -> CapturedModel:
+        """The capture; one that is bound to its size is not kept for other sizes."""
+        key = ("capture", self.traced.numbers(values))
+        cached = self._cache.get(key, lambda: None) if key in self._cache else None
+        if isinstance(cached, CapturedModel):
+            return cached
         with stages("capture"):
-            captured = capture(model, args, kwargs)
-        self._volatile |= {name for name, value in attributes(model).items() if before.get(name) != value}
-        with stages("analysis"):
-            made = self._made(captured, inputs)
-        if captured.bound or previous:
-            self.warn_once(
+            captured = capture_graph(self.traced, values, self._retrace)
+        self._retrace = None
+        with stages("analysis"), without_autocast(captured):
+            made = self._made(captured, values)
+        if captured.bound:
+            self.shared.warn_once(
                 "bound",
-                f"{type(model).__name__} is bound to the size of its input: each new image or batch size is"
-                " captured anew",
+                f"{self.shared.name} is bound to the size of its input: each new image or batch size is captured"
+                " anew",
             )
         else:
-            self._cache.put(("capture", mode_key(model, args, kwargs, self._volatile)), made)
+            self._cache.put(key, made)
         return made
 
-    def _made(self, captured: Captured, inputs: Inputs) -> CapturedModel:
-        """What is made once of a capture, at the size of these inputs."""
-        combines = self.options.request.global_ops != "cut"
-        simple = lowered(captured, self.model, inputs.tensors, combines)
-        return CapturedModel(
-            captured, simple, saves_of(analyse(simple, self.model, inputs.tensors, combines).graph)
-        )
+    def _made(self, captured: Captured, values: Sequence[Any]) -> CapturedModel:
+        """What is made once of a capture, at the size of these values."""
+        combines = self.shared.options.request.global_ops != "cut"
+        simple = lowered(captured, values, combines)
+        return CapturedModel(captured, simple, saves_of(analyse(simple, values, combines).graph))
 
     def _prepare(
-        self, captured: CapturedModel, inputs: Inputs, written: Sequence[int] | None, stages: Stages
+        self,
+        captured: CapturedModel,
+        values: Sequence[Any],
+        outside: Collection[int],
+        written: Sequence[int] | None,
+        stages: Stages,
     ) -> Prepared:
         """The stages of one image size."""
         with stages("plan"):
-            analysis, plan = self._planned(captured, inputs, written)
-        self._warn_what_stops_the_stream(analysis, plan, inputs.tensors[0].device)
+            analysis, plan = self._planned(captured, values, outside, written)
+        self._warn_what_stops_the_stream(analysis, plan, self._tensors(values)[0].device)
         self._warn_what_runs_whole(plan)
         reports: tuple[ProbeReport, ...] = ()
         streamed = None
@@ -209,45 +246,51 @@ class Pipeline:
             with stages("probe"):
                 reports = self._verified(captured, analysis, plan)
             with stages("tile programs"):
-                options, lowered = self.options, captured.lowered
-                streamed = rewrite(lowered, analysis.graph, plan, options.compile_tiles, self._ranks, self._watch)
+                shared, lowered = self.shared, captured.lowered
+                streamed = rewrite(lowered, analysis.graph, plan, shared.options.compile_tiles, shared.ranks, shared.watch)
         plan = replace(plan, prepared=stages.seconds)
         logger.info("%s", plan)
         return Prepared(analysis, plan, reports, streamed)
 
     def _planned(
-        self, captured: CapturedModel, inputs: Inputs, written: Sequence[int] | None
+        self,
+        captured: CapturedModel,
+        values: Sequence[Any],
+        outside: Collection[int],
+        written: Sequence[int] | None,
     ) -> tuple[Analysis, Plan]:
-        tensors, options = inputs.tensors, self.options
-        analysis = analyse(captured.lowered, self.model, tensors, options.request.global_ops != "cut")
+        simple, ranks = captured.lowered, self.shared.ranks
+        analysis = analyse(simple, values, self.shared.options.request.global_ops != "cut")
         graph = reuse_memory(analysis.graph.with_saves(captured.saves))
-        analysis, names = replace(analysis, graph=graph), captured.lowered.inputs
+        analysis = replace(analysis, graph=graph)
+        inputs = dict(zip(simple.inputs, simple.places[len(simple.tensors) :], strict=True))
+        device = self._tensors(values)[0].device
         plan = make_plan(
             graph,
-            self._request(tensors[0].device),
-            training=self._training(inputs, written),
-            device=tensors[0].device,
-            differentiated=frozenset(n for n, t in zip(names, tensors, strict=True) if t.requires_grad),
-            outside=frozenset(names[i] for i in inputs.outside),
-            written=frozenset(name for i, name in enumerate(captured.lowered.results) if i in (written or ())),
-            ranks=1 if self._ranks is None else self._ranks.count,
+            self._request(device),
+            training=self._training(values, written),
+            device=device,
+            differentiated=frozenset(name for name, i in inputs.items() if values[i].requires_grad),  # type: ignore[index]
+            outside=frozenset(name for name, i in inputs.items() if i in outside),
+            written=frozenset(name for i, name in enumerate(simple.outputs) if i in (written or ()) and name),
+            ranks=1 if ranks is None else ranks.count,
         )
         return analysis, plan
 
     def _request(self, device: torch.device) -> Request:
         """The request; ranks that share tiles plan for the least memory of any."""
-        request = self.options.request
-        if self._ranks is None:
+        request = self.shared.options.request
+        if self.shared.ranks is None:
             return request
-        budget = self._ranks.least(budget_of(request.memory, device))
+        budget = self.shared.ranks.least(budget_of(request.memory, device))
         return replace(request, memory=None if request.tile is not None else budget)
 
     def _verified(self, captured: CapturedModel, analysis: Analysis, plan: Plan) -> tuple[ProbeReport, ...]:
         """The probe's reports on what the plan streams, once per capture. Raises `ProbeError` on a mismatch."""
-        if not self.options.verify:
+        if not self.shared.options.verify:
             return ()
         streamed = {name for segment in plan.segments for name in segment.segment.covers}
-        memory = plan.prediction.bytes // 2 if self.options.request.tile is None else MOST_BYTES
+        memory = plan.prediction.bytes // 2 if self.shared.options.request.tile is None else MOST_BYTES
         parts = {f"region {i}": part for i, part in enumerate(streamable_parts(analysis.graph))}
         of_part = functools.partial(self._report, captured.probes, analysis, streamed, memory)
         return tuple(of_part(name, part) for name, part in parts.items() if not streamed.isdisjoint(part))
@@ -267,11 +310,11 @@ class Pipeline:
             assert isinstance(report, ProbeReport)
             if not report.unprobed:
                 return report
-        self.warn_once(report.part, f"{report}; it is streamed by its rules alone")
+        self.shared.warn_once(report.part, f"{report}; it is streamed by its rules alone")
         return report
 
     def _warn_what_stops_the_stream(self, analysis: Analysis, plan: Plan, device: torch.device) -> None:
-        barriers, request = analysis.barriers, self.options.request
+        barriers, request = analysis.barriers, self.shared.options.request
         fits = request.tile is None and plan.prediction.plain_bytes <= budget_of(request.memory, device)
         if plan.streamed_share >= SMALL_SHARE or request.cut is not None or fits or not barriers:
             return
@@ -280,8 +323,8 @@ class Pipeline:
         if statistics:
             first += f" ({len(statistics)} BatchNorm layers use batch statistics)"
             advice = ". fxstream.freeze_batch_norm(model) makes them local"
-        name = type(self.model).__name__
-        self.warn_once(
+        name = self.shared.name
+        self.shared.warn_once(
             "share", f"{plan.streamed_share:.0%} of the activations of {name} are streamed{first}{advice}"
         )
 
@@ -289,17 +332,11 @@ class Pipeline:
         if plan.untiled:
             more = len(plan.untiled) - MOST_NAMED
             listed = ", ".join(plan.untiled[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
-            self.warn_once(
+            self.shared.warn_once(
                 "untiled",
-                f"tile={self.options.request.tile} is too small for {listed}: these run whole. A larger tile,"
+                f"tile={self.shared.options.request.tile} is too small for {listed}: these run whole. A larger tile,"
                 " or a memory, bounds them too",
             )
-
-    def warn_once(self, topic: str, message: str) -> None:
-        """A warning, the first time that something is to be said about a topic."""
-        if topic not in self.warned:
-            self.warned.add(topic)
-            warnings.warn(message, StreamingWarning, stacklevel=2)
 
 
 def _common(prepared: Prepared) -> dict[str, str]:
@@ -312,9 +349,9 @@ def _common(prepared: Prepared) -> dict[str, str]:
     }
 
 
-def _records(model: nn.Module, tensors: list[torch.Tensor]) -> bool:
+def _records(values: Sequence[Any]) -> bool:
     """Whether this call will be followed by a backward, as far as one can know."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in (*model.parameters(), *tensors))
+    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in values)
 
 
 def _probed(analysis: Analysis, name: str, nodes: tuple[str, ...], memory: int) -> ProbeReport:

@@ -15,6 +15,7 @@ from fxstream.graph.nodes import bind, parameters_of, schema_of
 
 __all__ = [
     "UNSTREAMED",
+    "WAS_IN_PLACE",
     "is_random",
     "mutated_inputs",
     "ordered_nodes",
@@ -26,6 +27,8 @@ __all__ = [
 
 UNSTREAMED = "fxstream_unstreamed"
 """Key in ``node.meta``: why the node must stay outside a stream."""
+WAS_IN_PLACE = "fxstream_was_in_place"
+"""Key in ``node.meta``: the model's operator changed its input, so that its result needed no new memory."""
 
 
 def tensor_arguments(node: fx.Node) -> list[tuple[fx.Node, Any | None]]:

@@ -5,21 +5,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxstream.errors import InputError
 from fxstream.graph.user_code import source_line
 
-__all__ = ["Meta", "Shape", "Shapes", "fold_integers", "is_image", "shapes_at", "stream_dims"]
+__all__ = ["Meta", "Shape", "Shapes", "fake_tensor_log_silenced", "fold_integers", "is_image", "shapes_at", "stream_dims"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,17 +143,17 @@ def shapes_at(module: fx.GraphModule, tensors: Sequence[Any]) -> Shapes:
 
     Raises `InputError`, with the node and the user's line, if an operator refuses the size.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [
-        mode.from_tensor(tensor.detach(), static_shapes=True)
-        if isinstance(tensor, torch.Tensor) and not isinstance(tensor, FakeTensor)
-        else tensor
-        for tensor in tensors
-    ]
     interpreter = _ShapeInterpreter(module)
-    with mode, torch.no_grad():
-        interpreter.run(*fakes)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        interpreter.run(*map(_fake, tensors))
     return Shapes(interpreter.metas, interpreter.macs)
+
+
+def _fake(value: Any) -> Any:
+    """A fake tensor of the current mode for a tensor, whose values, gradient and memory do not matter."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def fold_integers(node: fx.Node, metas: Mapping[str, Meta]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -162,3 +164,18 @@ def fold_integers(node: fx.Node, metas: Mapping[str, Meta]) -> tuple[tuple[Any, 
         return meta if isinstance(meta, int) else argument
 
     return map_arg(node.args, folded), map_arg(dict(node.kwargs), folded)
+
+
+@contextlib.contextmanager
+def fake_tensor_log_silenced() -> Iterator[None]:
+    """Drops torch's log of operators that refuse fake tensors: if a size is only tried, that is an answer."""
+
+    def drop(record: logging.LogRecord) -> bool:
+        return False
+
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)

@@ -7,7 +7,7 @@ reads boxes of the image itself (`reading`); what is not streamed gets it whole.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from fxstream.graph.shapes import is_image
 from fxstream.io.source import LARGEST_AXES, Source, is_array, source
 from fxstream.machine.device import is_accelerator
 
-__all__ = ["Inputs", "inputs_of"]
+__all__ = ["Inputs", "inputs_of", "whole"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +33,10 @@ class Inputs:
     real: list[torch.Tensor | Source]
 
     @property
-    def outside(self) -> frozenset[int]:
-        """The places of the tensors that stand for something outside of the device's memory."""
-        pairs = enumerate(zip(self.tensors, self.real, strict=True))
-        return frozenset(i for i, (tensor, real) in pairs if tensor is not real)
-
-    def read_whole(self, whole: Collection[int]) -> list[torch.Tensor | Source]:
-        """The real inputs, those at the places in `whole` read into the device's memory."""
-        return [
-            _whole(real, tensor.device) if i in whole else real
-            for i, (tensor, real) in enumerate(zip(self.tensors, self.real, strict=True))
-        ]
-
-    def plain(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments for the plain model, everything read into the device's memory."""
-        tensors = iter(self.read_whole(self.outside))
-        leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
-        args, kwargs = pytree.tree_unflatten(
-            [next(tensors) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
-        )
-        return args, kwargs
+    def outside(self) -> dict[int, torch.Tensor | Source]:
+        """What tensors stand for that is outside of the device's memory, by the id of the stand-in."""
+        pairs = zip(self.tensors, self.real, strict=True)
+        return {id(tensor): real for tensor, real in pairs if tensor is not real}
 
 
 def inputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
@@ -86,7 +70,8 @@ def _stand_in(image: torch.Tensor | Source, device: torch.device | None) -> torc
     return torch.empty(1, dtype=image.dtype, device=device or image.device).expand(image.shape)
 
 
-def _whole(image: torch.Tensor | Source, device: torch.device) -> torch.Tensor:
+def whole(image: torch.Tensor | Source, device: torch.device) -> torch.Tensor:
+    """An image from outside, read into the memory of a device."""
     return image[()] if isinstance(image, Source) else image.to(device)
 
 

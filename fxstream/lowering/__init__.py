@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxstream.graph.capture import Captured
+from fxstream.graph.captured import Captured
 from fxstream.graph.effects import UNSTREAMED
-from fxstream.graph.export import CUMULATIVE
+from fxstream.graph.captured import CUMULATIVE
 from fxstream.graph.nodes import bind
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.lowering import flat, losses, normalisations, pooling, products, randomness, reshapes, statistics

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from fxstream.graph.export import CUMULATIVE
+from fxstream.graph.captured import CUMULATIVE
 from fxstream.lowering.proxy import Lowering, Operator, Proxy
 
 __all__ = ["LOWERINGS"]

@@ -24,7 +24,7 @@ from torch import fx
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves
 
-from fxstream.graph.capture import Captured
+from fxstream.graph.captured import Captured
 from fxstream.graph.effects import UNSTREAMED
 from fxstream.graph.nodes import TRACED, bind, call_with, copy_graph, name_of, schema_of
 from fxstream.graph.typed_graph import TypedGraph, TypedNode

@@ -25,7 +25,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
-from fxstream.graph.capture import Captured
+from fxstream.graph.captured import Captured
 from fxstream.graph.effects import UNSTREAMED, is_random, remove_dead_nodes, updates_statistics
 from fxstream.graph.nodes import name_of
 from fxstream.graph.typed_graph import TypedGraph

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from fxstream.graph.functionalize import WAS_IN_PLACE
+from fxstream.graph.effects import WAS_IN_PLACE
 from fxstream.graph.typed_graph import Saves, TypedGraph
 from fxstream.machine.speeds import Machine
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from fxstream.graph.autograd_saves import in_place_variant
-from fxstream.graph.capture import Captured
+from fxstream.graph.captured import Captured
 from fxstream.graph.nodes import attributes_of
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.io.sink import Sink

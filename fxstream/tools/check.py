@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fxstream.compiler.analysis import example_inputs
 from fxstream.compiler.compile import compile
+from fxstream.compiler.module import inspect
 from fxstream.compiler.options import RequestOptions
 from fxstream.errors import InputError
 from fxstream.machine.device import is_accelerator
@@ -176,7 +177,7 @@ def check(
         torch.manual_seed(seed)
         passed = {id(value) for value in inputs or ()}
         images = [_image(example, native, id(example) not in passed) for example in examples]
-        streamed = _seeded_step(compiled, compiled.model, images, seed)
+        streamed = _seeded_step(compiled, inspect(compiled).model, images, seed)
         expected = _seeded_step(plain, plain, images, seed)
         differences = (
             _in_precision(streamed, expected, _exact_step(model, images, seed))

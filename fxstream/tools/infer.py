@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxstream.compiler.module import StreamedModule
-from fxstream.compiler.pipeline import Prepared
+from fxstream.compiler.module import StreamedModule, inspect
+from fxstream.compiler.pipeline import Pipeline, Prepared
 from fxstream.errors import InputError, StreamingWarning
+from fxstream.graph.captured import Results
 from fxstream.graph.shapes import Shape
 from fxstream.io.identity import values_of, weights_of
 from fxstream.io.inputs import Inputs, inputs_of
@@ -55,36 +57,65 @@ def infer(
     """
     if not isinstance(module, StreamedModule):
         raise InputError(f"infer needs a module made by fxstream.compile, found {type(module).__name__}")
-    if module.pipeline.options.mesh is not None:
+    streaming = inspect(module)
+    if streaming.options.mesh is not None:
         raise InputError("infer cannot share tiles over a mesh: give every rank images, or arrays, of its own")
     with torch.no_grad():
-        inputs = inputs_of(module.model, args, kwargs)
-        prepared, arrays = _prepared(module, inputs, out)
+        inputs = inputs_of(streaming.model, args, kwargs)
+        call = streaming.call(inputs, flat=True)
+        results = call.trace.results
+        assert results is not None
+        arrays = _paired(results.spec, out)
         _refuse_shared(inputs, arrays)
-        spec, shapes = prepared.analysis.captured.out_spec, _shapes(prepared)
-        log = None
+        writing = _Writing(results, arrays, saturate)
         if journal is not None:
             _warn_of_copies(arrays)
-            log = Journal(journal, _description(module, inputs, shapes, arrays), restart)
-        sinks = {i: Sink(arrays[i], shapes[i].shape, shapes[i].dtype, i, log, saturate) for i in arrays}
-        flat = _run(module, prepared, inputs, sinks)
-    results = [arrays.get(i, tensor) for i, tensor in enumerate(flat)]
-    return results[0] if len(results) == 1 and out is results[0] else pytree.tree_unflatten(results, spec)
+            writing.journal = lambda shapes: Journal(
+                journal, _description(streaming.model, inputs, shapes, arrays), restart
+            )
+        flat = call.run(streaming.model, inputs, writing.run).flat_args
+    written = [arrays.get(i, tensor) for i, tensor in enumerate(flat)]
+    return written[0] if len(written) == 1 and out is written[0] else pytree.tree_unflatten(written, results.spec)
 
 
-def _prepared(module: StreamedModule, inputs: Inputs, out: Any) -> tuple[Prepared, dict[int, Any]]:
-    """The model made ready for writing its results, and their arrays.
+class _Writing:
+    """The computation of a graph whose outputs are written into the arrays of the results that they are."""
 
-    How the model orders its results is known with its first plan, which is for the order of `out`: mostly the
-    same.
-    """
-    leaves = pytree.tree_leaves(out, is_leaf=lambda leaf: leaf is None)
-    written = [place for place, leaf in enumerate(leaves) if leaf is not None]
-    prepared = module.pipeline.prepared(inputs, written)
-    arrays = _paired(prepared.analysis.captured.out_spec, out)
-    if sorted(arrays) != written:
-        prepared = module.pipeline.prepared(inputs, sorted(arrays))
-    return prepared, arrays
+    def __init__(self, results: Results, arrays: Mapping[int, Any], saturate: bool) -> None:
+        self.journal: Callable[[Sequence[Shape]], Journal | None] = lambda shapes: None
+        self._results, self._arrays, self._saturate = results, arrays, saturate
+
+    def run(self, pipeline: Pipeline, values: Sequence[Any], outside: Mapping[int, Any]) -> Sequence[Any]:
+        """The outputs of the graph; those with an array are written tile by tile where nothing else reads them."""
+        outputs = self._results.outputs
+        written = sorted({outputs[i] for i in self._arrays if outputs[i] is not None})  # type: ignore[type-var]
+        prepared = pipeline.prepared(values, outside, written)  # type: ignore[arg-type]
+        shapes = self._shapes(prepared)
+        log = self.journal(shapes)
+        sinks = {
+            i: Sink(array, shapes[i].shape, shapes[i].dtype, i, log, self._saturate)
+            for i, array in self._arrays.items()
+        }
+        streamed: set[int] = set()
+        if prepared.streamed is None:
+            flat = pipeline.plain(values, outside)
+        else:
+            once = {outputs[i]: sink for i, sink in sinks.items() if outputs.count(outputs[i]) == 1}
+            graph, streamed = with_sinks(prepared.streamed, once)  # type: ignore[arg-type]
+            flat = replace(prepared, streamed=graph).run(values, outside)
+        for i, sink in sinks.items():
+            if outputs[i] not in streamed:
+                sink.write_whole(flat[outputs[i]])  # type: ignore[index]
+        return flat
+
+    def _shapes(self, prepared: Prepared) -> list[Shape]:
+        """Shape and type of every result. Raises `InputError` for a model that returns something else."""
+        names, metas = prepared.analysis.captured.outputs, prepared.analysis.graph.metas
+        of_results = [metas.get(names[k] or "") if k is not None else None for k in self._results.outputs]
+        shapes = [meta for meta in of_results if isinstance(meta, Shape)]
+        if len(shapes) != len(of_results):
+            raise InputError("infer needs a model that returns tensors only")
+        return shapes
 
 
 def _paired(spec: pytree.TreeSpec, out: Any) -> dict[int, Any]:
@@ -145,34 +176,8 @@ def _warn_of_copies(arrays: Mapping[int, Any]) -> None:
         )
 
 
-def _shapes(prepared: Prepared) -> list[Shape]:
-    """Shape and type of every result. Raises `InputError` for a model that returns something else."""
-    analysis = prepared.analysis
-    metas = [analysis.graph.metas.get(name or "") for name in analysis.captured.results]
-    shapes = [meta for meta in metas if isinstance(meta, Shape)]
-    if len(shapes) != len(metas):
-        raise InputError("infer needs a model that returns tensors only")
-    return shapes
-
-
-def _run(
-    module: StreamedModule, prepared: Prepared, inputs: Inputs, sinks: dict[int, Sink]
-) -> Sequence[torch.Tensor]:
-    """The flat results. Outputs with a sink are written tile by tile where the segment has no other reader."""
-    if prepared.streamed is None:
-        args, kwargs = inputs.plain()
-        flat = pytree.tree_leaves(module.model(*args, **kwargs))
-        streamed: set[int] = set()
-    else:
-        graph, streamed = with_sinks(prepared.streamed, sinks)
-        flat = pytree.tree_leaves(replace(prepared, streamed=graph).run(module.model, inputs))
-    for index in sinks.keys() - streamed:
-        sinks[index].write_whole(flat[index])
-    return flat
-
-
 def _description(
-    module: StreamedModule, inputs: Inputs, shapes: Sequence[Shape], arrays: Mapping[int, Any]
+    model: nn.Module, inputs: Inputs, shapes: Sequence[Shape], arrays: Mapping[int, Any]
 ) -> dict[str, Any]:
     """What a journal must agree with."""
     leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
@@ -182,7 +187,7 @@ def _description(
         "arguments": [repr(leaf) for leaf in leaves if isinstance(leaf, (bool, int, float, str))],
         "results": [_form(shape) for shape in shapes],
         "arrays": {str(i): _form(array) for i, array in arrays.items()},
-        "weights": weights_of(module.model),
+        "weights": weights_of(model),
     }
 
 

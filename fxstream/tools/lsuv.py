@@ -29,10 +29,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fxstream.compiler.compile import compile
-from fxstream.compiler.module import StreamedModule
+from fxstream.compiler.module import StreamedModule, inspect
 from fxstream.compiler.options import RequestOptions
 from fxstream.errors import InputError, StreamingWarning
-from fxstream.graph.export import export
+from fxstream.capture.trace import Tracer
 from fxstream.tiling.request import belongs
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def lsuv_(
     shares its parameters or computes its weight, and for an output that is constant or not finite; and what a
     compiled module raises.
     """
-    model = model.model if isinstance(model, StreamedModule) else model
+    model = inspect(model).model if isinstance(model, StreamedModule) else model
     _check_arguments(model, batches, skip)
     scaled = _without_running_statistics(copy.deepcopy(model))
     layers = _layers(scaled, skip)
@@ -172,16 +172,10 @@ def _advice(path: str) -> str:
 
 def _order(model: nn.Module, layers: dict[str, Layer], args: tuple[Any, ...]) -> list[str]:
     """The paths of the layers in the order in which they run. Raises `InputError` unless each runs once."""
-    ran: list[str] = []
-    handles = [
-        layer.register_forward_hook(lambda module, inputs, output, path=path: ran.append(path))
-        for path, layer in layers.items()
-    ]
-    try:
-        export(model, args, {}, None)  # on tensors without values
-    finally:
-        for handle in handles:
-            handle.remove()
+    graph = Tracer().trace(model, args, {}).graph  # on tensors without values
+    stacks = [node.meta.get("nn_module_stack", {}) for node in graph.module.graph.nodes] if graph else []
+    calls = dict.fromkeys((path, call) for stack in stacks for call, (path, _) in list(stack.items())[-1:])
+    ran = [path for path, _ in calls if path in layers]
     times = Counter(ran)
     for path in layers:
         if times[path] != 1:

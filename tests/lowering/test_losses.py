@@ -84,7 +84,7 @@ def assert_no_map_is_held(model, *inputs):
     """No segment leaves anything of the image's size."""
     compiled = fxstream.compile(model, tile=11, segments=1, verify=False)
     compiled(*inputs)
-    metas = compiled.pipeline.last.analysis.graph.metas
+    metas = fxstream.inspect(compiled).last.analysis.graph.metas
     held = {o: metas[o].shape for plan in compiled.plan.segments for o in plan.segment.outputs}
     assert all(len(shape) <= 2 for shape in held.values()), held
 
@@ -162,7 +162,7 @@ def test_the_planner_holds_no_logits():
     model, inputs = Loss(OF_CLASSES["weights"]), (image(2, 2, 40, 40), classes(2, 40, 40))
     compiled = fxstream.compile(model, tile=17)
     compiled(*inputs)
-    metas = compiled.pipeline.last.analysis.graph.metas
+    metas = fxstream.inspect(compiled).last.analysis.graph.metas
     held = [metas[o].shape for plan in compiled.plan.segments for o in plan.segment.outputs]
     assert (2, CLASSES, 40, 40) not in held
 

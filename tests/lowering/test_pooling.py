@@ -36,7 +36,7 @@ def test_a_window_of_the_size_of_the_map_is_a_reduction_at_any_size(name):
         plan = compiled.plan.segments[-1]
         assert plan.tile_count > 1
         assert any(plan.segment.graph[output].reduces for output in plan.segment.outputs)
-    assert not compiled.pipeline.last.analysis.captured.bound
+    assert not fxstream.inspect(compiled).last.analysis.captured.bound
 
 
 def test_of_equal_maxima_the_first_gets_the_gradient():

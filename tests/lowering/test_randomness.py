@@ -93,7 +93,7 @@ def test_kept_tiles_have_the_mask_of_recomputed_ones():
     model, image = residual(nn.Dropout(0.5)), integer_image(2, 2, 20, 23)
     module, own = compiled(model, tile=9, segments=2)
     wanted = seeded(module, own, image)
-    last = module.pipeline.last
+    last = fxstream.inspect(module).last
     plans = tuple(dataclasses.replace(s, kept=s.tile_count // 2) for s in last.plan.segments)
     replan(module, dataclasses.replace(last.plan, segments=plans))
     assert_same(seeded(module, own, image), wanted, 0.0)

@@ -191,7 +191,7 @@ def test_a_part_without_its_reductions_is_cut():
     module = fxstream.compile(model, tile=14, global_ops="cut")
     plain, x = copy.deepcopy(model), image(1, 3, 23, 31)
     assert_same(step(module, model, [x]), step(plain, plain, [x]), 1e-10)
-    assert not module.pipeline.last.analysis.graph.reductions()
+    assert not fxstream.inspect(module).last.analysis.graph.reductions()
 
 
 def test_statistics_are_as_accurate_as_the_plain_ones():
@@ -437,7 +437,7 @@ def test_each_position_is_reduced_once():
     model = MODULES["three norms"]().double()
     module = fxstream.compile(model, tile=11, segments=1)
     module(image(1, 3, 23, 31))
-    streams = [m.stream for m in module.pipeline.last.streamed.modules() if hasattr(m, "stream")]
+    streams = [m.stream for m in fxstream.inspect(module).last.streamed.modules() if hasattr(m, "stream")]
     reduced = [(s, k) for s in streams for k in s.combined]
     assert len(reduced) == 4
     for stream, k in reduced:

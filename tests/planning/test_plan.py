@@ -113,7 +113,7 @@ def kept_everywhere(module):
     """The same plan with the graphs of all but the first tile of each segment kept."""
     import dataclasses
 
-    last = module.pipeline.last
+    last = fxstream.inspect(module).last
     segments = tuple(dataclasses.replace(s, kept=s.tile_count - 1) for s in last.plan.segments)
     plan = dataclasses.replace(last.plan, segments=segments)
     replan(module, plan)
@@ -130,12 +130,12 @@ def test_kept_graphs_give_the_same_gradients_twice_and_without_recomputation(net
     model.zero_grad()
     y = module(image)
     calls = []
-    for stream in [m.stream for m in module.pipeline.last.streamed.modules() if hasattr(m, "stream")]:
+    for stream in [m.stream for m in fxstream.inspect(module).last.streamed.modules() if hasattr(m, "stream")]:
         for program in stream.schedule.programs:
             run = program.recomputation.forward
             program.recomputation.forward = lambda *a, f=run: (calls.append(1), f(*a))[1]
     y.sum().backward(retain_graph=True)
-    assert len(calls) == len(module.pipeline.last.plan.segments)  # one tile of each is recomputed
+    assert len(calls) == len(fxstream.inspect(module).last.plan.segments)  # one tile of each is recomputed
     once = [p.grad.clone() for p in model.parameters()]
     y.sum().backward()  # the kept graphs are gone: all tiles are recomputed
     assert all(torch.equal(p.grad, 2 * g) for p, g in zip(model.parameters(), once, strict=True))
@@ -228,7 +228,7 @@ def test_macs_of_tiles_are_those_that_torch_counts():
         with FlopCounterMode(display=False) as counter:
             module(image)
     (segment,) = module.plan.segments
-    graph = module.pipeline.last.analysis.graph
+    graph = fxstream.inspect(module).last.analysis.graph
     tiles = sum(
         graph[name].macs
         * torch.tensor(
@@ -265,7 +265,7 @@ def test_compiled_tiles_are_the_same_to_rounding(caplog):
     image = torch.randn(1, 2, 36, 20, dtype=torch.float64)
     module = fxstream.compile(model, tile=20, segments=1, compile_tiles=True)
     assert_same(step(module, model, [image]), step(model, model, [image]), 1e-12)
-    (stream,) = (m.stream for m in module.pipeline.last.streamed.modules() if hasattr(m, "stream"))
+    (stream,) = (m.stream for m in fxstream.inspect(module).last.streamed.modules() if hasattr(m, "stream"))
     programs = {run for program in stream.schedule.programs for run in (program.forward, program.recomputation)}
     messages = [m for m in caplog.messages if m.startswith("compilation of the program of a tile of [1, 2, ")]
     assert len(messages) == len(programs) > 1

@@ -15,20 +15,20 @@ from fxstream.runtime import progress
 def test_each_pass_has_a_bar():
     console = Console(force_terminal=True, width=80, record=True, file=io.StringIO())
     module = fxstream.compile(nn.Conv2d(2, 3, 3), tile=8, segments=1, verify=False, progress=True)
-    module.pipeline._watch._console = console
+    fxstream.inspect(module).shared.watch._console = console
     module(torch.randn(1, 2, 26, 20)).sum().backward()
     text = console.export_text()
     assert "segment_0 forward" in text
     assert "segment_0 backward" in text
     assert "tiles/s" in text
-    assert module.pipeline._watch._shown is None
+    assert fxstream.inspect(module).shared.watch._shown is None
 
 
 def test_the_stages_of_the_first_call_are_shown_told_and_timed(caplog):
     """On a terminal, and without one in the log; the plan has their seconds, and a later size fewer of them."""
     console = Console(force_terminal=True, width=80, record=True, file=io.StringIO())
     module = fxstream.compile(nn.Conv2d(2, 3, 3), tile=8, segments=1, progress=True)
-    module.pipeline._watch._console = console
+    fxstream.inspect(module).shared.watch._console = console
     caplog.set_level(logging.INFO, "fxstream")
     module(torch.randn(1, 2, 26, 20))
     stages = ["capture", "analysis", "plan", "probe", "tile programs"]
@@ -50,7 +50,7 @@ def test_a_pass_that_fails_ends_its_bar(monkeypatch):
     module = fxstream.compile(nn.Conv2d(2, 3, 3), tile=8, segments=1, verify=False, progress=True)
     image = torch.randn(1, 2, 26, 20)
     module(image)
-    (stream,) = (child.stream for child in module.pipeline.last.streamed.children())
+    (stream,) = (child.stream for child in fxstream.inspect(module).last.streamed.children())
     stream.schedule.programs[:] = []
     with pytest.raises(IndexError):
         module(image)

@@ -206,7 +206,7 @@ def one_rank_fails(rank, count):
     module = compiled(model, tile=30, segments=1, mesh=init_device_mesh("cpu", (count,)))
     module(image())
     if rank == 1:
-        for streamed in module.pipeline.last.streamed.children():
+        for streamed in fxstream.inspect(module).last.streamed.children():
             streamed.stream.schedule.programs[:] = []
     module(image())
 

@@ -88,7 +88,7 @@ def live() -> int:
 
 def keep_some(module):
     """Have some tiles' graphs kept from forward to backward."""
-    for streamed in module.pipeline.last.streamed.children():
+    for streamed in fxstream.inspect(module).last.streamed.children():
         calls = streamed.stream.schedule.tasks
         streamed.stream.schedule.tasks = tuple(
             dataclasses.replace(call, is_kept=i >= len(calls) - 2) for i, call in enumerate(calls)
@@ -114,7 +114,7 @@ def test_every_position(monkeypatch, build, tolerance, kept, count):
     module(image)
     if kept:
         keep_some(module)
-    streams = [child.stream for child in module.pipeline.last.streamed.children()]
+    streams = [child.stream for child in fxstream.inspect(module).last.streamed.children()]
     calls = [stream.schedule.tasks for stream in streams]
     with failing(monkeypatch) as counting:
         step(module, model, image)
@@ -138,7 +138,7 @@ def test_halves_are_remembered_and_told_once(monkeypatch):
     wanted = step(model, model, image)
     module = fxstream.compile(model, tile=(16, 14), segments=1, verify=False)
     module(image)
-    (stream,) = (child.stream for child in module.pipeline.last.streamed.children())
+    (stream,) = (child.stream for child in fxstream.inspect(module).last.streamed.children())
     tiles = len(stream.schedule.tasks)
     with (
         failing(monkeypatch, 10, times=3),
@@ -184,7 +184,7 @@ LIMITED = """
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         streamed(image).square().sum().backward()
-    (stream,) = (child.stream for child in streamed.pipeline.last.streamed.children())
+    (stream,) = (child.stream for child in fxstream.inspect(streamed).last.streamed.children())
     print(len(stream.schedule.tasks), stream.plan.tile_count, any("smaller" in str(one.message) for one in told))
     for parameter, gradient in zip(model.parameters(), wanted):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-10)
@@ -215,7 +215,7 @@ def test_halves_own_what_the_tile_owned_along_its_longest_axis():
     """Down to tiles of one pixel, which have no halves."""
     module = fxstream.compile(local(), tile=(16, 14), segments=1, verify=False)
     module(integer_image(1, 2, 26, 20))
-    (stream,) = (child.stream for child in module.pipeline.last.streamed.children())
+    (stream,) = (child.stream for child in fxstream.inspect(module).last.streamed.children())
     left, leaves = list(stream.schedule.tasks), 0
     while left:
         call = left.pop()
@@ -239,7 +239,7 @@ def test_halves_own_what_the_tile_owned_along_its_longest_axis():
 def test_halves_of_kept_tiles_are_kept():
     module = fxstream.compile(local(), tile=(16, 14), segments=1, verify=False)
     module(integer_image(1, 2, 26, 20))
-    (stream,) = (child.stream for child in module.pipeline.last.streamed.children())
+    (stream,) = (child.stream for child in fxstream.inspect(module).last.streamed.children())
     for kept in (False, True):
         call = dataclasses.replace(stream.schedule.tasks[0], is_kept=kept)
         assert [half.is_kept for half in stream.schedule.halves(call)] == [kept, kept]

@@ -25,7 +25,7 @@ def network() -> nn.Module:
 
 
 def streams(module) -> list[stream_module.Stream]:
-    return [m.stream for m in module.pipeline.last.streamed.modules() if hasattr(m, "stream")]
+    return [m.stream for m in fxstream.inspect(module).last.streamed.modules() if hasattr(m, "stream")]
 
 
 @pytest.mark.parametrize("segments", [1, 2])

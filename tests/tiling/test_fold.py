@@ -17,7 +17,7 @@ from fxstream.tiling.segment import isolated, make_segment
 
 
 def streamed(module) -> list[StreamedSegment]:
-    return [m for m in module.pipeline.last.streamed.modules() if isinstance(m, StreamedSegment)]
+    return [m for m in fxstream.inspect(module).last.streamed.modules() if isinstance(m, StreamedSegment)]
 
 
 def code_of(module) -> str:

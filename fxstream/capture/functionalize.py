@@ -23,6 +23,7 @@ from torch import fx
 
 from fxstream.graph.effects import (
     UNSTREAMED,
+    WAS_IN_PLACE,
     mutated_inputs,
     subgraphs,
     tensor_arguments,
@@ -30,14 +31,12 @@ from fxstream.graph.effects import (
 )
 from fxstream.graph.nodes import bind, parameters_of, schema_of
 
-__all__ = ["MODEL_TENSOR", "WAS_IN_PLACE", "make_factories", "make_functional"]
+__all__ = ["MODEL_TENSOR", "make_factories", "make_functional"]
 
 aten = torch.ops.aten
 
 MODEL_TENSOR = "fxstream_model_tensor"
 """Key in the ``node.meta`` of a placeholder: whether it is a parameter, buffer or constant of the model."""
-WAS_IN_PLACE = "fxstream_was_in_place"
-"""Key in ``node.meta``: the model's operator changed its input, so that its result needed no new memory."""
 
 OUT_OF_PLACE: dict[object, torch._ops.OpOverload | None] = {
     aten.normal_.default: aten.normal_functional.default,

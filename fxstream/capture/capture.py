@@ -1,0 +1,219 @@
+"""From a traced graph to one functional ATen graph that holds for every image and batch size.
+
+Parameters, buffers and constants are placeholders beside the inputs, so the graph owns no tensor and always runs on
+the model's tensors, whichever they are at that moment. In-place operators are removed (`functionalize`), constants
+that depend on the size are replaced by size arithmetic (`size_symbols`).
+
+NOTE [size independence]
+1. The first capture is at the size of the call, so that it is right for this call whatever follows.
+2. A second capture, at another batch size and at spatial sizes of other residues, shows which constants differ. A
+   model whose code reads sizes is traced again for it.
+3. Only if some differ, a third capture confirms their explanation.
+4. If no other size can be captured, or a difference cannot be explained, the capture is `bound`, that is
+   specialised to its size: another size is captured again.
+5. A model whose code reads sizes may branch on them: at each new size one more trace confirms that path and
+   constants are the captured ones (`still_holds`), or else this size gets a capture of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from fxstream.capture.aten import to_aten
+from fxstream.capture.casts import ambient_autocast
+from fxstream.capture.refusals import explained
+from fxstream.capture.size_symbols import explain_sizes, size_dependent_constants
+from fxstream.capture.trace import FakeInputs, Tracer
+from fxstream.capture.traced_graph import Kind, TracedGraph
+from fxstream.errors import CaptureError, InputError
+from fxstream.graph.captured import Captured
+from fxstream.graph.effects import subgraphs
+from fxstream.graph.shapes import Meta, fold_integers, shapes_at, stream_dims
+
+__all__ = ["Retrace", "capture", "capture_graph", "retracing", "still_holds"]
+
+SHIFTS = ((33, 97, 161), (32, 64, 96), (224, 448, 672))
+"""Pixels added per axis for the second capture, in order of preference: odd first, then multiples of a stride.
+
+They differ by so much that two axes of an image do not have the same size at stride 32 either.
+"""
+Retrace = Callable[[Sequence[int]], TracedGraph]
+"""Traces the call again with an image more, and that many pixels per axis."""
+
+
+def capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], flat: bool = False
+) -> tuple[Captured, list[Any]]:
+    """The graph of `model` for inputs like these, and fake values for it; the model does not run.
+
+    With `flat` the results are known. Raises `GraphBreakError` or `CaptureError`, with the user's line, if the model
+    cannot be captured.
+    """
+    tracer, fakes = Tracer(), FakeInputs(args, kwargs)
+    trace = tracer.trace(model, args, kwargs, flat)
+    if trace.graph is None:
+        raise CaptureError(f"{type(model).__name__} computes nothing with the tensors of the call")
+    retrace = retracing(tracer, model, fakes) if trace.reads_sizes else None
+    with explained(model, args, kwargs):
+        captured = capture_graph(trace.graph, trace.graph.examples, retrace)
+    return replace(captured, results=trace.results), trace.graph.values_at(trace.graph.examples, {})
+
+
+def retracing(tracer: Tracer, model: nn.Module, inputs: FakeInputs) -> Retrace:
+    """What traces the same call at another size."""
+    leaves, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    def retrace(shift: Sequence[int]) -> TracedGraph:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            others = iter([
+                torch.empty(shape, dtype=tensor.dtype, device=tensor.device).requires_grad_(tensor.requires_grad)
+                for tensor, shape in zip(tensors, _shifted(tensors, shift), strict=True)
+            ])
+        replaced = [next(others) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        traced = tracer.trace(model, *pytree.tree_unflatten(replaced, spec)).graph
+        if traced is None:
+            raise CaptureError("at another size it computes nothing")
+        return traced
+
+    return retrace
+
+
+def capture_graph(traced: TracedGraph, values: Sequence[Any], retrace: Retrace | None = None) -> Captured:
+    """The graph for values like these; `retrace` is needed for a model whose code reads sizes.
+
+    Raises what an operator raises that refuses these values.
+    """
+    autocast = ambient_autocast(sorted({value.device.type for value in values if isinstance(value, torch.Tensor)}))
+    captured = to_aten(traced, traced.values_at(values, {}), autocast)
+    independent = _make_independent(captured, traced, values, retrace, autocast)
+    captured.module.recompile()
+    return replace(captured, bound=not independent)
+
+
+def _make_independent(
+    captured: Captured,
+    traced: TracedGraph,
+    values: Sequence[Any],
+    retrace: Retrace | None,
+    autocast: Sequence[tuple[Any, ...]],
+) -> bool:
+    """Rules 2 to 4 of the NOTE; False if the graph is specialised."""
+
+    def at(shift: Sequence[int]) -> Captured | None:
+        try:
+            return to_aten(*_shifted_graph(traced, values, retrace, shift), autocast)
+        except Exception:  # whatever an operator raises at a size that is only tried
+            return None
+
+    for shift in SHIFTS:
+        second = at(shift)
+        if second is None:
+            continue
+        if not _same_constants(captured.constants, second.constants):
+            return False
+        graphs = [captured.graph, second.graph]
+        constants = size_dependent_constants(graphs)
+        if not constants:
+            return constants is not None
+        third = at(tuple(3 * pixels for pixels in shift))
+        return third is not None and explain_sizes([*graphs, third.graph])
+    return False
+
+
+def _shifted_graph(
+    traced: TracedGraph, values: Sequence[Any], retrace: Retrace | None, shift: Sequence[int]
+) -> tuple[TracedGraph, list[Any]]:
+    """The graph at another size, and values for it."""
+    if retrace is None:
+        places = traced.indices(Kind.ARGUMENT)
+        shapes = dict(zip(places, _shifted([values[i] for i in places], shift), strict=True))
+        return traced, traced.values_at(values, shapes)
+    again = retrace(shift)
+    if again.inputs != traced.inputs:
+        raise CaptureError("at another size it reads other tensors")
+    pairs = zip(again.examples, values, strict=True)
+    others = [one if isinstance(one, torch.Tensor) else value for one, value in pairs]
+    return again, again.values_at(others, {})
+
+
+def _same_constants(constants: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether the tensors that the model makes from numbers have the same values in two captures."""
+    return constants.keys() == others.keys() and all(
+        type(constants[name]) is type(others[name])
+        and (not isinstance(constants[name], torch.Tensor) or torch.equal(constants[name], others[name]))
+        for name in constants
+    )
+
+
+def still_holds(captured: Captured, traced: TracedGraph, values: Sequence[Any]) -> bool:
+    """Whether a trace at another size takes the captured path, with the captured constants (rule 5)."""
+    autocast = ambient_autocast(sorted({value.device.type for value in values if isinstance(value, torch.Tensor)}))
+    fakes = traced.values_at(values, {})
+    other = to_aten(traced, fakes, autocast)
+    if (other.tensors, other.inputs, other.places) != (captured.tensors, captured.inputs, captured.places):
+        return False
+    if not _same_constants(other.constants, captured.constants):
+        return False
+    try:
+        metas = shapes_at(captured.module, captured.arguments(fakes)).metas
+    except InputError:
+        return False
+    return _calls(captured.graph, metas) == _calls(other.graph, {})
+
+
+def _calls(graph: fx.Graph, metas: Mapping[str, Meta]) -> list[tuple[Any, ...]]:
+    """Every operator call with integers folded and inputs named by their index among the calls."""
+    names: dict[str, object] = {}
+    calls: list[tuple[Any, ...]] = []
+    for node in graph.nodes:
+        if node.op == "call_function" and not isinstance(metas.get(node.name), int):
+            leaves = pytree.tree_leaves(fold_integers(node, metas), is_leaf=lambda x: x is None)
+            calls.append((node.target, [names[x.name] if isinstance(x, fx.Node) else x for x in leaves]))
+            calls += [("in a subgraph", _calls(inner, {})) for inner in subgraphs(node)]
+            names[node.name] = ("call", len(calls))
+        else:
+            names[node.name] = node.name
+    return calls
+
+
+def _shifted(tensors: Sequence[torch.Tensor], shift: Sequence[int]) -> list[list[int]]:
+    """The shapes at another size: one image more, and the shift scaled to each input's resolution.
+
+    The shift holds for the largest input; an input at half of its resolution gets half as many pixels more.
+    """
+    shapes = [list(tensor.shape) for tensor in tensors]
+    inputs = list(zip(shapes, stream_dims(shapes), strict=True))
+    largest, dims_of_largest = max(inputs, key=lambda i: (len(i[1]), math.prod(i[0])), default=([0], ()))
+    batch, extents = largest[0], [largest[dim] for dim in dims_of_largest]
+    for shape, dims in inputs:
+        if shape and shape[0] == batch:
+            shape[0] += 1
+        if len(dims) == len(extents):
+            for dim, pixels, extent in zip(dims, shift, extents, strict=False):
+                shape[dim] = _scaled(shape[dim], extent, pixels)
+    return shapes
+
+
+def _scaled(size: int, extent: int, pixels: int) -> int:
+    """The size of an axis where that of the image has `pixels` more; sizes at a stride stay at that stride.
+
+    >>> _scaled(23, 45, 33), _scaled(22, 45, 33), _scaled(30, 45, 33)
+    (39, 39, 52)
+    """
+    stride = max(1, round(extent / size))
+    if -(-extent // stride) == size:
+        return -(-(extent + pixels) // stride)
+    if extent // stride == size:
+        return (extent + pixels) // stride
+    return size + pixels * size // extent
+
+

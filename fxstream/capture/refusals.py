@@ -1,0 +1,119 @@
+"""What no capture takes, and errors in the user's words: which module or line, what was met, what to do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException, TorchRuntimeError, Unsupported
+from torch.utils import _pytree as pytree
+
+from fxstream.errors import CaptureError, GraphBreakError
+from fxstream.graph.user_code import is_library_file, last_user_frame
+
+__all__ = ["explained", "refuse"]
+
+
+def refuse(model: nn.Module) -> None:
+    """Raise `CaptureError` for a model of which a part would silently not do what it does."""
+    for check in (_refuse_shared_statistics, _refuse_backward_hooks, _refuse_quantised, _refuse_sharded_parts):
+        check(model)
+
+
+@contextlib.contextmanager
+def explained(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Raise what tracing the model raises as `GraphBreakError` or `CaptureError`, with the user's line."""
+    try:
+        yield
+    except Unsupported as error:
+        raise GraphBreakError(_graph_break(model, error)) from error
+    except (TorchDynamoException, RuntimeError, TypeError, ValueError) as error:
+        leaves = pytree.tree_leaves((args, dict(kwargs)))
+        raise CaptureError(_explanation(model, error) + _advice(model, str(error), leaves)) from error
+
+
+def _graph_break(model: nn.Module, error: Unsupported) -> str:
+    reason = next(iter(str(error).strip().splitlines()), "")
+    frames = [frame for frame in error.real_stack or () if not is_library_file(frame.filename)]
+    line = f" at {frames[-1].filename}:{frames[-1].lineno} (`{frames[-1].line}`)" if frames else ""
+    return f"{type(model).__name__} is not one graph: it breaks{line}: {reason}"
+
+
+def _refuse_backward_hooks(model: nn.Module) -> None:
+    """Raises `CaptureError` where a module waits for its gradient: a stream calls operators, not modules."""
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise CaptureError(
+                f"`{name}` ({type(module).__name__}) has a backward hook, which a stream would not call: remove"
+                " it, or register it on the compiled module or on the parameters"
+            )
+
+
+def _refuse_quantised(model: nn.Module) -> None:
+    """Raises `CaptureError` where weights are packed for integer kernels, which are no tensors of a graph."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        packed = any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
+        if packed or kind.__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise CaptureError(
+                f"`{name}` ({kind.__name__}) is quantised to integers, whose packed weights torch does not export:"
+                " compile the model as it was before torch.ao.quantization.convert"
+            )
+
+
+def _refuse_sharded_parts(model: nn.Module) -> None:
+    """Raises `CaptureError` where FSDP2 gathers weights when a module is called: a stream calls operators."""
+    for name, module in model.named_modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            place = f"`{name}`" if name else "the model"
+            raise CaptureError(
+                f"{place} is sharded by itself, and a stream would not gather its weights: shard the compiled"
+                " module as a whole, and nothing in it: fully_shard(fxstream.compile(model, ...))"
+            )
+
+
+def _refuse_shared_statistics(model: nn.Module) -> None:
+    """Raises `CaptureError` where statistics are taken over several processes."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.training and several:
+            if torch.distributed.get_world_size(module.process_group) == 1:
+                continue
+            raise CaptureError(
+                f"`{name}` (SyncBatchNorm) takes its statistics over all processes, a stream takes them over the"
+                " tiles of its own images: use BatchNorm, or fxstream.freeze_batch_norm(model)"
+            )
+
+
+def _explanation(model: nn.Module, error: Exception) -> str:
+    """The message of a `CaptureError`: the user's line and the reason."""
+    frame = last_user_frame(error)
+    line = f" at {frame.filename}:{frame.lineno} (`{frame.line}`)" if frame is not None else ""
+    kind = type(error).__name__
+    reason = next(iter(str(error).strip().splitlines()), kind)
+    if "DataDependent" in kind or "GuardOnData" in kind:
+        return (
+            f"{type(model).__name__} has control flow{line} that depends on the values of a tensor, which no graph"
+            " of the whole model can follow: compile a part without it, such as the backbone, or use"
+            f" torch.compile(model, backend='fxstream'), which splits the model there ({reason})"
+        )
+    return f"{type(model).__name__} cannot run on inputs of these shapes and types{line}: {reason}"
+
+
+def _advice(model: nn.Module, reason: str, leaves: Sequence[Any]) -> str:
+    """What to do about inputs that are missing or of a wrong type; empty where they are not the reason."""
+    if "missing a required argument" in reason:
+        return "; give all inputs of the model, on the command line one --input for each"
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    integers = [tensor.dtype for tensor in tensors if not tensor.is_floating_point()]
+    floats = [weight.dtype for weight in model.parameters() if weight.is_floating_point()]
+    if not integers or not floats or "type" not in reason:
+        return ""
+    types = [str(kind).removeprefix("torch.") for kind in (integers[0], floats[0])]
+    return (
+        f"; an input is {types[0]} and weights are {types[1]}: convert it in the model (image.float() / 255), or"
+        f" give an array as fxstream.source(..., dtype=torch.{types[1]})"
+    )

@@ -1,0 +1,261 @@
+"""A graph as dynamo hands it over: torch functions, with the model's tensors among its inputs.
+
+NOTE [inputs of the graph]
+1. Parameters and buffers are inputs, next to the images. Where a graph is traced from a call of the model, an input
+   belongs to the call if its source is an argument; in a part of a program, dynamo marks the model's tensors, and
+   what a convolution takes as its weight is one in any case.
+2. A size that dynamo keeps symbolic is an input too. It is read from the tensor that has it.
+3. Any other number is an input too, if it was seen to change (a counter, an argument). What is computed of numbers
+   alone is computed in every call; where it enters an operator on tensors it is a constant: another value is captured
+   anew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.node import map_arg
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["GraphInput", "Kind", "TracedGraph", "checkpointed", "user_path"]
+
+CONVOLUTIONS = tuple(getattr(torch, f"conv{kind}{rank}d") for kind in ("", "_transpose") for rank in (1, 2, 3))
+ARGUMENTS = re.compile(r"L\['(args|kwargs)'\]")
+PART = re.compile(r"\['?(.+?)'?\]|([^.\[\]]+)")
+REGISTRIES = ("__dict__", "_modules", "_parameters", "_buffers")
+Sizes = Sequence[Sequence[int]]
+
+
+class Kind(Enum):
+    """What an input of a graph is."""
+
+    ARGUMENT = "a tensor of the call"
+    WEIGHT = "a tensor of the model"
+    SIZE = "a size of a tensor of the call"
+    NUMBER = "a number"
+
+
+@dataclass(frozen=True, slots=True)
+class GraphInput:
+    """An input of a traced graph: its kind, its name for the user, and for a size which dim of which input."""
+
+    kind: Kind
+    name: str
+    size_of: tuple[int, int] | None = None
+
+
+class TracedGraph:
+    """A graph of dynamo; `module` takes the values of its inputs in order."""
+
+    def __init__(self, module: fx.GraphModule, is_call: bool) -> None:
+        self.module = module
+        nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
+        self.examples = [_example(node) for node in nodes]
+        """For each input a fake tensor, or a number, as it was when the graph was traced."""
+        kinds = [_kind(node, example, is_call) for node, example in zip(nodes, self.examples, strict=True)]
+        sizes = [_size_of(example, kinds, self.examples) for example in self.examples]
+        names = _names(nodes)
+        self.inputs = tuple(
+            GraphInput(kind if size is None else Kind.SIZE, name, size)
+            for kind, name, size in zip(kinds, names, sizes, strict=True)
+        )
+        for node in nodes:
+            _take_number(node)
+        self._placeholders = nodes
+        self._numbers = _numbers(module.graph, [nodes[i] for i in self.indices(Kind.NUMBER)])
+        _run_checkpoints(module)
+        _name_modules(module.graph)
+        module.recompile()
+
+    def __call__(self, values: Sequence[Any]) -> Any:
+        """What the graph returns for the values of a call, run as it is."""
+        numbers = set(self.indices(Kind.NUMBER))
+        return self.module(*(_number(value) if i in numbers else value for i, value in enumerate(values)))
+
+    @property
+    def fake_mode(self) -> FakeTensorMode:
+        """The mode of its examples."""
+        tensors = (one for one in self.examples if isinstance(one, FakeTensor))
+        return next((tensor.fake_mode for tensor in tensors), FakeTensorMode(allow_non_fake_inputs=True))
+
+    def indices(self, kind: Kind) -> list[int]:
+        """The inputs of a kind."""
+        return [i for i, one in enumerate(self.inputs) if one.kind is kind]
+
+    def numbers(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """The numbers that enter operators on tensors, each with its type."""
+        known = self._computed(values)
+        numbers = (known[node] for node in known if any(user not in known for user in _readers(node)))
+        return tuple((type(number), number) for number in numbers)
+
+    def with_numbers(self, outputs: Sequence[Any], values: Sequence[Any]) -> Sequence[Any]:
+        """The outputs of the graph, those that are computed of numbers alone as they are in this call."""
+        returned = self.module.graph.output_node().args[0]
+        if not any(node in self._numbers for node in returned if isinstance(node, fx.Node)):  # type: ignore[union-attr]
+            return outputs
+        known = self._computed(values)
+        pairs = zip(returned, outputs, strict=True)  # type: ignore[arg-type]
+        return [known.get(node, output) for node, output in pairs]  # type: ignore[call-overload]
+
+    def _computed(self, values: Sequence[Any]) -> dict[fx.Node, Any]:
+        """What is computed of numbers alone, for the values of a call."""
+        known: dict[fx.Node, Any] = {}
+        places = {self._placeholders[i]: i for i in self.indices(Kind.NUMBER)}
+        for node in self._numbers:
+            if node in places:
+                known[node] = _number(values[places[node]])
+            else:
+                args, kwargs = map_arg((node.args, dict(node.kwargs)), known.__getitem__)
+                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return known
+
+    def values_at(self, values: Sequence[Any], shapes: Mapping[int, Sequence[int]]) -> list[Any]:
+        """Fake tensors like the values of a call, those of the call with other shapes."""
+        with self.fake_mode:
+            fakes = [_fake_like(value, shapes.get(i)) for i, value in enumerate(values)]
+        for i, one in enumerate(self.inputs):
+            if one.size_of is not None:
+                fakes[i] = fakes[one.size_of[0]].shape[one.size_of[1]]
+            elif one.kind is Kind.NUMBER:
+                fakes[i] = _number(values[i])
+        return fakes
+
+
+def _example(node: fx.Node) -> Any:
+    return node.meta["example_value"]
+
+
+def _number(value: Any) -> Any:
+    """The number that a value is; of a symbolic one the number that it was traced with."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value.node.hint
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+def _numbers(graph: fx.Graph, inputs: Sequence[fx.Node]) -> list[fx.Node]:
+    """The inputs that are numbers, and what is computed of them alone, in order."""
+    numbers = dict.fromkeys(inputs)
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        if node.op == "call_function" and sources and all(source in numbers for source in sources):
+            if isinstance(node.meta.get("example_value"), (int, float, bool, torch.SymInt, torch.SymFloat)):
+                numbers[node] = None
+    return list(numbers)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    return [user for user in node.users if user.op != "output"]
+
+
+def _fake_like(value: Any, shape: Sequence[int] | None) -> Any:
+    """A tensor without memory; one that holds fewer elements than it shows becomes contiguous."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    options: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+    if shape is not None or 0 in value.stride() or value.layout != torch.strided:
+        fake = torch.empty(tuple(value.shape if shape is None else shape), **options)
+        if shape is not None and value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last):
+            fake = fake.to(memory_format=torch.channels_last)
+    else:
+        fake = torch.empty_strided(value.shape, value.stride(), **options)
+    return fake.requires_grad_(value.requires_grad)
+
+
+def _kind(node: fx.Node, example: Any, is_call: bool) -> Kind:
+    if not isinstance(example, torch.Tensor) or _is_number(node):
+        return Kind.NUMBER
+    if is_call:
+        return Kind.ARGUMENT if ARGUMENTS.match(_source(node)) else Kind.WEIGHT
+    is_weight = any(
+        user.target in CONVOLUTIONS and (user.args[1:2] == (node,) or user.kwargs.get("weight") is node)
+        for user in node.users
+    )
+    is_static = "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+    is_parameter = isinstance(example, nn.Parameter) or getattr(example, "_is_param", False)
+    return Kind.WEIGHT if is_static or is_weight or is_parameter else Kind.ARGUMENT
+
+
+def _source(node: fx.Node) -> str:
+    """Where dynamo found an input, as an expression of the traced function's locals."""
+    source = node._dynamo_source  # type: ignore[attr-defined]
+    return source.name if isinstance(source.name, str) else source.name()
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether an input is a number, which dynamo passes as a tensor to take `item` of it."""
+    return bool(getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)) and all(
+        user.op == "call_method" and user.target == "item" for user in node.users
+    )
+
+
+def _take_number(node: fx.Node) -> None:
+    """Make an input that is a number take the number."""
+    for user in list(node.users) if _is_number(node) else ():
+        user.replace_all_uses_with(node)
+        node.graph.erase_node(user)
+
+
+def _size_of(example: Any, kinds: Sequence[Kind], examples: Sequence[Any]) -> tuple[int, int] | None:
+    """The input and the dim of it that a symbolic size is of."""
+    if not isinstance(example, torch.SymInt):
+        return None
+    for i, tensor in enumerate(examples):
+        if kinds[i] is Kind.ARGUMENT and isinstance(tensor, torch.Tensor):
+            for dim, size in enumerate(tensor.shape):
+                if isinstance(size, torch.SymInt) and size.node.expr == example.node.expr:
+                    return i, dim
+    return None
+
+
+def user_path(source: str) -> tuple[str, ...]:
+    """The path of a module or tensor in the user's model, from where dynamo found it.
+
+    >>> user_path("L['model'].__dict__['_modules']['layer1']._modules['0']._parameters['weight']")
+    ('layer1', '0', 'weight')
+    >>> user_path("L['self'].layer1.0.conv1")
+    ('layer1', '0', 'conv1')
+    >>> user_path("L['x']")
+    ('x',)
+    """
+    scope, *parts = (bracketed or plain for bracketed, plain in PART.findall(source))
+    path = parts[1:] or parts or [scope]
+    return tuple(name for part in path if part not in REGISTRIES for name in part.split("."))
+
+
+def _names(inputs: Sequence[fx.Node]) -> list[str]:
+    """A name for each input: the user's path, or the name in the graph where that is taken."""
+    names: list[str] = []
+    for node in inputs:
+        name = ".".join(user_path(_source(node)))
+        names.append(node.name if name in names else name)
+    return names
+
+
+def checkpointed(body: fx.GraphModule, *inputs: Any, **_: Any) -> Any:
+    """A part of the model under `torch.utils.checkpoint`; dynamo's operator for it draws anew when it recomputes."""
+    return checkpoint(body, *inputs, use_reentrant=False)
+
+
+def _run_checkpoints(module: fx.GraphModule) -> None:
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+                node.target = checkpointed
+                part.recompile()
+
+
+def _name_modules(graph: fx.Graph) -> None:
+    """Give the nodes the paths of the user's modules."""
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack", {})
+        named = {key: (".".join(user_path(name)), kind) for key, (name, kind) in stack.items()}
+        node.meta["nn_module_stack"] = {
+            key: ("" if path == "model" else path, kind) for key, (path, kind) in named.items()
+        }

@@ -1,0 +1,44 @@
+"""A model that is not one graph: dynamo splits it, and every part with an image among its inputs is streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxstream.capture.traced_graph import Kind, TracedGraph
+from fxstream.compiler.pipeline import Pipeline, Shared
+from fxstream.graph.shapes import is_image
+
+__all__ = ["Parts", "streamed_part"]
+
+
+def streamed_part(module: fx.GraphModule, shared: Shared) -> Callable[..., Any]:
+    """A graph of dynamo as a function that streams, if there is an image among its inputs."""
+    traced = TracedGraph(module, is_call=False)
+    arguments = [traced.examples[i] for i in traced.indices(Kind.ARGUMENT)]
+    if not any(is_image(tensor) for tensor in arguments):
+        return lambda *values: traced(values)
+    # Dynamo traces each size that it does not keep symbolic: that such a graph is bound to it is no news.
+    shared.warned.add("bound")
+    pipeline = Pipeline(traced, shared)
+    return lambda *values: pipeline.run(values, {})
+
+
+class Parts:
+    """Calls of a model whose parts are streamed one by one."""
+
+    def __init__(self, model: nn.Module, shared: Shared) -> None:
+        self._model, self._shared = model, shared
+        self._compiled: Callable[..., Any] | None = None
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the model returns."""
+        if self._compiled is None:
+            self._compiled = torch._dynamo.optimize(self._part)(self._model.__call__)
+        return self._compiled(*args, **kwargs)
+
+    def _part(self, module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        return streamed_part(module, self._shared)

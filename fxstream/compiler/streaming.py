@@ -1,0 +1,172 @@
+"""The streaming of one model: its traces, each with the pipeline of its graph, and what the last call ran.
+
+A call runs the first trace that holds for it; where none does, the model is traced once more. What dynamo cannot
+trace as one graph runs as Python between several, each of which is streamed by itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fxstream.capture.capture import retracing
+from fxstream.capture.input_key import input_key
+from fxstream.capture.trace import FakeInputs, Trace, Tracer
+from fxstream.compiler.parts import Parts
+from fxstream.compiler.pipeline import Options, Pipeline, Prepared, Shared
+from fxstream.errors import CaptureError, GraphBreakError, InputError
+from fxstream.graph.typed_graph import Verdict
+from fxstream.io.inputs import Inputs, inputs_of
+from fxstream.planning.plan import Plan
+from fxstream.probe.probe import ProbeReport
+
+__all__ = ["Streaming", "TracedCall"]
+
+MOST_TRACES = 64
+"""Traces of a model that are kept; the one used least recently leaves first."""
+OFTEN = 8
+"""Traces of one kind of call after which a warning says what changes from call to call."""
+
+
+class BeforeFirstCallError(InputError, AttributeError):
+    """A property of the last call was read before the first: for `hasattr` it is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class TracedCall:
+    """A trace, the tensors that it serves (of these shapes alone, where there are shapes), its pipeline."""
+
+    key: Any
+    shapes: Any
+    trace: Trace
+    pipeline: Pipeline | None
+
+    def run(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        compute: Callable[[Pipeline, Sequence[Any], Mapping[int, Any]], Any] = Pipeline.run,
+    ) -> Any:
+        """What the model returns; `compute` gets the pipeline, the values of its graph, and images from outside."""
+        outside = inputs.outside
+
+        def graph(*values: Any) -> Any:
+            assert self.pipeline is not None
+            real = {i: outside[id(value)] for i, value in enumerate(values) if id(value) in outside}
+            return compute(self.pipeline, values, real)
+
+        return self.trace.run(graph, model, inputs.args, inputs.kwargs)
+
+
+class Streaming:
+    """How a compiled model streams: the model, its options, and verdicts, plan, probe and graph of the last call.
+
+    Of a model of several graphs it is the last graph that ran.
+    """
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self.model, self.options = model, options
+        self.shared = Shared(type(model).__name__, options)
+        self._calls: list[TracedCall] = []
+        self._broken: dict[Any, str] = {}
+        self._tracer, self._flat_tracer = Tracer(), Tracer()
+        self._parts = Parts(model, self.shared)
+        self._lock = threading.RLock()
+
+    @property
+    def last(self) -> Prepared:
+        """What the last call ran."""
+        if self.shared.last is None:
+            raise BeforeFirstCallError("nothing is known before the first call: call the module on an image")
+        return self.shared.last
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """The verdict on every node, for the last input."""
+        return self.last.analysis.verdicts
+
+    @property
+    def plan(self) -> Plan:
+        """Segments and tiles for the last input."""
+        return self.last.plan
+
+    @property
+    def probe(self) -> tuple[ProbeReport, ...]:
+        """What the probe measured on each streamed region, for the last input; empty where it was not run."""
+        return self.last.probe
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The rewritten graph for the last input; the captured one where the plain path was taken."""
+        return self.last.graph
+
+    @property
+    def calls(self) -> tuple[TracedCall, ...]:
+        """The traces that are kept."""
+        return tuple(self._calls)
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the model returns for these arguments."""
+        inputs = inputs_of(self.model, args, kwargs)
+        try:
+            call = self.call(inputs)
+        except GraphBreakError as error:
+            if inputs.outside:
+                raise CaptureError(
+                    f"{error}. An image from outside of the device's memory needs a model that is one graph"
+                ) from error
+            self.shared.warn_once("parts", f"{error}. Its parts are streamed one by one")
+            return self._parts.run(inputs.args, inputs.kwargs)
+        return call.run(self.model, inputs)
+
+    def call(self, inputs: Inputs, flat: bool = False) -> TracedCall:
+        """The trace that serves a call; with `flat` one whose results are known."""
+        key = (flat, *input_key(inputs.args, inputs.kwargs))
+        shapes = tuple(tuple(tensor.shape) for tensor in inputs.tensors)
+        found = self._kept(key, shapes, inputs)
+        if found is None:
+            with self._lock:
+                found = self._kept(key, shapes, inputs) or self._traced(key, shapes, inputs, flat)
+        return found
+
+    def _kept(self, key: Any, shapes: Any, inputs: Inputs) -> TracedCall | None:
+        for call in self.calls:
+            serves = call.key == key and call.shapes in (None, shapes)
+            if serves and call.trace.holds(self.model, inputs.args, inputs.kwargs):
+                if call is not self._calls[0]:
+                    with self._lock:
+                        self._calls = [call, *(other for other in self._calls if other is not call)]
+                return call
+        return None
+
+    def _traced(self, key: Any, shapes: Any, inputs: Inputs, flat: bool) -> TracedCall:
+        """A new trace; a model that reads sizes is traced at each, and its pipeline serves all that it fits."""
+        model, others = self.model, [call for call in self._calls if call.key == key]
+        self._warn_of_changes(others, inputs)
+        tracer = self._flat_tracer if flat else self._tracer
+        trace = tracer.trace(model, inputs.args, inputs.kwargs, flat)
+        pipeline = None
+        if trace.graph is not None:
+            pipelines = [other.pipeline for other in others if other.pipeline is not None]
+            pipeline = next((one for one in pipelines if trace.reads_sizes and one.serves(trace.graph)), None)
+            if pipeline is None:
+                fakes = FakeInputs(inputs.args, inputs.kwargs)
+                again = retracing(tracer, model, fakes) if trace.reads_sizes else None
+                pipeline = Pipeline(trace.graph, self.shared, again)
+        call = TracedCall(key, shapes if trace.reads_sizes else None, trace, pipeline)
+        self._calls = [call, *self._calls][:MOST_TRACES]
+        return call
+
+    def _warn_of_changes(self, others: Sequence[TracedCall], inputs: Inputs) -> None:
+        same = [call for call in others if call.shapes is None]
+        if len(same) >= OFTEN:
+            reason = same[0].trace.changed(self.model, inputs.args, inputs.kwargs)
+            self.shared.warn_once(
+                "changes", f"{self.shared.name} is captured for the {len(same) + 1}th time: {reason} has changed"
+            )
