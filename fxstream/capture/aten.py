@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import get_innermost_proxy_mode, get_pro
 from torch.utils import _pytree as pytree
 
 from fxstream.capture.casts import AUTOCAST, write_casts
-from fxstream.capture.functionalize import MODEL_TENSOR, make_factories, make_functional
+from fxstream.capture.functionalize import CHANGED_TO, MODEL_TENSOR, make_factories, make_functional
 from fxstream.capture.traced_graph import Kind, TracedGraph, checkpointed
 from fxstream.errors import CaptureError
 from fxstream.graph.captured import Captured
@@ -221,6 +221,7 @@ def _captured(
         tuple(node.name for node in ordered[len(weights) :]),
         tuple(places[node] for node in ordered),
         {name: value for name, (_, value) in constants.items()},
+        tuple(i for node, i in placeholders.items() if CHANGED_TO in node.meta),
         is_cast=is_cast,
     )
 

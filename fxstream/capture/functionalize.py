@@ -31,12 +31,14 @@ from fxstream.graph.effects import (
 )
 from fxstream.graph.nodes import bind, parameters_of, schema_of
 
-__all__ = ["MODEL_TENSOR", "make_factories", "make_functional"]
+__all__ = ["CHANGED_TO", "MODEL_TENSOR", "make_factories", "make_functional"]
 
 aten = torch.ops.aten
 
 MODEL_TENSOR = "fxstream_model_tensor"
 """Key in the ``node.meta`` of a placeholder: whether it is a parameter, buffer or constant of the model."""
+CHANGED_TO = "fxstream_changed_to"
+"""Key in the ``node.meta`` of a placeholder: what a tensor of the call became, which the model changed in place."""
 
 OUT_OF_PLACE: dict[object, torch._ops.OpOverload | None] = {
     aten.normal_.default: aten.normal_functional.default,
@@ -92,10 +94,18 @@ def make_functional(graph: fx.Graph) -> None:
             result = _replace(node, variant, position)
             _add(aliases, result, [])
             first[_storage(result)] = result
+    _return_changed(graph)
     for node in in_place:
         for tensor in mutated_inputs(node):
             for other in nx.node_connected_component(aliases, tensor):
                 other.meta[UNSTREAMED] = f"its storage is changed in place by `{node.name}`"
+
+
+def _return_changed(graph: fx.Graph) -> None:
+    """Let the graph return what the tensors of the call became, after its other outputs."""
+    changed = [node for node in graph.find_nodes(op="placeholder") if CHANGED_TO in node.meta]
+    output = graph.output_node()
+    output.args = ([*output.args[0], *(node.meta[CHANGED_TO] for node in changed)],)  # type: ignore[misc,list-item]
 
 
 def _add(aliases: nx.Graph, node: fx.Node, viewed: Sequence[fx.Node]) -> None:
@@ -147,6 +157,9 @@ def _replace(node: fx.Node, variant: torch._ops.OpOverload, position: dict[fx.No
             result.meta = dict(node.meta)
     position[new] = position[result] = now = position[node]
     node.replace_all_uses_with(result)
+    for tensor in graph.find_nodes(op="placeholder"):
+        if mutated in (tensor, tensor.meta.get(CHANGED_TO)):
+            tensor.meta[CHANGED_TO] = result
     mutated.replace_all_uses_with(
         result, delete_user_cb=lambda user: position[user] > now and user not in (new, result)
     )

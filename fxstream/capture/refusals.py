@@ -56,7 +56,9 @@ def _refuse_quantised(model: nn.Module) -> None:
     """Raises `CaptureError` where weights are packed for integer kernels, which are no tensors of a graph."""
     for name, module in model.named_modules():
         kind = type(module)
-        packed = any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
+        packed = not isinstance(module, torch.jit.ScriptModule) and any(
+            isinstance(value, torch.ScriptObject) for value in vars(module).values()
+        )
         if packed or kind.__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
             raise CaptureError(
                 f"`{name}` ({kind.__name__}) is quantised to integers, whose packed weights torch does not export:"

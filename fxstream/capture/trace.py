@@ -24,6 +24,7 @@ from torch._dynamo import config, convert_frame, mark_static
 from torch._dynamo.functional_export import ExportTracerOutput
 from torch._dynamo.hooks import Hooks
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch._dynamo.variables.torch import tracing_state_functions
 from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -43,6 +44,7 @@ SIZE_READERS = frozenset({
 """Names in code that may read the size of a tensor, or do as many things as a tensor has rows."""
 UNGUARDED = frozenset({"AUTOGRAD_SAVED_TENSORS_HOOKS"})
 """Guards on what no trace depends on."""
+ASKS = (torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling, torch.compiler.is_exporting)
 _CALLS = threading.local()
 _CAPTURES = threading.local()
 
@@ -178,10 +180,23 @@ def _tracing(model: nn.Module, flat: bool) -> Iterator[None]:
             dynamo_timed("fxstream"),
             torch_function_mode_stack_state_mgr,
             _cumulative_averages(model),
+            _as_in_eager(),
         ):
             yield
     finally:
         _CAPTURES.depth -= 1
+
+
+@contextlib.contextmanager
+def _as_in_eager() -> Iterator[None]:
+    """The model's code, which may ask whether it is compiled, is told that it is not."""
+    answers = tracing_state_functions()
+    before = dict(answers)
+    try:
+        answers.update({function: False for function in ASKS if function in answers})
+        yield
+    finally:
+        answers.update(before)
 
 
 @contextlib.contextmanager

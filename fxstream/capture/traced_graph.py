@@ -30,7 +30,7 @@ CONVOLUTIONS = tuple(getattr(torch, f"conv{kind}{rank}d") for kind in ("", "_tra
 ARGUMENTS = re.compile(r"L\['(args|kwargs)'\]")
 PART = re.compile(r"\['?(.+?)'?\]|([^.\[\]]+)")
 REGISTRIES = ("__dict__", "_modules", "_parameters", "_buffers")
-Sizes = Sequence[Sequence[int]]
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class Kind(Enum):
@@ -134,9 +134,9 @@ def _example(node: fx.Node) -> Any:
 
 def _number(value: Any) -> Any:
     """The number that a value is; of a symbolic one the number that it was traced with."""
-    if isinstance(value, (torch.SymInt, torch.SymFloat)):
-        return value.node.hint
-    return value.item() if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor):
+        value = value.item()
+    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
 
 
 def _numbers(graph: fx.Graph, inputs: Sequence[fx.Node]) -> list[fx.Node]:
@@ -145,9 +145,14 @@ def _numbers(graph: fx.Graph, inputs: Sequence[fx.Node]) -> list[fx.Node]:
     for node in graph.nodes:
         sources = node.all_input_nodes
         if node.op == "call_function" and sources and all(source in numbers for source in sources):
-            if isinstance(node.meta.get("example_value"), (int, float, bool, torch.SymInt, torch.SymFloat)):
+            if isinstance(node.meta.get("example_value"), NUMBERS) or _is_returned_number(node):
                 numbers[node] = None
     return list(numbers)
+
+
+def _is_returned_number(node: fx.Node) -> bool:
+    """Whether a number becomes a tensor only in order to be returned."""
+    return node.target is torch.scalar_tensor and all(user.op == "output" for user in node.users)
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -190,9 +195,9 @@ def _source(node: fx.Node) -> str:
 
 def _is_number(node: fx.Node) -> bool:
     """Whether an input is a number, which dynamo passes as a tensor to take `item` of it."""
-    return bool(getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)) and all(
-        user.op == "call_method" and user.target == "item" for user in node.users
-    )
+    example = _example(node)
+    is_scalar = isinstance(example, torch.Tensor) and example.ndim == 0 and "tensor_dict" not in node.meta
+    return is_scalar and all(user.op == "call_method" and user.target == "item" for user in node.users)
 
 
 def _take_number(node: fx.Node) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fxstream.capture.trace import is_capturing
 from fxstream.compiler.pipeline import Options
@@ -106,7 +105,9 @@ def inspect(module: StreamedModule) -> Streaming:
 
 def _is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an exporter or a tracer writes this call down: ONNX, TorchScript, torch.export, make_fx or fx."""
-    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting() or get_proxy_mode() is not None:
+    proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    before_dispatch = torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+    if torch._C._get_tracing_state() is not None or proxies is not None or before_dispatch:
         return True
     return any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values()))
 

@@ -24,7 +24,7 @@ from fxstream.capture.traced_graph import Kind, TracedGraph
 from fxstream.compiler.analysis import Analysis, analyse, lowered
 from fxstream.compiler.cache import Cache
 from fxstream.compiler.stages import Stages
-from fxstream.errors import StreamingWarning
+from fxstream.errors import StreamError, StreamingWarning
 from fxstream.graph.autograd_saves import saves_of
 from fxstream.graph.typed_graph import Saves
 from fxstream.io.inputs import whole
@@ -121,7 +121,10 @@ class Prepared:
                 real = outside[place]  # type: ignore[index]
                 arguments[k] = whole(real, values[place].device) if name in in_whole else real  # type: ignore[index]
         with without_autocast(captured):
-            return self.streamed(*arguments)  # type: ignore[no-any-return]
+            outputs: list[Any] = self.streamed(*arguments)
+        for place in reversed(captured.changed):
+            _change(values[place], outputs.pop(), place in outside)
+        return outputs
 
 
 class Pipeline:
@@ -337,6 +340,17 @@ class Pipeline:
                 f"tile={self.shared.options.request.tile} is too small for {listed}: these run whole. A larger tile,"
                 " or a memory, bounds them too",
             )
+
+
+def _change(tensor: torch.Tensor, became: torch.Tensor, is_outside: bool) -> None:
+    """Do to a tensor of the call what the model does in place. Raises `StreamError` where that cannot be done."""
+    if is_outside or tensor.requires_grad:
+        why = "it is read from outside of the device's memory" if is_outside else "it has a gradient"
+        raise StreamError(
+            f"the model changes the image in place, and {why}: let it work on a copy (x = x - mean, not x -= mean)"
+        )
+    with torch.no_grad():
+        tensor.copy_(became)
 
 
 def _common(prepared: Prepared) -> dict[str, str]:

@@ -34,7 +34,8 @@ class Captured:
     `module` takes the model's tensors, whose names for the user are `tensors`, and then the tensors of the call,
     whose placeholders are `inputs`. `places` has, for each of these placeholders, the index among the values that
     the call comes with, or the name of one of the `constants`. It returns a list of outputs; `results` says what
-    the model returns of them, where that was asked for. With `bound` the graph is specialised to its size. With
+    the model returns of them, where that was asked for. Its last outputs are what the values at the indices `changed`
+    became, which the model changes in place. With `bound` the graph is specialised to its size. With
     `is_cast` it holds the casts of autocast, which must then be off when it runs.
     """
 
@@ -43,6 +44,7 @@ class Captured:
     inputs: tuple[str, ...]
     places: tuple[int | str, ...]
     constants: Mapping[str, torch.Tensor]
+    changed: tuple[int, ...] = ()
     bound: bool = False
     is_cast: bool = False
     results: Results | None = None
