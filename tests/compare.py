@@ -80,14 +80,16 @@ def streams(module):
 
 def captures(module):
     """How many captures a compiled module keeps."""
-    return sum(key[0] == "capture" for key in module.pipeline._cache._entries)
+    pipelines = {id(call.pipeline): call.pipeline for call in fxstream.inspect(module).calls}
+    return sum(key[0] == "capture" for pipeline in pipelines.values() for key in pipeline._cache._entries)
 
 
 def replan(module, plan):
     """Let a compiled module run another plan at the size of its last call."""
     last = fxstream.inspect(module).last
     streamed = rewrite(last.analysis.captured, last.analysis.graph, plan)
-    entries = module.pipeline._cache._entries
+    (call,) = fxstream.inspect(module).calls
+    entries = call.pipeline._cache._entries
     for key, prepared in entries.items():
         if prepared is last:
             entries[key] = dataclasses.replace(last, plan=plan, streamed=streamed)

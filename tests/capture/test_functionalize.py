@@ -5,11 +5,13 @@ import threading
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo import convert_frame
 
-from fxstream.graph.capture import capture
+from fxstream.capture.aten import to_aten
+from fxstream.capture.capture import capture
+from fxstream.capture.size_symbols import explain_sizes, size_dependent_constants
+from fxstream.capture.trace import Tracer
 from fxstream.graph.effects import UNSTREAMED, is_random, mutated_inputs, ordered_nodes
-from fxstream.graph.export import export
-from fxstream.graph.size_symbols import explain_sizes, size_dependent_constants
 
 
 class Function(nn.Module):
@@ -21,7 +23,7 @@ class Function(nn.Module):
 
 
 def nodes(function):
-    graph = capture(Function(function), (torch.zeros(2, 3, 8, 8),), {}).graph
+    graph = capture(Function(function), (torch.zeros(2, 3, 8, 8),), {})[0].graph
     return {str(node.target).removeprefix("aten."): node for node in graph.nodes if node.op == "call_function"}
 
 
@@ -67,7 +69,7 @@ def test_random_operators_are_those_that_draw():
 
 def test_draws_and_effects_keep_their_order():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(), nn.ReLU())
-    graph = capture(model, (torch.zeros(2, 3, 8, 8),), {}).graph
+    graph = capture(model, (torch.zeros(2, 3, 8, 8),), {})[0].graph
     assert [str(node.target) for node in ordered_nodes(graph)] == [
         "aten.add_.Tensor",
         "aten.batch_norm.default",
@@ -77,7 +79,8 @@ def test_draws_and_effects_keep_their_order():
 
 def captures(function):
     sizes = [(2, 3, 12, 20), (3, 3, 45, 117), (3, 3, 111, 311)]
-    return [export(Function(function), (torch.zeros(size),), {}, None).graph_module.graph for size in sizes]
+    traced = [Tracer().trace(Function(function), (torch.zeros(size),), {}).graph for size in sizes]
+    return [to_aten(graph, graph.examples).graph for graph in traced]
 
 
 def test_sizes_products_and_fractions_are_explained():
@@ -115,42 +118,30 @@ class Reversed(torch.autograd.Function):
         return -gradient
 
 
-def test_autograd_functions_of_other_threads_are_called_during_an_export():
-    gradients = []
-
-    def train():
-        x = torch.ones(1, requires_grad=True)
-        torch.utils.checkpoint.checkpoint(Reversed.apply, x, use_reentrant=True).backward()
-        gradients.append(x.grad)
-
-    def forward(x):
-        thread = threading.Thread(target=train)
-        thread.start()
-        thread.join()
-        return Reversed.apply(x)
-
-    program = export(Function(forward), (torch.zeros(1, 1, 4, 4, requires_grad=True),), {}, None)
-    assert gradients == [-1]
-    assert [str(n.target) for n in program.graph.nodes if n.op == "call_function"] == ["flat_apply"]
+def test_an_autograd_function_of_the_user_is_one_node_with_its_backward():
+    captured, _ = capture(Function(lambda x: Reversed.apply(x * 2)), (torch.zeros(1, 1, 4, requires_grad=True),), {})
+    x = torch.ones(1, 1, 4, requires_grad=True)
+    (result,) = captured.module(x)
+    result.sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, -2))
+    assert [n.name for n in captured.graph.nodes if n.op == "call_function"] == ["mul", "autograd_function_1", "getitem"]
 
 
-def test_one_thread_exports_at_a_time():
-    original = torch.autograd.Function.__dict__["apply"]
-    inside, most = [], []
+def test_one_thread_traces_at_a_time(monkeypatch):
+    inside, most, original = [], [], convert_frame.fullgraph_capture
 
-    def forward(x):
-        inside.append(x)
+    def watched(*args):
+        inside.append(args)
         most.append(len(inside))
-        threading.Event().wait(0.05)
+        result = original(*args)
         inside.pop()
-        return x + 1
+        return result
 
-    threads = [
-        threading.Thread(target=export, args=(Function(forward), (torch.zeros(1, 1, 4),), {}, None)) for _ in "12"
-    ]
+    monkeypatch.setattr(convert_frame, "fullgraph_capture", watched)
+    arguments = (Function(lambda x: x * 2), (torch.zeros(1, 1, 4),), {})
+    threads = [threading.Thread(target=capture, args=arguments) for _ in "1234"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == [1, 1]
-    assert torch.autograd.Function.__dict__["apply"] is original
+    assert most == [1, 1, 1, 1]
