@@ -15,8 +15,15 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.convert_frame import compile_lock
 from torch.fx import traceback
-from torch.fx.experimental.proxy_tensor import get_innermost_proxy_mode, get_proxy_mode, make_fx, track_tensor_tree
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_innermost_proxy_mode,
+    get_proxy_mode,
+    make_fx,
+    track_tensor_tree,
+)
 from torch.utils import _pytree as pytree
 
 from fxstream.capture.casts import AUTOCAST, write_casts
@@ -155,8 +162,6 @@ def _as_one_node(function: OpaqueFunction, inputs: Sequence[Any]) -> Any:
 @contextlib.contextmanager
 def _untraced() -> Iterator[None]:
     """What runs within is not written into the graph."""
-    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-
     include = torch._C._dispatch_tls_local_include_set().remove(torch._C.DispatchKey.PreDispatch)
     exclude = torch._C._dispatch_tls_local_exclude_set() | torch._C.DispatchKeySet(
         torch._C.DispatchKey.PreDispatch
@@ -182,7 +187,8 @@ def to_aten(traced: TracedGraph, fakes: Sequence[Any], autocast: Sequence[tuple[
             results = _Interpreter(traced.module).run(*values)
         return list(results) if isinstance(results, (list, tuple)) else [results]
 
-    with traced.fake_mode, fake_tensor_log_silenced(), _saved_as_they_are():
+    # What traces before dispatch is one for all threads.
+    with compile_lock, traced.fake_mode, fake_tensor_log_silenced(), _saved_as_they_are():
         module = make_fx(run, pre_dispatch=True, tracing_mode="real")(*(fakes[i] for i in indices))
     return _captured(module, traced, indices, autocast)
 
