@@ -1,12 +1,12 @@
 """What a trace depends on in the tensors of a call, but for batch and image size, as a key.
 
-It takes the place of dynamo's guards on these tensors: types, devices, channels, whether gradients are asked for,
-memory formats, and which of them are the same tensor.
+It takes the place of dynamo's guards on these tensors: types, devices, channels, whether gradients are asked for, and
+which of them are the same tensor. How they lie in memory matters only to a model that asks for it (`input_formats`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxstream.graph.shapes import stream_dims
 
-__all__ = ["input_key"]
+__all__ = ["input_formats", "input_key"]
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -31,10 +31,6 @@ def input_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ..
 def _tensor_key(tensor: torch.Tensor, dims: tuple[int, ...]) -> tuple[Any, ...]:
     """What a trace depends on in a tensor with these tiled dims: everything but batch and image size."""
     fixed = tuple(size for dim, size in enumerate(tensor.shape) if dim > 0 and dim not in dims)
-    is_plain = tensor.layout == torch.strided
-    formats = (torch.contiguous_format, FORMATS.get(tensor.ndim, torch.contiguous_format))
-    strides = tuple(tensor.is_contiguous(memory_format=one) for one in formats) if is_plain else ()
-    stands_in = is_plain and tensor.numel() > 1 and 0 in tensor.stride()
     return (
         type(tensor),
         tensor.ndim,
@@ -45,5 +41,14 @@ def _tensor_key(tensor: torch.Tensor, dims: tuple[int, ...]) -> tuple[Any, ...]:
         tensor.requires_grad,
         tensor.layout,
         tensor.is_inference(),
-        (True, tensor.ndim < 4) if stands_in else strides,
+    )
+
+
+def input_formats(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """How the tensors of a call lie in memory: which of torch's formats each has."""
+    return tuple(
+        tuple(tensor.is_contiguous(memory_format=one) for one in (torch.contiguous_format, FORMATS[tensor.ndim]))
+        if tensor.ndim in FORMATS and tensor.layout == torch.strided and 0 not in tensor.stride()
+        else tensor.is_contiguous() or 0 in tensor.stride()
+        for tensor in tensors
     )

@@ -34,14 +34,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxstream.capture.refusals import explained, refuse
 from fxstream.capture.traced_graph import TracedGraph
 from fxstream.graph.captured import CUMULATIVE, Results
+from fxstream.graph.user_code import is_library_file
 
 __all__ = ["FakeInputs", "Trace", "Tracer", "is_capturing"]
 
 SIZE_READERS = frozenset({
-    "shape", "size", "numel", "nelement", "len", "stride", "unbind", "split", "chunk", "tensor_split", "nbytes",
+    "shape", "size", "numel", "nelement", "len", "unbind", "split", "chunk", "tensor_split", "nbytes",
     "untyped_storage", "storage", "hsplit", "vsplit", "dsplit", "split_with_sizes", "tolist", "itemsize",
 })  # fmt: skip
 """Names in code that may read the size of a tensor, or do as many things as a tensor has rows."""
+FORMAT_READERS = frozenset({"is_contiguous", "stride", "as_strided", "data_ptr", "suggest_memory_format"})
+"""Names in code that may read how a tensor lies in memory."""
 UNGUARDED = frozenset({"AUTOGRAD_SAVED_TENSORS_HOOKS"})
 """Guards on what no trace depends on."""
 ASKS = (torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling, torch.compiler.is_exporting)
@@ -67,12 +70,13 @@ def _flat_call(model: Any, args: Any, kwargs: Any) -> Any:
 class Trace:
     """One traced call: its graph, and the code around it.
 
-    `reads_sizes` says that the model's code may have read sizes: another size may take another path. `graph` is
-    None where the call computes nothing with tensors.
+    `reads_sizes` says that the model's code may have read sizes: another size may take another path; `reads_formats`
+    the same of how tensors lie in memory. `graph` is None where the call computes nothing with tensors.
     """
 
     graph: TracedGraph | None
     reads_sizes: bool
+    reads_formats: bool
     results: Results | None
     _guards: Any
     _code: Callable[..., Any]
@@ -127,13 +131,15 @@ class Tracer:
             guards = captured.build_guards(function.__code__, hooks=hooks)
         traced = output.backend_input
         graph = None if traced is None else TracedGraph(traced.graph_module, is_call=True)
-        reads = any(map(_reads_sizes, captured.traced_code[1:])) or (graph is not None and _takes_rows(graph))
+        names = frozenset().union(*map(_names, captured.traced_code[1:]))
+        reads_sizes = bool(names & SIZE_READERS) or (graph is not None and _takes_rows(graph))
         code = (
             (lambda *call: function(*call))
             if traced is None
             else output.forward_callable(compiled_fn=_compute, extra_globals=function.__globals__)
         )
-        return Trace(graph, reads, _results(captured) if flat else None, guards, code)
+        reads_formats = any(_reads_formats(code) for code in captured.traced_code[1:])
+        return Trace(graph, reads_sizes, reads_formats, _results(captured) if flat else None, guards, code)
 
 
 def _copy(function: Any, identity: int) -> types.FunctionType:
@@ -221,9 +227,14 @@ def _is_guarded(entry: Any, fakes: frozenset[int]) -> bool:
     return id(entry.value) not in fakes and entry.guard_type not in UNGUARDED and not is_replaced
 
 
-def _reads_sizes(code: types.CodeType) -> bool:
-    names = {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))}
-    return not SIZE_READERS.isdisjoint(names)
+def _names(code: types.CodeType) -> frozenset[str]:
+    """The names of attributes and globals in code, and the texts, which may be names too."""
+    return frozenset(code.co_names).union(constant for constant in code.co_consts if isinstance(constant, str))
+
+
+def _reads_formats(code: types.CodeType) -> bool:
+    """Whether code of the user's reads how a tensor lies in memory; `stride` is an attribute of torch's modules."""
+    return not is_library_file(code.co_filename) and not FORMAT_READERS.isdisjoint(_names(code))
 
 
 def _takes_rows(graph: TracedGraph) -> bool:

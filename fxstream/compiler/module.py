@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -83,9 +82,9 @@ class StreamedModule(nn.Module):
         A `torch.compile` around it does not look inside. As a part of another model that is compiled, it is what
         its model is. Raises `InputError` where an exporter or a tracer writes the call down.
         """
-        if _is_inlined()():
+        if _is_inlined():
             return self._fxstream.model(*args, **kwargs)
-        return _untraced_run()(self, args, kwargs)
+        return _untraced_run(self, args, kwargs)
 
     def extra_repr(self) -> str:
         request = self._fxstream.options.request
@@ -121,16 +120,10 @@ def _run(module: StreamedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return module._fxstream.run(args, kwargs)
 
 
-@functools.cache
-def _untraced_run() -> Callable[..., Any]:
-    """`_run`, which no `torch.compile` around it looks into. Loads dynamo, as the capture does."""
-    reason = (
-        "fxstream compiles this module by itself: without fullgraph=True, it is one call in the graph around it"
-    )
-    return torch.compiler.disable(_run, reason=reason)  # type: ignore[no-any-return]
-
-
-@functools.cache
-def _is_inlined() -> Callable[[], bool]:
-    """Whether fxstream traces a model around this one; dynamo takes the answer for a constant."""
-    return torch.compiler.assume_constant_result(is_capturing)  # type: ignore[no-any-return]
+_untraced_run: Callable[..., Any] = torch.compiler.disable(
+    _run,
+    reason="fxstream compiles this module by itself: without fullgraph=True, it is one call in the graph around it",
+)
+"""`_run`, which no `torch.compile` around it looks into."""
+_is_inlined: Callable[[], bool] = torch.compiler.assume_constant_result(is_capturing)
+"""Whether fxstream traces a model around this one; dynamo takes the answer for a constant."""

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxstream.capture.capture import retracing
-from fxstream.capture.input_key import input_key
+from fxstream.capture.input_key import input_formats, input_key
 from fxstream.capture.trace import FakeInputs, Trace, Tracer
 from fxstream.compiler.parts import Parts
 from fxstream.compiler.pipeline import Options, Pipeline, Prepared, Shared
@@ -40,10 +40,11 @@ class BeforeFirstCallError(InputError, AttributeError):
 
 @dataclass(frozen=True, slots=True)
 class TracedCall:
-    """A trace, the tensors that it serves (of these shapes alone, where there are shapes), its pipeline."""
+    """A trace, the tensors that it serves (of these shapes and formats alone, where it reads them), its pipeline."""
 
     key: Any
     shapes: Any
+    formats: Any
     trace: Trace
     pipeline: Pipeline | None
 
@@ -137,8 +138,10 @@ class Streaming:
 
     def _kept(self, key: Any, shapes: Any, inputs: Inputs) -> TracedCall | None:
         for call in self.calls:
-            serves = call.key == key and call.shapes in (None, shapes)
-            if serves and call.trace.holds(self.model, inputs.args, inputs.kwargs):
+            if not (call.key == key and call.shapes in (None, shapes)):
+                continue
+            fits = call.formats is None or call.formats == input_formats(inputs.tensors)
+            if fits and call.trace.holds(self.model, inputs.args, inputs.kwargs):
                 if call is not self._calls[0]:
                     with self._lock:
                         self._calls = [call, *(other for other in self._calls if other is not call)]
@@ -159,7 +162,8 @@ class Streaming:
                 fakes = FakeInputs(inputs.args, inputs.kwargs)
                 again = retracing(tracer, model, fakes) if trace.reads_sizes else None
                 pipeline = Pipeline(trace.graph, self.shared, again)
-        call = TracedCall(key, shapes if trace.reads_sizes else None, trace, pipeline)
+        formats = input_formats(inputs.tensors) if trace.reads_formats else None
+        call = TracedCall(key, shapes if trace.reads_sizes else None, formats, trace, pipeline)
         self._calls = [call, *self._calls][:MOST_TRACES]
         return call
 
