@@ -10,6 +10,7 @@ NOTE [blocks]
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -51,6 +52,10 @@ class OpaqueFunction:
         self.__name__ = self.__qualname__ = name
         self.__module__ = __name__
         self.forward, self.backward, self._options = forward, backward, options
+
+    def __repr__(self) -> str:
+        code = hashlib.sha256((self.forward.code + self.backward.code).encode()).hexdigest()
+        return f"{self.__name__} #{code[:8]}"
 
     def __call__(self, *args: Any) -> Any:
         """What the function returns; the flat results as a tuple."""

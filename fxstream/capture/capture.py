@@ -182,6 +182,9 @@ def _calls(graph: fx.Graph, metas: Mapping[str, Meta]) -> list[tuple[Any, ...]]:
             names[node.name] = ("call", len(calls))
         else:
             names[node.name] = node.name
+        if node.op == "output":
+            leaves = pytree.tree_leaves(node.args, is_leaf=lambda x: x is None)
+            calls.append(("output", [names[x.name] if isinstance(x, fx.Node) else x for x in leaves]))
     return calls
 
 

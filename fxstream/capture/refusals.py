@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException, TorchRuntimeError, Unsupported
+from torch._dynamo.exc import TorchDynamoException, TorchRuntimeError
 from torch.utils import _pytree as pytree
 
 from fxstream.errors import CaptureError, GraphBreakError
@@ -28,16 +28,17 @@ def explained(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """Raise what tracing the model raises as `GraphBreakError` or `CaptureError`, with the user's line."""
     try:
         yield
-    except Unsupported as error:
-        raise GraphBreakError(_graph_break(model, error)) from error
-    except (TorchDynamoException, RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, TorchDynamoException) and not isinstance(error, TorchRuntimeError):
+            raise GraphBreakError(_graph_break(model, error)) from error
         leaves = pytree.tree_leaves((args, dict(kwargs)))
         raise CaptureError(_explanation(model, error) + _advice(model, str(error), leaves)) from error
 
 
-def _graph_break(model: nn.Module, error: Unsupported) -> str:
+def _graph_break(model: nn.Module, error: TorchDynamoException) -> str:
     reason = next(iter(str(error).strip().splitlines()), "")
-    frames = [frame for frame in error.real_stack or () if not is_library_file(frame.filename)]
+    stack = getattr(error, "real_stack", None) or ()
+    frames = [frame for frame in stack if not is_library_file(frame.filename)]
     line = f" at {frames[-1].filename}:{frames[-1].lineno} (`{frames[-1].line}`)" if frames else ""
     return f"{type(model).__name__} is not one graph: it breaks{line}: {reason}"
 

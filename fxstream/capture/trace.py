@@ -176,7 +176,11 @@ class FakeInputs:
 
 @contextlib.contextmanager
 def _tracing(model: nn.Module, flat: bool) -> Iterator[None]:
-    options = {"allow_unspec_int_on_nn_module": True, "log_graph_in_out_metadata": flat}
+    options = {
+        "allow_unspec_int_on_nn_module": True,
+        "skip_nnmodule_hook_guards": False,
+        "log_graph_in_out_metadata": flat,
+    }
     _CAPTURES.depth = getattr(_CAPTURES, "depth", 0) + 1
     try:
         with (
@@ -228,8 +232,12 @@ def _is_guarded(entry: Any, fakes: frozenset[int]) -> bool:
 
 
 def _names(code: types.CodeType) -> frozenset[str]:
-    """The names of attributes and globals in code, and the texts, which may be names too."""
-    return frozenset(code.co_names).union(constant for constant in code.co_consts if isinstance(constant, str))
+    """The names of attributes and globals in code, and the texts, which may be names too.
+
+    Torch's own code calls `len` for arguments and hooks, not for tensors.
+    """
+    names = frozenset(code.co_names).union(constant for constant in code.co_consts if isinstance(constant, str))
+    return names - {"len"} if is_library_file(code.co_filename) else names
 
 
 def _reads_formats(code: types.CodeType) -> bool:

@@ -65,13 +65,16 @@ class StreamedModule(nn.Module):
         return getattr(streaming, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__:
+        if name in self.__dict__ or hasattr(type(self), name):  # its hooks, and what replaces a method of a module
             self.__dict__[name] = value
         else:
             setattr(self._fxstream.model, name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(self._fxstream.model, name)
+        if name in self.__dict__:
+            del self.__dict__[name]
+        else:
+            delattr(self._fxstream.model, name)
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self._fxstream.model)})
