@@ -3,6 +3,8 @@
 Started by `planning/test_offload.py`.
 """
 
+import operator
+
 import pytest
 import torch
 from compare import integer_image
@@ -34,7 +36,7 @@ def run_there(model, request, image, on_host):
     for name, module in streamed.named_modules():
         if isinstance(module, StreamedSegment):
             module.register_forward_hook(lambda m, i, o, name=name: yielded.update({name: o}))
-    weights = [there(tensor) for tensor in analysis.captured.model_tensors(model)]
+    weights = [there(operator.attrgetter(path)(model)) for path in analysis.captured.tensors]
     image = image.detach().clone().requires_grad_() if on_host else there(image)
     (output,) = streamed(*weights, image)
     assert isinstance(output, Elsewhere)

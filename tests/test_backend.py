@@ -205,6 +205,7 @@ class Double(torch.autograd.Function):
         return 2 * grad
 
 
+@pytest.mark.filterwarnings("ignore:.*of the activations")
 @pytest.mark.parametrize("apply", [Double.apply, torch.compiler.disable(Double.apply)])
 def test_autograd_functions_keep_their_backward(apply):
     conv, x = nn.Conv2d(3, 3, 3).double(), image()

@@ -84,6 +84,6 @@ def test_no_package_is_crowded():
 
 def test_the_check_can_fail():
     assert violations("geometry/box.py", "from fxstream.runtime.tile_loop import stream_map") != []
-    assert violations("graph/capture.py", "def f():\n    import fxstream.compiler.module") != []
+    assert violations("capture/capture.py", "def f():\n    import fxstream.compiler.module") != []
     assert violations("geometry/receptive_field.py", "import sympy") != []
     assert violations("tiling/grid.py", "from fxstream.tiling.bounds import AxisWalk") == []

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 import fxstream
+from fxstream.capture.capture import capture
 from fxstream.compiler.analysis import analyse
-from fxstream.graph.capture import capture
 from fxstream.planning.plan import make_plan
 from fxstream.runtime.rewrite import rewrite
 from fxstream.tiling.request import Request
@@ -23,18 +23,14 @@ parser.add_argument("--tile", type=int, default=2048)
 options = parser.parse_args()
 
 table = Table("network", "capture", "analysis", "plan", "tile programs", "all")
-analyse(
-    capture(torch.nn.Conv2d(3, 3, 3), (torch.ones(1, 3, 9, 9),), {}),
-    torch.nn.Conv2d(3, 3, 3),
-    [torch.ones(1, 3, 9, 9)],
-)
+analyse(*capture(torch.nn.Conv2d(3, 3, 3), (torch.ones(1, 3, 9, 9),), {}))
 for name in options.networks:
     model = fxstream.freeze_batch_norm(build(f"torchvision/{name}"))
     image = torch.empty(1).expand(1, 3, options.size, options.size)
     times = [time.perf_counter()]
-    captured = capture(model, (image,), {})
+    captured, values = capture(model, (image,), {})
     times.append(time.perf_counter())
-    analysis = analyse(captured, model, [image])
+    analysis = analyse(captured, values)
     times.append(time.perf_counter())
     plan = make_plan(analysis.graph, Request(options.tile))
     times.append(time.perf_counter())

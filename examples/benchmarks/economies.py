@@ -9,6 +9,7 @@ which nobody asks for. Runs alternate.
 """
 
 import argparse
+import operator
 import statistics
 import time
 import warnings
@@ -75,7 +76,8 @@ def streamed(model, image, memory, without=""):
     plan = make_plan(marked, Request(None, memory=memory))
     plan = replace(plan, segments=tuple(part_without(without, part, graph) for part in plan.segments))
     module = rewrite(captured, graph if without == "operators in place" else marked, plan)
-    return plan, lambda x: module(*captured.model_tensors(model), x)[0]
+    weights = [operator.attrgetter(path)(model) for path in captured.tensors]
+    return plan, lambda x: module(*weights, x)[0]
 
 
 ECONOMIES = (

@@ -154,7 +154,7 @@ def _as_one_node(function: OpaqueFunction, inputs: Sequence[Any]) -> Any:
     """The results of a function, which is called by one node of the graph that is being traced."""
     mode = get_innermost_proxy_mode() or get_proxy_mode()
     assert mode is not None
-    tracer = mode.tracer
+    tracer: Any = mode.tracer
     with _untraced():
         results = function(*inputs)
     proxies = pytree.tree_map(

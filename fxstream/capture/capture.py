@@ -1,8 +1,8 @@
 """From a traced graph to one functional ATen graph that holds for every image and batch size.
 
-Parameters, buffers and constants are placeholders beside the inputs, so the graph owns no tensor and always runs on
-the model's tensors, whichever they are at that moment. In-place operators are removed (`functionalize`), constants
-that depend on the size are replaced by size arithmetic (`size_symbols`).
+Parameters, buffers and constants are placeholders beside the inputs, so the graph owns no tensor and always runs
+on the model's tensors, whichever they are at that moment. In-place operators are removed (`functionalize`),
+constants that depend on the size are replaced by size arithmetic (`size_symbols`).
 
 NOTE [size independence]
 1. The first capture is at the size of the call, so that it is right for this call whatever follows.
@@ -54,8 +54,8 @@ def capture(
 ) -> tuple[Captured, list[Any]]:
     """The graph of `model` for inputs like these, and fake values for it; the model does not run.
 
-    With `flat` the results are known. Raises `GraphBreakError` or `CaptureError`, with the user's line, if the model
-    cannot be captured.
+    With `flat` the results are known. Raises `GraphBreakError` or `CaptureError`, with the user's line, if the
+    model cannot be captured.
     """
     tracer, fakes = Tracer(), FakeInputs(args, kwargs)
     trace = tracer.trace(model, args, kwargs, flat)
@@ -74,10 +74,14 @@ def retracing(tracer: Tracer, model: nn.Module, inputs: FakeInputs) -> Retrace:
 
     def retrace(shift: Sequence[int]) -> TracedGraph:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            others = iter([
-                torch.empty(shape, dtype=tensor.dtype, device=tensor.device).requires_grad_(tensor.requires_grad)
-                for tensor, shape in zip(tensors, _shifted(tensors, shift), strict=True)
-            ])
+            others = iter(
+                [
+                    torch.empty(shape, dtype=tensor.dtype, device=tensor.device).requires_grad_(
+                        tensor.requires_grad
+                    )
+                    for tensor, shape in zip(tensors, _shifted(tensors, shift), strict=True)
+                ]
+            )
         replaced = [next(others) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         traced = tracer.trace(model, *pytree.tree_unflatten(replaced, spec)).graph
         if traced is None:
@@ -218,5 +222,3 @@ def _scaled(size: int, extent: int, pixels: int) -> int:
     if extent // stride == size:
         return (extent + pixels) // stride
     return size + pixels * size // extent
-
-

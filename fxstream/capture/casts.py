@@ -1,8 +1,8 @@
 """The casts of autocast, written into a graph.
 
-Autocast casts the inputs of an operator when it is called; no graph shows that. Where a block of the model is under
-autocast, or switches it off, each operator is asked on fake tensors which casts it makes, and these are written as
-nodes. The graph then runs with autocast off.
+Autocast casts the inputs of an operator when it is called; no graph shows that. Where a block of the model is
+under autocast, or switches it off, each operator is asked on fake tensors which casts it makes, and these are
+written as nodes. The graph then runs with autocast off.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ aten = torch.ops.aten
 MODEL_TENSOR = "fxstream_model_tensor"
 """Key in the ``node.meta`` of a placeholder: whether it is a parameter, buffer or constant of the model."""
 CHANGED_TO = "fxstream_changed_to"
-"""Key in the ``node.meta`` of a placeholder: what a tensor of the call became, which the model changed in place."""
+"""Key in the ``node.meta`` of a placeholder: what a tensor of the call became that is changed in place."""
 
 OUT_OF_PLACE: dict[object, torch._ops.OpOverload | None] = {
     aten.normal_.default: aten.normal_functional.default,

@@ -1,7 +1,8 @@
 """What a trace depends on in the tensors of a call, but for batch and image size, as a key.
 
-It takes the place of dynamo's guards on these tensors: types, devices, channels, whether gradients are asked for, and
-which of them are the same tensor. How they lie in memory matters only to a model that asks for it (`input_formats`).
+It takes the place of dynamo's guards on these tensors: types, devices, channels, whether gradients are asked for,
+and which of them are the same tensor. How they lie in memory matters only to a model that asks for it
+(`input_formats`).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A call of a model as dynamo traces it: one graph, the code around it, and guards on all that Python looked at.
 
-Nothing runs while a call is traced: images and other tensors of the call are replaced by fake tensors, and what the
-model's code does besides computing (counters, stored features, lists that grow) is written down as code, which then
-runs in every call, on real tensors. A trace serves another call if its guards hold: they cover every attribute, list,
-global and mode that the model's code has read. The one guard that is dropped is that on the tensors of the call,
-since a graph shall serve all sizes; `input_key` takes its place.
+Nothing runs while a call is traced: images and other tensors of the call are replaced by fake tensors, and what
+the model's code does besides computing (counters, stored features, lists that grow) is written down as code, which
+then runs in every call, on real tensors. A trace serves another call if its guards hold: they cover every
+attribute, list, global and mode that the model's code has read. The one guard that is dropped is that on the
+tensors of the call, since a graph shall serve all sizes; `input_key` takes its place.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ def _flat_call(model: Any, args: Any, kwargs: Any) -> Any:
 class Trace:
     """One traced call: its graph, and the code around it.
 
-    `reads_sizes` says that the model's code may have read sizes: another size may take another path; `reads_formats`
-    the same of how tensors lie in memory. `graph` is None where the call computes nothing with tensors.
+    `reads_sizes` says that the model's code may have read sizes: another size may take another path;
+    `reads_formats` the same of how tensors lie in memory. `graph` is None where the call computes nothing with
+    tensors.
     """
 
     graph: TracedGraph | None
@@ -93,7 +94,7 @@ class Trace:
     def run(
         self, compute: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        """What the model returns, where `compute` takes the values of the graph's inputs and returns its outputs."""
+        """What the model returns; `compute` takes the values of the graph's inputs and returns its outputs."""
         stack = _CALLS.__dict__.setdefault("stack", [])
         stack.append(compute)
         try:
@@ -143,7 +144,7 @@ class Tracer:
 
 
 def _copy(function: Any, identity: int) -> types.FunctionType:
-    """A function of its own for a tracer: dynamo keeps what it learns per code, and puts names into its globals."""
+    """A function of its own for a tracer: dynamo keeps what it learns per code, and names in its globals."""
     code = function.__code__.replace(co_filename=f"<fxstream {identity}>")
     names = {"pytree": pytree, "ExportTracerOutput": ExportTracerOutput}
     return types.FunctionType(code, {"__builtins__": builtins, "__name__": "fxstream", **names})
@@ -241,7 +242,7 @@ def _names(code: types.CodeType) -> frozenset[str]:
 
 
 def _reads_formats(code: types.CodeType) -> bool:
-    """Whether code of the user's reads how a tensor lies in memory; `stride` is an attribute of torch's modules."""
+    """Whether code of the user's reads how a tensor lies in memory; torch's modules have a `stride` too."""
     return not is_library_file(code.co_filename) and not FORMAT_READERS.isdisjoint(_names(code))
 
 

@@ -1,13 +1,13 @@
 """A graph as dynamo hands it over: torch functions, with the model's tensors among its inputs.
 
-NOTE [inputs of the graph]
-1. Parameters and buffers are inputs, next to the images. Where a graph is traced from a call of the model, an input
+NOTE [inputs of the graph] 1. Parameters and buffers are inputs, next to the images. Where a graph is traced from a
+call of the model, an input
    belongs to the call if its source is an argument; in a part of a program, dynamo marks the model's tensors, and
    what a convolution takes as its weight is one in any case.
 2. A size that dynamo keeps symbolic is an input too. It is read from the tensor that has it.
 3. Any other number is an input too, if it was seen to change (a counter, an argument). What is computed of numbers
-   alone is computed in every call; where it enters an operator on tensors it is a constant: another value is captured
-   anew.
+   alone is computed in every call; where it enters an operator on tensors it is a constant: another value is
+   captured anew.
 """
 
 from __future__ import annotations
@@ -97,12 +97,12 @@ class TracedGraph:
 
     def with_numbers(self, outputs: Sequence[Any], values: Sequence[Any]) -> Sequence[Any]:
         """The outputs of the graph, those that are computed of numbers alone as they are in this call."""
-        returned = self.module.graph.output_node().args[0]
-        if not any(node in self._numbers for node in returned if isinstance(node, fx.Node)):  # type: ignore[union-attr]
+        returned: Any = self.module.graph.output_node().args[0]
+        if not any(node in self._numbers for node in returned if isinstance(node, fx.Node)):
             return outputs
         known = self._computed(values)
-        pairs = zip(returned, outputs, strict=True)  # type: ignore[arg-type]
-        return [known.get(node, output) for node, output in pairs]  # type: ignore[call-overload]
+        pairs = zip(returned, outputs, strict=True)
+        return [known.get(node, output) if isinstance(node, fx.Node) else output for node, output in pairs]
 
     def _computed(self, values: Sequence[Any]) -> dict[fx.Node, Any]:
         """What is computed of numbers alone, for the values of a call."""
@@ -144,9 +144,10 @@ def _numbers(graph: fx.Graph, inputs: Sequence[fx.Node]) -> list[fx.Node]:
     numbers = dict.fromkeys(inputs)
     for node in graph.nodes:
         sources = node.all_input_nodes
-        if node.op == "call_function" and sources and all(source in numbers for source in sources):
-            if isinstance(node.meta.get("example_value"), NUMBERS) or _is_returned_number(node):
-                numbers[node] = None
+        if node.op != "call_function" or not sources or any(source not in numbers for source in sources):
+            continue
+        if isinstance(node.meta.get("example_value"), NUMBERS) or _is_returned_number(node):
+            numbers[node] = None
     return list(numbers)
 
 
@@ -244,7 +245,7 @@ def _names(inputs: Sequence[fx.Node]) -> list[str]:
 
 
 def checkpointed(body: fx.GraphModule, *inputs: Any, **_: Any) -> Any:
-    """A part of the model under `torch.utils.checkpoint`; dynamo's operator for it draws anew when it recomputes."""
+    """A part of the model under `torch.utils.checkpoint`; dynamo's operator for it would draw anew."""
     return checkpoint(body, *inputs, use_reentrant=False)
 
 
@@ -253,7 +254,8 @@ def _run_checkpoints(module: fx.GraphModule) -> None:
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
             if node.target is torch.ops.higher_order.tag_activation_checkpoint:
                 node.target = checkpointed
-                part.recompile()
+        if isinstance(part, fx.GraphModule):
+            part.recompile()
 
 
 def _name_modules(graph: fx.Graph) -> None:

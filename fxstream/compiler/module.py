@@ -95,10 +95,10 @@ class StreamedModule(nn.Module):
 
 
 def inspect(module: StreamedModule) -> Streaming:
-    """How a compiled module streams: its `model` and `options`, and of the last call `plan`, `verdicts`, `probe`, `graph`.
+    """How a compiled module streams: its model, its options, and plan and verdicts of the last call.
 
-    `module.plan` is the same, unless the model has an attribute `plan` of its own. Raises `InputError` for anything
-    but a compiled module, and where something of the last call is read before the first.
+    `module.plan` is the same, unless the model has an attribute `plan` of its own. Raises `InputError` for
+    anything but a compiled module, and where something of the last call is read before the first.
     """
     if not isinstance(module, StreamedModule):
         raise InputError(f"inspect needs a module made by fxstream.compile, found {type(module).__name__}")
@@ -125,7 +125,7 @@ def _run(module: StreamedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 _untraced_run: Callable[..., Any] = torch.compiler.disable(
     _run,
-    reason="fxstream compiles this module by itself: without fullgraph=True, it is one call in the graph around it",
+    reason="fxstream compiles this module: without fullgraph=True, it is one call in the graph around it",
 )
 """`_run`, which no `torch.compile` around it looks into."""
 _is_inlined: Callable[[], bool] = torch.compiler.assume_constant_result(is_capturing)

@@ -26,6 +26,8 @@ from fxstream.compiler.cache import Cache
 from fxstream.compiler.stages import Stages
 from fxstream.errors import StreamError, StreamingWarning
 from fxstream.graph.autograd_saves import saves_of
+from fxstream.graph.captured import Captured
+from fxstream.graph.effects import is_random
 from fxstream.graph.typed_graph import Saves
 from fxstream.io.inputs import whole
 from fxstream.io.source import Source
@@ -250,7 +252,9 @@ class Pipeline:
                 reports = self._verified(captured, analysis, plan)
             with stages("tile programs"):
                 shared, lowered = self.shared, captured.lowered
-                streamed = rewrite(lowered, analysis.graph, plan, shared.options.compile_tiles, shared.ranks, shared.watch)
+                streamed = rewrite(
+                    lowered, analysis.graph, plan, shared.options.compile_tiles, shared.ranks, shared.watch
+                )
         plan = replace(plan, prepared=stages.seconds)
         logger.info("%s", plan)
         return Prepared(analysis, plan, reports, streamed)
@@ -337,8 +341,8 @@ class Pipeline:
             listed = ", ".join(plan.untiled[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
             self.shared.warn_once(
                 "untiled",
-                f"tile={self.shared.options.request.tile} is too small for {listed}: these run whole. A larger tile,"
-                " or a memory, bounds them too",
+                f"tile={self.shared.options.request.tile} is too small for {listed}: these run whole. A larger"
+                " tile, or a memory, bounds them too",
             )
 
 

@@ -11,9 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from fxstream.capture.capture import retracing
 from fxstream.capture.input_key import input_formats, input_key
@@ -40,7 +38,7 @@ class BeforeFirstCallError(InputError, AttributeError):
 
 @dataclass(frozen=True, slots=True)
 class TracedCall:
-    """A trace, the tensors that it serves (of these shapes and formats alone, where it reads them), its pipeline."""
+    """A trace, the tensors that it serves (of certain shapes and formats, where it reads them), its pipeline."""
 
     key: Any
     shapes: Any
@@ -54,7 +52,7 @@ class TracedCall:
         inputs: Inputs,
         compute: Callable[[Pipeline, Sequence[Any], Mapping[int, Any]], Any] = Pipeline.run,
     ) -> Any:
-        """What the model returns; `compute` gets the pipeline, the values of its graph, and images from outside."""
+        """What the model returns; `compute` gets the pipeline, values of its graph, and images from outside."""
         outside = inputs.outside
 
         def graph(*values: Any) -> Any:

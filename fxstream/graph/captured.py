@@ -34,8 +34,8 @@ class Captured:
     `module` takes the model's tensors, whose names for the user are `tensors`, and then the tensors of the call,
     whose placeholders are `inputs`. `places` has, for each of these placeholders, the index among the values that
     the call comes with, or the name of one of the `constants`. It returns a list of outputs; `results` says what
-    the model returns of them, where that was asked for. Its last outputs are what the values at the indices `changed`
-    became, which the model changes in place. With `bound` the graph is specialised to its size. With
+    the model returns of them, where that was asked for. Its last outputs are what the values at the indices
+    `changed` became, which the model changes in place. With `bound` the graph is specialised to its size. With
     `is_cast` it holds the casts of autocast, which must then be off when it runs.
     """
 
@@ -57,8 +57,8 @@ class Captured:
     @property
     def outputs(self) -> tuple[str | None, ...]:
         """The nodes that the graph returns; None for a constant."""
-        (outputs,) = self.graph.output_node().args
-        return tuple(output.name if isinstance(output, fx.Node) else None for output in outputs)  # type: ignore[union-attr]
+        outputs: Any = self.graph.output_node().args[0]
+        return tuple(output.name if isinstance(output, fx.Node) else None for output in outputs)
 
     def arguments(self, values: Sequence[Any]) -> list[Any]:
         """The arguments of the graph for the values that a call comes with."""

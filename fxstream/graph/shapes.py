@@ -21,7 +21,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxstream.errors import InputError
 from fxstream.graph.user_code import source_line
 
-__all__ = ["Meta", "Shape", "Shapes", "fake_tensor_log_silenced", "fold_integers", "is_image", "shapes_at", "stream_dims"]
+__all__ = [
+    "Meta",
+    "Shape",
+    "Shapes",
+    "fake_tensor_log_silenced",
+    "fold_integers",
+    "is_image",
+    "shapes_at",
+    "stream_dims",
+]
 
 
 @dataclass(frozen=True, slots=True)

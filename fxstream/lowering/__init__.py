@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxstream.graph.captured import Captured
+from fxstream.graph.captured import CUMULATIVE, Captured
 from fxstream.graph.effects import UNSTREAMED
-from fxstream.graph.captured import CUMULATIVE
 from fxstream.graph.nodes import bind
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.lowering import flat, losses, normalisations, pooling, products, randomness, reshapes, statistics

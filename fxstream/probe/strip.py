@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from fxstream.errors import FxstreamError
 from fxstream.geometry.box import Interval
 from fxstream.geometry.receptive_field import BROADCAST, ReceptiveField
-from fxstream.graph.shapes import fake_tensor_log_silenced
 from fxstream.graph.fields import ExtentChain, Fields, extent_chains, receptive_fields
+from fxstream.graph.shapes import fake_tensor_log_silenced
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.probe.findings import UnprobedError
 from fxstream.probe.subgraph import Subgraph

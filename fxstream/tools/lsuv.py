@@ -28,11 +28,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from fxstream.capture.trace import Tracer
 from fxstream.compiler.compile import compile
 from fxstream.compiler.module import StreamedModule, inspect
 from fxstream.compiler.options import RequestOptions
 from fxstream.errors import InputError, StreamingWarning
-from fxstream.capture.trace import Tracer
 from fxstream.tiling.request import belongs
 
 if TYPE_CHECKING:

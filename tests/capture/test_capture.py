@@ -9,11 +9,10 @@ from compare import assert_same, integer_image, make_integer, step
 from torch import nn
 
 import fxstream
-from fxstream.compiler import pipeline
 from fxstream.capture import capture
+from fxstream.compiler import pipeline
 from fxstream.graph.effects import mutated_inputs
 from fxstream.graph.user_code import module_path
-
 
 BATCH_NORM = ("running_mean", "running_var", "weight", "bias")
 

@@ -119,12 +119,18 @@ class Reversed(torch.autograd.Function):
 
 
 def test_an_autograd_function_of_the_user_is_one_node_with_its_backward():
-    captured, _ = capture(Function(lambda x: Reversed.apply(x * 2)), (torch.zeros(1, 1, 4, requires_grad=True),), {})
+    captured, _ = capture(
+        Function(lambda x: Reversed.apply(x * 2)), (torch.zeros(1, 1, 4, requires_grad=True),), {}
+    )
     x = torch.ones(1, 1, 4, requires_grad=True)
     (result,) = captured.module(x)
     result.sum().backward()
     assert torch.equal(x.grad, torch.full_like(x, -2))
-    assert [n.name for n in captured.graph.nodes if n.op == "call_function"] == ["mul", "autograd_function_1", "getitem"]
+    assert [n.name for n in captured.graph.nodes if n.op == "call_function"] == [
+        "mul",
+        "autograd_function_1",
+        "getitem",
+    ]
 
 
 def test_one_thread_traces_at_a_time(monkeypatch):

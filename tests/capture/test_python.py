@@ -1,7 +1,7 @@
 """What Python does in a model's forward happens in every call, and what it has looked at is looked at again.
 
-Each test is one kind of state: a compiled model and its copy take the same calls, with the same changes in between,
-and return the same, keep the same, and have the same gradients.
+Each test is one kind of state: a compiled model and its copy take the same calls, with the same changes in
+between, and return the same, keep the same, and have the same gradients.
 """
 
 import copy

@@ -10,7 +10,7 @@ from small_networks import Function, conv
 from torch import nn
 
 import fxstream
-from fxstream.graph.capture import capture
+from fxstream.capture.capture import capture
 from fxstream.graph.shapes import stream_dims
 from fxstream.machine.meter import measure
 from fxstream.tools.check import step
@@ -35,7 +35,7 @@ def test_a_mask_beside_an_image_has_its_stream_axes():
 
 def test_a_mask_beside_an_image_does_not_bind_the_capture_to_its_size():
     model = Function(lambda m, x, y: m.a(x) * y.unsqueeze(1), a=conv(2, 3, padding=1)).double()
-    captured = capture(model, (image(1, 2, 20, 20), torch.zeros(1, 20, 20)), {})
+    captured, _ = capture(model, (image(1, 2, 20, 20), torch.zeros(1, 20, 20)), {})
     assert not captured.bound
     compiled = fxstream.compile(model, tile=9)
     for batch, height, width in ((1, 20, 20), (2, 20, 20), (3, 31, 17)):

@@ -8,7 +8,7 @@ from small_networks import Function, conv
 from torch import nn
 
 import fxstream
-from fxstream.graph.capture import capture
+from fxstream.capture.capture import capture
 from fxstream.rules.shuffled import align
 
 
@@ -239,8 +239,8 @@ def test_losses_of_flat_logits(batch):
 
 def test_a_graph_without_flattened_positions_is_left_alone():
     model, x = nn.Sequential(conv(2, 3), nn.ReLU()), image(1, 2, 20, 20)
-    captured = capture(model.double(), (x,), {})
-    assert fxstream.compiler.analysis.lowered(captured, model, [x]) is captured
+    captured, values = capture(model.double(), (x,), {})
+    assert fxstream.compiler.analysis.lowered(captured, values) is captured
 
 
 def test_a_map_of_which_only_the_size_is_read_is_not_computed():

@@ -38,6 +38,8 @@ def test_equal_reads_are_shared():
     model = Function(lambda m, x: m.a(y := F.relu(x)) + m.b(y), a=conv(2, 2, padding=1), b=conv(2, 2, padding=1))
     module, image = fxstream.compile(make_integer(model), tile=9, segments=1), integer_image(1, 2, 30, 26)
     module(image)
-    (stream,) = (part.stream for part in fxstream.inspect(module).last.streamed.modules() if hasattr(part, "stream"))
+    (stream,) = (
+        part.stream for part in fxstream.inspect(module).last.streamed.modules() if hasattr(part, "stream")
+    )
     pads = [program.forward.code.count("aten.constant_pad_nd.default(") for program in stream.schedule.programs]
     assert max(pads) == 1
