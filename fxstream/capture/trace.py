@@ -84,7 +84,9 @@ class Trace:
 
     def holds(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether a call would be traced the same way, but for the tensors of the call."""
-        return bool(self._guards.guard_manager.check({"model": model, "args": args, "kwargs": dict(kwargs)}))
+        local = {"model": model, "args": args, "kwargs": dict(kwargs)}
+        with _disable_current_modes():  # under which tensors look different
+            return bool(self._guards.guard_manager.check(local))
 
     def changed(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """The first guard that does not hold for a call."""
