@@ -1,4 +1,7 @@
-"""A model that is not one graph: dynamo splits it, and every part with an image among its inputs is streamed."""
+"""A model that is not one graph: dynamo splits it, and every part with an image among its inputs is streamed.
+
+Within a memory each part is planned within what those before it leave: what they keep for their backward is theirs.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,17 @@ class Parts:
         """What the model returns."""
         if self._compiled is None:
             self._compiled = torch._dynamo.optimize(self._part)(self._model.__call__)
+        self._shared.held.bytes = 0
         return self._compiled(*args, **kwargs)
 
     def _part(self, module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        return streamed_part(module, self._shared)
+        shared, part = self._shared, streamed_part(module, self._shared)
+
+        def run(*values: Any) -> Any:
+            before = shared.last
+            outputs = part(*values)
+            if shared.last is not None and shared.last is not before:
+                shared.held.bytes += shared.last.kept
+            return outputs
+
+        return run

@@ -28,6 +28,7 @@ from fxstream.errors import StreamError, StreamingWarning
 from fxstream.graph.autograd_saves import saves_of
 from fxstream.graph.captured import Captured
 from fxstream.graph.effects import is_random
+from fxstream.graph.shapes import Shape
 from fxstream.graph.typed_graph import Saves
 from fxstream.io.inputs import whole
 from fxstream.io.source import Source
@@ -70,6 +71,12 @@ class Options:
     progress: bool = False
 
 
+class Held(threading.local):
+    """The bytes that the parts of a model which have run keep for their backward, in this call of this thread."""
+
+    bytes = 0
+
+
 class Shared:
     """What the graphs of one model have in common: its options, what was warned of, and what ran last."""
 
@@ -78,6 +85,7 @@ class Shared:
         self.last: Prepared | None = None
         self.warned: set[str] = set()
         """The topics that the user was warned about, or that are not worth a warning."""
+        self.held = Held()
         self.ranks = None if options.mesh is None else Ranks(options.mesh)
         self.watch = Bar() if options.progress else None
 
@@ -111,6 +119,17 @@ class Prepared:
     def graph(self) -> fx.Graph:
         """The rewritten graph; the captured one where the plain path is taken."""
         return self.analysis.captured.graph if self.streamed is None else self.streamed.graph
+
+    @property
+    def kept(self) -> int:
+        """The bytes that are kept from its forward to its backward, as predicted: boundaries, graphs, outputs."""
+        if not self.plan.prediction.training:
+            return 0
+        if self.plan.is_trivial:
+            return self.plan.prediction.bytes
+        metas = (self.analysis.graph.metas.get(name or "") for name in self.analysis.captured.outputs)
+        outputs = sum(meta.bytes for meta in metas if isinstance(meta, Shape))
+        return outputs + self.plan.prediction.peak.boundaries + self.plan.prediction.peak.kept
 
     def run(self, values: Sequence[Any], outside: Mapping[int, Any]) -> list[Any]:
         """What the streamed graph returns; images from outside are read whole where it needs them whole."""
@@ -203,7 +222,8 @@ class Pipeline:
         differentiates = training and self.shared.options.request.tile is None
         shapes = tuple((tuple(t.shape), differentiates and t.requires_grad) for t in self._tensors(values))
         places = None if written is None else tuple(written)
-        return "size", self.traced.numbers(values), shapes, training, frozenset(outside), places
+        numbers, held = self.traced.numbers(values), self.shared.held.bytes
+        return "size", numbers, shapes, training, frozenset(outside), places, held
 
     def _captured(self, values: Sequence[Any], stages: Stages) -> CapturedModel:
         """The capture; one that is bound to its size is not kept for other sizes."""
@@ -287,6 +307,8 @@ class Pipeline:
     def _request(self, device: torch.device) -> Request:
         """The request; ranks that share tiles plan for the least memory of any."""
         request = self.shared.options.request
+        if request.memory is not None and self.shared.held.bytes:
+            request = replace(request, memory=max(1, budget_of(request.memory, device) - self.shared.held.bytes))
         if self.shared.ranks is None:
             return request
         budget = self.shared.ranks.least(budget_of(request.memory, device))

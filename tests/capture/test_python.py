@@ -465,3 +465,28 @@ def test_a_scripted_part():
     gradients = [torch.autograd.grad(t.sum(), list(model.parameters())) for t in (mine, theirs)]
     for one, other in zip(*gradients, strict=True):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-3)
+
+
+class InParts(nn.Module):
+    """Two parts of a network with Python between them that no graph can hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Sequential(nn.Conv2d(c, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)) for c in (2, 8))
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(-y if y.sum() > 1e9 else y)
+
+
+@pytest.mark.filterwarnings("ignore:.*bound to the size")
+def test_parts_are_planned_within_what_those_before_leave():
+    model, image = InParts(), torch.randn(1, 2, 160, 170)
+    module = fxstream.compile(model, memory=6_000_000, verify=False)
+    with pytest.warns(fxstream.StreamingWarning, match=r"is not one graph: it breaks at .*test_python\.py:\d+"):
+        result = module(image)
+    assert torch.allclose(result, model(image), rtol=1e-4, atol=1e-5)
+    first = fxstream.plan(model.a, inputs=[tuple(image.shape)], memory=6_000_000).prediction.bytes
+    second = module.plan.prediction.bytes
+    assert first < 6_000_000
+    assert second <= 6_000_000 - first < fxstream.plan(model.b, inputs=[(1, 8, 156, 166)], memory=6_000_000).prediction.bytes
