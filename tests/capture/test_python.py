@@ -489,4 +489,8 @@ def test_parts_are_planned_within_what_those_before_leave():
     first = fxstream.plan(model.a, inputs=[tuple(image.shape)], memory=6_000_000).prediction.bytes
     second = module.plan.prediction.bytes
     assert first < 6_000_000
-    assert second <= 6_000_000 - first < fxstream.plan(model.b, inputs=[(1, 8, 156, 166)], memory=6_000_000).prediction.bytes
+    assert (
+        second
+        <= 6_000_000 - first
+        < fxstream.plan(model.b, inputs=[(1, 8, 156, 166)], memory=6_000_000).prediction.bytes
+    )

@@ -14,7 +14,14 @@ from torch import nn
 def _value(value):
     """A tensor by its identity, version and values, a container by what it holds, anything else as it is."""
     if isinstance(value, torch.Tensor):
-        return id(value), type(value), value._version, value.requires_grad, value.detach().clone(), _value(value.grad)
+        return (
+            id(value),
+            type(value),
+            value._version,
+            value.requires_grad,
+            value.detach().clone(),
+            _value(value.grad),
+        )
     if isinstance(value, dict):
         return id(value), [(key, _value(one)) for key, one in value.items()]
     if isinstance(value, (list, tuple)):
@@ -28,7 +35,11 @@ def _flags():
     return {
         "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled()),
         "autocast": (autocast, torch.is_autocast_cache_enabled()),
-        "types": (torch.get_default_dtype(), torch.get_default_device(), torch.are_deterministic_algorithms_enabled()),
+        "types": (
+            torch.get_default_dtype(),
+            torch.get_default_device(),
+            torch.are_deterministic_algorithms_enabled(),
+        ),
         "modes": modes,
         "threads": torch.get_num_threads(),
         "random": (torch.get_rng_state(), numpy.random.get_state()[1].copy(), random.getstate()),
@@ -67,5 +78,9 @@ def differences(before, after, path=""):
     if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)):
         if len(before) != len(after):
             return [f"{path}: {len(before)} and {len(after)}"]
-        return [d for i, (a, b) in enumerate(zip(before, after, strict=True)) for d in differences(a, b, f"{path}[{i}]")]
+        return [
+            d
+            for i, (a, b) in enumerate(zip(before, after, strict=True))
+            for d in differences(a, b, f"{path}[{i}]")
+        ]
     return [] if before is after or before == after else [path]
