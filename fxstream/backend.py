@@ -55,10 +55,10 @@ def backend(
     A mistake in the options is raised when that function is called: dynamo would wrap what is raised here.
     """
     try:
-        asked = options_of(**_checked_options(options or {}, mode))
+        chosen = options_of(**_checked_options(options or {}, mode))
     except InputError as error:
         return _refusal(error)
-    return streamed_part(graph_module, Shared("the part of a program", asked))
+    return streamed_part(graph_module, Shared("the part of a program", chosen))
 
 
 def _checked_options(options: Mapping[str, Any], mode: str | None) -> Mapping[str, Any]:

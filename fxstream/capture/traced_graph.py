@@ -91,8 +91,8 @@ class TracedGraph:
 
     def numbers(self, values: Sequence[Any]) -> tuple[Any, ...]:
         """The numbers that enter operators on tensors, each with its type."""
-        known = self._computed(values)
-        numbers = (known[node] for node in known if any(user not in known for user in _readers(node)))
+        computed = self._computed(values)
+        numbers = (computed[node] for node in computed if any(user not in computed for user in _readers(node)))
         return tuple((type(number), number) for number in numbers)
 
     def with_numbers(self, outputs: Sequence[Any], values: Sequence[Any]) -> Sequence[Any]:
@@ -100,21 +100,21 @@ class TracedGraph:
         returned: Any = self.module.graph.output_node().args[0]
         if not any(node in self._numbers for node in returned if isinstance(node, fx.Node)):
             return outputs
-        known = self._computed(values)
+        computed = self._computed(values)
         pairs = zip(returned, outputs, strict=True)
-        return [known.get(node, output) if isinstance(node, fx.Node) else output for node, output in pairs]
+        return [computed.get(node, output) if isinstance(node, fx.Node) else output for node, output in pairs]
 
     def _computed(self, values: Sequence[Any]) -> dict[fx.Node, Any]:
         """What is computed of numbers alone, for the values of a call."""
-        known: dict[fx.Node, Any] = {}
+        computed: dict[fx.Node, Any] = {}
         places = {self._placeholders[i]: i for i in self.indices(Kind.NUMBER)}
         for node in self._numbers:
             if node in places:
-                known[node] = _number(values[places[node]])
+                computed[node] = _number(values[places[node]])
             else:
-                args, kwargs = map_arg((node.args, dict(node.kwargs)), known.__getitem__)
-                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return known
+                args, kwargs = map_arg((node.args, dict(node.kwargs)), computed.__getitem__)
+                computed[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return computed
 
     def values_at(self, values: Sequence[Any], shapes: Mapping[int, Sequence[int]]) -> list[Any]:
         """Fake tensors like the values of a call, those of the call with other shapes."""

@@ -1,6 +1,6 @@
 """A model that is not one graph: dynamo splits it, and every part with an image among its inputs is streamed.
 
-Within a memory each part is planned within what those before it leave: what they keep for their backward is theirs.
+Within a memory each part is planned within what those before it leave, which keep something for their backward.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Parts:
         """What the model returns."""
         if self._compiled is None:
             self._compiled = torch._dynamo.optimize(self._part)(self._model.__call__)
-        self._shared.held.bytes = 0
+        self._shared.retained.bytes = 0
         return self._compiled(*args, **kwargs)
 
     def _part(self, module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
@@ -51,7 +51,7 @@ class Parts:
             before = shared.last
             outputs = part(*values)
             if shared.last is not None and shared.last is not before:
-                shared.held.bytes += shared.last.kept
+                shared.retained.bytes += shared.last.kept
             return outputs
 
         return run

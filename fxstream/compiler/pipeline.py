@@ -71,7 +71,7 @@ class Options:
     progress: bool = False
 
 
-class Held(threading.local):
+class Retained(threading.local):
     """The bytes that the parts of a model which have run keep for their backward, in this call of this thread."""
 
     bytes = 0
@@ -85,7 +85,7 @@ class Shared:
         self.last: Prepared | None = None
         self.warned: set[str] = set()
         """The topics that the user was warned about, or that are not worth a warning."""
-        self.held = Held()
+        self.retained = Retained()
         self.ranks = None if options.mesh is None else Ranks(options.mesh)
         self.watch = Bar() if options.progress else None
 
@@ -222,8 +222,8 @@ class Pipeline:
         differentiates = training and self.shared.options.request.tile is None
         shapes = tuple((tuple(t.shape), differentiates and t.requires_grad) for t in self._tensors(values))
         places = None if written is None else tuple(written)
-        numbers, held = self.traced.numbers(values), self.shared.held.bytes
-        return "size", numbers, shapes, training, frozenset(outside), places, held
+        numbers, retained = self.traced.numbers(values), self.shared.retained.bytes
+        return "size", numbers, shapes, training, frozenset(outside), places, retained
 
     def _captured(self, values: Sequence[Any], stages: Stages) -> CapturedModel:
         """The capture; one that is bound to its size is not kept for other sizes."""
@@ -307,8 +307,8 @@ class Pipeline:
     def _request(self, device: torch.device) -> Request:
         """The request; ranks that share tiles plan for the least memory of any."""
         request = self.shared.options.request
-        if request.memory is not None and self.shared.held.bytes:
-            request = replace(request, memory=max(1, budget_of(request.memory, device) - self.shared.held.bytes))
+        if request.memory is not None and self.shared.retained.bytes:
+            request = replace(request, memory=max(1, budget_of(request.memory, device) - self.shared.retained.bytes))
         if self.shared.ranks is None:
             return request
         budget = self.shared.ranks.least(budget_of(request.memory, device))

@@ -128,11 +128,11 @@ class Streaming:
         """The trace that serves a call; with `flat` one whose results are known."""
         key = (flat, *input_key(inputs.args, inputs.kwargs))
         shapes = tuple(tuple(tensor.shape) for tensor in inputs.tensors)
-        found = self._kept(key, shapes, inputs)
-        if found is None:
+        call = self._kept(key, shapes, inputs)
+        if call is None:
             with self._lock:
-                found = self._kept(key, shapes, inputs) or self._traced(key, shapes, inputs, flat)
-        return found
+                call = self._kept(key, shapes, inputs) or self._traced(key, shapes, inputs, flat)
+        return call
 
     def _kept(self, key: Any, shapes: Any, inputs: Inputs) -> TracedCall | None:
         for call in self.calls:

@@ -1,6 +1,6 @@
 """Random modules that mix what Python does in a forward, and random changes between calls, from a seed.
 
-A piece is a statement of a forward, with the attributes that it needs and the changes that a user may make to them.
+A piece is a statement of a forward, with the attributes that it needs and what a user may change of them.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""Nothing of the user's is changed: not by what looks at a model, not by a call, nor one that fails or is stopped."""
+"""Nothing of the user's is changed: not by looking at a model, not by a call, nor one that fails or is stopped."""
 
 import numpy
 import pytest

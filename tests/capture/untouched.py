@@ -23,7 +23,7 @@ def _value(value):
             _value(value.grad),
         )
     if isinstance(value, dict):
-        return id(value), [(key, _value(one)) for key, one in value.items()]
+        return {"": id(value), **{str(key): _value(one) for key, one in value.items()}}
     if isinstance(value, (list, tuple)):
         return id(value), [_value(one) for one in value]
     return type(value), value
