@@ -213,6 +213,8 @@ def _captured(
     placeholders = dict(zip(graph.find_nodes(op="placeholder"), indices, strict=True))
     for node, i in placeholders.items():
         node.meta[MODEL_TENSOR] = traced.inputs[i].kind is Kind.WEIGHT
+        node._rename(traced.inputs[i].name.replace(".", "_"))
+        node.target = node.name
     is_cast = write_casts(graph, autocast)
     constants = _lifted_constants(module)
     _make_simple(graph)

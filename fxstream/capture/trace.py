@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import inspect
 import operator
 import threading
 import types
@@ -133,7 +134,7 @@ class Tracer:
             captured = output.graph_capture_output
             guards = captured.build_guards(function.__code__, hooks=hooks)
         traced = output.backend_input
-        graph = None if traced is None else TracedGraph(traced.graph_module, is_call=True)
+        graph = None if traced is None else TracedGraph(traced.graph_module, _parameters(model))
         names = frozenset().union(*map(_names, captured.traced_code[1:]))
         reads_sizes = bool(names & SIZE_READERS) or (graph is not None and _takes_rows(graph))
         code = (
@@ -256,6 +257,16 @@ def _takes_rows(graph: TracedGraph) -> bool:
         and isinstance(node.args[0].meta.get("example_value"), torch.Tensor)
         for node in graph.module.graph.nodes
     )
+
+
+def _parameters(model: nn.Module) -> list[str]:
+    """The names of the positional parameters of a model's forward."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # a callable without a signature
+        return []
+    return [parameter.name for parameter in parameters if parameter.kind in kinds]
 
 
 def _results(captured: Any) -> Results:

@@ -52,16 +52,21 @@ class GraphInput:
 
 
 class TracedGraph:
-    """A graph of dynamo; `module` takes the values of its inputs in order."""
+    """A graph of dynamo; `module` takes the values of its inputs in order.
 
-    def __init__(self, module: fx.GraphModule, is_call: bool) -> None:
+    `parameters` are the names of the model's positional parameters, where the graph is that of a call of the model;
+    without them it is a part of a program.
+    """
+
+    def __init__(self, module: fx.GraphModule, parameters: Sequence[str] | None = None) -> None:
         self.module = module
         nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
         self.examples = [_example(node) for node in nodes]
         """For each input a fake tensor, or a number, as it was when the graph was traced."""
+        is_call = parameters is not None
         kinds = [_kind(node, example, is_call) for node, example in zip(nodes, self.examples, strict=True)]
         sizes = [_size_of(example, kinds, self.examples) for example in self.examples]
-        names = _names(nodes)
+        names = _names(nodes, parameters or ())
         self.inputs = tuple(
             GraphInput(kind if size is None else Kind.SIZE, name, size)
             for kind, name, size in zip(kinds, names, sizes, strict=True)
@@ -235,11 +240,15 @@ def user_path(source: str) -> tuple[str, ...]:
     return tuple(name for part in path if part not in REGISTRIES for name in part.split("."))
 
 
-def _names(inputs: Sequence[fx.Node]) -> list[str]:
+def _names(inputs: Sequence[fx.Node], parameters: Sequence[str]) -> list[str]:
     """A name for each input: the user's path, or the name in the graph where that is taken."""
     names: list[str] = []
     for node in inputs:
-        name = ".".join(user_path(_source(node)))
+        source = _source(node)
+        first, *rest = user_path(source)
+        if source.startswith("L['args'][") and int(first) < len(parameters):
+            first = parameters[int(first)]
+        name = ".".join((first, *rest))
         names.append(node.name if name in names else name)
     return names
 

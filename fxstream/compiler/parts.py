@@ -20,7 +20,7 @@ __all__ = ["Parts", "streamed_part"]
 
 def streamed_part(module: fx.GraphModule, shared: Shared) -> Callable[..., Any]:
     """A graph of dynamo as a function that streams, if there is an image among its inputs."""
-    traced = TracedGraph(module, is_call=False)
+    traced = TracedGraph(module)
     arguments = [traced.examples[i] for i in traced.indices(Kind.ARGUMENT)]
     if not any(is_image(tensor) for tensor in arguments):
         return lambda *values: traced(values)

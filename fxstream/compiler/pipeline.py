@@ -129,7 +129,7 @@ class Prepared:
             return self.plan.prediction.bytes
         metas = (self.analysis.graph.metas.get(name or "") for name in self.analysis.captured.outputs)
         outputs = sum(meta.bytes for meta in metas if isinstance(meta, Shape))
-        return outputs + self.plan.prediction.peak.boundaries + self.plan.prediction.peak.kept
+        return int(outputs + self.plan.prediction.peak.boundaries + self.plan.prediction.peak.kept)
 
     def run(self, values: Sequence[Any], outside: Mapping[int, Any]) -> list[Any]:
         """What the streamed graph returns; images from outside are read whole where it needs them whole."""
