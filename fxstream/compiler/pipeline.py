@@ -203,6 +203,8 @@ class Pipeline:
 
     def serves(self, traced: TracedGraph) -> bool:
         """Whether another trace of the same call, at another size, has the graph that is captured here."""
+        if traced.inputs != self.traced.inputs:
+            return False
         with self._lock:
             made = self._cache.get(("capture", self.traced.numbers(traced.examples)), lambda: None)
             return made is not None and still_holds(made.captured, traced, traced.examples)
