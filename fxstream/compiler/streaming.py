@@ -73,7 +73,7 @@ class Streaming:
         self.model, self.options = model, options
         self.shared = Shared(type(model).__name__, options)
         self._calls: list[TracedCall] = []
-        self._broken: dict[Any, str] = {}
+        self._breaks: dict[Any, GraphBreakError] = {}
         self._tracer, self._flat_tracer = Tracer(), Tracer()
         self._parts = Parts(model, self.shared)
         self._lock = threading.RLock()
@@ -131,8 +131,18 @@ class Streaming:
         call = self._kept(key, shapes, inputs)
         if call is None:
             with self._lock:
-                call = self._kept(key, shapes, inputs) or self._traced(key, shapes, inputs, flat)
+                call = self._kept(key, shapes, inputs) or self._unless_broken(key, shapes, inputs, flat)
         return call
+
+    def _unless_broken(self, key: Any, shapes: Any, inputs: Inputs, flat: bool) -> TracedCall:
+        """A new trace; what was not one graph once is not tried again."""
+        if key in self._breaks:
+            raise self._breaks[key]
+        try:
+            return self._traced(key, shapes, inputs, flat)
+        except GraphBreakError as error:
+            self._breaks[key] = error.with_traceback(None)
+            raise
 
     def _kept(self, key: Any, shapes: Any, inputs: Inputs) -> TracedCall | None:
         for call in self.calls:

@@ -494,3 +494,14 @@ def test_parts_are_planned_within_what_those_before_leave():
         <= 6_000_000 - first
         < fxstream.plan(model.b, inputs=[(1, 8, 156, 166)], memory=6_000_000).prediction.bytes
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*(not one graph|bound to the size)")
+def test_what_is_not_one_graph_is_traced_once(monkeypatch):
+    model, image, traced = InParts(), torch.randn(1, 2, 30, 30), []
+    module = fxstream.compile(model, tile=16, verify=False)
+    original = fxstream.inspect(module)._tracer.trace
+    monkeypatch.setattr(fxstream.inspect(module)._tracer, "trace", lambda *a: traced.append(1) or original(*a))
+    for _ in range(3):
+        assert torch.allclose(module(image), model(image), rtol=1e-4, atol=1e-5)
+    assert traced == [1]
