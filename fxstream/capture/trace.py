@@ -49,6 +49,10 @@ FORMAT_READERS = frozenset({"is_contiguous", "stride", "as_strided", "data_ptr",
 UNGUARDED = frozenset({"AUTOGRAD_SAVED_TENSORS_HOOKS"})
 """Guards on what no trace depends on."""
 ASKS = (torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling, torch.compiler.is_exporting)
+GLOBAL_HOOKS = (
+    torch.nn.modules.module._global_forward_pre_hooks,
+    torch.nn.modules.module._global_forward_hooks,
+)
 _CALLS = threading.local()
 _CAPTURES = threading.local()
 
@@ -86,7 +90,7 @@ class Trace:
     def holds(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether a call would be traced the same way, but for the tensors of the call."""
         local = {"model": model, "args": args, "kwargs": dict(kwargs)}
-        with _disable_current_modes():  # under which tensors look different
+        with _disable_current_modes(), _without_watchers():  # under which tensors, and modules, look different
             return bool(self._guards.guard_manager.check(local))
 
     def changed(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
@@ -195,10 +199,26 @@ def _tracing(model: nn.Module, flat: bool) -> Iterator[None]:
             torch_function_mode_stack_state_mgr,
             _cumulative_averages(model),
             _as_in_eager(),
+            _without_watchers(),
         ):
             yield
     finally:
         _CAPTURES.depth -= 1
+
+
+@contextlib.contextmanager
+def _without_watchers() -> Iterator[None]:
+    """Without the hooks on all modules by which torch itself looks on, as for a count of operations."""
+    removed = []
+    for hooks in GLOBAL_HOOKS:
+        for key, hook in list(hooks.items()) if hooks else ():
+            if getattr(hook, "__module__", "").startswith("torch."):
+                removed.append((hooks, key, hooks.pop(key)))
+    try:
+        yield
+    finally:
+        for hooks, key, hook in removed:
+            hooks[key] = hook
 
 
 @contextlib.contextmanager

@@ -54,8 +54,8 @@ class GraphInput:
 class TracedGraph:
     """A graph of dynamo; `module` takes the values of its inputs in order.
 
-    `parameters` are the names of the model's positional parameters, where the graph is that of a call of the model;
-    without them it is a part of a program.
+    `parameters` are the names of the model's positional parameters, where the graph is that of a call of the
+    model; without them it is a part of a program.
     """
 
     def __init__(self, module: fx.GraphModule, parameters: Sequence[str] | None = None) -> None:

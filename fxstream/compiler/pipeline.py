@@ -310,7 +310,9 @@ class Pipeline:
         """The request; ranks that share tiles plan for the least memory of any."""
         request = self.shared.options.request
         if request.memory is not None and self.shared.retained.bytes:
-            request = replace(request, memory=max(1, budget_of(request.memory, device) - self.shared.retained.bytes))
+            request = replace(
+                request, memory=max(1, budget_of(request.memory, device) - self.shared.retained.bytes)
+            )
         if self.shared.ranks is None:
             return request
         budget = self.shared.ranks.least(budget_of(request.memory, device))

@@ -80,7 +80,9 @@ def lsuv_(
             nn.init.orthogonal_(layer.weight)
     with torch.no_grad():
         for path in _order(scaled, layers, _arguments(next(iter(batches)))):
-            moments = _measured(compile(_UpToLayer(scaled, path), verify=verify, **options), batches)
+            measuring = _UpToLayer(scaled, path)
+            moments = _measured(compile(measuring, verify=verify, **options), batches)
+            measuring.hook.remove()
             mean, variance = _combined(moments, per_channel)
             _check_moments(path, mean, variance, torch.finfo(moments[0][1].dtype).eps)
             _scale(layers[path], mean if center else torch.zeros_like(mean), variance.sqrt())
@@ -99,18 +101,18 @@ class _UpToLayer(nn.Module):
     def __init__(self, model: nn.Module, path: str) -> None:
         super().__init__()
         self.model = model
-        self.path = path
+        self.layer = model.get_submodule(path)
+        self.output: torch.Tensor | None = None
+        self.hook = self.layer.register_forward_hook(self._keep)
+
+    def _keep(self, layer: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self.output = output
 
     def forward(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        outputs: list[torch.Tensor] = []
-        layer = self.model.get_submodule(self.path)
-        handle = layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-        try:
-            self.model(*args)
-        finally:
-            handle.remove()
-        (output,) = outputs
-        channel = output.ndim - (layer.get_parameter("weight").ndim - 1)  # before space; a Linear layer's last
+        self.model(*args)
+        output, self.output = self.output, None  # so that nothing keeps the whole map
+        assert output is not None
+        channel = output.ndim - (self.layer.get_parameter("weight").ndim - 1)  # before space, or the last
         others = [dim for dim in range(output.ndim) if dim != channel]
         wide = output.to(torch.promote_types(output.dtype, torch.float32))
         variance, mean = torch.var_mean(wide, others, correction=0)
