@@ -111,24 +111,28 @@ class Pipeline:
         self.warned: set[str] = set()
         """The topics that the user was warned about, or that are not worth a warning."""
         self._cache = Cache(MOST_ENTRIES)
-        self._ranks = None if options.mesh is None else Ranks(options.mesh)
+        self.ranks = None if options.mesh is None else Ranks(options.mesh)
         self._watch = Bar() if options.progress else None
         self._volatile: set[str] = set()
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model returns for these arguments."""
         inputs = inputs_of(self.model, args, kwargs)
-        if self._ranks is None:
-            prepared = self.prepared(inputs)
-        else:
-            self._ranks.require_equal({"image": ", ".join(fingerprint(image) for image in inputs.real)})
-            with self._ranks.raise_together():
-                prepared = self.prepared(inputs)
-            self._ranks.require_equal(_common(prepared))
+        prepared = self.agreed(inputs)
         if prepared.streamed is None:
             args, kwargs = inputs.plain()
             return self.model(*args, **kwargs)
         return prepared.run(self.model, inputs)
+
+    def agreed(self, inputs: Inputs, written: Sequence[int] | None = None) -> Prepared:
+        """What `prepared` is. Ranks that share tiles compare what they must have in common."""
+        if self.ranks is None:
+            return self.prepared(inputs, written)
+        self.ranks.require_equal({"image": ", ".join(fingerprint(image) for image in inputs.real)})
+        with self.ranks.raise_together():
+            prepared = self.prepared(inputs, written)
+        self.ranks.require_equal(_common(prepared))
+        return prepared
 
     def prepared(self, inputs: Inputs, written: Sequence[int] | None = None) -> Prepared:
         """The model ready for these inputs; results at the indices `written` are written as they come.
@@ -210,7 +214,7 @@ class Pipeline:
                 reports = self._verified(captured, analysis, plan)
             with stages("tile programs"):
                 options, lowered = self.options, captured.lowered
-                streamed = rewrite(lowered, analysis.graph, plan, options.compile_tiles, self._ranks, self._watch)
+                streamed = rewrite(lowered, analysis.graph, plan, options.compile_tiles, self.ranks, self._watch)
         plan = replace(plan, prepared=stages.seconds)
         logger.info("%s", plan)
         return Prepared(analysis, plan, reports, streamed)
@@ -230,16 +234,16 @@ class Pipeline:
             differentiated=frozenset(n for n, t in zip(names, tensors, strict=True) if t.requires_grad),
             outside=frozenset(names[i] for i in inputs.outside),
             written=frozenset(name for i, name in enumerate(captured.lowered.results) if i in (written or ())),
-            ranks=1 if self._ranks is None else self._ranks.count,
+            ranks=1 if self.ranks is None else self.ranks.count,
         )
         return analysis, plan
 
     def _request(self, device: torch.device) -> Request:
         """The request; ranks that share tiles plan for the least memory of any."""
         request = self.options.request
-        if self._ranks is None:
+        if self.ranks is None:
             return request
-        budget = self._ranks.least(budget_of(request.memory, device))
+        budget = self.ranks.least(budget_of(request.memory, device))
         return replace(request, memory=None if request.tile is not None else budget)
 
     def _verified(self, captured: CapturedModel, analysis: Analysis, plan: Plan) -> tuple[ProbeReport, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import warnings
@@ -21,6 +22,7 @@ from fxstream.io.inputs import Inputs, inputs_of
 from fxstream.io.journal import Journal
 from fxstream.io.sharing import is_in_memory_only, share
 from fxstream.io.sink import Sink
+from fxstream.runtime.ranks import Ranks, digest
 from fxstream.runtime.rewrite import with_sinks
 
 __all__ = ["infer"]
@@ -47,7 +49,12 @@ def infer(
     continues when it is started again with the same arrays. What the arrays no longer hold is written again.
     (HDF5 files may themselves be broken by a kill; zarr stores and memory maps are not.) The journal of
     another prediction (weights, images, arguments, shapes, types) is refused, or begun anew with `restart`, as
-    the validation in a training loop needs. Images above 256 MiB are compared by samples.
+    the validation in a training loop needs. Images above 256 MiB are compared by samples. One process writes a
+    journal at a time.
+
+    Of a module that was compiled with a `mesh` every rank calls `infer`, with the same image, array and journal;
+    each writes tiles of its own, no two into one chunk at the same time. What is returned as a tensor every rank
+    has whole.
 
     Returns what the model returns, with arrays in the place of the tensors that were written. Raises
     `InputError` for an `out` of the wrong shape, type or structure, for one that is the memory or the file of
@@ -55,19 +62,22 @@ def infer(
     """
     if not isinstance(module, StreamedModule):
         raise InputError(f"infer needs a module made by fxstream.compile, found {type(module).__name__}")
-    if module.pipeline.options.mesh is not None:
-        raise InputError("infer cannot share tiles over a mesh: give every rank images, or arrays, of its own")
     with torch.no_grad():
         inputs = inputs_of(module.model, args, kwargs)
         prepared, arrays = _prepared(module, inputs, out)
-        _refuse_shared(inputs, arrays)
-        spec, shapes = prepared.analysis.captured.out_spec, _shapes(prepared)
-        log = None
-        if journal is not None:
-            _warn_of_copies(arrays)
-            log = Journal(journal, _description(module, inputs, shapes, arrays), restart)
-        sinks = {i: Sink(arrays[i], shapes[i].shape, shapes[i].dtype, i, log, saturate) for i in arrays}
-        flat = _run(module, prepared, inputs, sinks)
+        spec, ranks = prepared.analysis.captured.out_spec, module.pipeline.ranks
+        with _together(ranks):
+            shapes = _shapes(prepared)
+            _refuse_shared(inputs, arrays)
+            _refuse_copies(arrays, journal is not None, ranks)
+            sinks = {i: Sink(arrays[i], shapes[i].shape, shapes[i].dtype, i, saturate) for i in arrays}
+        with contextlib.ExitStack() as opened:
+            if journal is not None:
+                description = _description(module, inputs, shapes, arrays)
+                log = opened.enter_context(_opened(journal, description, restart, ranks))
+                for sink in sinks.values():
+                    sink.resume(log, ranks)
+            flat = _run(module, prepared, inputs, sinks)
     results = [arrays.get(i, tensor) for i, tensor in enumerate(flat)]
     return results[0] if len(results) == 1 and out is results[0] else pytree.tree_unflatten(results, spec)
 
@@ -80,10 +90,10 @@ def _prepared(module: StreamedModule, inputs: Inputs, out: Any) -> tuple[Prepare
     """
     leaves = pytree.tree_leaves(out, is_leaf=lambda leaf: leaf is None)
     written = [place for place, leaf in enumerate(leaves) if leaf is not None]
-    prepared = module.pipeline.prepared(inputs, written)
+    prepared = module.pipeline.agreed(inputs, written)
     arrays = _paired(prepared.analysis.captured.out_spec, out)
     if sorted(arrays) != written:
-        prepared = module.pipeline.prepared(inputs, sorted(arrays))
+        prepared = module.pipeline.agreed(inputs, sorted(arrays))
     return prepared, arrays
 
 
@@ -135,14 +145,40 @@ def _refuse_shared(inputs: Inputs, arrays: Mapping[int, Any]) -> None:
         raise InputError("two results would be written into the same memory, file or store: give each an array")
 
 
-def _warn_of_copies(arrays: Mapping[int, Any]) -> None:
-    if any(is_in_memory_only(array) for array in arrays.values()):
+def _refuse_copies(arrays: Mapping[int, Any], is_resumable: bool, ranks: Ranks | None) -> None:
+    """Raise `InputError` for arrays that other ranks cannot see, warn of those that a journal outlives."""
+    if not any(is_in_memory_only(array) for array in arrays.values()):
+        return
+    if ranks is not None:
+        raise InputError(
+            "out is in the memory of one process, and the ranks of the mesh write one result together: give an"
+            " array that is stored and that every rank has opened, as zarr or numpy.memmap"
+        )
+    if is_resumable:
         warnings.warn(
             "out is in memory only, and its journal outlives it: nothing is left of it after a kill. Give an array"
             " that is stored; a slice of a zarr or HDF5 array is a copy, fxstream.target(array, index) is none",
             StreamingWarning,
             stacklevel=3,
         )
+
+
+def _together(ranks: Ranks | None) -> contextlib.AbstractContextManager[None]:
+    """A block that every rank runs; if it fails on one, all raise."""
+    return contextlib.nullcontext() if ranks is None else ranks.raise_together()
+
+
+def _opened(
+    path: str | os.PathLike[str], prediction: dict[str, Any], restart: bool, ranks: Ranks | None
+) -> Journal:
+    """The journal of this process; of ranks the first one opens its own before the others."""
+    if ranks is None:
+        return Journal(path, prediction, restart)
+    ranks.require_equal({"prediction": digest(repr(prediction).encode()), "journal": str(path)})
+    with ranks.raise_together():
+        first = Journal(path, prediction, restart) if not ranks.rank else None
+    with ranks.raise_together():
+        return first or Journal(path, prediction, restart, ranks.rank)
 
 
 def _shapes(prepared: Prepared) -> list[Shape]:
@@ -166,8 +202,11 @@ def _run(
     else:
         graph, streamed = with_sinks(prepared.streamed, sinks)
         flat = pytree.tree_leaves(replace(prepared, streamed=graph).run(module.model, inputs))
-    for index in sinks.keys() - streamed:
-        sinks[index].write_whole(flat[index])
+    ranks = module.pipeline.ranks
+    with _together(ranks):
+        for index in sinks.keys() - streamed:
+            if ranks is None or not ranks.rank:
+                sinks[index].write_whole(flat[index])
     return flat
 
 
