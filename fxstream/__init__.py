@@ -27,6 +27,7 @@ if _TYPE_CHECKING:
     from fxstream.io.slides import openslide_array, pyvips_array
     from fxstream.io.source import Source, source
     from fxstream.io.target import Target, target
+    from fxstream.prediction.predict import Predictions, predict
     from fxstream.probe.probe import ProbeReport
     from fxstream.rules import register_rule
     from fxstream.tools.check import CheckReport, check
@@ -48,6 +49,7 @@ _HOMES = {
     "fxstream.io.slides": ("openslide_array", "pyvips_array"),
     "fxstream.io.source": ("Source", "source"),
     "fxstream.io.target": ("Target", "target"),
+    "fxstream.prediction.predict": ("Predictions", "predict"),
     "fxstream.probe.probe": ("ProbeReport",),
     "fxstream.rules": ("register_rule",),
     "fxstream.tools.check": ("CheckReport", "check"),
@@ -65,6 +67,7 @@ __all__ = [
     "FxstreamError",
     "InputError",
     "PlanError",
+    "Predictions",
     "ProbeError",
     "ProbeReport",
     "RuleError",
@@ -83,6 +86,7 @@ __all__ = [
     "lsuv_",
     "openslide_array",
     "plan",
+    "predict",
     "pyvips_array",
     "register_rule",
     "rules",

@@ -19,6 +19,7 @@ FLOORS = (
     ("probe",),
     ("compiler",),
     ("backend", "tools"),
+    ("prediction",),
     ("report",),
     ("__main__",),
 )
@@ -78,7 +79,7 @@ def test_no_package_is_crowded():
     assert {
         path.name: len(list(path.glob("*.py"))) for path in packages if len(list(path.glob("*.py"))) > 14
     } == {}
-    assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 18
+    assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 19
 
 
 def test_the_check_can_fail():
