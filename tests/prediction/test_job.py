@@ -42,7 +42,7 @@ def test_a_folder_is_joined_by_all_or_refused(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: Job(tmp_path, SETTINGS), range(16)))
     assert [path.name for path in tmp_path.iterdir()] == [".job"]
-    with pytest.raises(fxstream.InputError, match="another job .weights was 1 and is 2.: give another folder"):
+    with pytest.raises(fxstream.InputError, match=r"another job .weights was 1 and is 2.: give another folder"):
         Job(tmp_path, {"weights": "2"})
     (tmp_path / "file").write_text("")
     with pytest.raises(fxstream.InputError, match="cannot be written"):
