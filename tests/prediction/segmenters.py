@@ -26,6 +26,27 @@ def scores(classes=3, channels=3, seed=0):
     return network.eval()
 
 
+class IntegerSegmenter(nn.Module):
+    """A class per pixel, at half the resolution and back; small integer weights, so that sums are exact."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.deep = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.up = nn.Conv2d(8, 3, 3, padding=1)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.parameters():
+            parameter.data = torch.randint(-1, 2, parameter.shape, generator=generator).float()
+
+    def forward(self, image):
+        deep = torch.relu(self.deep(torch.relu(self.down(image))))
+        scores = self.up(nn.functional.interpolate(deep, scale_factor=2))
+        return scores.argmax(1, keepdim=True).to(torch.uint8)
+
+
+def integer_segmenter():
+    return IntegerSegmenter().eval()
+
+
 def vector():
     """A vector per image."""
     return nn.Sequential(scores(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from segmenters import Segmenter, picture, plain, scores
 
+import fxstream
+
 zarr = pytest.importorskip("zarr")
 pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL"),
@@ -101,14 +103,9 @@ def mesh(count, folder, *arguments):
     return started([one] * count, folder, **ranks, **address)
 
 
-def by_one_process(folder, path, *arguments):
+def by_one_process(folder, path, memory):
     """Level 0 of the result of one process."""
-    subprocess.run(
-        command("scores", path, "--out", folder / "one", "--device", "cpu", *arguments),
-        env=os.environ | ENVIRONMENT,
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    assert fxstream.predict(scores(), path, folder / "one", memory=memory).done
     return zarr.open_group(f"{folder}/one/{path.stem}.ome.zarr", mode="r")["0"][:]
 
 
@@ -126,7 +123,7 @@ def test_ranks_share_the_tiles_of_an_image(tmp_path):
     assert [text.count(".npy") for text in printed[1:]] == [0] * 3, printed
     for path in (paths[0], paths[2]):
         array = zarr.open_group(f"{tmp_path}/out/{path.stem}.ome.zarr", mode="r")["0"][:]
-        assert np.array_equal(array, by_one_process(tmp_path, path, "--memory", "1MiB"))
+        assert np.array_equal(array, by_one_process(tmp_path, path, "1MiB"))
         np.testing.assert_allclose(array, plain(scores(), np.load(path)), rtol=1e-4, atol=1e-3)
 
 
@@ -134,8 +131,8 @@ def test_ranks_share_the_tiles_of_an_image(tmp_path):
 def test_a_mesh_that_is_killed_at_ten_moments(tmp_path):
     """One rank, or all of them; started again each time. The result is that of a prediction in one go."""
     path, moments = tmp_path / "large.npy", random.Random(0)
-    np.save(path, picture(3000, 2800))
-    expected = by_one_process(tmp_path, path, "--memory", "3MiB")
+    np.save(path, picture(5000, 4800))
+    expected = by_one_process(tmp_path, path, "3MiB")
     arguments = path, "--out", tmp_path / "out", "--memory", "3MiB"
     work = tmp_path / "out" / ".job"
     tiles_before = []
@@ -143,7 +140,7 @@ def test_a_mesh_that_is_killed_at_ten_moments(tmp_path):
         with mesh(4, tmp_path, *arguments) as processes:
             least = (tiles_before or [0])[-1] + 1
             while ticked(work) < least and all(process.poll() is None for process in processes):
-                time.sleep(0.002)
+                time.sleep(0.02)
             time.sleep(moments.uniform(0, 0.15))
             for process in processes if kill % 2 else [processes[moments.randrange(4)]]:
                 process.send_signal(signal.SIGKILL)
