@@ -8,8 +8,8 @@ NOTE [how workers share a job]
 3. Who took an image writes `lease` there, and touches it every `BEAT` seconds. It is dead where its process is not
    there any more (on the same machine), or where the file was not touched for `PATIENCE` seconds of the observer's
    clock: clocks of machines are not compared.
-4. A process that was taken for dead and goes on writes into a folder that is no longer there. It sees that before
-   it puts a result in its place.
+4. A process that was taken for dead and goes on writes into a folder that is no longer there, and into files that
+   were copied since. It sees that before it puts a result in its place.
 5. An image is done where its mark `.job/IMAGE.done` and the result that it names are there. The mark is first, so
    that a result which is not of this job is never taken for one. A result is put in its place by one rename.
 6. An image that failed has the mark `.job/IMAGE.failed`: workers that run do not try it again, those that are
@@ -59,10 +59,10 @@ class Lease:
         with contextlib.suppress(OSError):
             self._write({"released": True})
 
-    def check(self) -> None:
-        """Raise `StreamError` where the image was taken by another process."""
-        if not self._file.exists():
-            raise StreamError("another worker took this image, since this one was not heard of for long")
+    @property
+    def is_lost(self) -> bool:
+        """Whether the image was taken by another process."""
+        return not self._file.exists()
 
     def remove(self) -> None:
         """Delete the folder, whose work is done."""
@@ -137,6 +137,8 @@ class Job:
                 with lease:
                     if not self.is_settled(image):
                         yield image, lease
+                if not self.is_settled(image):
+                    left.append(image)
             if len(left) == len(waiting):
                 time.sleep(POLL)
             waiting = left
@@ -166,8 +168,9 @@ class Job:
             )
 
     def finish(self, image: Path, lease: Lease, made: Path, name: str) -> None:
-        """Put a result that was made in the lease's folder into its place."""
-        lease.check()
+        """Put a result that was made in the lease's folder into its place. Raises `StreamError` if it was lost."""
+        if lease.is_lost:
+            raise StreamError("another worker took this image, since this one was not heard of for long")
         self.refuse_taken(image, name)
         _write(self._notes / f"{_key(image)}.done", {"image": str(image), "result": name})
         made.rename(self.folder / name)
@@ -189,6 +192,7 @@ class Job:
                 mine.mkdir()
             elif self._is_free(place / str(max(turns))):
                 (place / str(max(turns))).rename(mine)
+                _copy_files(mine)
             else:
                 return None
             return Lease(mine)
@@ -216,6 +220,14 @@ class Job:
             lease = self._claim(_key(image))
             if lease is not None:
                 lease.remove()
+
+
+def _copy_files(folder: Path) -> None:
+    """Make the files of a folder other files, so that a process that has them open writes into none of them."""
+    for path in [path for path in folder.iterdir() if path.is_file() and path.suffix != ".npy"]:
+        beside = folder / f".copied.{uuid.uuid4().hex}"
+        shutil.copyfile(path, beside)
+        beside.replace(path)
 
 
 def _key(image: Path) -> str:

@@ -70,7 +70,11 @@ class Predictor:
                 out = target(out, (None, ...) if form.dropped else ...)
             options = {"restart": True, "saturate": self.dtype is not None}
             infer(module, pixels, out=out, journal=folder / "journal", **options)
-        return (finished(folder, form, self.format, name) if is_first else folder), name
+            with _together(ranks):
+                open_image(
+                    image, self.reading["layout"]
+                ).close()  # missing chunks of a store that is gone read as 0
+        return (finished(folder, form, self.format, stem_of(image)) if is_first else folder), name
 
     def _module(self, level: Level) -> StreamedModule:
         """The compiled network for images like this one."""

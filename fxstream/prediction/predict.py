@@ -166,8 +166,9 @@ def _is_done(job: Job, image: Path, lease: Lease, predictor: Predictor, say: Say
     except Exception as error:
         text = " ".join(str(error).split())
         text = text if isinstance(error, FxstreamError) else f"{type(error).__name__}: {text}"
-        job.fail(image, text)
-        say(f"{image}: failed: {text}")
+        if not lease.is_lost:
+            job.fail(image, text)
+        say(f"{image}: {'given up' if lease.is_lost else 'failed'}: {text}")
         return False
     say(f"{image} -> {job.folder / name}  {time.monotonic() - began:.1f} s")
     return True

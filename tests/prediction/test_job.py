@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import fxstream
+from fxstream.geometry.box import Box, Interval
+from fxstream.io.journal import Journal
 from fxstream.prediction import job as jobs
 from fxstream.prediction.job import Job
 
@@ -34,8 +36,9 @@ def test_one_worker_gets_an_image(tmp_path):
         assert taken(workers[0]) is None
     again = taken(workers[0])  # it was let go
     assert again.folder.name == "2"
+    assert (leases[0].is_lost, again.is_lost) == (True, False)
     with pytest.raises(fxstream.StreamError, match="another worker took this image"):
-        leases[0].check()
+        workers[0].finish(IMAGE, leases[0], again.folder / "made", "one.txt")
 
 
 def test_a_folder_is_joined_by_all_or_refused(tmp_path):
@@ -94,6 +97,35 @@ def test_the_image_of_a_worker_that_is_silent_is_taken_over(tmp_path, monkeypatc
         assert time.monotonic() - since > 0.3
         process.kill()
     assert lease.folder.name == "2"
+
+
+def test_one_that_comes_back_writes_into_no_file_of_the_other(tmp_path):
+    """Nor do its locks stand in the way."""
+    slow, other = Job(tmp_path, SETTINGS), Job(tmp_path, SETTINGS)
+    first = taken(slow)
+    with Journal(first.folder / "journal", SETTINGS) as journal:
+        journal.tick(0, Box((Interval(0, 4),)), 1)
+        (first.folder / "lease").write_text(json.dumps({"released": True}))
+        second = taken(other)
+        with Journal(second.folder / "journal", SETTINGS) as continued:
+            assert len(continued.done(0)) == 1
+            journal.tick(0, Box((Interval(4, 8),)), 2)
+    assert len(Journal(second.folder / "journal", SETTINGS).done(0)) == 1
+
+
+def test_an_image_that_was_lost_is_waited_for(tmp_path):
+    slow, other = Job(tmp_path, SETTINGS), Job(tmp_path, SETTINGS)
+    seen = []
+    for _, lease in slow.leases([IMAGE]):
+        seen.append(lease.folder.name)
+        if len(seen) == 1:
+            (lease.folder / "lease").write_text(json.dumps({"released": True}))
+            with taken(other):
+                pass
+            continue
+        done(slow, lease)
+    assert seen == ["1", "3"]
+    assert slow.result(IMAGE) == tmp_path / "one.txt"
 
 
 def test_a_lease_that_is_touched_is_kept(tmp_path, monkeypatch):

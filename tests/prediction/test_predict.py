@@ -1,6 +1,10 @@
 """Predictions of image files: the values of the plain network; broken images do not stop the others."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,6 +178,50 @@ def test_broken_images_are_told_and_the_others_go_on(tmp_path):
         1,
         10,
     )
+
+
+def test_a_store_that_vanishes_is_told(tmp_path, monkeypatch):
+    """Its chunks would read as zeros."""
+    zarr.save_array(str(tmp_path / "one.zarr"), picture(100, 90))
+    read = fxstream.Source.read
+
+    def vanishing(source, box):
+        if (tmp_path / "one.zarr").exists():
+            (tmp_path / "one.zarr").rename(tmp_path / "elsewhere")
+        return read(source, box)
+
+    monkeypatch.setattr(fxstream.Source, "read", vanishing)
+    outcome = fxstream.predict(scores(), tmp_path / "one.zarr", tmp_path / "out")
+    assert "there is no file" in outcome.failed[tmp_path / "one.zarr"]
+    assert not (tmp_path / "out" / "one.ome.zarr").exists()
+
+
+FULL = """
+import resource, sys
+sys.path.insert(0, sys.argv[3])
+import fxstream
+from segmenters import scores
+resource.setrlimit(resource.RLIMIT_FSIZE, (60000, resource.RLIM_INFINITY))
+outcome = fxstream.predict(scores(), sys.argv[1], sys.argv[2], memory="1MiB", format=sys.argv[4])
+print(*outcome.failed.values())
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on the size of files")
+@pytest.mark.parametrize("format", ["ome-zarr", "tiff"])
+def test_a_disk_that_is_full(format, tmp_path):
+    """The image fails with the error of the system; nothing half-written is a result; the next start continues."""
+    np.save(tmp_path / "one.npy", np.random.default_rng(0).integers(0, 256, (300, 290, 3), dtype=np.uint8))
+    arguments = [tmp_path / "one.npy", tmp_path / "out", Path(__file__).parent, format]
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    command = [sys.executable, "-c", FULL, *map(str, arguments)]
+    done = subprocess.run(command, env=paths, capture_output=True, text=True, check=True)
+    assert "File too large" in done.stdout, done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".job"]
+    outcome = fxstream.predict(scores(), tmp_path / "one.npy", tmp_path / "out", memory="1MiB", format=format)
+    (result,) = outcome.done.values()
+    array = stored(result) if format == "ome-zarr" else tifffile.imread(result)
+    np.testing.assert_allclose(array, plain(scores(), np.load(tmp_path / "one.npy")), rtol=1e-4, atol=1e-3)
 
 
 def test_a_repaired_image_is_done_by_the_next_start(tmp_path):
