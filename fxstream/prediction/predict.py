@@ -38,7 +38,9 @@ class Predictions:
 
     def __str__(self) -> str:
         count = len(self.done) + len(self.failed)
-        lines = [f"{count} images: {len(self.done)} done ({len(self.here)} here), {len(self.failed)} failed"]
+        lines = [
+            f"{count} images: {len(self.done)} done ({len(self.here)} by this process), {len(self.failed)} failed"
+        ]
         return "\n".join(lines + [f"failed: {image}: {error}" for image, error in self.failed.items()])
 
 

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import functools
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -214,6 +215,7 @@ def _predict(options: Options) -> int:
     """A line for each image on standard output, those that failed once more at the end on standard error."""
     names = ("weights", "memory", "level", "spacing", "layout", "normalise", "format", "dtype")
     chosen = {name: getattr(options, name) for name in names}
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # of a broken file the line of the image says enough
     device = options.device or ("cuda" if is_present(device_of("cuda")) else "cpu")
     with _mesh(device) if options.mesh else contextlib.nullcontext() as mesh:
         say = functools.partial(print, flush=True)

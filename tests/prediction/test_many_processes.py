@@ -119,7 +119,7 @@ def test_ranks_share_the_tiles_of_an_image(tmp_path):
     printed = [(tmp_path / f"printed_{rank}").read_text() for rank in range(4)]
     assert codes == [1] * 4, printed
     assert printed[0].count(" -> ") == 2
-    assert "3 images: 2 done (2 here), 1 failed" in printed[0]
+    assert "3 images: 2 done (2 by this process), 1 failed" in printed[0]
     assert [text.count(".npy") for text in printed[1:]] == [0] * 3, printed
     for path in (paths[0], paths[2]):
         array = zarr.open_group(f"{tmp_path}/out/{path.stem}.ome.zarr", mode="r")["0"][:]

@@ -171,7 +171,7 @@ def test_broken_images_are_told_and_the_others_go_on(tmp_path):
     for name, message in messages.items():
         error = outcome.failed[tmp_path / name]
         assert any(part in error for part in message.split("|")), (name, error)
-    assert "11 images: 1 done (1 here), 10 failed\nfailed: " in str(outcome)
+    assert "11 images: 1 done (1 by this process), 10 failed\nfailed: " in str(outcome)
     again = fxstream.predict(scores(), paths, tmp_path / "out", memory="5MiB")
     assert (again.here, len(again.done), len(again.failed)) == (
         (),
