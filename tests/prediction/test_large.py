@@ -39,7 +39,7 @@ def slide(request, tmp_path_factory):
         "metadata": None,
     }
     with tifffile.TiffWriter(folder / "slide.tif", bigtiff=True) as file:
-        for level in range(4):
+        for level in range(3):
             extent = request.param >> level
             options |= {
                 "resolution": (20000 / 2**level,) * 2,
