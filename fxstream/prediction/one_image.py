@@ -53,9 +53,7 @@ class Predictor:
         is_first = ranks is None or not ranks.rank
         with contextlib.ExitStack() as stack:
             with _together(ranks):
-                picture = open_image(image, self.reading["layout"])
-                stack.callback(picture.close)
-                level = picture.level(self.reading["level"], self.reading["spacing"])
+                level = self._level(image, stack)
                 module = self._module(level)
                 pixels = source(level.array, layout=level.layout, dtype=_floating(self.network))
             with torch.no_grad():
@@ -64,17 +62,21 @@ class Predictor:
                 form = form_of(prepared, level, self.dtype)
                 name = stem_of(image) + (FORMATS[self.format] if form.letters else ".npy")
                 accept(name)
-                out = opened(folder, form, True) if is_first else None
+                array = opened(folder, form, True) if is_first else None
             with _together(ranks):
-                out = opened(folder, form, False) if out is None else out
-                out = target(out, (None, ...) if form.dropped else ...)
+                array = opened(folder, form, False) if array is None else array
+                out = target(array, (None, ...) if form.dropped else ...)
             options = {"restart": True, "saturate": self.dtype is not None}
             infer(module, pixels, out=out, journal=folder / "journal", **options)
             with _together(ranks):
-                open_image(
-                    image, self.reading["layout"]
-                ).close()  # missing chunks of a store that is gone read as 0
+                self._level(image, stack)  # is it still there? Chunks of a store that is gone are read as zeros
         return (finished(folder, form, self.format, stem_of(image)) if is_first else folder), name
+
+    def _level(self, image: Path, stack: contextlib.ExitStack) -> Level:
+        """The level of an image that is read; the file is closed with the stack."""
+        picture = open_image(image, self.reading["layout"])
+        stack.callback(picture.close)
+        return picture.level(self.reading["level"], self.reading["spacing"])
 
     def _module(self, level: Level) -> StreamedModule:
         """The compiled network for images like this one."""

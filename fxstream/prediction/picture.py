@@ -12,8 +12,9 @@ from fxstream.io.target import target
 
 __all__ = ["MICROMETRES", "Level", "Picture", "layout_of", "squeezed"]
 
-MICROMETRES = {"angstrom": 1e-4, "nm": 1e-3, "nanometer": 1e-3, "µm": 1.0, "um": 1.0, "micrometer": 1.0, "mm": 1e3}
-MICROMETRES |= {"millimeter": 1e3, "cm": 1e4, "centimeter": 1e4, "m": 1e6, "meter": 1e6, "inch": 25400.0}
+MICROMETRES = {"angstrom": 1e-4, "nm": 1e-3, "nanometer": 1e-3, "mm": 1e3, "millimeter": 1e3}
+MICROMETRES |= dict.fromkeys(("micrometer", "um", "µm", "\u03bcm"), 1.0)  # the micro sign, and the Greek letter
+MICROMETRES |= {"cm": 1e4, "centimeter": 1e4, "m": 1e6, "meter": 1e6, "inch": 25400.0}
 """What one of a unit of length is in micrometres, by the names that files have for it."""
 
 NEAR = 0.1

@@ -74,14 +74,9 @@ def _scaled(spacing: dict[str, float], finest: Any, level: Any) -> dict[str, flo
 
 
 def _spacing(file: Any) -> dict[str, float]:
-    """Micrometres per pixel of the finest level: of the OME metadata, of Aperio's description, or of the
-    resolution."""
+    """Micrometres per pixel of the finest level: by OME metadata, Aperio's description, or the resolution."""
     if file.ome_metadata:
-        pixels = ElementTree.fromstring(file.ome_metadata).find(".//{*}Pixels")
-        sizes = {axis: (pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm"))
-                 for axis in "XYZ"} if pixels is not None else {}  # fmt: skip
-        return {axis: float(size) * MICROMETRES[unit] for axis, (size, unit) in sizes.items()
-                if size and unit in MICROMETRES}  # fmt: skip
+        return _ome_spacing(file.ome_metadata)
     page = file.pages[0]
     for part in (page.description or "").split("|"):
         key, _, value = part.partition("=")
@@ -93,26 +88,37 @@ def _spacing(file: Any) -> dict[str, float]:
     return {axis: unit * below / above for axis, (above, below) in values.items()} if unit else {}
 
 
+def _ome_spacing(text: str) -> dict[str, float]:
+    """Micrometres per pixel by the OME metadata of a file, which may leave them out."""
+    pixels = ElementTree.fromstring(text).find(".//{*}Pixels")
+    attributes, spacing = {} if pixels is None else pixels.attrib, {}
+    for axis in "XYZ":
+        size, unit = attributes.get(f"PhysicalSize{axis}"), attributes.get(f"PhysicalSize{axis}Unit", "um")
+        if size and unit in MICROMETRES:
+            spacing[axis] = float(size) * MICROMETRES[unit]
+    return spacing
+
+
 def write_tiff(path: Path, levels: Sequence[Level]) -> None:
-    """Write levels, the finest first, tile by tile. Raises `InputError` for what a TIFF of this form cannot
-    hold."""
+    """Write levels, the finest first, tile by tile. Raises `InputError` for what a TIFF of this form has not."""
     tifffile = library("tifffile", "a result as TIFF")
     channels = _channels(levels[0])
-    kind = {"photometric": "rgb" if channels == 3 and levels[0].array.dtype == "uint8" else "minisblack"}
-    if channels > 1:
-        kind |= {"planarconfig": "contig" if kind["photometric"] == "rgb" else "separate"}
+    is_color = channels == 3 and levels[0].array.dtype == "uint8"
+    planes = 1 if is_color else channels
+    options: dict[str, Any] = {
+        "tile": (TILE, TILE),
+        "compression": "zlib",
+        "photometric": "rgb" if is_color else "minisblack",
+    }
+    options |= {"planarconfig": "separate"} if planes > 1 else {}
+    options |= {"dtype": levels[0].array.dtype, "resolutionunit": "CENTIMETER", "metadata": None}
     with tifffile.TiffWriter(path, bigtiff=True) as file:
         for number, level in enumerate(levels):
-            planes = channels if kind.get("planarconfig") == "separate" else 1
-            shape = (*((channels,) if planes > 1 else ()), *level.extents.values())
-            shape += (channels,) if channels > 1 and planes == 1 else ()
-            resolution = {}
+            shape = (*level.extents.values(), channels) if is_color else tuple(level.extents.values())
             if set("YX") <= level.spacing.keys():
-                resolution = {"resolution": tuple(1e4 / level.spacing[axis] for axis in "XY")}
-            file.write(_tiles(level, planes), shape=shape, dtype=level.array.dtype, tile=(TILE, TILE),
-            metadata=None,
-                       compression="zlib", subfiletype=1 if number else 0, software="fxstream",
-                       resolutionunit="CENTIMETER", **resolution, **kind)  # fmt: skip
+                options["resolution"] = tuple(1e4 / level.spacing[axis] for axis in "XY")
+            shape = (planes, *shape) if planes > 1 else shape
+            file.write(_tiles(level, planes), shape=shape, subfiletype=int(number > 0), **options)
 
 
 def _channels(level: Level) -> int:

@@ -12,6 +12,7 @@ import torch
 from segmenters import Segmenter, picture, plain, scores, strided, vector
 
 import fxstream
+from fxstream.prediction.images import open_image
 
 zarr, tifffile = pytest.importorskip("zarr"), pytest.importorskip("tifffile")
 
@@ -108,6 +109,46 @@ def test_coarser_levels(format, tmp_path, monkeypatch):
         else:
             padded = np.pad(fine, ((0, 0), (0, 1), (0, 0)), mode="edge")
             np.testing.assert_allclose(levels[1], padded.reshape(3, 66, 2, 85, 2).mean((2, 4)), atol=1e-5)
+
+
+def test_spacings_of_files(tmp_path):
+    """OME metadata in other units, Aperio's description, the resolution by the inch, and a file without."""
+    pixels, planes = picture(60, 50), np.zeros((3, 60, 50), np.uint8)
+    size = {"PhysicalSizeX": 250, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 0.25, "PhysicalSizeYUnit": "µm"}
+    tifffile.imwrite(tmp_path / "ome.ome.tif", planes, metadata={"axes": "CYX", **size})
+    aperio = "Aperio Image Library v1\r\n60x50|AppMag = 40|MPP = 0.25"
+    tifffile.imwrite(
+        tmp_path / "a.svs", pixels, tile=(64, 64), photometric="rgb", description=aperio, metadata=None
+    )
+    tifffile.imwrite(tmp_path / "inch.tif", pixels, resolution=(101600, 101600), resolutionunit="INCH")
+    tifffile.imwrite(tmp_path / "none.tif", pixels, resolutionunit="NONE")
+    for name, pixel in (("ome.ome.tif", 0.25), ("a.svs", 0.25), ("inch.tif", 0.25), ("none.tif", None)):
+        opened = open_image(tmp_path / name)
+        assert opened.levels[0].pixel == (pytest.approx(pixel) if pixel else None), name
+        if pixel:
+            assert opened.level(None, 0.26) is opened.levels[0]
+        with pytest.raises(
+            fxstream.InputError, match=r"no level at 0.5 micrometres|does not tell the size of its"
+        ):
+            opened.level(None, 0.5)
+        opened.close()
+
+
+def test_slides_by_openslide(tmp_path, monkeypatch):
+    """Where imagecodecs is not installed, which decodes the JPEG of scanners for tifffile."""
+    pytest.importorskip("openslide")
+    pytest.importorskip("imagecodecs")
+    tiled(tmp_path / "slide.tif", picture(200, 260), compression="jpeg")
+    network = scores()
+    outcome = fxstream.predict(network, tmp_path / "slide.tif", tmp_path / "both", memory="2MiB")
+    assert outcome.failed == {}
+    monkeypatch.setattr("fxstream.prediction.images.is_decodable", lambda path: False)
+    fxstream.predict(network, tmp_path / "slide.tif", tmp_path / "openslide", memory="2MiB")
+    first, second = (zarr.open_group(f"{tmp_path}/{name}/slide.ome.zarr") for name in ("both", "openslide"))
+    np.testing.assert_allclose(first["0"][:], second["0"][:], rtol=1e-3, atol=2)  # decoders of JPEG differ
+    steps = [group.attrs["ome"]["multiscales"][0]["datasets"][0] for group in (first, second)]
+    scales = [one["coordinateTransformations"][0]["scale"] for one in steps]
+    np.testing.assert_allclose(scales, [[1, 0.25, 0.25]] * 2)
 
 
 def test_vectors(tmp_path):
