@@ -88,7 +88,7 @@ def predict(
     another network, weights or settings in the folder, for two images of one name, and for settings that are none.
     """
     paths = [Path(images)] if isinstance(images, (str, os.PathLike)) else [Path(image) for image in images]
-    _check(paths, level, spacing, format)
+    _check(paths, level, spacing, format, dtype)
     network = network_of(model, weights, None if device is None else _of_process(device_of(str(device))))
     reading, writing = {"level": level, "spacing": spacing, "layout": layout}, {"format": format, "dtype": dtype}
     moments = moments_of(normalise)
@@ -108,7 +108,9 @@ def _outcome(job: Job, paths: Sequence[Path], here: tuple[Path, ...]) -> Predict
     return Predictions(done, failed, here)
 
 
-def _check(paths: Sequence[Path], level: int | None, spacing: float | None, format: str) -> None:
+def _check(
+    paths: Sequence[Path], level: int | None, spacing: float | None, format: str, dtype: str | None
+) -> None:
     """Raise `InputError` for what can be seen before anything is opened."""
     if not paths:
         raise InputError("predict needs an image")
@@ -116,6 +118,8 @@ def _check(paths: Sequence[Path], level: int | None, spacing: float | None, form
         raise InputError("give level or spacing, not both")
     if format not in FORMATS:
         raise InputError(f"format={format!r} is none: give {' or '.join(FORMATS)}")
+    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(f"dtype={dtype!r} is none: give uint8, int32, float16, float32 or another one of torch")
     names: dict[str, Path] = {}
     for path in paths:
         other = names.setdefault(stem_of(path), path)

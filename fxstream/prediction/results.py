@@ -20,7 +20,6 @@ from fxstream.compiler.pipeline import Prepared
 from fxstream.errors import InputError
 from fxstream.graph.fields import main_image, receptive_fields
 from fxstream.graph.shapes import Shape
-from fxstream.io.source import torch_dtype
 from fxstream.prediction.libraries import library
 from fxstream.prediction.ome_zarr import write_metadata
 from fxstream.prediction.picture import Level
@@ -114,7 +113,6 @@ def _lattice(
 def opened(folder: Path, form: Form, is_first: bool) -> Any:
     """The array in a work folder that takes a result. The first process makes it, where it is not there as
     needed."""
-    torch_dtype(library("numpy", "a prediction").dtype(form.dtype))
     if not form.letters:
         return _vector(folder / "result.npy", form, is_first)
     zarr = library("zarr", "the result of a prediction")

@@ -323,6 +323,7 @@ class Two(torch.nn.Module):
         ({"device": "cuda"}, "move the model"),
         ({"normalise": "1,2/0,1"}, "is no normalisation: give unit, imagenet"),
         ({"format": "png"}, "give ome-zarr or tiff"),
+        ({"dtype": "byte8"}, "dtype='byte8' is none: give uint8"),
         ({"images": []}, "needs an image"),
     ],
 )
