@@ -28,6 +28,7 @@ if _TYPE_CHECKING:
     from fxstream.io.slides import openslide_array, pyvips_array
     from fxstream.io.source import Source, source
     from fxstream.io.target import Target, target
+    from fxstream.prediction.predict import Predictions, predict
     from fxstream.probe.probe import ProbeReport
     from fxstream.rules import register_rule
     from fxstream.tools.check import CheckReport, check
@@ -49,6 +50,7 @@ _HOMES = {
     "fxstream.io.slides": ("openslide_array", "pyvips_array"),
     "fxstream.io.source": ("Source", "source"),
     "fxstream.io.target": ("Target", "target"),
+    "fxstream.prediction.predict": ("Predictions", "predict"),
     "fxstream.probe.probe": ("ProbeReport",),
     "fxstream.rules": ("register_rule",),
     "fxstream.tools.check": ("CheckReport", "check"),
@@ -67,6 +69,7 @@ __all__ = [
     "GraphBreakError",
     "InputError",
     "PlanError",
+    "Predictions",
     "ProbeError",
     "ProbeReport",
     "RuleError",
@@ -86,6 +89,7 @@ __all__ = [
     "lsuv_",
     "openslide_array",
     "plan",
+    "predict",
     "pyvips_array",
     "register_rule",
     "rules",

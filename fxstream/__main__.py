@@ -1,7 +1,7 @@
-"""The command line: report, plan, check, bench, models, rules.
+"""The command line: report, plan, check, bench, predict, models, rules.
 
-Exit codes: 0 all is well, 1 a comparison or the probe found a difference, 2 a mistake in what was asked for. torch
-is loaded once a command runs: help, and a mistake in the flags, do not wait for it.
+Exit codes: 0 all is well, 1 a comparison or the probe found a difference or an image failed, 2 a mistake in what
+was asked for. torch is loaded once a command runs: help, and a mistake in the flags, do not wait for it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ EXAMPLES = """examples:
   fxstream plan timm/convnext_tiny --size 16384 --memory 8GiB
   fxstream plan "m.py:Net(8)" --input 1x3x64x64 --input 1x1x64x64 --tile 32
   fxstream check torchvision/resnet18 --size 300x260 --tile 128
+  fxstream predict model.py:build *.svs --weights model.pt --out results
   fxstream models convnext
 
 TARGET is torchvision/NAME or timm/NAME ("fxstream models" lists them), or
@@ -39,6 +40,7 @@ COMMANDS: tuple[tuple[str, str, flags.Group], ...] = (
     ("plan", "segments, tiles and predicted memory", flags.PLAN),
     ("check", "streamed against plain, tensor by tensor; exit code 1 if they differ", flags.CHECK),
     ("bench", "time and peak memory of a training step: plain, checkpoint, streamed", flags.BENCH),
+    ("predict", "a network over image files, one result each; exit code 1 if one failed", flags.PREDICT),
     ("models", "the networks of torchvision and timm, one a line", flags.MODELS),
     ("rules", "the operators that have a rule", ()),
 )

@@ -20,6 +20,7 @@ FLOORS = (
     ("probe",),
     ("compiler",),
     ("backend", "tools"),
+    ("prediction",),
     ("report",),
     ("__main__",),
 )

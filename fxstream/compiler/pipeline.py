@@ -164,15 +164,7 @@ class Pipeline:
         """
         if not self.traced.indices(Kind.ARGUMENT):
             return self.traced(values)  # type: ignore[no-any-return]
-        ranks = self.shared.ranks
-        if ranks is None:
-            prepared = self.prepared(values, outside)
-        else:
-            images = [outside.get(i, values[i]) for i in self.traced.indices(Kind.ARGUMENT)]
-            ranks.require_equal({"image": ", ".join(fingerprint(image) for image in images)})
-            with ranks.raise_together():
-                prepared = self.prepared(values, outside)
-            ranks.require_equal(_common(prepared))
+        prepared = self.agreed(values, outside)
         if prepared.streamed is None:
             return self.plain(values, outside)
         return self.traced.with_numbers(prepared.run(values, outside), values)
@@ -181,6 +173,23 @@ class Pipeline:
         """What the graph returns as it is, everything read into the device's memory."""
         read = [whole(outside[i], value.device) if i in outside else value for i, value in enumerate(values)]
         return self.traced(read)  # type: ignore[no-any-return]
+
+    def agreed(
+        self,
+        values: Sequence[Any],
+        outside: Mapping[int, torch.Tensor | Source],
+        written: Sequence[int] | None = None,
+    ) -> Prepared:
+        """What `prepared` is. Ranks that share tiles compare what they must have in common."""
+        ranks = self.shared.ranks
+        if ranks is None:
+            return self.prepared(values, outside, written)
+        images = [outside.get(i, values[i]) for i in self.traced.indices(Kind.ARGUMENT)]
+        ranks.require_equal({"image": ", ".join(fingerprint(image) for image in images)})
+        with ranks.raise_together():
+            prepared = self.prepared(values, outside, written)
+        ranks.require_equal(_common(prepared))
+        return prepared
 
     def prepared(
         self, values: Sequence[Any], outside: Collection[int], written: Sequence[int] | None = None

@@ -36,6 +36,14 @@ class BeforeFirstCallError(InputError, AttributeError):
     """A property of the last call was read before the first: for `hasattr` it is not there."""
 
 
+class _ReadyError(Exception):
+    """Ends a call when its graph would run."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        super().__init__()
+        self.prepared = prepared
+
+
 @dataclass(frozen=True, slots=True)
 class TracedCall:
     """A trace, the tensors that it serves (of certain shapes and formats, where it reads them), its pipeline."""
@@ -133,6 +141,27 @@ class Streaming:
             with self._lock:
                 call = self._kept(key, shapes, inputs) or self._unless_broken(key, shapes, inputs, flat)
         return call
+
+    def ready(self, inputs: Inputs, written: Sequence[int]) -> tuple[Prepared, list[str | None]]:
+        """What a call without gradients would run that writes the results at these places; nothing runs.
+
+        Returned with the node of each flat result, None for one that the graph does not compute. Raises
+        `CaptureError` for a model that is not one graph.
+        """
+        call = self.call(inputs, flat=True)
+        assert call.trace.results is not None
+        outputs = call.trace.results.outputs
+        places = [place for i in written if (place := outputs[i]) is not None]
+
+        def stop(pipeline: Pipeline, values: Sequence[Any], outside: Mapping[int, Any]) -> Any:
+            raise _ReadyError(pipeline.agreed(values, outside, places))
+
+        try:
+            call.run(self.model, inputs, stop)
+        except _ReadyError as ready:
+            names = ready.prepared.analysis.captured.outputs
+            return ready.prepared, [None if place is None else names[place] for place in outputs]
+        raise CaptureError(f"{self.shared.name} computes nothing with the tensors of the call")
 
     def _unless_broken(self, key: Any, shapes: Any, inputs: Inputs, flat: bool) -> TracedCall:
         """A new trace; what was not one graph once is not tried again."""

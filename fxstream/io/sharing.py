@@ -1,10 +1,12 @@
-"""Whether two arrays are the same memory, file or store, and whether an array is a copy that nothing else sees.
+"""Whether two arrays are the same memory, file or store, whether two writes into one meet, and whether an array is
+a copy that nothing else sees.
 
 numpy is looked at where the process has imported it, as every process with a numpy array has.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from fxstream.io.source import Source, attribute
 from fxstream.io.target import Target
 
-__all__ = ["is_in_memory_only", "share"]
+__all__ = ["is_in_memory_only", "share", "units_of"]
 
 EFFORT = 100_000
 """Steps that numpy takes to decide whether two views share an element; undecided counts as shared."""
@@ -40,6 +42,23 @@ def is_in_memory_only(array: Any) -> bool:
             return True
         array = array.base
     return False
+
+
+def units_of(array: Any, index: tuple[slice, ...]) -> frozenset[tuple[int, ...]]:
+    """The chunks, or shards, that a write into a part of an array reads and writes whole, by their places.
+
+    None of them for memory and its maps, where elements are written. An array that does not tell of chunks is one.
+    """
+    if isinstance(array, Target):
+        return units_of(array.array, array.index(index))
+    kind = _numpy_array_type()
+    if kind is not None and isinstance(array, kind):
+        return frozenset()
+    sizes = attribute(array, "shards") or attribute(array, "chunks")
+    if not sizes:
+        return frozenset({()})
+    axes = (range(part.start // size, -(-part.stop // size)) for part, size in zip(index, sizes, strict=True))
+    return frozenset(itertools.product(*axes))
 
 
 def _arrays(array: Any) -> list[Any]:

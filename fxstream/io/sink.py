@@ -5,24 +5,34 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fxstream.errors import InputError, StreamError, StreamingWarning
 from fxstream.geometry.box import Box, Interval
 from fxstream.io.journal import Journal
+from fxstream.io.sharing import units_of
 from fxstream.io.source import as_tensor, describe, is_array, torch_dtype
 from fxstream.io.target import flushes
 
-__all__ = ["Sink"]
+__all__ = ["Processes", "Sink"]
+
+
+class Processes(Protocol):
+    """The processes that write one result together, and this one's place among them."""
+
+    rank: int
+    count: int
+
+    def gather(self, mine: Any) -> list[Any]:
+        """The object of every process, in their order."""
 
 
 class Sink:
     """An array that takes one result of the network, box by box. Raises `InputError` for one that does not fit.
 
-    With a journal, boxes that it lists and that the array still holds count as written. `saturate` lets integers
-    outside of the range of the array's type become its limits.
+    `saturate` lets integers outside of the range of the array's type become its limits.
     """
 
     def __init__(
@@ -31,7 +41,6 @@ class Sink:
         shape: tuple[int, ...],
         dtype: torch.dtype,
         output: int = 0,
-        journal: Journal | None = None,
         saturate: bool = False,
     ) -> None:
         if not (is_array(array) and hasattr(type(array), "__setitem__")):
@@ -41,7 +50,9 @@ class Sink:
                 f"out has the shape {list(array.shape)}, the result has {list(shape)}: give it that, or a part"
                 " of an array by fxstream.target"
             )
-        self._array, self._output, self._journal = array, output, journal
+        self._array, self._output = array, output
+        self._journal: Journal | None = None
+        self._done: list[Box] = []
         self._dtype = torch_dtype(array.dtype)
         are_integers = _is_integer(dtype) and _is_integer(self._dtype)
         self._limits = _common_limits(dtype, self._dtype) if saturate and are_integers else None
@@ -50,21 +61,25 @@ class Sink:
                 f"out has the type {array.dtype} and the result {dtype}, which it cannot hold: convert in the"
                 f" model{', or give saturate=True' if are_integers else ''}"
             )
-        self._done = [] if journal is None else self._intact(journal)
 
-    def _intact(self, journal: Journal) -> list[Box]:
-        """The boxes of the journal that the array still holds; a warning where some are lost."""
-        listed = journal.done(self._output)
-        intact = [box for box, checksum in listed.items() if self._holds(box, checksum)]
-        if len(intact) < len(listed):
+    def resume(self, journal: Journal, processes: Processes | None = None) -> None:
+        """Tick off in this journal what is written; its boxes that the array still holds count as written.
+
+        A warning says how many it lost. Where `processes` write the result together, each looks at a part of them.
+        """
+        self._journal, listed = journal, list(journal.done(self._output).items())
+        rank, count = (0, 1) if processes is None else (processes.rank, processes.count)
+        mine = [i for i in range(rank, len(listed), count) if self._holds(*listed[i])]
+        everyone = [mine] if processes is None else processes.gather(mine)
+        self._done = [listed[i][0] for intact in everyone for i in intact]
+        if len(self._done) < len(listed) and not rank:
             warnings.warn(
-                f"{describe(self._array)} does not hold what was written in {len(listed) - len(intact)} of"
+                f"{describe(self._array)} does not hold what was written in {len(listed) - len(self._done)} of"
                 f" {len(listed)} boxes of the journal {journal.path} (it was made anew, or a kill left them half"
                 " written): they are written again",
                 StreamingWarning,
                 stacklevel=2,
             )
-        return intact
 
     def _holds(self, box: Box, checksum: int) -> bool:
         """Whether a box has the values of that checksum; what cannot be read has not."""
@@ -72,6 +87,10 @@ class Sink:
             return _checksum(as_tensor(self._array[_index(box)])) == checksum
         except Exception:
             return False
+
+    def units(self, box: Box) -> frozenset[tuple[int, ...]]:
+        """What of the array is read and written whole where a box is written; see `units_of`."""
+        return units_of(self._array, _index(box))
 
     def is_written(self, box: Box) -> bool:
         """Whether all of a box was written before."""

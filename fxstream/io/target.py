@@ -23,11 +23,11 @@ class Target:
         self.shape = tuple(1 if axis is None else extents[axis] for axis in dims)
 
     def __getitem__(self, box: tuple[slice, ...]) -> torch.Tensor:
-        values = as_tensor(self.array[self._index(box)])
+        values = as_tensor(self.array[self.index(box)])
         return values.reshape([len(range(*b.indices(size))) for b, size in zip(box, self.shape, strict=True)])
 
     def __setitem__(self, box: tuple[slice, ...], values: Any) -> None:
-        index = self._index(box)
+        index = self.index(box)
         self.array[index] = values.reshape([part.stop - part.start for part in index])
 
     def flush(self) -> None:
@@ -38,7 +38,7 @@ class Target:
     def __repr__(self) -> str:
         return f"Target({type(self.array).__name__}, {list(self.shape)}, {self.dtype})"
 
-    def _index(self, box: tuple[slice, ...]) -> tuple[slice, ...]:
+    def index(self, box: tuple[slice, ...]) -> tuple[slice, ...]:
         """What a box of the part is in the array, one slice per axis."""
         bounds = {axis: part for axis, part in zip(self._dims, box, strict=True) if axis is not None}
         index = []

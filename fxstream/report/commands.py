@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
+import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxstream.compiler.analysis import Analysis, analyze
@@ -23,6 +29,7 @@ from fxstream.errors import CaptureError, InputError, PlanError
 from fxstream.machine.device import device_of, free_bytes, is_present
 from fxstream.machine.units import bytes_text
 from fxstream.planning.plan import Plan, make_plan, worthwhile
+from fxstream.prediction.predict import predict
 from fxstream.probe.probe import probe
 from fxstream.report.as_json import as_json, bench_json, plan_json
 from fxstream.report.files import writable, write
@@ -204,6 +211,35 @@ def _streamed(options: Options, plain: int) -> list[Method]:
     return [Method(FXSTREAM, f"memory {text}", {"memory": memory}) for text, memory in budgets]
 
 
+def _predict(options: Options) -> int:
+    """A line for each image on standard output, those that failed once more at the end on standard error."""
+    names = ("weights", "memory", "level", "spacing", "layout", "normalise", "format", "dtype")
+    chosen = {name: getattr(options, name) for name in names}
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # of a broken file the line of the image says enough
+    device = options.device or ("cuda" if is_present(device_of("cuda")) else "cpu")
+    with _mesh(device) if options.mesh else contextlib.nullcontext() as mesh:
+        say = functools.partial(print, flush=True)
+        outcome = predict(
+            options.target, options.images, options.out, device=device, mesh=mesh, progress=True, say=say, **chosen
+        )
+        if mesh is None or not mesh.get_local_rank():
+            print(outcome, file=sys.stderr if outcome.failed else sys.stdout)
+    return 1 if outcome.failed else 0
+
+
+@contextlib.contextmanager
+def _mesh(device: str) -> Iterator[Any]:
+    """All processes that torchrun started, as one mesh."""
+    kind = device_of(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(days=7))
+    try:
+        yield init_device_mesh(kind, (distributed.get_world_size(),))
+    finally:
+        distributed.destroy_process_group()
+
+
 def _rules(options: Options) -> int:
     show_rules(rules(), Console())
     return 0
@@ -231,6 +267,7 @@ COMMANDS: dict[str, Callable[[Options], int]] = {
     "plan": _plan,
     "check": _check,
     "bench": _bench,
+    "predict": _predict,
     "models": _models,
     "rules": _rules,
 }

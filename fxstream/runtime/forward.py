@@ -36,8 +36,10 @@ class Forward:
         """The whole outputs; `runs` then has what the tiles leave for backward."""
         stream = self._stream
         self._outputs |= {k: torch.empty(0) for k in stream.sinks}
-        with stream.raise_together():
-            self._run_tiles([task for task in stream.schedule.tasks if not self._is_written(task)])
+        for turn in range(stream.turns):
+            tasks = [task for task in stream.schedule.tasks if task.turn == turn and not self._is_written(task)]
+            with stream.raise_together():
+                self._run_tiles(tasks)
         if stream.ranks is not None:
             self._exchange(stream.ranks)
         for k in stream.combined:
@@ -46,15 +48,16 @@ class Forward:
         return tuple(output for _, output in sorted(self._outputs.items()))
 
     def _run_tiles(self, tasks: list[TileTask]) -> None:
-        reading = Reader(self._inputs.spatial, tasks, self._inputs.device)
+        reading, done = Reader(self._inputs.spatial, tasks, self._inputs.device), 0
         with reading as reader, heap_kept(self._inputs.device), self._stream.watched("forward") as report:
-            while len(self.runs) < len(tasks):
-                run = catch_oom(functools.partial(self._run, reader, *tasks[len(self.runs) :][:2]))
+            while done < len(tasks):
+                run = catch_oom(functools.partial(self._run, reader, *tasks[done:][:2]))
                 if isinstance(run, OutOfMemory):
-                    self._degrade(tasks, run)
+                    self._degrade(tasks, done, run)
                 else:
                     self.runs.append(run)
-                    report(len(self.runs), len(tasks))
+                    done += 1
+                    report(done, len(tasks))
 
     def _exchange(self, ranks: Ranks) -> None:
         """Complete the maps of which this rank has some tiles; partial results of the others."""
@@ -63,6 +66,8 @@ class Forward:
             if k in stream.combined:
                 rows = rows_of(self.runs, k)
                 self.others[k] = ranks.gather_rows([row for row, _ in rows], [count for _, count in rows])
+                continue
+            if k in stream.sinks:
                 continue
             if k not in self._outputs:  # no tile of it is this rank's
                 self._outputs[k] = torch.empty(value.shape, dtype=value.dtype, device=self._inputs.device)
@@ -110,16 +115,17 @@ class Forward:
             self._outputs[k] = _allocate(tile, stream.outputs[k].shape, device)
         self._outputs[k][owned] = to_device(tile, self._outputs[k].device)
 
-    def _degrade(self, tasks: list[TileTask], failure: OutOfMemory) -> None:
+    def _degrade(self, tasks: list[TileTask], now: int, failure: OutOfMemory) -> None:
         """Rule 9: give up kept graphs, or halve the tile that comes next."""
-        now = len(self.runs)
         if self._needs_grad is not None and any(task.is_kept for task in tasks):
             tasks[:] = [replace(task, is_kept=False) for task in tasks]
             for run, task in zip(self.runs, tasks, strict=False):
                 run.task, run.recorded = task, None
+            self._stream.schedule.tasks = tuple(tasks)
         else:
-            tasks[now : now + 1] = halved(self._stream, tasks[now], failure)
-        self._stream.schedule.tasks = tuple(tasks)
+            halves = halved(self._stream, tasks[now], failure)
+            self._stream.schedule.put(halves, tasks[now])
+            tasks[now : now + 1] = halves
 
 
 def _allocate(tile: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:

@@ -48,7 +48,7 @@ class Ranks:
 
     def require_equal(self, parts: Mapping[str, object]) -> None:
         """Compare what all ranks must have in common. Raises `StreamError` naming what differs and where."""
-        everyone = self._all_gather(dict(parts))
+        everyone = self.gather(dict(parts))
         for what, mine in everyone[0].items():
             others = [rank for rank, theirs in enumerate(everyone) if theirs.get(what) != mine]
             if others:
@@ -66,7 +66,7 @@ class Ranks:
             yield
         except Exception as error:
             failure = error
-        failures = self._all_gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        failures = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
         if failure is not None:
             raise failure
         for rank, message in enumerate(failures):
@@ -75,7 +75,7 @@ class Ranks:
 
     def least(self, value: int) -> int:
         """The smallest of the ranks' values."""
-        smallest: int = min(self._all_gather(value))
+        smallest: int = min(self.gather(value))
         return smallest
 
     def exchange(self, whole: torch.Tensor, boxes: Sequence[Sequence[Subscript]]) -> None:
@@ -97,7 +97,7 @@ class Ranks:
     def gather_rows(self, rows: Sequence[torch.Tensor], counts: Sequence[int]) -> tuple[Rows, Rows]:
         """The rows of the ranks before and of those behind this one, each row with its count."""
         form = (tuple(rows[0].shape), rows[0].dtype, rows[0].device.type) if rows else None
-        everyone = self._all_gather((list(counts), form))
+        everyone = self.gather((list(counts), form))
         shape, dtype, kind = next(theirs for _, theirs in everyone if theirs is not None)
         device = rows[0].device if rows else current_device(kind)
         before: Rows = []
@@ -118,7 +118,7 @@ class Ranks:
     def add_up(self, sums: Iterable[torch.Tensor | None], like: Sequence[Any]) -> list[torch.Tensor | None]:
         """The sums over all ranks; None where no rank has anything. `like` are the tensors they belong to."""
         mine = list(sums)
-        forms = self._all_gather([None if total is None else total.dtype for total in mine])
+        forms = self.gather([None if total is None else total.dtype for total in mine])
         totals: list[torch.Tensor | None] = []
         for total, tensor, types in zip(mine, like, zip(*forms, strict=True), strict=True):
             dtype = next((one for one in types if one is not None), None)
@@ -132,7 +132,7 @@ class Ranks:
             totals.append(total)
         return totals
 
-    def _all_gather(self, mine: Any) -> list[Any]:
+    def gather(self, mine: Any) -> list[Any]:
         """The object of every rank, in their order."""
         everyone: list[Any] = [None] * self.count
         with _reaching():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,7 +113,7 @@ def with_sinks(streamed: fx.GraphModule, sinks: Mapping[int, Sink]) -> tuple[fx.
             written.add(index)
     modules: dict[str, Any] = {name: streamed.get_submodule(name) for name in attached}
     root = {n.target: _attribute(streamed, n) for n in streamed.graph.nodes if n.op in ("get_attr", "call_module")}
-    root |= {n: StreamedSegment(replace(module.stream, sinks=attached[n])) for n, module in modules.items()}
+    root |= {n: StreamedSegment(module.stream.writing(attached[n])) for n, module in modules.items()}
     return fx.GraphModule(root, streamed.graph, "Streamed"), written
 
 

@@ -7,10 +7,11 @@ half of its outputs each. Any partition of the outputs gives the same results.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,6 +22,7 @@ from fxstream.rules import Reduced, Value
 from fxstream.rules.resample_table import Lookup
 from fxstream.runtime.ranks import Ranks, assigned
 from fxstream.runtime.tile_program import TileProgram, tile_program, whole_program
+from fxstream.runtime.turns import bands, turns
 from fxstream.tiling.bounds import AxisTile, BoundsPass, lookups
 from fxstream.tiling.segment import Segment
 from fxstream.tiling.segment_plan import SegmentPlan, tile_arithmetic
@@ -39,6 +41,7 @@ class TileTask:
 
     `positions` are the pixels that it owns of each output, or of what a reduction reduces. `lookups` are the parts
     of tables that the program takes after its other inputs. `tile` is the tile along each axis; () is everything.
+    `turn` is when it runs, where ranks write by turns.
     """
 
     program: int
@@ -48,12 +51,14 @@ class TileTask:
     is_kept: bool = False
     lookups: tuple[Lookup, ...] = ()
     tile: tuple[AxisTile, ...] = ()
+    turn: int = 0
 
 
 class Schedule:
     """The tiles of a segment that run here, in order, and the programs of their classes; it may change.
 
-    A program is made when the first tile of its class is. `is_reduced` says that tiles had to be made smaller.
+    A program is made when the first tile of its class is. `is_reduced` says that tiles had to be made smaller;
+    `every` are the tiles of the plan, whoever runs them.
     """
 
     def __init__(self, plan: SegmentPlan, compile_tiles: bool) -> None:
@@ -71,6 +76,7 @@ class Schedule:
             reads, outputs = ((slice(None),),) * len(plan.segment.spatial), len(plan.segment.outputs)
             number = self._add(whole_program(plan.segment))
             self.tasks = (TileTask(number, reads, ((),) * outputs, (1,) * outputs, plan.kept > 0),)
+        self.every = self.tasks
 
     def task(self, tile: tuple[AxisTile, ...], is_kept: bool = False) -> TileTask:
         """The task of the tile that is the product of these."""
@@ -98,7 +104,12 @@ class Schedule:
         tiles = [
             (*task.tile[:axis], self._walks[axis].tile(part), *task.tile[axis + 1 :]) for part in (first, second)
         ]
-        return tuple(self.task(tile, task.is_kept) for tile in tiles)
+        return tuple(replace(self.task(tile, task.is_kept), turn=task.turn) for tile in tiles)
+
+    def put(self, parts: Sequence[TileTask], task: TileTask) -> None:
+        """Tasks in the place of one that is scheduled."""
+        place = next(i for i, one in enumerate(self.tasks) if one is task)
+        self.tasks = (*self.tasks[:place], *parts, *self.tasks[place + 1 :])
 
     def _program(self, tile: tuple[AxisTile, ...]) -> int:
         """The number of the program of the tile's class."""
@@ -128,7 +139,8 @@ class Stream:
     combined, by index. `labels` name the spatial and whole inputs, in that order, in the user's words; `sources`
     are the indices of the inputs that each output can send a gradient to. `sinks` take outputs of a call without
     gradients, by index, instead of a tensor. Where `ranks` share the tiles, `planned` are the tasks of each rank.
-    `watch` is called for every tile. `offloaded` are the indices of the outputs that lie in host memory.
+    `watch` is called for every tile. `offloaded` are the indices of the outputs that lie in host memory. `turns`
+    is the number of turns that ranks take.
     """
 
     plan: SegmentPlan
@@ -142,11 +154,32 @@ class Stream:
     watch: Watch | None = None
     offloaded: frozenset[int] = frozenset()
     sinks: Mapping[int, Sink] = field(default_factory=dict)
+    turns: int = 1
 
     @property
     def spatial_count(self) -> int:
         """How many of the inputs are cut into boxes; the rest is passed whole."""
         return len(self.plan.segment.spatial)
+
+    def writing(self, sinks: Mapping[int, Sink]) -> Stream:
+        """The same with sinks. Ranks then run bands of tiles, by turns; see the NOTE of `turns`."""
+        if self.ranks is None:
+            return replace(self, sinks=sinks)
+        tasks, costs = self.schedule.every, tile_arithmetic(self.plan)
+        ranks = bands(costs, self.ranks.count)
+        when = turns(costs, ranks, [self._units(task, sinks) for task in tasks])
+        timed = [replace(task, turn=turn) for task, turn in zip(tasks, when, strict=True)]
+        pairs = list(zip(timed, ranks, strict=True))
+        planned = tuple(tuple(task for task, owner in pairs if owner == rank) for rank in range(self.ranks.count))
+        schedule = copy.copy(self.schedule)
+        schedule.tasks = planned[self.ranks.rank]
+        return replace(self, sinks=sinks, planned=planned, schedule=schedule, turns=1 + max(when))
+
+    def _units(self, task: TileTask, sinks: Mapping[int, Sink]) -> frozenset[tuple[int, ...]]:
+        """What a task writes into, over all sinks; the first number of a unit is that of its sink."""
+        owned = [(k, sink, task.outputs[k]) for k, sink in sinks.items()]
+        boxes = [(k, sink, Box.of(box, self.outputs[k].shape)) for k, sink, box in owned if box is not None]
+        return frozenset((k, *unit) for k, sink, box in boxes for unit in sink.units(box))
 
     def owned_by_ranks(self, k: int) -> list[list[Subscript]]:
         """What the tiles of each rank own of an output."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BENCH", "BUDGETS", "CHECK", "MODELS", "PLAN", "REPORT", "Group", "add_flags"]
+__all__ = ["BENCH", "BUDGETS", "CHECK", "MODELS", "PLAN", "PREDICT", "REPORT", "Group", "add_flags"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +107,28 @@ BENCH: Group = (
     flag("--rounds", "processes per method; medians are shown (3)", type=int, default=3),
     flag("--plot", "draw time over memory (needs matplotlib)", metavar="FILE"),
 )
-
-
+PREDICT: Group = (
+    flag("target", "the network, which returns one tensor; see below", metavar="TARGET"),
+    flag("images", "TIFF, OME-TIFF, slide, OME-Zarr, zarr, npy, PNG or JPEG", nargs="+", metavar="IMAGE"),
+    flag("--weights", "a state dict: safetensors, or a file of torch", metavar="FILE"),
+    flag("--out", "the folder of results, which is the job: start it again, or many times", metavar="FOLDER"),
+    flag("--memory", "what a tile may take: 8GiB, or 50% of all memory of the device (what is free)"),
+    flag("--device", "cpu, cuda, cuda:1 (cuda where there is one)"),
+    (
+        flag("--level", "the level of a pyramid, 0 is the finest (0)", type=int),
+        flag("--spacing", "instead, its micrometres per pixel", type=float),
+    ),
+    flag("--layout", "the axes of an array whose file does not name them: YXC, CZYX"),
+    flag(
+        "--normalise",
+        "unit: integers over their largest; imagenet: less its mean, over its deviation; or both of yours, per"
+        " channel: 0.5,0.5,0.5/0.2,0.2,0.2 (none)",
+        metavar="HOW",
+    ),
+    flag("--format", "of maps: ome-zarr, tiff (ome-zarr); vectors are npy", default="ome-zarr"),
+    flag("--dtype", "the type that is stored: uint8, float16 (the result's)"),
+    switch("--mesh", "processes of torchrun share the tiles of each image, not the images"),
+)
 MODELS: Group = (flag("pattern", "only names that contain this", nargs="?", default="", metavar="PATTERN"),)
 
 

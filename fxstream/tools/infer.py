@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import warnings
@@ -23,6 +24,7 @@ from fxstream.io.inputs import Inputs, inputs_of
 from fxstream.io.journal import Journal
 from fxstream.io.sharing import is_in_memory_only, share
 from fxstream.io.sink import Sink
+from fxstream.runtime.ranks import Ranks, digest
 from fxstream.runtime.rewrite import with_sinks
 
 __all__ = ["infer"]
@@ -49,7 +51,12 @@ def infer(
     continues when it is started again with the same arrays. What the arrays no longer hold is written again.
     (HDF5 files may themselves be broken by a kill; zarr stores and memory maps are not.) The journal of
     another prediction (weights, images, arguments, shapes, types) is refused, or begun anew with `restart`, as
-    the validation in a training loop needs. Images above 256 MiB are compared by samples.
+    the validation in a training loop needs. Images above 256 MiB are compared by samples. One process writes a
+    journal at a time.
+
+    Of a module that was compiled with a `mesh` every rank calls `infer`, with the same image, array and journal;
+    each writes tiles of its own, no two into one chunk at the same time. What is returned as a tensor every rank
+    has whole.
 
     Returns what the model returns, with arrays in the place of the tensors that were written. Raises
     `InputError` for an `out` of the wrong shape, type or structure, for one that is the memory or the file of
@@ -58,22 +65,25 @@ def infer(
     if not isinstance(module, StreamedModule):
         raise InputError(f"infer needs a module made by fxstream.compile, found {type(module).__name__}")
     streaming = inspect(module)
-    if streaming.options.mesh is not None:
-        raise InputError("infer cannot share tiles over a mesh: give every rank images, or arrays, of its own")
     with torch.no_grad():
         inputs = inputs_of(streaming.model, args, kwargs)
         call = streaming.call(inputs, flat=True)
         results = call.trace.results
         assert results is not None
         arrays = _paired(results.spec, out)
-        _refuse_shared(inputs, arrays)
-        writing = _Writing(results, arrays, saturate)
-        if journal is not None:
-            _warn_of_copies(arrays)
-            writing.journal = lambda shapes: Journal(
-                journal, _description(streaming.model, inputs, shapes, arrays), restart
-            )
-        flat = call.run(streaming.model, inputs, writing.run).flat_args
+        writing = _Writing(results, arrays, saturate, streaming.shared.ranks)
+        with _together(writing.ranks):
+            _refuse_shared(inputs, arrays)
+            _refuse_copies(arrays, journal is not None, writing.ranks)
+        with contextlib.ExitStack() as opened:
+            if journal is not None:
+
+                def log(shapes: Sequence[Shape]) -> Journal:
+                    description = _description(streaming.model, inputs, shapes, arrays)
+                    return opened.enter_context(_opened(journal, description, restart, writing.ranks))
+
+                writing.journal = log
+            flat = call.run(streaming.model, inputs, writing.run).flat_args
     written = [arrays.get(i, tensor) for i, tensor in enumerate(flat)]
     return written[0] if len(written) == 1 and out is written[0] else pytree.tree_unflatten(written, results.spec)
 
@@ -81,7 +91,8 @@ def infer(
 class _Writing:
     """The computation of a graph whose outputs are written into the arrays of the results that they are."""
 
-    def __init__(self, results: Results, arrays: Mapping[int, Any], saturate: bool) -> None:
+    def __init__(self, results: Results, arrays: Mapping[int, Any], saturate: bool, ranks: Ranks | None) -> None:
+        self.ranks = ranks
         self.journal: Callable[[Sequence[Shape]], Journal | None] = lambda shapes: None
         self._results, self._arrays, self._saturate = results, arrays, saturate
 
@@ -89,13 +100,8 @@ class _Writing:
         """The outputs of the graph; those with an array are written tile by tile where nothing else reads them."""
         outputs = self._results.outputs
         written = sorted({outputs[i] for i in self._arrays if outputs[i] is not None})  # type: ignore[type-var]
-        prepared = pipeline.prepared(values, outside, written)  # type: ignore[arg-type]
-        shapes = self._shapes(prepared)
-        log = self.journal(shapes)
-        sinks = {
-            i: Sink(array, shapes[i].shape, shapes[i].dtype, i, log, self._saturate)
-            for i, array in self._arrays.items()
-        }
+        prepared = pipeline.agreed(values, outside, written)  # type: ignore[arg-type]
+        sinks = self._sinks(prepared)
         streamed: set[int] = set()
         if prepared.streamed is None:
             flat = pipeline.plain(values, outside)
@@ -103,10 +109,25 @@ class _Writing:
             once = {outputs[i]: sink for i, sink in sinks.items() if outputs.count(outputs[i]) == 1}
             graph, streamed = with_sinks(prepared.streamed, once)  # type: ignore[arg-type]
             flat = replace(prepared, streamed=graph).run(values, outside)
-        for i, sink in sinks.items():
-            if outputs[i] not in streamed:
-                sink.write_whole(flat[outputs[i]])  # type: ignore[index]
+        with _together(self.ranks):
+            for i, sink in sinks.items():
+                if outputs[i] not in streamed and (self.ranks is None or not self.ranks.rank):
+                    sink.write_whole(flat[outputs[i]])  # type: ignore[index]
         return flat
+
+    def _sinks(self, prepared: Prepared) -> dict[int, Sink]:
+        """What writes each result that has an array, resumed where there is a journal."""
+        with _together(self.ranks):
+            shapes = self._shapes(prepared)
+            sinks = {
+                i: Sink(array, shapes[i].shape, shapes[i].dtype, i, self._saturate)
+                for i, array in self._arrays.items()
+            }
+        log = self.journal(shapes)
+        if log is not None:
+            for sink in sinks.values():
+                sink.resume(log, self.ranks)
+        return sinks
 
     def _shapes(self, prepared: Prepared) -> list[Shape]:
         """Shape and type of every result. Raises `InputError` for a model that returns something else."""
@@ -166,14 +187,40 @@ def _refuse_shared(inputs: Inputs, arrays: Mapping[int, Any]) -> None:
         raise InputError("two results would be written into the same memory, file or store: give each an array")
 
 
-def _warn_of_copies(arrays: Mapping[int, Any]) -> None:
-    if any(is_in_memory_only(array) for array in arrays.values()):
+def _refuse_copies(arrays: Mapping[int, Any], is_resumable: bool, ranks: Ranks | None) -> None:
+    """Raise `InputError` for arrays that other ranks cannot see, warn of those that a journal outlives."""
+    if not any(is_in_memory_only(array) for array in arrays.values()):
+        return
+    if ranks is not None:
+        raise InputError(
+            "out is in the memory of one process, and the ranks of the mesh write one result together: give an"
+            " array that is stored and that every rank has opened, as zarr or numpy.memmap"
+        )
+    if is_resumable:
         warnings.warn(
             "out is in memory only, and its journal outlives it: nothing is left of it after a kill. Give an array"
             " that is stored; a slice of a zarr or HDF5 array is a copy, fxstream.target(array, index) is none",
             StreamingWarning,
             stacklevel=3,
         )
+
+
+def _together(ranks: Ranks | None) -> contextlib.AbstractContextManager[None]:
+    """A block that every rank runs; if it fails on one, all raise."""
+    return contextlib.nullcontext() if ranks is None else ranks.raise_together()
+
+
+def _opened(
+    path: str | os.PathLike[str], prediction: dict[str, Any], restart: bool, ranks: Ranks | None
+) -> Journal:
+    """The journal of this process; of ranks the first one opens its own before the others."""
+    if ranks is None:
+        return Journal(path, prediction, restart)
+    ranks.require_equal({"prediction": digest(repr(prediction).encode()), "journal": str(path)})
+    with ranks.raise_together():
+        first = Journal(path, prediction, restart) if not ranks.rank else None
+    with ranks.raise_together():
+        return first or Journal(path, prediction, restart, ranks.rank)
 
 
 def _description(

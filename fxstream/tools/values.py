@@ -7,6 +7,7 @@ other mistake. What can be said without a network `check_flags` says.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
@@ -38,6 +39,8 @@ SHAPE = re.compile(r"([0-9]+(?:[x,][0-9]+)*)(?::([a-z]+[0-9]*))?")
 
 def check_flags(options: argparse.Namespace) -> None:
     """Read every text once. Raises `InputError` for the first that is a mistake."""
+    if options.command == "predict":
+        _check_prediction(options)
     if not hasattr(options, "size"):
         return
     shapes_of(options)
@@ -51,6 +54,17 @@ def check_flags(options: argparse.Namespace) -> None:
     for name in ("depth", "rounds"):
         if (number := getattr(options, name, None)) is not None and number < 1:
             raise InputError(f"--{name} {number} must be positive")
+
+
+def _check_prediction(options: argparse.Namespace) -> None:
+    if not options.out:
+        raise InputError("predict needs --out, the folder of results")
+    if options.memory:
+        parse_memory(options.memory)
+    if options.mesh and "RANK" not in os.environ:
+        raise InputError(
+            "--mesh needs processes that share the tiles: torchrun --nproc-per-node 4 -m fxstream predict ..."
+        )
 
 
 def has_request(options: argparse.Namespace) -> bool:

@@ -21,6 +21,7 @@ RUN = {
     "options.md": 5,
     "other_tools.md": 1,
     "own_training.md": 1,
+    "predicting.md": 1,
     "several_processes.md": 1,
 }
 """Blocks of Python that `test_readme.py` and `test_pages.py` run; what is missing here is run nowhere."""
@@ -72,7 +73,7 @@ def test_commands_of_fxstream_run(command, tmp_path, monkeypatch, capsys):
     (tmp_path / "model.py").write_text(MODEL.replace("class Two", "class Net"))
     arguments = shlex.split(command)[1:]
     check_flags(_parser().parse_args(arguments))
-    if "bench" in arguments:  # tests/test_main.py runs one
+    if "bench" in arguments or "predict" in arguments:  # tests/test_main.py and tests/prediction run them
         return
     for old, new in SMALL:
         command = command.replace(old, new)

@@ -171,7 +171,7 @@ def test_what_can_my_network_do(run, capsys):
     assert "region" in capsys.readouterr().out
 
 
-GUIDES = ("options", "images_on_disk", "exactness", "other_tools")
+GUIDES = ("options", "images_on_disk", "exactness", "other_tools", "predicting")
 
 
 @pytest.mark.parametrize("guide", GUIDES)
@@ -182,6 +182,8 @@ def test_blocks_of_the_guides(guide, tmp_path, monkeypatch):
     array = np.random.default_rng(0).integers(0, 256, (500, 450, 3), dtype=np.uint8)
     tifffile.imwrite("slide.tif", array, tile=(64, 64), photometric="rgb")
     zarr.save_array("image.zarr", array)
+    np.save("a.npy", array)
+    np.save("b.npy", array)
     network = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 1, 1)
     ).eval()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from compare import integer_image, make_integer
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxstream
+from fxstream.io.sink import Sink
 from fxstream.runtime import backward, forward
 
 
@@ -243,3 +245,29 @@ def test_halves_of_kept_tiles_are_kept():
     for kept in (False, True):
         call = dataclasses.replace(stream.schedule.tasks[0], is_kept=kept)
         assert [half.is_kept for half in stream.schedule.halves(call)] == [kept, kept]
+
+
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+def test_what_was_written_before_stays_in_the_schedule(monkeypatch, tmp_path):
+    """A resumed prediction skips tiles; where one of the others is halved, the next image has all of them."""
+    model, image = local(), integer_image(1, 2, 60, 70, requires_grad=False)
+    module = fxstream.compile(model, tile=30, segments=1, verify=False)
+    out = np.memmap(tmp_path / "out", mode="w+", shape=tuple(model(image).shape), dtype=float)
+    write, written = Sink.write, []
+
+    def stopping(sink, box, values):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(box)
+        write(sink, box, values)
+
+    monkeypatch.setattr(Sink, "write", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        fxstream.infer(module, image, out=out, journal=tmp_path / "journal")
+    monkeypatch.setattr(Sink, "write", write)
+    with failing(monkeypatch, at=2):
+        fxstream.infer(module, image, out=out, journal=tmp_path / "journal")
+    assert torch.equal(torch.from_numpy(np.array(out)), model(image))
+    other = integer_image(1, 2, 60, 70, requires_grad=False) + 1
+    fxstream.infer(module, other, out=out)
+    assert torch.equal(torch.from_numpy(np.array(out)), model(other))
