@@ -70,8 +70,8 @@ class StreamedModule(nn.Module):
 
     @property
     def plan(self) -> Plan:
-        """Segments and tiles for the last input."""
-        return self._last().plan
+        """Segments and tiles for the last input, and how many of these were equal to others."""
+        return self._last().plan_as_run
 
     @property
     def probe(self) -> tuple[ProbeReport, ...]:

@@ -24,7 +24,7 @@ import torch
 from fxstream.rules.resample_table import Lookup
 from fxstream.runtime.schedule import Stream, TileTask
 
-__all__ = ["Constant", "constant_values", "may_sum", "repeated_text", "summed", "tile_key"]
+__all__ = ["Constant", "constant_values", "may_sum", "summed", "tile_key"]
 
 Constant = tuple[bytes, ...]
 
@@ -94,12 +94,3 @@ def summed(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     for gradient in gradients[1:]:
         total += gradient
     return total.to(dtype)
-
-
-def repeated_text(repeated: int, tiles: int) -> str:
-    """How many tiles were not computed, in words.
-
-    >>> repeated_text(38, 64)
-    '38 of 64 tiles read the same constant as another one, and took its results'
-    """
-    return f"{repeated} of {tiles} tiles read the same constant as another one, and took its results"

@@ -13,7 +13,7 @@ from fxstream.geometry.box import Box
 from fxstream.machine.copies import to_device
 from fxstream.machine.heap import heap_kept
 from fxstream.machine.out_of_memory import OutOfMemory, catch_oom
-from fxstream.runtime.equal_tiles import repeated_text, tile_key
+from fxstream.runtime.equal_tiles import tile_key
 from fxstream.runtime.prefetch import Image, Reader
 from fxstream.runtime.ranks import Ranks
 from fxstream.runtime.schedule import Stream, TileTask
@@ -79,7 +79,7 @@ class Forward:
                     report(len(self.runs), len(tasks), reader.note)
         stream.schedule.repeated = self._repeated
         if self._repeated:
-            logger.info("%s: %s", stream.title("forward"), repeated_text(self._repeated, len(tasks)))
+            logger.info("%s, and took its results", stream.repeated_text)
 
     def _exchange(self, ranks: Ranks) -> None:
         """Complete the maps of which this rank has some tiles; partial results of the others."""

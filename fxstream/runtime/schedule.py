@@ -157,6 +157,14 @@ class Stream:
         """A block that every rank runs; if it fails on one, all raise."""
         return contextlib.nullcontext() if self.ranks is None else self.ranks.raise_together()
 
+    @property
+    def repeated_text(self) -> str:
+        """How many tiles got the results of an equal one in the last forward, in words; empty where none did."""
+        repeated, name = self.schedule.repeated, self.plan.segment.name
+        return (
+            f"{name}: {repeated} of {len(self.schedule.tasks)} tiles were blank as another one" if repeated else ""
+        )
+
     def title(self, what: str) -> str:
         """A pass over the tiles in words."""
         return f"{self.plan.segment.name} {what}"
