@@ -27,6 +27,7 @@ if _TYPE_CHECKING:
     from fxstream.io.slides import openslide_array, pyvips_array
     from fxstream.io.source import Source, source
     from fxstream.io.target import Target, target
+    from fxstream.io.tiff import tiff_array
     from fxstream.probe.probe import ProbeReport
     from fxstream.rules import register_rule
     from fxstream.tools.check import CheckReport, check
@@ -46,6 +47,7 @@ _HOMES = {
         "StreamingWarning",
     ),
     "fxstream.io.slides": ("openslide_array", "pyvips_array"),
+    "fxstream.io.tiff": ("tiff_array",),
     "fxstream.io.source": ("Source", "source"),
     "fxstream.io.target": ("Target", "target"),
     "fxstream.probe.probe": ("ProbeReport",),
@@ -88,6 +90,7 @@ __all__ = [
     "rules",
     "source",
     "target",
+    "tiff_array",
 ]
 
 

@@ -8,7 +8,6 @@ keep their type until they are on the device: normalisation belongs to the model
 from __future__ import annotations
 
 import copy
-import operator
 import os
 import sys
 import warnings
@@ -20,6 +19,7 @@ import torch
 from fxstream.errors import InputError, StreamError, StreamingWarning
 from fxstream.geometry.box import Box
 from fxstream.io.blocks import chunk_edges, groups_of
+from fxstream.io.layout import LARGEST_AXES, checked_batch, checked_layout
 from fxstream.io.skip import Skip
 from fxstream.machine.copies import staged
 from fxstream.machine.device import cores
@@ -35,13 +35,6 @@ __all__ = [
     "torch_dtype",
 ]
 
-LARGEST_AXES = 3
-"""Stream axes that an image may have."""
-
-FEW, MANY = 4, 16
-"""An image axis of at most `FEW` pixels beside at least `MANY` channels is taken for a layout in another order."""
-
-
 PARALLEL = frozenset({"dask", "fxstream", "numpy", "tensorstore", "torch", "zarr"})
 """Packages whose arrays several threads may read at once, and are read faster for it."""
 MOST_READERS = 8
@@ -52,7 +45,7 @@ class Source:
     """An array as an image [N, C, spatial dims...] of a torch type, of which boxes are read; made by `source`.
 
     It is read in groups of entries along N, each of one array: `groups` are their lengths. `readers` is how many
-    threads may read at once.
+    threads may read at once, `order` the dims as they lie in the array.
     """
 
     def __init__(
@@ -77,6 +70,8 @@ class Source:
         self.groups = tuple(len(group) for _, group in self._groups)
         extents |= {"N": sum(self.groups)} | {"C": extents.get("C", 1)}
         self.shape = torch.Size(extents[axis] for axis in self._axes)
+        missing = [axis for axis in "NC" if axis not in layout]
+        self.order = tuple(self._axes.index(axis) for axis in (*missing, *layout))
 
     @property
     def ndim(self) -> int:
@@ -136,7 +131,8 @@ class Source:
 
     def place(self, stored: torch.Tensor) -> torch.Tensor:
         """What was read, ready to be copied, on the device and in the type that the model is given."""
-        return stored.to(self.device, non_blocking=True).to(self.dtype)
+        moved = stored.to(self.device, non_blocking=True)
+        return moved.to(self.dtype, memory_format=torch.contiguous_format).contiguous()
 
     def require_complete(self) -> None:
         """Raise `StreamError` where a store is gone that gives its fill value for what is not there (zarr)."""
@@ -162,9 +158,9 @@ class Source:
         bounds_of = dict(zip(self._axes, (range(min(rows), max(rows) + 1), *bounds), strict=True))
         index = tuple(slice(bounds_of[axis].start, bounds_of[axis].stop) for axis in self._layout)
         values = self._sliced(array, index)
-        missing = [axis for axis in "NC" if axis not in self._layout]
-        order = [*missing, *self._layout]
-        turned = values[(None,) * len(missing)].permute([order.index(axis) for axis in self._axes])
+        turned = values[(None,) * (self.ndim - values.ndim)].permute(
+            [self.order.index(d) for d in range(self.ndim)]
+        )
         if list(rows) == list(bounds_of["N"]):
             return turned
         return turned[[row - min(rows) for row in rows]]
@@ -235,8 +231,8 @@ def source(
         if tuple(array.shape) != tuple(arrays[0].shape) or array.dtype != arrays[0].dtype:
             listed = ", ".join(f"{list(array.shape)} {array.dtype}" for array in arrays)
             raise InputError(f"the arrays of a batch need one shape and type; found {listed}")
-    layout = _checked_layout(layout, tuple(arrays[0].shape))
-    rows = _checked_batch(batch)
+    layout = checked_layout(layout, tuple(arrays[0].shape))
+    rows = checked_batch(batch)
     if rows is not None and ("N" not in layout or not rows):
         raise InputError(f"batch={batch!r} picks entries along N, and the layout is {layout!r}")
     if rows is not None and not all(0 <= row < arrays[0].shape[layout.index("N")] for row in rows):
@@ -252,50 +248,6 @@ def source(
 def _readers_of(array: Any) -> int:
     """How many threads may read an array at once, and are worth it here."""
     return min(cores(), MOST_READERS) if type(array).__module__.split(".")[0] in PARALLEL else 1
-
-
-def _checked_batch(batch: Sequence[int] | None) -> list[int] | None:
-    """The entries along N. Raises `InputError` for what is no list of them."""
-    try:
-        return None if batch is None else [operator.index(row) for row in batch]
-    except TypeError as error:
-        raise InputError(f"batch={batch!r} is no list of entries along N: give one, as batch=[2]") from error
-
-
-def _checked_layout(layout: str | None, shape: tuple[int, ...]) -> str:
-    """The layout of an array of this shape. Raises `InputError` for one that does not fit."""
-    if layout is None and 2 < len(shape) <= 2 + LARGEST_AXES:
-        return "NC" + "DHW"[-(len(shape) - 2) :]
-    axes = {*(layout or "")}
-    if not layout or not len(axes) == len(layout) == len(shape) or not 0 < len(axes - {*"NC"}) <= LARGEST_AXES:
-        raise InputError(
-            f"layout={layout!r} does not fit an array of shape {list(shape)}: give one letter per axis, N for the"
-            " batch, C for channels, others for one to three axes of the image"
-        )
-    if not (layout.isalpha() and layout.isupper()):
-        raise InputError(f"layout={layout!r} is not in upper case: give {layout.upper()!r}")
-    _refuse_swapped_channels(layout, shape)
-    return layout
-
-
-def _refuse_swapped_channels(layout: str, shape: tuple[int, ...]) -> None:
-    """Raise `InputError` where channels are at one end of the layout and clearly at the other end of the array.
-
-    A volume may have few planes, which come first.
-    """
-    axes = [axis for axis in layout if axis != "N"]
-    is_first = axes[0] == "C"
-    if len(axes) < 3 or not (is_first or (axes[-1] == "C" and len(axes) == 3)):
-        return
-    sizes, other = dict(zip(layout, shape, strict=True)), axes[-1] if is_first else axes[0]
-    if sizes["C"] < MANY or sizes[other] > FEW:
-        return
-    rest = layout.replace("C", "")
-    turned = f"{rest}C" if is_first else rest.replace(other, f"C{other}")
-    raise InputError(
-        f"layout={layout!r} makes of an array of shape {list(shape)} an image of {sizes['C']} channels that has"
-        f" {sizes[other]} pixels along {other}: is it {turned!r}?"
-    )
 
 
 def is_array(argument: Any) -> bool:
