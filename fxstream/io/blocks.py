@@ -58,9 +58,9 @@ def grid_of(
     Chunks of more than `most` bytes could not be kept until all that need them have come: they are as none.
     """
     edges = [_of_boxes({box.intervals[k] for box in boxes}) for k in range(len(extents))]
-    known = [mine or (0, extent) for mine, extent in zip(chunks, extents, strict=True)]
-    if any(chunks) and _largest(known) * itemsize <= most:
-        edges = _merged(known, LARGE // itemsize)
+    decoded = [mine or (0, extent) for mine, extent in zip(chunks, extents, strict=True)]
+    if any(chunks) and _largest(decoded) * itemsize <= most:
+        edges = _merged(decoded, LARGE // itemsize)
     return Grid(tuple(edges))
 
 

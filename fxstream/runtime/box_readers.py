@@ -152,7 +152,7 @@ class Blocks:
         """A block of each group of entries; it is kept while a later box of the pass meets it."""
         uses, is_kept = self._uses[place], place in self._kept
         uses.popleft()
-        groups = self._kept[place] if is_kept else self._asked(place)
+        groups = self._kept[place] if is_kept else self._requested(place)
         if uses and not is_kept:
             self._kept[place] = groups
             self.kept_bytes += self._block_bytes(place)
@@ -160,7 +160,7 @@ class Blocks:
             self._forget(place)
         return groups
 
-    def _asked(self, place: Place) -> Groups:
+    def _requested(self, place: Place) -> Groups:
         bounds = [range(part.start, part.stop) for part in self._grid.box(place)]
         count = len(self._source.groups)
         groups = [self._readers.submit(self._source.read_group, group, bounds) for group in range(count)]

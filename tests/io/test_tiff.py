@@ -88,7 +88,9 @@ def test_what_is_no_part_of_the_file(tmp_path, opened):
     tifffile.imwrite(tmp_path / "image.tif", pixels(3, 32, 32), photometric="rgb", planarconfig="separate")
     tifffile.imwrite(tmp_path / "stack.tif", pixels(3, 32, 32), photometric="minisblack")
     planes, stack = opened(tmp_path / "image.tif"), opened(tmp_path / "stack.tif")
-    with pytest.raises(fxstream.InputError, match="are stored in planes of their own: read it with .*aszarr=True"):
+    with pytest.raises(
+        fxstream.InputError, match=r"are stored in planes of their own: read it with .*aszarr=True"
+    ):
         fxstream.tiff_array(planes)
     assert fxstream.tiff_array(stack, page=2).shape == (32, 32)
     for arguments in ({"level": 1}, {"series": 3}, {"page": 3}, {"level": -1}):
