@@ -167,24 +167,24 @@ class Source:
 
     def _sliced(self, array: Any, index: tuple[slice, ...]) -> torch.Tensor:
         """What an array gives for a slice. Raises `StreamError` where that is not what it says of itself."""
-        region = f"[{', '.join(f'{part.start}:{part.stop}' for part in index)}] of {describe(array)}"
         try:
             sliced = array[index]
             values = as_tensor(sliced)
         except Exception as error:
-            raise StreamError(f"reading {region} failed: {type(error).__name__}: {error}") from error
+            raise StreamError(f"{_reading(array, index)} failed: {type(error).__name__}: {error}") from error
         _warn_of_mask(array, sliced)
         if values.dtype != self.stored and self._converted is not None:
             values = values.to(self._converted)
         if values.dtype not in (self.stored, self._converted):
             raise StreamError(
-                f"reading {region} gave {values.dtype}, and the array says that it is {array.dtype}: choose the"
-                f" type, as source(..., dtype={values.dtype})"
+                f"{_reading(array, index)} gave {values.dtype}, and the array says that it is {array.dtype}:"
+                f" choose the type, as source(..., dtype={values.dtype})"
             )
         shape = [part.stop - part.start for part in index]
         if list(values.shape) != shape:
             raise StreamError(
-                f"reading {region} gave the shape {list(values.shape)}, needed {shape}: has the array shrunk?"
+                f"{_reading(array, index)} gave the shape {list(values.shape)}, needed {shape}: has the array"
+                " shrunk?"
             )
         return values
 
@@ -296,6 +296,11 @@ def _warn_of_mask(array: Any, sliced: Any) -> None:
             StreamingWarning,
             stacklevel=2,
         )
+
+
+def _reading(array: Any, index: tuple[slice, ...]) -> str:
+    """What is read, in words."""
+    return f"reading [{', '.join(f'{part.start}:{part.stop}' for part in index)}] of {describe(array)}"
 
 
 def describe(array: Any) -> str:

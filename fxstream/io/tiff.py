@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fxstream.errors import InputError
-from fxstream.io.source import as_tensor, torch_dtype
+from fxstream.io.source import torch_dtype
 
 __all__ = ["tiff_array"]
 
@@ -25,25 +25,22 @@ class _Tiles:
         self.shape, self.dtype, self.name = tuple(self._form.shape), self._form.dtype, str(self._file.name)
         self.chunks = (*self._form.chunks[:2], *self.shape[2:])
         self._blank = torch.tensor(background, dtype=torch_dtype(self.dtype))
+        tables = {"jpegtables": page.jpegtables, "jpegheader": self._form.jpegheader}
+        self._tables = {name: table for name, table in tables.items() if table is not None}
 
     def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
-        rows, columns = (range(*part.indices(size)) for part, size in zip(index, self.shape[:2], strict=False))
-        region = torch.empty(len(rows), len(columns), *self.shape[2:], dtype=self._blank.dtype)
-        down, across = (
-            range(p.start // n, -(-p.stop // n)) for p, n in zip((rows, columns), self.chunks, strict=False)
-        )
-        for place in itertools.product(down, across):
-            inside, outside = [], []
-            for part, number, length in zip((rows, columns), place, self.chunks, strict=False):
-                start, stop = max(part.start, number * length), min(part.stop, (number + 1) * length)
-                inside.append(slice(start - number * length, stop - number * length))
-                outside.append(slice(start - part.start, stop - part.start))
+        parts = [range(*part.indices(size)) for part, size in zip(index[:2], self.shape, strict=False)]
+        spans = [range(p.start // n, -(-p.stop // n)) for p, n in zip(parts, self.chunks, strict=False)]
+        region = torch.empty(*map(len, parts), *self.shape[2:], dtype=self._blank.dtype)
+        pixels = region.numpy()  # whose slices cost less than a tensor's
+        for place in itertools.product(*spans):
+            inside, outside = zip(*map(_common, parts, place, self.chunks), strict=False)
             tile = self._decoded(*place)
-            region[tuple(outside)] = self._blank if tile is None else tile[tuple(inside)]
+            pixels[outside] = self._blank.numpy() if tile is None else tile[inside]
         return region[(slice(None), slice(None), *index[2:])]
 
-    def _decoded(self, down: int, across: int) -> torch.Tensor | None:
-        """A tile [rows, columns] or [rows, columns, samples]; None for one that the file leaves out."""
+    def _decoded(self, down: int, across: int) -> Any:
+        """A tile [rows, columns] or [rows, columns, samples] as numpy's; None for one that the file leaves out."""
         number = down * -(-self.shape[1] // self.chunks[1]) + across
         offset, count = self._page.dataoffsets[number], self._page.databytecounts[number]
         if not offset or not count:
@@ -53,9 +50,15 @@ class _Tiles:
             stored = self._file.read(count)
         if len(stored) < count:
             raise EOFError(f"tile {number} ends {count - len(stored)} bytes behind the end of the file")
-        tables = {"jpegtables": self._page.jpegtables, "jpegheader": self._form.jpegheader}
-        decoded, *_ = self._form.decode(stored, number, **{k: v for k, v in tables.items() if v is not None})
-        return as_tensor(decoded)[0].reshape(*decoded.shape[1:3], *self.shape[2:])
+        decoded, *_ = self._form.decode(stored, number, **self._tables)
+        return decoded[0].reshape(*decoded.shape[1:3], *self.shape[2:])
+
+
+def _common(part: range, number: int, length: int) -> tuple[slice, slice]:
+    """What a box and a tile have in common along one axis: in the tile, and in the box."""
+    at = number * length
+    start, stop = max(part.start, at), min(part.stop, at + length)
+    return slice(start - at, stop - at), slice(start - part.start, stop - part.start)
 
 
 def tiff_array(

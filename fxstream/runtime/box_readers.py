@@ -128,7 +128,8 @@ class Blocks:
         self._make_room(size, set(places))
         self._ahead.append(size)
         blocks = [(self._grid.box(place), self._block(place)) for place in reversed(places)]
-        return self._joiners.submit(self._joined, box, blocks)
+        whole = self._buffer(box, self._source.stored)
+        return self._joiners.submit(self._joined, box, blocks, whole)
 
     def take(self) -> None:
         """The first box that was started is no longer ahead."""
@@ -179,33 +180,30 @@ class Blocks:
         del self._kept[place]
         self.kept_bytes -= self._block_bytes(place)
 
-    def _joined(self, box: Box, blocks: list[tuple[Box, Groups]]) -> Stored:
+    def _joined(self, box: Box, blocks: list[tuple[Box, Groups]], whole: torch.Tensor) -> Stored:
         """A box of its blocks, each of which is let go when it is copied."""
-        whole, target, order = None, _inner(box), self._source.order
+        target = _inner(box)
         while blocks:
             block, groups = blocks.pop()
-            common = _common(block, target)
-            first = 0
+            common, first = _common(block, target), 0
             for values in (group.result() for group in groups):
-                if whole is None:
-                    whole = _laid_out(self._device, box.shape, order, values.dtype)
+                if values.dtype != whole.dtype:  # of an array whose slices are of another type than it says
+                    whole = whole.to(values.dtype)
                 entries = slice(first, first + len(values))
                 first += len(values)
                 whole[(entries, *_inside(target, common))] = values[(slice(None), *_inside(block, common))]
         return self._stored(box, whole)
 
+    def _buffer(self, box: Box, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a box, its dims in the order of the array's: the device turns them."""
+        order = self._source.order
+        buffer = buffer_for(self._device, tuple(box.shape[dim] for dim in order), dtype)
+        return buffer.permute([order.index(dim) for dim in range(len(order))])
+
     def _stored(self, box: Box, values: torch.Tensor | None = None) -> Stored:
         if values is None:
             values = staged(self._source.read(_subscript(box)), self._device)
         return Stored(values, constant_values(values, self._dims))
-
-
-def _laid_out(
-    device: torch.device, shape: tuple[int, ...], order: tuple[int, ...], dtype: torch.dtype
-) -> torch.Tensor:
-    """A buffer of a shape whose dims lie in memory in that order, as in the array; the device turns them."""
-    buffer = buffer_for(device, tuple(shape[dim] for dim in order), dtype)
-    return buffer.permute([order.index(dim) for dim in range(len(order))])
 
 
 def _inner(box: Box) -> Box:
