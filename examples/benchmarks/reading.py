@@ -11,6 +11,7 @@
 """
 
 import argparse
+import functools
 import itertools
 import tempfile
 import time
@@ -110,7 +111,13 @@ def by_threads(array, readers):
 
 
 def scene(row, column):
-    """A chunk of a synthetic slide: smooth structure and a little noise."""
+    """A chunk of a synthetic slide, which repeats itself."""
+    return drawn(row % 4, column % 4)
+
+
+@functools.cache
+def drawn(row, column):
+    """Smooth structure and a little noise."""
     y, x = np.ogrid[row * CHUNK : (row + 1) * CHUNK, column * CHUNK : (column + 1) * CHUNK]
     noise = np.random.default_rng(row * 4096 + column).integers(0, 16, (CHUNK, CHUNK, 3))
     smooth = np.sin(x / 37)[..., None] * 50 + np.cos(y / 23)[..., None] * 50 + 128

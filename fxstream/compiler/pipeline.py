@@ -92,7 +92,8 @@ class Prepared:
         """The plan, and what of it the last call did not compute."""
         modules = () if self.streamed is None else self.streamed.children()
         streams = [module.stream for module in modules if isinstance(module, StreamedSegment)]
-        return replace(self.plan, repeated=tuple(text for stream in streams if (text := stream.repeated_text)))
+        repeated = tuple(text for stream in streams if (text := stream.repeated_text))
+        return replace(self.plan, repeated=repeated) if repeated else self.plan
 
     @property
     def graph(self) -> fx.Graph:
