@@ -171,7 +171,7 @@ def hidden():
 def blank():
     """Seconds of a step on a slide that is blank to 60%, with all tiles computed and with equal ones once."""
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 2, 3)]
+    layers = [nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, 2, 3)]
     network = nn.Sequential(*layers).double()
     with torch.no_grad():
         for parameter in network.parameters():
