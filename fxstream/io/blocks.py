@@ -77,7 +77,7 @@ def _merged(chunks: Sequence[Edges], most: int) -> list[Edges]:
     """Pairs of chunks as blocks, again and again, along the axis where they are shortest, up to so many pixels.
 
     >>> _merged([(0, 1, 2, 3), (0, 8, 16, 24, 30)], 50)
-    [(0, 2, 3), (0, 16, 30)]
+    [(0, 3), (0, 16, 30)]
     """
     edges = list(chunks)
     while mergeable := [k for k, along in enumerate(edges) if len(along) > 2]:

@@ -127,9 +127,8 @@ class Blocks:
         places, size = self._grid.meeting(_inner(box)), self._size(box)
         self._make_room(size, set(places))
         self._ahead.append(size)
-        blocks = [(self._grid.box(place), self._block(place)) for place in reversed(places)]
-        whole = self._buffer(box, self._source.stored)
-        return self._joiners.submit(self._joined, box, blocks, whole)
+        blocks = deque((self._grid.box(place), self._block(place)) for place in places)
+        return self._joiners.submit(self._joined, box, blocks, self._buffer(box))
 
     def take(self) -> None:
         """The first box that was started is no longer ahead."""
@@ -180,11 +179,11 @@ class Blocks:
         del self._kept[place]
         self.kept_bytes -= self._block_bytes(place)
 
-    def _joined(self, box: Box, blocks: list[tuple[Box, Groups]], whole: torch.Tensor) -> Stored:
+    def _joined(self, box: Box, blocks: deque[tuple[Box, Groups]], whole: torch.Tensor) -> Stored:
         """A box of its blocks, each of which is let go when it is copied."""
         target = _inner(box)
         while blocks:
-            block, groups = blocks.pop()
+            block, groups = blocks.popleft()
             common, first = _common(block, target), 0
             for values in (group.result() for group in groups):
                 if values.dtype != whole.dtype:  # of an array whose slices are of another type than it says
@@ -194,10 +193,10 @@ class Blocks:
                 whole[(entries, *_inside(target, common))] = values[(slice(None), *_inside(block, common))]
         return self._stored(box, whole)
 
-    def _buffer(self, box: Box, dtype: torch.dtype) -> torch.Tensor:
+    def _buffer(self, box: Box) -> torch.Tensor:
         """Memory for a box, its dims in the order of the array's: the device turns them."""
         order = self._source.order
-        buffer = buffer_for(self._device, tuple(box.shape[dim] for dim in order), dtype)
+        buffer = buffer_for(self._device, tuple(box.shape[dim] for dim in order), self._source.stored)
         return buffer.permute([order.index(dim) for dim in range(len(order))])
 
     def _stored(self, box: Box, values: torch.Tensor | None = None) -> Stored:

@@ -63,6 +63,18 @@ def test_each_chunk_is_decoded_once(chunks, readers, large, monkeypatch):
     assert set(array.decoded.values()) == {1}
 
 
+def test_chunks_are_asked_for_in_their_order(monkeypatch):
+    monkeypatch.setattr("fxstream.io.blocks.LARGE", 1)
+    array = Chunked(image(1, 1, 30, 21), (1, 1, 8, 8))
+    tasks = [
+        TileTask(0, ((slice(None), slice(None), rows, slice(None)),), (), ())
+        for rows in (slice(16), slice(16, 30))
+    ]
+    with Reader([fxstream.source(array)], tasks, CPU) as reader:
+        require_same(array, reader, tasks)
+    assert list(array.decoded) == sorted(array.decoded)
+
+
 @pytest.mark.parametrize("chunks", [None, (1, 2, 7, 5)])
 @pytest.mark.parametrize("most", [0, 7, 40, 300, 900])
 def test_no_more_is_kept_than_is_allowed(most, chunks, monkeypatch):
