@@ -28,6 +28,7 @@ if _TYPE_CHECKING:
     from fxstream.io.slides import openslide_array, pyvips_array
     from fxstream.io.source import Source, source
     from fxstream.io.target import Target, target
+    from fxstream.io.tiff import tiff_array
     from fxstream.prediction.predict import Predictions, predict
     from fxstream.probe.probe import ProbeReport
     from fxstream.rules import register_rule
@@ -48,6 +49,7 @@ _HOMES = {
         *("RuleError", "StreamError", "StreamingWarning"),
     ),
     "fxstream.io.slides": ("openslide_array", "pyvips_array"),
+    "fxstream.io.tiff": ("tiff_array",),
     "fxstream.io.source": ("Source", "source"),
     "fxstream.io.target": ("Target", "target"),
     "fxstream.prediction.predict": ("Predictions", "predict"),
@@ -95,6 +97,7 @@ __all__ = [
     "rules",
     "source",
     "target",
+    "tiff_array",
 ]
 
 

@@ -1,5 +1,8 @@
 """An array that counts its reads."""
 
+import itertools
+from collections import Counter
+
 import numpy as np
 
 
@@ -15,3 +18,21 @@ class Counted:
         self.reads += 1
         self.largest = max(self.largest, self.array[index].size)
         return self.array[index]
+
+
+class Chunked(Counted):
+    """An array that says how it is chunked, and counts how often each chunk is decoded."""
+
+    def __init__(self, array, chunks):
+        super().__init__(array)
+        self.chunks, self.decoded = chunks, Counter()
+        lengths = chunks or array.shape
+        self.owners = [
+            np.repeat(np.arange(len(along)), along) if isinstance(along, tuple) else np.arange(size) // along
+            for along, size in zip(lengths, array.shape, strict=True)
+        ]
+
+    def __getitem__(self, index):
+        touched = [sorted(set(owner[part].tolist())) for owner, part in zip(self.owners, index, strict=True)]
+        self.decoded.update(itertools.product(*touched))
+        return super().__getitem__(index)

@@ -38,7 +38,7 @@ from fxstream.probe.probe import MOST_BYTES, ProbeReport, probe
 from fxstream.rules import Reason
 from fxstream.runtime.progress import Bar
 from fxstream.runtime.ranks import Ranks, digest, fingerprint
-from fxstream.runtime.rewrite import read_whole, rewrite
+from fxstream.runtime.rewrite import StreamedSegment, read_whole, rewrite
 from fxstream.tiling.parts import streamable_parts
 from fxstream.tiling.request import Request
 from fxstream.tiling.reuse import reuse_memory
@@ -114,6 +114,14 @@ class Prepared:
     plan: Plan
     probe: tuple[ProbeReport, ...]
     streamed: fx.GraphModule | None
+
+    @property
+    def plan_as_run(self) -> Plan:
+        """The plan, and what of it the last call did not compute."""
+        modules = () if self.streamed is None else self.streamed.children()
+        streams = [module.stream for module in modules if isinstance(module, StreamedSegment)]
+        repeated = tuple(text for stream in streams if (text := stream.repeated_text))
+        return replace(self.plan, repeated=repeated) if repeated else self.plan
 
     @property
     def graph(self) -> fx.Graph:

@@ -100,8 +100,8 @@ class Streaming:
 
     @property
     def plan(self) -> Plan:
-        """Segments and tiles for the last input."""
-        return self.last.plan
+        """Segments and tiles for the last input, and how many of these were equal to others."""
+        return self.last.plan_as_run
 
     @property
     def probe(self) -> tuple[ProbeReport, ...]:

@@ -30,9 +30,13 @@ class _Regions:
     dtype = torch.uint8
 
     def __init__(
-        self, read: Callable[[int, int, int, int], torch.Tensor], shape: tuple[int, int, int], name: str
+        self,
+        read: Callable[[int, int, int, int], torch.Tensor],
+        shape: tuple[int, int, int],
+        name: str,
+        chunks: tuple[int, int, int] | None = None,
     ) -> None:
-        self._read, self.shape, self.name = read, shape, name
+        self._read, self.shape, self.name, self.chunks = read, shape, name, chunks
 
     def __getitem__(self, index: tuple[slice, slice, slice]) -> torch.Tensor:
         rows, columns = (range(*part.indices(size)) for part, size in zip(index[:2], self.shape, strict=False))
@@ -46,13 +50,14 @@ def openslide_array(slide: Any, level: int = 0, background: str | Sequence[int] 
     slide's own background is taken (``openslide.background-color``), or white.
 
     A level whose downsample is not an integer is read in blocks from fixed origins, so that the value of a pixel
-    does not depend on the region it is read with.
+    does not depend on the region it is read with. Raises `InputError` for a level that the slide has not.
     """
+    if not 0 <= level < len(slide.level_dimensions):
+        raise InputError(f"level={level!r}: the slide has levels 0 to {len(slide.level_dimensions) - 1}")
     width, height = slide.level_dimensions[level]
-    scale = float(slide.level_downsamples[level])
-    if background is None:
-        background = getattr(slide, "properties", {}).get("openslide.background-color", "FFFFFF")
-    color = _color(background, 3)
+    scale, properties = float(slide.level_downsamples[level]), getattr(slide, "properties", {})
+    color = _color(properties.get("openslide.background-color", "FFFFFF") if background is None else background, 3)
+    tile = [int(properties.get(f"openslide.level[{level}].tile-{side}", BLOCK)) for side in ("height", "width")]
 
     def read_block(left: int, top: int, columns: int, rows: int) -> torch.Tensor:
         origin = round(left * scale), round(top * scale)
@@ -72,7 +77,7 @@ def openslide_array(slide: Any, level: int = 0, background: str | Sequence[int] 
                 ]
         return region
 
-    return _Regions(read, (height, width, 3), str(getattr(slide, "_filename", "")))
+    return _Regions(read, (height, width, 3), str(getattr(slide, "_filename", "")), (tile[0], tile[1], 3))
 
 
 def pyvips_array(image: Any, background: str | Sequence[int] | None = None) -> _Regions:

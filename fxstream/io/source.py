@@ -7,8 +7,9 @@ keep their type until they are on the device: normalisation belongs to the model
 
 from __future__ import annotations
 
-import operator
+import copy
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,11 @@ import torch
 
 from fxstream.errors import InputError, StreamError, StreamingWarning
 from fxstream.geometry.box import Box
+from fxstream.io.blocks import chunk_edges, groups_of
+from fxstream.io.layout import LARGEST_AXES, checked_batch, checked_layout
+from fxstream.io.skip import Skip
 from fxstream.machine.copies import staged
+from fxstream.machine.device import cores
 
 __all__ = [
     "LARGEST_AXES",
@@ -30,33 +35,43 @@ __all__ = [
     "torch_dtype",
 ]
 
-LARGEST_AXES = 3
-"""Stream axes that an image may have."""
-
-FEW, MANY = 4, 16
-"""An image axis of at most `FEW` pixels beside at least `MANY` channels is taken for a layout in another order."""
+PARALLEL = frozenset({"dask", "fxstream", "numpy", "tensorstore", "torch", "zarr"})
+"""Packages whose arrays several threads may read at once, and are read faster for it."""
+MOST_READERS = 8
+"""Threads that read such an array, unless the user says how many."""
 
 
 class Source:
-    """An array as an image [N, C, spatial dims...] of a torch type, of which boxes are read; made by `source`."""
+    """An array as an image [N, C, spatial dims...] of a torch type, of which boxes are read; made by `source`.
+
+    It is read in groups of entries along N, each of one array: `groups` are their lengths. `readers` is how many
+    threads may read at once, `order` the dims as they lie in the array.
+    """
 
     def __init__(
         self,
         arrays: Sequence[Any],
         layout: str,
-        batch: Sequence[int] | None,
-        dtype: torch.dtype | None,
-        device: torch.device,
+        batch: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        readers: int | None = None,
     ) -> None:
-        self.arrays, self._layout, self._batch, self._converted = arrays, layout, batch, dtype
-        self._stored = torch_dtype(arrays[0].dtype)
-        self.dtype = dtype or self._stored
-        self.device = device
+        self.arrays, self._layout, self._converted = arrays, layout, dtype
+        self.stored = torch_dtype(arrays[0].dtype)
+        self.dtype = dtype or self.stored
+        self.device = torch.device("cpu")
+        self.readers = min(map(_readers_of, arrays)) if readers is None else readers
+        self._skip: Skip | None = None
         self._axes = ("N", "C", *(axis for axis in layout if axis not in "NC"))
         extents = dict(zip(layout, arrays[0].shape, strict=True))
-        count = len(batch) if batch is not None else extents.get("N", 1)
-        extents |= {"N": len(arrays) * count} | {"C": extents.get("C", 1)}
+        rows = list(batch) if batch is not None else list(range(extents.get("N", 1)))
+        edges = self._edges(arrays[0]).get("N")
+        self._groups = [(array, group) for array in arrays for group in groups_of(rows, edges)]
+        self.groups = tuple(len(group) for _, group in self._groups)
+        extents |= {"N": sum(self.groups)} | {"C": extents.get("C", 1)}
         self.shape = torch.Size(extents[axis] for axis in self._axes)
+        missing = [axis for axis in "NC" if axis not in layout]
+        self.order = tuple(self._axes.index(axis) for axis in (*missing, *layout))
 
     @property
     def ndim(self) -> int:
@@ -68,55 +83,108 @@ class Source:
         """Never: an array has no gradient."""
         return False
 
+    @property
+    def chunk_edges(self) -> tuple[tuple[int, ...] | None, ...]:
+        """Where chunks of the array begin and end, along all dims but N; None along dims that are not chunked."""
+        edges = self._edges(self.arrays[0])
+        return tuple(edges.get(axis) for axis in self._axes[1:])
+
     def to(self, device: torch.device) -> Source:
         """The same image, whose boxes arrive on that device."""
-        return Source(self.arrays, self._layout, self._batch, self._converted, device)
+        moved = copy.copy(self)
+        moved.device = device
+        return moved
+
+    def skipping(self, skip: Skip) -> Source:
+        """The same image with what `skip` says in the place of some pixels, which are not read."""
+        filled = copy.copy(self)
+        filled._skip = skip
+        return filled
 
     def __getitem__(self, box: tuple[slice, ...]) -> torch.Tensor:
         """A box of the image as a tensor of its own, on the device; slices of all dims or of the first ones."""
-        return self.place(self.read(box))
+        stored = self.read(box)
+        self.require_complete()
+        return self.place(staged(stored, self.device))
 
     def read(self, box: tuple[slice, ...]) -> torch.Tensor:
         """A box as it is stored, in host memory. Raises `StreamError` where the array fails, naming both."""
         samples, *bounds = (range(part.start, part.stop) for part in Box.of(box, self.shape))
-        parts = [self._read_one(sample, bounds) for sample in samples]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts, first = [], 0
+        for group, length in enumerate(self.groups):
+            part = range(max(samples.start - first, 0), min(samples.stop - first, length))
+            parts += [self.read_group(group, bounds, part)] if part else []
+            first += length
+        return torch.cat(parts) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
+
+    def read_group(self, group: int, bounds: Sequence[range], part: range | None = None) -> torch.Tensor:
+        """A box [entries, C, spatial dims...] of a group, or of a part of it; it may be a view of the array."""
+        array, rows = self._groups[group]
+        rows = rows if part is None else rows[part.start : part.stop]
+        skip = None if self._skip is None else self._skip.of(bounds[1:])
+        if skip is not None and bool(skip.all()):
+            return self._skip.filled(self.stored, len(rows), bounds)  # type: ignore[union-attr]
+        values = self._read_rows(array, rows, bounds)
+        if skip is not None and bool(skip.any()):
+            values = torch.where(skip, self._skip.filled(values.dtype, 1, bounds), values)  # type: ignore[union-attr]
+        return values
 
     def place(self, stored: torch.Tensor) -> torch.Tensor:
-        """What was read, on the device and in the type that the model is given."""
-        return staged(stored, self.device).to(self.device, non_blocking=True).to(self.dtype)
+        """What was read, ready to be copied, on the device and in the type that the model is given."""
+        moved = stored.to(self.device, non_blocking=True)
+        return moved.to(self.dtype, memory_format=torch.contiguous_format).contiguous()
 
-    def _read_one(self, sample: int, bounds: Sequence[range]) -> torch.Tensor:
-        """A box [1, C, spatial dims...] of one sample of the batch."""
-        per_array = self.shape[0] // len(self.arrays)
-        array, row = self.arrays[sample // per_array], sample % per_array
-        row = row if self._batch is None else self._batch[row]
-        bounds_of = dict(zip(self._axes, (range(row, row + 1), *bounds), strict=True))
+    def require_complete(self) -> None:
+        """Raise `StreamError` where a store is gone that gives its fill value for what is not there (zarr)."""
+        for array in self.arrays:
+            place, zarr = attribute(array, "store_path"), sys.modules.get("zarr")
+            if place is None or zarr is None:
+                continue
+            try:
+                zarr.open_array(place, mode="r", zarr_format=array.metadata.zarr_format)
+            except FileNotFoundError as error:
+                raise StreamError(
+                    f"{describe(array)} is gone since it was opened, and its chunks were read as its fill value:"
+                    f" {type(error).__name__}: {error}"
+                ) from error
+
+    def _edges(self, array: Any) -> dict[str, tuple[int, ...]]:
+        """Where the chunks of an array begin and end, by axis; empty where it has none."""
+        edges = chunk_edges(array.shape, attribute(array, "chunks"))
+        return {} if edges is None else dict(zip(self._layout, edges, strict=True))
+
+    def _read_rows(self, array: Any, rows: Sequence[int], bounds: Sequence[range]) -> torch.Tensor:
+        """A box [rows, C, spatial dims...] of an array, read at once."""
+        bounds_of = dict(zip(self._axes, (range(min(rows), max(rows) + 1), *bounds), strict=True))
         index = tuple(slice(bounds_of[axis].start, bounds_of[axis].stop) for axis in self._layout)
         values = self._sliced(array, index)
-        missing = [axis for axis in "NC" if axis not in self._layout]
-        order = [*missing, *self._layout]
-        turned = values[(None,) * len(missing)].permute([order.index(axis) for axis in self._axes])
-        return turned.clone(memory_format=torch.contiguous_format)
+        turned = values[(None,) * (self.ndim - values.ndim)].permute(
+            [self.order.index(d) for d in range(self.ndim)]
+        )
+        if list(rows) == list(bounds_of["N"]):
+            return turned
+        return turned[[row - min(rows) for row in rows]]
 
     def _sliced(self, array: Any, index: tuple[slice, ...]) -> torch.Tensor:
         """What an array gives for a slice. Raises `StreamError` where that is not what it says of itself."""
-        region = f"[{', '.join(f'{part.start}:{part.stop}' for part in index)}] of {describe(array)}"
         try:
             sliced = array[index]
             values = as_tensor(sliced)
         except Exception as error:
-            raise StreamError(f"reading {region} failed: {type(error).__name__}: {error}") from error
+            raise StreamError(f"{_reading(array, index)} failed: {type(error).__name__}: {error}") from error
         _warn_of_mask(array, sliced)
-        if self._converted is None and values.dtype != self._stored:
+        if values.dtype != self.stored and self._converted is not None:
+            values = values.to(self._converted)
+        if values.dtype not in (self.stored, self._converted):
             raise StreamError(
-                f"reading {region} gave {values.dtype}, and the array says that it is {array.dtype}: choose the"
-                f" type, as source(..., dtype={values.dtype})"
+                f"{_reading(array, index)} gave {values.dtype}, and the array says that it is {array.dtype}:"
+                f" choose the type, as source(..., dtype={values.dtype})"
             )
         shape = [part.stop - part.start for part in index]
         if list(values.shape) != shape:
             raise StreamError(
-                f"reading {region} gave the shape {list(values.shape)}, needed {shape}: has the array shrunk?"
+                f"{_reading(array, index)} gave the shape {list(values.shape)}, needed {shape}: has the array"
+                " shrunk?"
             )
         return values
 
@@ -129,6 +197,9 @@ def source(
     layout: str | None = None,
     batch: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
+    readers: int | None = None,
+    skip: Any = None,
+    fill: float | Sequence[float] = 0,
 ) -> Source:
     """Use an array in the place of an image tensor, or several arrays of one shape as a batch.
 
@@ -139,8 +210,15 @@ def source(
     device. An array whose slices are of another type than its `dtype` (scaled integers) needs `dtype`. Masks of
     masked arrays are dropped, with a warning.
 
+    `readers` threads read at once: by default as many as there are cores, up to 8, for numpy, zarr, dask,
+    tensorstore and the adapters of slides, and one for others, which may not allow more. They ask for whole chunks
+    where an array has `chunks`, so that none is decoded twice in a pass.
+
+    `skip` is a mask of the axes of the image, which may be coarser: where it is true the image is `fill` (a
+    number, or one per channel), and a chunk of which nothing else is left is not read.
+
     Raises `InputError` for an object without shape, type or slices, for a type that torch does not have, and for a
-    layout that does not fit.
+    layout or a mask that does not fit.
 
     >>> source(torch.zeros(40, 60, 3, dtype=torch.uint8), layout="HWC").shape
     torch.Size([1, 3, 40, 60])
@@ -153,57 +231,23 @@ def source(
         if tuple(array.shape) != tuple(arrays[0].shape) or array.dtype != arrays[0].dtype:
             listed = ", ".join(f"{list(array.shape)} {array.dtype}" for array in arrays)
             raise InputError(f"the arrays of a batch need one shape and type; found {listed}")
-    layout = _checked_layout(layout, tuple(arrays[0].shape))
-    rows = _checked_batch(batch)
+    layout = checked_layout(layout, tuple(arrays[0].shape))
+    rows = checked_batch(batch)
     if rows is not None and ("N" not in layout or not rows):
         raise InputError(f"batch={batch!r} picks entries along N, and the layout is {layout!r}")
     if rows is not None and not all(0 <= row < arrays[0].shape[layout.index("N")] for row in rows):
         raise InputError(f"batch={batch!r} is outside of {arrays[0].shape[layout.index('N')]} entries along N")
-    return Source(arrays, layout, rows, dtype, torch.device("cpu"))
+    if readers is not None and (not isinstance(readers, int) or readers < 1):
+        raise InputError(f"readers={readers!r} is no number of threads: give 1 or more")
+    image = Source(arrays, layout, rows, dtype, readers)
+    if not image.shape.numel():
+        raise InputError(f"the image is empty: its shape is {list(image.shape)}")
+    return image if skip is None else image.skipping(Skip.of_mask(skip, fill, image.shape, image.stored))
 
 
-def _checked_batch(batch: Sequence[int] | None) -> list[int] | None:
-    """The entries along N. Raises `InputError` for what is no list of them."""
-    try:
-        return None if batch is None else [operator.index(row) for row in batch]
-    except TypeError as error:
-        raise InputError(f"batch={batch!r} is no list of entries along N: give one, as batch=[2]") from error
-
-
-def _checked_layout(layout: str | None, shape: tuple[int, ...]) -> str:
-    """The layout of an array of this shape. Raises `InputError` for one that does not fit."""
-    if layout is None and 2 < len(shape) <= 2 + LARGEST_AXES:
-        return "NC" + "DHW"[-(len(shape) - 2) :]
-    axes = {*(layout or "")}
-    if not layout or not len(axes) == len(layout) == len(shape) or not 0 < len(axes - {*"NC"}) <= LARGEST_AXES:
-        raise InputError(
-            f"layout={layout!r} does not fit an array of shape {list(shape)}: give one letter per axis, N for the"
-            " batch, C for channels, others for one to three axes of the image"
-        )
-    if not (layout.isalpha() and layout.isupper()):
-        raise InputError(f"layout={layout!r} is not in upper case: give {layout.upper()!r}")
-    _refuse_swapped_channels(layout, shape)
-    return layout
-
-
-def _refuse_swapped_channels(layout: str, shape: tuple[int, ...]) -> None:
-    """Raise `InputError` where channels are at one end of the layout and clearly at the other end of the array.
-
-    A volume may have few planes, which come first.
-    """
-    axes = [axis for axis in layout if axis != "N"]
-    is_first = axes[0] == "C"
-    if len(axes) < 3 or not (is_first or (axes[-1] == "C" and len(axes) == 3)):
-        return
-    sizes, other = dict(zip(layout, shape, strict=True)), axes[-1] if is_first else axes[0]
-    if sizes["C"] < MANY or sizes[other] > FEW:
-        return
-    rest = layout.replace("C", "")
-    turned = f"{rest}C" if is_first else rest.replace(other, f"C{other}")
-    raise InputError(
-        f"layout={layout!r} makes of an array of shape {list(shape)} an image of {sizes['C']} channels that has"
-        f" {sizes[other]} pixels along {other}: is it {turned!r}?"
-    )
+def _readers_of(array: Any) -> int:
+    """How many threads may read an array at once, and are worth it here."""
+    return min(cores(), MOST_READERS) if type(array).__module__.split(".")[0] in PARALLEL else 1
 
 
 def is_array(argument: Any) -> bool:
@@ -252,6 +296,11 @@ def _warn_of_mask(array: Any, sliced: Any) -> None:
             StreamingWarning,
             stacklevel=2,
         )
+
+
+def _reading(array: Any, index: tuple[slice, ...]) -> str:
+    """What is read, in words."""
+    return f"reading [{', '.join(f'{part.start}:{part.stop}' for part in index)}] of {describe(array)}"
 
 
 def describe(array: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["staged", "to_device"]
+__all__ = ["buffer_for", "staged", "to_device"]
 
 PINNING = frozenset({"cuda"})
 """Types of accelerators that reach pinned host memory directly, several times faster than other host memory."""
@@ -13,6 +13,11 @@ PINNING = frozenset({"cuda"})
 def staged(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of host memory, ready to be copied to a device: in pinned memory where the device uses that."""
     return _pinned(tensor) if device.type in PINNING else tensor
+
+
+def buffer_for(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Host memory without values, ready to be copied to a device; torch reuses pinned memory that is freed."""
+    return torch.empty(shape, dtype=dtype, pin_memory=device.type in PINNING)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -20,10 +20,12 @@ from fxstream.errors import InputError
 
 __all__ = [
     "budget_of",
+    "cores",
     "current_device",
     "device_of",
     "free_bytes",
     "is_accelerator",
+    "is_idle",
     "is_present",
     "release_cached",
     "synchronize",
@@ -55,6 +57,16 @@ def device_of(name: str) -> torch.device:
 def is_accelerator(device: torch.device) -> bool:
     """Whether a device computes in memory of its own, not the host's. It need not be present."""
     return device.type not in HOST
+
+
+def cores() -> int:
+    """The processor's cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_idle(device: torch.device) -> bool:
+    """Whether all is done that a device was given to do; the host is when it asks."""
+    return device.type != "cuda" or torch.cuda.current_stream(device).query()
 
 
 def is_present(device: torch.device) -> bool:

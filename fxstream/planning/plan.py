@@ -55,7 +55,7 @@ class Plan:
 
     A plan `is_trivial` where the plain network does the same. `offloaded` are the boundaries in host memory,
     `untiled` the stretches that need more than the tile, and run whole. `prepared` are the stages of the call that
-    made the plan, with their seconds.
+    made the plan, with their seconds; `repeated` are the tiles that the last call did not compute, in words.
     """
 
     segments: tuple[SegmentPlan, ...]
@@ -67,6 +67,7 @@ class Plan:
     offloaded: frozenset[str] = frozenset()
     prepared: tuple[tuple[str, float], ...] = ()
     untiled: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
 
     @property
     def streamed_share(self) -> float:
@@ -96,6 +97,7 @@ class Plan:
         if self.prepared:
             stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.prepared)
             lines.append(f"prepared in {sum(seconds for _, seconds in self.prepared):.1f} s: {stages}")
+        lines += self.repeated
         return "\n".join(lines)
 
     __repr__ = __str__

@@ -1,9 +1,9 @@
-"""The backward pass over the tiles of a segment: rules 2, 6, 7, 9 and 10 of the NOTE in `tile_loop`."""
+"""The backward pass over the tiles of a segment: rules 2, 6, 7, 9, 10 and 12 of the NOTE in `tile_loop`."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,6 +12,7 @@ from fxstream.errors import StreamError
 from fxstream.machine.heap import heap_kept
 from fxstream.machine.out_of_memory import OutOfMemory, catch_oom
 from fxstream.runtime.accumulate import Accumulator, Contribution
+from fxstream.runtime.equal_tiles import may_sum, summed
 from fxstream.runtime.prefetch import Image, Reader
 from fxstream.runtime.schedule import Stream, TileTask
 from fxstream.runtime.tile_run import Inputs, OtherRows, Recorded, TileRun, combined, halved, retried, rows_of
@@ -19,6 +20,8 @@ from fxstream.runtime.tile_run import Inputs, OtherRows, Recorded, TileRun, comb
 __all__ = ["Backward"]
 
 Gradients = Sequence[torch.Tensor | None]
+Group = list[TileRun]
+"""Equal tiles, of which the first stands for all, or one tile."""
 
 
 class Backward:
@@ -44,7 +47,7 @@ class Backward:
             run.gradients = None
         with stream.raise_together():
             retried(stream, self._differentiate_reductions)
-            self._pull_back_all(list(runs), grads)
+            self._pull_back_all(self._groups(runs), grads)
         return retried(stream, self._sums.gradients, stream.ranks)
 
     def _differentiate_reductions(self) -> None:
@@ -65,21 +68,24 @@ class Backward:
         for run, gradients in fresh.items():
             run.gradients = gradients
 
-    def _pull_back_all(self, runs: list[TileRun], grads: Gradients) -> None:
-        waiting = [run.task for run in reversed(runs) if run.recorded is None]
-        done = 0
-        reading = Reader(self._inputs.spatial, waiting, self._inputs.device)
-        with reading as reader, heap_kept(self._inputs.device), self._stream.watched("backward") as report:
-            while runs:
-                following = runs[-2].task if len(runs) > 1 and runs[-2].recorded is None else None
-                pulled = catch_oom(functools.partial(self._pulled_back, runs[-1], grads, reader, following))
+    def _pull_back_all(self, groups: list[Group], grads: Gradients) -> None:
+        stream, device = self._stream, self._inputs.device
+        waiting = [group[0].task for group in reversed(groups) if group[0].recorded is None]
+        done, total = 0, sum(map(len, groups))
+        with (
+            Reader(self._inputs.spatial, waiting, device, stream.title("backward")) as reader,
+            heap_kept(device),
+            stream.watched("backward") as report,
+        ):
+            while groups:
+                pulled = catch_oom(functools.partial(self._pulled_back, groups[-1], grads, reader))
                 if isinstance(pulled, OutOfMemory):
-                    self._degrade(runs, reader, pulled)
+                    total += self._degrade(groups, reader, pulled)
                     continue
-                runs.pop().recorded = None
+                done += len(groups[-1])
+                groups.pop()[0].recorded = None
                 retried(self._stream, self._commit, pulled)
-                done += 1
-                report(done, done + len(runs))
+                report(done, total, reader.note)
 
     def _commit(self, contributions: list[Contribution]) -> None:
         """Accumulate what one tile gives; what is accumulated leaves the list, so that this can be repeated."""
@@ -87,17 +93,24 @@ class Backward:
             self._sums.add(*contributions[-1])
             contributions.pop()
 
-    def _degrade(self, runs: list[TileRun], reader: Reader, failure: OutOfMemory) -> None:
-        """Rule 9: give up kept graphs, or put two halves in the place of the last tile."""
+    def _degrade(self, groups: list[Group], reader: Reader, failure: OutOfMemory) -> int:
+        """Rule 9: give up kept graphs, part equal tiles, or put halves in the place of the last tile.
+
+        Returns how many tiles there are more.
+        """
         schedule = self._stream.schedule
-        if any(run.recorded is not None for run in runs):
-            for run in runs:
-                run.recorded = None
+        if any(group[0].recorded is not None for group in groups):
+            for group in groups:
+                group[0].recorded = None
             schedule.tasks = tuple(replace(task, is_kept=False) for task in schedule.tasks)
-            return
-        last = runs.pop()
+            return 0
+        group = groups.pop()
+        if len(group) > 1:
+            groups += [[run] for run in group]
+            return 0
+        (last,) = group
         halves = self._halves(last, reader, failure)
-        runs += halves
+        groups += [[half] for half in halves]
         index = self._all_runs.index(last)
         self._all_runs[index : index + 1] = halves
         retried(self._stream, self._differentiate_reductions)
@@ -106,6 +119,7 @@ class Backward:
             index = tasks.index(last.task)
             tasks[index : index + 1] = [half.task for half in halves]
             schedule.tasks = tuple(tasks)
+        return len(halves) - 1
 
     def _halves(self, run: TileRun, reader: Reader, failure: OutOfMemory) -> list[TileRun]:
         """The halves of a tile with their partial results; halves of halves where these run out of memory too."""
@@ -122,20 +136,18 @@ class Backward:
         if not any(task.positions[k] for k in reductions):
             return TileRun(task, {})
         with torch.no_grad():
-            results = self._inputs.run(self._stream, task, reader.read(task))
+            results = self._inputs.run(self._stream, task, reader.read(task).placed())
         return TileRun(task, {k: tile for k in reductions if (tile := results[k]) is not None})
 
-    def _pulled_back(
-        self, run: TileRun, grads: Gradients, reader: Reader, following: TileTask | None
-    ) -> list[Contribution]:
-        """What one tile gives, which is run again unless its graph was kept."""
-        flowing = self._flowing(run, grads)
+    def _pulled_back(self, group: Group, grads: Gradients, reader: Reader) -> list[Contribution]:
+        """What equal tiles give together; the first is run again unless its graph was kept."""
+        flowing = self._flowing(group, grads)
         if not flowing:
             return []
-        recorded, task = run.recorded, run.task
+        recorded, task = group[0].recorded, group[0].task
         if recorded is None:
             program = self._stream.schedule.programs[task.program].run_again
-            boxes = reader.read(task, following)
+            boxes = reader.read(task).placed()
             recorded = self._inputs.recorded(task, boxes, self._needs_grad, program)
         self._check_recomputed(recorded, flowing)
         pulled = [(recorded.results[k], grad) for k, grad in flowing if recorded.results[k].requires_grad]
@@ -148,15 +160,27 @@ class Backward:
         boxes_read = (*task.reads, *(None for _ in recorded.whole))
         return [(i, boxes_read[i], g) for i, g in zip(indices, gradients, strict=True) if g is not None]
 
-    def _flowing(self, run: TileRun, grads: Gradients) -> list[tuple[int, torch.Tensor]]:
-        """The gradients of what a tile yields, by output, on the device that computes."""
-        partial, device = run.gradients or {}, self._inputs.device
-        flowing = []
-        for k, (grad, owned) in enumerate(zip(grads, run.task.outputs, strict=True)):
-            if grad is not None and owned is not None:
-                of_tile = partial[k] if k in self._stream.combined else grad[owned]
-                flowing.append((k, of_tile.to(device)))
+    def _flowing(self, group: Group, grads: Gradients) -> list[tuple[int, torch.Tensor]]:
+        """The gradients of what equal tiles yield, summed, by output, on the device that computes."""
+        device, flowing = self._inputs.device, []
+        for k, grad in enumerate(grads):
+            if grad is None or group[0].task.outputs[k] is None:
+                continue
+            if k in self._stream.combined:
+                of_tiles = [run.gradients[k] for run in group if run.gradients is not None]
+            else:
+                of_tiles = [grad[owned] for run in group if (owned := run.task.outputs[k]) is not None]
+            flowing.append((k, summed([of_tile.to(device) for of_tile in of_tiles])))
         return flowing
+
+    def _groups(self, runs: Sequence[TileRun]) -> list[Group]:
+        """The runs; equal ones together, at the place of the first, where their gradients may be summed."""
+        if not may_sum(self._stream, self._needs_grad, self._dtypes):
+            return [[run] for run in runs]
+        groups: dict[Hashable, Group] = {}
+        for run in runs:
+            groups.setdefault(run if run.key is None else run.key, []).append(run)
+        return list(groups.values())
 
     def _check_recomputed(self, recorded: Recorded, flowing: Sequence[tuple[int, torch.Tensor]]) -> None:
         """Raises `StreamError` where a recomputed tile has another shape or type than that of forward."""

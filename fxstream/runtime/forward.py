@@ -1,10 +1,11 @@
-"""The forward pass over the tiles of a segment: rules 1, 6, 7, 9, 10 and 11 of the NOTE in `tile_loop`."""
+"""The forward pass over the tiles of a segment: rules 1, 6, 7 and 9 to 12 of the NOTE in `tile_loop`."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import replace
+import logging
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,14 +13,28 @@ from fxstream.geometry.box import Box
 from fxstream.machine.copies import to_device
 from fxstream.machine.heap import heap_kept
 from fxstream.machine.out_of_memory import OutOfMemory, catch_oom
+from fxstream.runtime.equal_tiles import tile_key
 from fxstream.runtime.prefetch import Image, Reader
 from fxstream.runtime.ranks import Ranks
 from fxstream.runtime.schedule import Stream, TileTask
-from fxstream.runtime.tile_run import Inputs, OtherRows, TileRun, combined, halved, retried, rows_of
+from fxstream.runtime.tile_run import Inputs, OtherRows, Recorded, TileRun, combined, halved, retried, rows_of
 
 __all__ = ["Forward"]
 
+logger = logging.getLogger("fxstream")
 HOST = torch.device("cpu")
+Results = Sequence[torch.Tensor | None]
+
+MOST_WRITTEN = 4
+"""So many tiles that were written elsewhere are kept in host memory for tiles that are equal."""
+
+
+@dataclass(frozen=True, slots=True)
+class _First:
+    """The tile whose results equal tiles get, and those of them that were written elsewhere."""
+
+    run: TileRun
+    written: dict[int, torch.Tensor]
 
 
 class Forward:
@@ -29,6 +44,8 @@ class Forward:
         self._stream, self._needs_grad = stream, needs_grad
         self._inputs = Inputs.of(stream, tensors)
         self._outputs: dict[int, torch.Tensor] = {}
+        self._firsts: dict[Hashable, _First] = {}
+        self._repeated = 0
         self.runs: list[TileRun] = []
         self.others: OtherRows = {}
 
@@ -48,16 +65,24 @@ class Forward:
         return tuple(output for _, output in sorted(self._outputs.items()))
 
     def _run_tiles(self, tasks: list[TileTask]) -> None:
-        reading, done = Reader(self._inputs.spatial, tasks, self._inputs.device), 0
-        with reading as reader, heap_kept(self._inputs.device), self._stream.watched("forward") as report:
+        stream, device, done = self._stream, self._inputs.device, 0
+        dims = [dims for _, dims in stream.plan.segment.spatial] if len(tasks) > 1 else []
+        with (
+            Reader(self._inputs.spatial, tasks, device, stream.title("forward"), dims) as reader,
+            heap_kept(device),
+            stream.watched("forward") as report,
+        ):
             while done < len(tasks):
-                run = catch_oom(functools.partial(self._run, reader, *tasks[done:][:2]))
+                run = catch_oom(functools.partial(self._run, reader, tasks[done]))
                 if isinstance(run, OutOfMemory):
                     self._degrade(tasks, done, run)
                 else:
                     self.runs.append(run)
                     done += 1
-                    report(done, len(tasks))
+                    report(done, len(tasks), reader.note)
+        stream.schedule.repeated = self._repeated
+        if self._repeated:
+            logger.info("%s, and took its results", stream.repeated_text)
 
     def _exchange(self, ranks: Ranks) -> None:
         """Complete the maps of which this rank has some tiles; partial results of the others."""
@@ -82,17 +107,32 @@ class Forward:
             for k, owned in enumerate(task.outputs)
         )
 
-    def _run(self, reader: Reader, task: TileTask, following: TileTask | None = None) -> TileRun:
-        """Run one tile and write its rectangles."""
-        stream, boxes, recorded = self._stream, reader.read(task, following), None
-        results: Sequence[torch.Tensor | None]
-        if task.is_kept and self._needs_grad is not None:
-            program = stream.schedule.programs[task.program].run
-            recorded = self._inputs.recorded(task, boxes, self._needs_grad, program)
-            results = recorded.results
+    def _run(self, reader: Reader, task: TileTask) -> TileRun:
+        """Run one tile and write its rectangles; one that reads what another has read gets that one's results."""
+        boxes = reader.read(task)
+        key = tile_key(task, boxes.constant, self._inputs.device)
+        first = None if key is None else self._firsts.get(key)
+        if first is None:
+            results, recorded = self._computed(task, boxes.placed())
         else:
-            results = self._inputs.run(stream, task, boxes)
-        partials = {}
+            results, recorded = [self._result(first, k) for k in range(len(task.outputs))], None
+        run = TileRun(task, self._kept_of(task, results), recorded, key=key)
+        if first is not None:
+            self._repeated += 1
+        elif key is not None:
+            self._remember(run, results)
+        return run
+
+    def _computed(self, task: TileTask, boxes: list[torch.Tensor]) -> tuple[Results, Recorded | None]:
+        if not task.is_kept or self._needs_grad is None:
+            return self._inputs.run(self._stream, task, boxes), None
+        program = self._stream.schedule.programs[task.program].run
+        recorded = self._inputs.recorded(task, boxes, self._needs_grad, program)
+        return recorded.results, recorded
+
+    def _kept_of(self, task: TileTask, results: Results) -> dict[int, torch.Tensor]:
+        """Write what a tile yields of maps; its partial results of reductions."""
+        stream, partials = self._stream, {}
         for k, (tile, owned) in enumerate(zip(results, task.outputs, strict=True)):
             if tile is None or owned is None:
                 continue
@@ -102,7 +142,22 @@ class Forward:
                 stream.sinks[k].write(Box.of(owned, stream.outputs[k].shape), tile)
             else:
                 self._write(k, tile, owned)
-        return TileRun(task, partials, recorded)
+        return partials
+
+    def _remember(self, run: TileRun, results: Results) -> None:
+        """Let later tiles have the results of this one; of those that are not in memory, a few are kept there."""
+        sinks = self._stream.sinks
+        written = {k: tile.cpu() for k, tile in enumerate(results) if k in sinks and tile is not None}
+        self._firsts[run.key] = _First(run, written)
+        if sinks and len(self._firsts) > MOST_WRITTEN:
+            del self._firsts[next(iter(self._firsts))]
+
+    def _result(self, first: _First, k: int) -> torch.Tensor | None:
+        """An output of a tile that ran before."""
+        owned = first.run.task.outputs[k]
+        if owned is None or k in first.written:
+            return first.written.get(k)
+        return first.run.partials[k] if k in self._stream.combined else self._outputs[k][owned]
 
     def _write(self, k: int, tile: torch.Tensor, owned: tuple[slice, ...]) -> None:
         """Write a tile's rectangle of a map; a tile that is all of it becomes the map."""

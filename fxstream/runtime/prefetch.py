@@ -1,175 +1,171 @@
-"""What tiles read of the segment's inputs, in a thread ahead of the computation, each pixel once per pass.
+"""What tiles read of the segment's inputs, in threads ahead of the computation.
 
-Tensors on the device are cut as views. For a `Source` and for tensors in host memory a thread reads the next
-tile's boxes while this tile computes. Adjacent tiles overlap: what a tile shares with the next one along an axis
-is held until that has taken it, so that a pass reads the pixels of a source once, as long as what is held stays
-below `MOST_HELD` bytes.
+NOTE [reading ahead]
+1. Tensors on the device are cut as views. Boxes of tensors in host memory are copied, ready for the device, one
+   tile ahead.
+2. A `Source` is read in blocks (`fxstream.io.blocks`), each by one of its reading threads. A block that later
+   tiles read too is kept until the last of them has it, so that a pass asks for each block once.
+3. One tile is read ahead in any case, and more while the reading threads would run out of work. What is kept and
+   what is read ahead of the tile that computes has at most `MOST_HELD` bytes of host memory, unless one tile needs
+   more. Where the next tile does not fit beside what is kept, the blocks that are needed last are given up, and
+   read again.
+4. Tiles come in the order of the pass. One that comes unplanned (a half, where memory ran out) is read when it is
+   asked for.
+5. A box becomes a tensor of its own in host memory, pinned for a device that uses that, and is looked at whether
+   it is constant (`fxstream.runtime.equal_tiles`): both in threads.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 
 import torch
 
-from fxstream.geometry.box import Box, Interval
+from fxstream.geometry.box import Box
 from fxstream.io.source import Source
-from fxstream.machine.copies import staged
-from fxstream.runtime.schedule import Subscript, TileTask
+from fxstream.machine.device import is_idle
+from fxstream.runtime.box_readers import Blocks, Copies, Dims, Stored, Views
+from fxstream.runtime.equal_tiles import Constant
+from fxstream.runtime.schedule import TileTask
 
-__all__ = ["MOST_HELD", "Image", "Reader", "shared_boxes"]
+__all__ = ["MOST_HELD", "Boxes", "Image", "Reader"]
+
+logger = logging.getLogger("fxstream")
 
 Image = torch.Tensor | Source
 
 MOST_HELD = 2**28
-"""Bytes of overlaps that are held to be read once."""
+"""Bytes of blocks that are kept to be read once, and of what is read ahead."""
+NOTABLE = 0.1
+"""From this share of a pass on it is said that the computation waits for reading."""
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """What one tile reads of each image: on the device, or in host memory until it is `placed`.
+
+    `constant` has their values where each is constant along its tiled dims.
+    """
+
+    images: Sequence[Image]
+    stored: Sequence[torch.Tensor]
+    device: torch.device
+    constant: Constant | None = None
+
+    def placed(self) -> list[torch.Tensor]:
+        """The boxes on the device, in the types that the model is given."""
+        pairs = zip(self.images, self.stored, strict=True)
+        return [
+            image.place(box) if isinstance(image, Source) else box.to(self.device, non_blocking=True)
+            for image, box in pairs
+        ]
 
 
 class Reader:
-    """Reads the images' boxes for the tasks of one pass, which come in this order; a context."""
+    """Reads the images' boxes for the tasks of one pass, which come in this order; a context.
 
-    def __init__(self, images: Sequence[Image], tasks: Sequence[TileTask], device: torch.device) -> None:
-        self._images, self._device = images, device
-        self._outside = [isinstance(image, Source) or image.device != device for image in images]
-        self._threads = ThreadPoolExecutor(1, "fxstream-read") if any(self._outside) else None
-        self._ahead: dict[TileTask, Future[list[torch.Tensor]]] = {}
-        self._overlaps = [
-            _Overlaps(image, [task.reads[k] for task in tasks]) if isinstance(image, Source) else None
-            for k, image in enumerate(images)
-        ]
+    `dims` are the tiled dims of each image where it is to be told whether boxes are constant along them.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Image],
+        tasks: Sequence[TileTask],
+        device: torch.device,
+        what: str = "",
+        dims: Sequence[Dims] = (),
+    ) -> None:
+        self._images, self._device, self._what = images, device, what
+        self._dims = dims or [None] * len(images)
+        self._pools: dict[tuple[str, int], ThreadPoolExecutor] = {}
+        self._places = [[Box.of(r, i.shape) for r, i in zip(t.reads, images, strict=True)] for t in tasks]
+        self._parts = [self._part(k, image) for k, image in enumerate(images)]
+        self._ahead: deque[list[Future[Stored]]] = deque()
+        self._next, self._waited, self._began = 0, 0.0, time.perf_counter()
+
+    def _part(self, k: int, image: Image) -> Blocks | Copies | Views:
+        dims = self._dims[k]
+        if isinstance(image, Source):
+            most = MOST_HELD // sum(isinstance(one, Source) for one in self._images)
+            pools = self._pool("read", image.readers), self._pool("join", image.readers)
+            return Blocks(image, [boxes[k] for boxes in self._places], most, *pools, self._device, dims)
+        if image.device == self._device:
+            return Views(image, dims)
+        return Copies(image, self._device, self._pool("read", 1), dims)
+
+    def _pool(self, work: str, threads: int) -> ThreadPoolExecutor:
+        """Threads for some work; arrays that only one thread may read have that in common."""
+        if (work, threads) not in self._pools:
+            self._pools[work, threads] = ThreadPoolExecutor(threads, f"fxstream-{work}")
+        return self._pools[work, threads]
 
     def __enter__(self) -> Reader:
+        self._began = time.perf_counter()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._threads is not None:
-            self._threads.shutdown(wait=True, cancel_futures=True)
+        for pool in self._pools.values():
+            pool.shutdown(wait=True, cancel_futures=True)
+        if error is None:
+            for source in (image for image in self._images if isinstance(image, Source)):
+                source.require_complete()
+            if self.note:
+                logger.info("%s%s: more threads (source(..., readers=)), or a faster store", self._what, self.note)
 
-    def read(self, task: TileTask, following: TileTask | None = None) -> list[torch.Tensor]:
-        """What one tile reads of each image, on the device; starts to read for the one that follows."""
-        if self._threads is None:
-            return [image[box] for image, box in zip(self._images, task.reads, strict=True)]
-        now = self._ahead.pop(task, None) or self._threads.submit(self._stored, task)
-        stored = now.result()
-        if following is not None and following not in self._ahead:
-            self._ahead[following] = self._threads.submit(self._stored, following)
-        return [
-            image.place(tensor) if isinstance(image, Source) else tensor.to(self._device, non_blocking=True)
-            for image, tensor in zip(self._images, stored, strict=True)
-        ]
+    @property
+    def note(self) -> str:
+        """What part of the time the computation waited for reading, in words; empty where that is little."""
+        share = self._waited / max(time.perf_counter() - self._began, 1e-9)
+        return f", reading {share:.0%} of the time" if self._pools and share >= NOTABLE else ""
 
-    def _stored(self, task: TileTask) -> list[torch.Tensor]:
-        """The boxes as they are stored; tensors of the host ready to be copied to the device."""
-        stored = []
-        for image, box, overlaps, outside in zip(
-            self._images, task.reads, self._overlaps, self._outside, strict=True
-        ):
-            if overlaps is not None:
-                stored.append(overlaps.read(box))
-            else:
-                stored.append(staged(image[box], self._device) if outside else image[box])
-        return stored
+    def read(self, task: TileTask) -> Boxes:
+        """What one tile reads of each image; goes on reading for those that follow."""
+        boxes = [Box.of(read, image.shape) for read, image in zip(task.reads, self._images, strict=True)]
+        futures = self._planned(boxes)
+        if futures is None:
+            futures = [part.ask(box) for part, box in zip(self._parts, boxes, strict=True)]
+        self._read_ahead()
+        began = time.perf_counter()
+        results = [future.result() for future in futures]
+        if is_idle(self._device):
+            self._waited += time.perf_counter() - began
+        values = [result.constant for result in results]
+        constant = None if None in values else tuple(value for value in values if value is not None)
+        return Boxes(self._images, [result.box for result in results], self._device, constant)
 
+    def _planned(self, boxes: list[Box]) -> list[Future[Stored]] | None:
+        """What was asked for of the tile that comes next; tiles before it are left out (rule 4)."""
+        try:
+            index = self._places.index(boxes, self._next)
+        except ValueError:
+            return None
+        futures = None
+        while self._next <= index:
+            if not self._ahead:
+                self._start()
+            futures = self._ahead.popleft()
+            for part in self._parts:
+                part.take()
+            self._next += 1
+        return futures
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A slab of a box that was read before: its box and its pixels."""
+    def _start(self) -> None:
+        """Begin to read for the first tile that is not yet begun."""
+        boxes = self._places[self._next + len(self._ahead)]
+        self._ahead.append([part.start(box) for part, box in zip(self._parts, boxes, strict=True)])
 
-    box: Box
-    pixels: torch.Tensor
-
-
-class _Overlaps:
-    """Reads boxes of a source, and holds what a box shares with the next one along each axis until that comes."""
-
-    def __init__(self, source: Source, subscripts: Sequence[Subscript]) -> None:
-        self._source = source
-        self._dims = tuple(range(1, source.ndim))
-        self._sharing = shared_boxes([self._box(subscript) for subscript in subscripts])
-        self._pieces: dict[Box, list[_Piece]] = {}
-        self._bytes = 0
-
-    def _box(self, subscript: Subscript) -> Box:
-        """The box along all dims but the batch: labels and weights have no channels."""
-        return Box(Box.of(subscript, self._source.shape).intervals[1:])
-
-    def read(self, subscript: Subscript) -> torch.Tensor:
-        """A box as it is stored: what is held of it, and the rest from the source."""
-        box = self._box(subscript)
-        pieces = self._pieces.pop(box, [])
-        rest = box
-        for piece in pieces:
-            rest = without(rest, piece.box)
-        values = self._assembled(box, rest, pieces)
-        self._bytes -= sum(piece.pixels.nbytes for piece in pieces)
-        for shared, following in self._sharing.get(box, ()):
-            size = math.prod(shared.shape) * values.shape[0] * values.itemsize
-            if self._bytes + size <= MOST_HELD:
-                piece = _Piece(shared, values[self._inside(box, shared)].clone())
-                self._pieces.setdefault(following, []).append(piece)
-                self._bytes += size
-        return values
-
-    def _assembled(self, box: Box, rest: Box, pieces: Sequence[_Piece]) -> torch.Tensor:
-        if not pieces:
-            return self._source.read(box.index(self._dims, self._source.ndim))
-        sample = pieces[0].pixels
-        whole = sample.new_empty((sample.shape[0], *box.shape))
-        for piece in pieces:
-            whole[self._inside(box, piece.box)] = piece.pixels
-        if all(rest.shape):
-            whole[self._inside(box, rest)] = self._source.read(rest.index(self._dims, self._source.ndim))
-        return whole
-
-    def _inside(self, box: Box, part: Box) -> Subscript:
-        """The subscript of a part in a tensor that holds the box."""
-        moved = (Interval(p.start - b.start, p.stop - b.start) for p, b in zip(part, box, strict=True))
-        return Box(tuple(moved)).index(self._dims, self._source.ndim)
-
-
-def shared_boxes(boxes: Iterable[Box]) -> dict[Box, list[tuple[Box, Box]]]:
-    """What each box shares with the next one that differs from it along one axis only, and that next box.
-
-    >>> row = [Box((Interval(0, 4), Interval(start, start + 3))) for start in (0, 2)]
-    >>> [(str(shared), str(following)) for shared, following in shared_boxes(row)[row[0]]]
-    [('[0:4, 2:3]', '[0:4, 2:5]')]
-    """
-    shares: dict[Box, list[tuple[Box, Box]]] = {}
-    last: dict[tuple[int, tuple[Interval, ...]], Box] = {}
-    for box in boxes:
-        for axis, along in enumerate(box):
-            others = (axis, (*box.intervals[:axis], *box.intervals[axis + 1 :]))
-            before = last.get(others)
-            last[others] = box
-            if before is None or before == box or not all(box.shape):
-                continue
-            other = before.intervals[axis]
-            shared = Interval(max(along.start, other.start), min(along.stop, other.stop))
-            if len(shared):
-                slab = Box((*box.intervals[:axis], shared, *box.intervals[axis + 1 :]))
-                shares.setdefault(before, []).append((slab, box))
-    return shares
-
-
-def without(box: Box, slab: Box) -> Box:
-    """The box less a slab at one of its ends; the box itself where the slab is none of it.
-
-    >>> print(without(Box((Interval(0, 4), Interval(2, 9))), Box((Interval(0, 9), Interval(0, 5)))))
-    [0:4, 5:9]
-    """
-    for axis, (whole, part) in enumerate(zip(box, slab, strict=True)):
-        others = zip(box, slab, strict=True)
-        covers = all(p.start <= b.start and p.stop >= b.stop for k, (b, p) in enumerate(others) if k != axis)
-        if not covers:
-            continue
-        if part.start <= whole.start < part.stop:
-            return Box((*box.intervals[:axis], Interval(part.stop, whole.stop), *box.intervals[axis + 1 :]))
-        if part.start < whole.stop <= part.stop:
-            return Box((*box.intervals[:axis], Interval(whole.start, part.start), *box.intervals[axis + 1 :]))
-    return box
+    def _read_ahead(self) -> None:
+        """Rule 3: begin to read for the tiles that follow."""
+        while (index := self._next + len(self._ahead)) < len(self._places):
+            pairs = zip(self._parts, self._places[index], strict=True)
+            if self._ahead and not all(part.has_room(box) for part, box in pairs):
+                break
+            self._start()

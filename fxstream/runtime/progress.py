@@ -58,4 +58,4 @@ class Bar:
             )
             self._task = self._shown.add_task(what, total=total)
             self._shown.start()
-        self._shown.update(self._task, completed=done, total=total)
+        self._shown.update(self._task, description=what, completed=done, total=total)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,8 +56,9 @@ class TileTask:
 class Schedule:
     """The tiles of a segment that run here, in order, and the programs of their classes; it may change.
 
-    A program is made when the first tile of its class is. `is_reduced` says that tiles had to be made smaller;
-    `every` are the tiles of the plan, whoever runs them.
+    A program is made when the first tile of its class is. `is_reduced` says that tiles had to be made smaller,
+    `repeated` how many got the results of an equal one in the last forward; `every` are the tiles of the plan,
+    whoever runs them.
     """
 
     def __init__(self, plan: SegmentPlan, compile_tiles: bool) -> None:
@@ -69,6 +69,7 @@ class Schedule:
         self._classes: dict[tuple[int, ...], int] = {}
         self.programs: list[TileProgram] = []
         self.is_reduced = False
+        self.repeated = 0
         if plan.axes:
             recomputed = plan.tile_count - plan.kept
             self.tasks = tuple(self.task(tile, i >= recomputed) for i, tile in enumerate(plan.tiles()))
@@ -189,19 +190,31 @@ class Stream:
         """A block that every rank runs; if it fails on one, all raise."""
         return contextlib.nullcontext() if self.ranks is None else self.ranks.raise_together()
 
+    @property
+    def repeated_text(self) -> str:
+        """How many tiles got the results of an equal one in the last forward, in words; empty where none did."""
+        repeated, name = self.schedule.repeated, self.plan.segment.name
+        return (
+            f"{name}: {repeated} of {len(self.schedule.tasks)} tiles were blank as another one" if repeated else ""
+        )
+
+    def title(self, what: str) -> str:
+        """A pass over the tiles in words."""
+        return f"{self.plan.segment.name} {what}"
+
     @contextlib.contextmanager
-    def watched(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """Progress callback for one pass; always reports completion, also on error."""
+    def watched(self, what: str) -> Iterator[Callable[[int, int, str], None]]:
+        """Progress callback for one pass, with a note; always reports completion, also on error."""
         watch = self.watch if self.plan.axes else None
-        report = functools.partial(watch or _nobody, f"{self.plan.segment.name} {what}")
+
+        def report(done: int, total: int, note: str) -> None:
+            if watch is not None:
+                watch(self.title(what) + note, done, total)
+
         try:
             yield report
         finally:
-            report(1, 1)
-
-
-def _nobody(what: str, done: int, total: int) -> None:
-    """Nobody watches."""
+            report(1, 1, "")
 
 
 def build_stream(

@@ -23,6 +23,8 @@ NOTE [the stream as one differentiable function]
    end of a pass (`ranks`), after all have reported that they came that far.
 11. Offloaded outputs lie in host memory, and so do their gradients: tiles write their rectangles there, the reader
    brings boxes back, as of an image in host memory.
+12. Tiles of one class that read the same constants are computed once (`equal_tiles`): forward copies the results,
+   and backward pulls the sum of their gradients back through one of them.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -34,12 +34,16 @@ class Recorded:
 
 @dataclass(slots=True, eq=False)
 class TileRun:
-    """One tile of one call of a segment: its partial results of reductions by output, its graph if it is kept."""
+    """One tile of one call of a segment: its partial results of reductions by output, its graph if it is kept.
+
+    Tiles of one `key` have the same results.
+    """
 
     task: TileTask
     partials: dict[int, torch.Tensor]
     recorded: Recorded | None = None
     gradients: dict[int, torch.Tensor] | None = None
+    key: Hashable | None = None
 
 
 @dataclass(frozen=True, slots=True)

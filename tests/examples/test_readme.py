@@ -84,14 +84,13 @@ def test_fit_a_memory(run, capsys):
 def test_a_slide_on_disk(run, tmp_path):
     """A pyramidal, tiled and compressed TIFF; the loss and the gradients are those of the plain network."""
     tifffile = pytest.importorskip("tifffile")
-    pytest.importorskip("zarr")
     pixels = np.random.default_rng(0).integers(0, 256, (300, 270, 3), dtype=np.uint8)
     options = {"tile": (64, 64), "photometric": "rgb", "compression": "zlib"}
     with tifffile.TiffWriter(tmp_path / "slide.tif") as file:
         file.write(pixels, subifds=1, **options)
         file.write(pixels[::2, ::2], subfiletype=1, **options)
     names = run("A slide on disk", **{"optimiser.step()": ""})
-    names["slide"].store.close()
+    names["file"].close()
     model, network = names["model"], names["network"]
     assert not model.plan.is_trivial
     streamed = [parameter.grad.clone() for parameter in network.parameters()]
@@ -192,6 +191,7 @@ def test_blocks_of_the_guides(guide, tmp_path, monkeypatch):
         "image": torch.rand(1, 3, 256, 256),
         "criterion": torch.nn.MSELoss(),
         "label": torch.zeros(1, 1, 500, 450),
+        "tissue": np.arange(50 * 45).reshape(50, 45) % 7 > 2,
     }
     names |= {
         "model": fxstream.compile(network, memory="9MiB"),
@@ -202,8 +202,8 @@ def test_blocks_of_the_guides(guide, tmp_path, monkeypatch):
         for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
             exec(block, names)
     finally:
-        if "slide" in names:
-            names["slide"].store.close()
+        if "file" in names:
+            names["file"].close()
         with contextlib.suppress(KeyError):
             unregister_rule("mylib::soft_threshold")
 

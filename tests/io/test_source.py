@@ -186,7 +186,7 @@ def test_errors_name_region_and_source():
     broken = failing_after(bytes_image(43, 58, 3), 3)
     with (
         torch.no_grad(),
-        pytest.raises(fxstream.StreamError, match=r"reading \[0:1?\d.*, \d+:\d+, 0:3\] of .*Failing"),
+        pytest.raises(fxstream.StreamError, match=r"reading \[\d+:\d+, \d+:\d+, 0:3\] of .*Failing"),
     ):
         module(fxstream.source(broken, layout="HWC"))
     with torch.no_grad(), pytest.raises(fxstream.StreamError, match="disk on fire"):

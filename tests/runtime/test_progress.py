@@ -2,6 +2,8 @@
 
 import io
 import logging
+import re
+import time
 
 import pytest
 import torch
@@ -22,6 +24,29 @@ def test_each_pass_has_a_bar():
     assert "segment_0 backward" in text
     assert "tiles/s" in text
     assert fxstream.inspect(module).shared.watch._shown is None
+
+
+class Slow:
+    """A store that takes a while for every box."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+    def __getitem__(self, index):
+        time.sleep(0.02)
+        return self.array[index]
+
+
+def test_the_bar_says_when_the_computation_waits_for_reading():
+    console = Console(force_terminal=True, width=120, record=True, file=io.StringIO())
+    module = fxstream.compile(nn.Conv2d(2, 3, 3), tile=8, segments=1, verify=False, progress=True)
+    fxstream.inspect(module).shared.watch._console = console
+    with torch.no_grad():
+        module(Slow(torch.randn(1, 2, 26, 20).numpy()))
+        text = console.export_text()
+        module(torch.randn(1, 2, 26, 20))
+    assert re.search(r"segment_0 forward, reading \d+% of the time", text)
+    assert "of the time" not in console.export_text()
 
 
 def test_the_stages_of_the_first_call_are_shown_told_and_timed(caplog):
