@@ -14,7 +14,9 @@ NOTE [the cost model]
    own; gradients of weights from there to the end.
 3. Results that are views of an input, and gradients that are views of another (of a sum, a concatenation), are no
    new memory. Neither are results of operators that take over their input's memory.
-4. Of workspaces inside an operator only the gradients of what it keeps of its own are counted. Everything but
+4. Where a normalisation runs whole, which was taken apart into moments and an affine map, it is one operator: one
+   call, and one gradient of its input. Its traffic is that of the two.
+5. Of workspaces inside an operator only the gradients of what it keeps of its own are counted. Everything but
    weights scales with the share of the pixels.
 """
 
@@ -27,6 +29,7 @@ import torch
 
 from fxstream.graph.functionalize import WAS_IN_PLACE
 from fxstream.graph.typed_graph import Saves, TypedGraph
+from fxstream.lowering.whole import result_of
 from fxstream.machine.speeds import Machine
 
 __all__ = ["Costs", "Part"]
@@ -59,6 +62,8 @@ class Costs:
         self.allocated = self._allocated()
         self.results, self.kept = self._results()
         self.gradients, self.temporaries = self._gradients(), self._temporaries()
+        self.wholes = self._normalisations()
+        """The places of the results of normalisations that were taken apart, by those of their moments."""
         self.outer: dict[str, int] = {}
         """The values that the run reads from outside, and the index of the last operator that reads each."""
         for i, name in enumerate(self.nodes):
@@ -73,9 +78,13 @@ class Costs:
             self.weight_bytes |= weights
         self.weight_gradients = _vector(gradients)
 
-    def part(self, start: int = 0, stop: int | None = None) -> Part:
-        """The operators from `start` up to, not including, `stop`."""
-        return Part(self, start, len(self.nodes) if stop is None else stop)
+    def part(self, start: int = 0, stop: int | None = None, is_whole: bool = False) -> Part:
+        """The operators from `start` up to, not including, `stop`, that run whole or on tiles."""
+        return Part(self, start, len(self.nodes) if stop is None else stop, is_whole)
+
+    def _normalisations(self) -> dict[int, int]:
+        results = {name: result_of(self._graph[name].node) for name in self.nodes}
+        return {self.place[n]: self.place[r] for n, r in results.items() if r is not None and r in self.place}
 
     def _saves(self, name: str) -> Saves:
         saves = self._graph[name].saves
@@ -177,10 +186,14 @@ class Costs:
 
 
 class Part:
-    """A span of a run. Shares are a vector over the nodes of the whole run: what a tile holds of each."""
+    """A span of a run. Shares are a vector over the nodes of the whole run: what a tile holds of each.
 
-    def __init__(self, costs: Costs, start: int, stop: int) -> None:
+    Where it `is_whole` a normalisation is one operator (note 4).
+    """
+
+    def __init__(self, costs: Costs, start: int, stop: int, is_whole: bool = False) -> None:
         self.costs, self.start, self.stop = costs, start, stop
+        self._fused = [m for m, r in costs.wholes.items() if start <= m and r < stop] if is_whole else []
         self.turn = stop - start
         """The step between forward and backward."""
         results, gradients, temporaries = (
@@ -189,6 +202,7 @@ class Part:
         )
         gradients = gradients[gradients[:, 1] < stop]
         temporaries = temporaries[temporaries[:, 1] < stop]
+        temporaries = temporaries[~torch.isin(temporaries[:, 1], torch.tensor(self._fused, dtype=torch.int64))]
         weights = torch.arange(start, stop)
         forward, backward = weights - start, 2 * self.turn - 1 - (weights - start)
         never = torch.tensor(2 * self.turn)
@@ -258,7 +272,9 @@ class Part:
         of_span = shares[..., span]
         present = (of_span > 0).double()
         work = of_span @ (self.costs.macs[span] / machine.macs + self.costs.moved[span] / machine.bandwidth)
-        work = work + present @ self.costs.calls[span] * machine.call
+        calls = self.costs.calls.clone()
+        calls[self._fused] = 0.0
+        work = work + present @ calls[span] * machine.call
         if machine.fresh < math.inf:
             by, like, size = self._allocated.unbind(-1)
             allocated = size * shares[..., like] * (shares[..., by] > 0)

@@ -55,7 +55,8 @@ def add_rules(table: RuleTable) -> None:
         table.add(f"aten::{name}", "pointwise", broadcast)
     table.add("fxstream::dropout", "pointwise", pointwise)
     table.add("aten::batch_norm", "pointwise", batch_norm)
-    table.add("aten::prelu", "pointwise", prelu)
+    table.add("aten::prelu", "pointwise", with_operands)
+    table.add("fxstream::normalise", "pointwise", with_operands)
     table.add("aten::rrelu", "pointwise", rrelu)
 
 
@@ -109,8 +110,8 @@ def batch_norm(call: Call) -> Answer:
     return per_channel(call, image)
 
 
-def prelu(call: Call) -> Answer:
-    """One slope per channel."""
+def with_operands(call: Call) -> Answer:
+    """Operands per channel."""
     return per_channel(call, call["self"])
 
 
