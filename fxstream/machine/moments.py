@@ -196,13 +196,12 @@ def normalise(
     tensor([[[0., 2.]]])
     """
     if len(tensor) == len(scale) and (len(tensor) == 1 or tensor.is_contiguous()):
-        operands = (operand.flatten() for operand in (scale, shift, centre, unit))
-        flat = tensor.reshape(1, -1, *tensor.shape[2:])
-        return torch.batch_norm(flat, *operands, False, 0.0, 0.0, False).view_as(tensor)
+        flat = [operand.flatten() for operand in (scale, shift, centre, unit)]
+        rows = tensor.reshape(1, -1, *tensor.shape[2:])
+        return torch.ops.aten.batch_norm(rows, *flat, False, 0.0, 0.0, False).view_as(tensor)
     axes = [1] * (tensor.ndim - 2)
-    operands = (scale * unit.rsqrt(), shift, centre)
-    scale, shift, centre = (operand.view(*operand.shape, *axes) for operand in operands)
-    return torch.addcmul(shift, tensor - centre, scale).to(tensor.dtype)
+    spread = [operand.view(*operand.shape, *axes) for operand in (scale * unit.rsqrt(), shift, centre)]
+    return torch.addcmul(spread[1], tensor - spread[2], spread[0]).to(tensor.dtype)
 
 
 @operator(
