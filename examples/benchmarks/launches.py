@@ -1,12 +1,12 @@
 """What a training step asks of the device: calls of operators, and the bytes that these read and write.
 
-ResNet-50 with batch statistics, in shares of the plain network's memory, beside the plain network: what a GPU needs
-launches and bandwidth for, counted on any machine. Tensors are fake: they have a size and no memory. Calls are those
-that reach the device's kernels, in forward and backward; views and what has no tensor are not among them. With
-`--profile` tensors are real, and calls are also those that torch.profiler sees, with their time.
+ResNet-50 with batch statistics, in shares of the plain network's memory, beside the plain network: what a GPU
+needs launches and bandwidth for, counted on any machine. Tensors are fake: they have a size and no memory. Calls
+are those that reach the device's kernels, in forward and backward; views and what has no tensor are not among
+them. With `--profile` tensors are real, and calls are also those that torch.profiler sees, with their time.
 
-    python examples/benchmarks/launches.py                              # at 4096 pixels: two minutes
-    python examples/benchmarks/launches.py --size 640 --real --profile  # real tensors
+    python examples/benchmarks/launches.py --planned-for cuda --channels-last  # at 4096 pixels: two minutes
+    python examples/benchmarks/launches.py --size 640 --real --profile         # real tensors
 """
 
 import argparse
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxstream
 from fxstream.io.inputs import inputs_of
-from fxstream.machine import heap
+from fxstream.machine import heap, speeds
 from fxstream.tools.model_spec import load
 
 PASSED = ("prim.device.default", "aten.detach.default", "aten.promote_types.default", "aten.empty.memory_format")
@@ -55,9 +55,10 @@ class Workload:
         torch.manual_seed(0)
         self.model, shape = load(options.network, weights=True).train(), (1, 3, options.size, options.size)
         self.image = torch.randn(shape) if options.real else torch.zeros(1).expand(shape)
-        if options.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)
-            self.image = self.image.contiguous(memory_format=torch.channels_last)
+        self.layout = torch.channels_last if options.channels_last else torch.contiguous_format
+        if options.real:
+            self.model = self.model.to(memory_format=self.layout)
+            self.image = self.image.to(memory_format=self.layout)
         self.fakes = FakeTensorMode() if not options.real else contextlib.nullcontext()
 
     def plain(self):
@@ -67,7 +68,7 @@ class Workload:
         return functools.partial(torch.func.functional_call, self.model, tensors, self._as_run(self.image))
 
     def streamed(self, memory):
-        """The same within a memory, and its plan. It is planned with real tensors, which nothing is computed of."""
+        """The same within a memory, and its plan. It is planned with real tensors, and not run."""
         module = fxstream.compile(self.model, memory=memory, verify=False)
         prepared = module.pipeline.prepared(inputs_of(self.model, (self.image,), {}))
         tensors = [self._as_run(t) for t in (*prepared.analysis.captured.model_tensors(self.model), self.image)]
@@ -75,8 +76,9 @@ class Workload:
 
     def _as_run(self, tensor):
         if isinstance(self.fakes, FakeTensorMode):
-            fake = self.fakes.from_tensor(tensor.detach())
-            return fake.contiguous().requires_grad_(tensor.requires_grad)
+            fake = self.fakes.from_tensor(tensor.detach()).contiguous()
+            fake = fake.to(memory_format=self.layout) if fake.ndim == 4 else fake
+            return fake.requires_grad_(tensor.requires_grad)
         return tensor
 
     def calls(self, function):
@@ -136,10 +138,13 @@ def main():
     parser.add_argument("--shares", type=float, nargs="+", default=[0.6, 0.4, 0.25])
     parser.add_argument("--real", action="store_true", help="real tensors, which need the memory that they have")
     parser.add_argument("--profile", action="store_true", help="also by torch.profiler; needs --real")
-    parser.add_argument("--channels-last", action="store_true", help="needs --real")
+    parser.add_argument("--channels-last", action="store_true", help="the memory format of GPUs")
+    parser.add_argument("--planned-for", choices=speeds.ACCELERATORS, help="with the speeds of another device")
     parser.add_argument("--most", type=int, default=0, help="also the operators of the most bytes")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if options.planned_for:
+        speeds.Machine.of = staticmethod(lambda device: speeds.ACCELERATORS[options.planned_for])
     table, listed = table_of(options)
     console = Console(width=110)
     console.print(table)

@@ -25,6 +25,7 @@ from fxstream.machine.speeds import Machine
 from fxstream.machine.units import bytes_text
 from fxstream.planning.estimate import CostContext, Prediction, keep_graphs, predict
 from fxstream.planning.memory_region import memory_search
+from fxstream.planning.normalised import with_normalisations_whole
 from fxstream.planning.partition import FEW_SWEEPS
 from fxstream.planning.search import Search, Span, State
 from fxstream.planning.tile_region import spans_within_tile
@@ -252,7 +253,7 @@ def _segments(graph: TypedGraph, request: Request, spans: Sequence[Span]) -> tup
     A span that cannot be one stays in the dense graph.
     """
     plans: list[SegmentPlan] = []
-    for i, span in enumerate(spans):
+    for i, span in enumerate(with_normalisations_whole(graph, spans)):
         if span.counts == ():
             whole = whole_segment(graph, f"segment_{i}", span.nodes)
             plans += [plan_whole(optimised(whole))] if whole is not None else []
