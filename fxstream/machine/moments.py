@@ -198,7 +198,8 @@ def normalise(
     if len(tensor) == len(scale) and (len(tensor) == 1 or tensor.is_contiguous()):
         flat = [operand.flatten() for operand in (scale, shift, centre, unit)]
         rows = tensor.reshape(1, -1, *tensor.shape[2:])
-        return torch.ops.aten.batch_norm(rows, *flat, False, 0.0, 0.0, False).view_as(tensor)
+        result: torch.Tensor = torch.ops.aten.batch_norm(rows, *flat, False, 0.0, 0.0, False)
+        return result.view_as(tensor)
     axes = [1] * (tensor.ndim - 2)
     spread = [operand.view(*operand.shape, *axes) for operand in (scale * unit.rsqrt(), shift, centre)]
     return torch.addcmul(spread[1], tensor - spread[2], spread[0]).to(tensor.dtype)

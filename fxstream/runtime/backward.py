@@ -69,7 +69,11 @@ class Backward:
         waiting = [run.task for run in reversed(runs) if run.recorded is None]
         done = 0
         reading = Reader(self._inputs.spatial, waiting, self._inputs.device)
-        with reading as reader, heap_kept(self._inputs.device), self._stream.watched("backward") as report:
+        with (
+            reading as reader,
+            heap_kept(self._inputs.device, len(runs)),
+            self._stream.watched("backward") as report,
+        ):
             while runs:
                 following = runs[-2].task if len(runs) > 1 and runs[-2].recorded is None else None
                 pulled = catch_oom(functools.partial(self._pulled_back, runs[-1], grads, reader, following))
@@ -77,15 +81,9 @@ class Backward:
                     self._degrade(runs, reader, pulled)
                     continue
                 runs.pop().recorded = None
-                retried(self._stream, self._commit, pulled)
+                retried(self._stream, self._sums.add_all, pulled)
                 done += 1
                 report(done, done + len(runs))
-
-    def _commit(self, contributions: list[Contribution]) -> None:
-        """Accumulate what one tile gives; what is accumulated leaves the list, so that this can be repeated."""
-        while contributions:
-            self._sums.add(*contributions[-1])
-            contributions.pop()
 
     def _degrade(self, runs: list[TileRun], reader: Reader, failure: OutOfMemory) -> None:
         """Rule 9: give up kept graphs, or put two halves in the place of the last tile."""

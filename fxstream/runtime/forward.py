@@ -47,7 +47,11 @@ class Forward:
 
     def _run_tiles(self, tasks: list[TileTask]) -> None:
         reading = Reader(self._inputs.spatial, tasks, self._inputs.device)
-        with reading as reader, heap_kept(self._inputs.device), self._stream.watched("forward") as report:
+        with (
+            reading as reader,
+            heap_kept(self._inputs.device, len(tasks)),
+            self._stream.watched("forward") as report,
+        ):
             while len(self.runs) < len(tasks):
                 run = catch_oom(functools.partial(self._run, reader, *tasks[len(self.runs) :][:2]))
                 if isinstance(run, OutOfMemory):
