@@ -93,3 +93,12 @@ def test_statistics_come_with_the_result():
     torch.testing.assert_close(result, torch.nn.functional.batch_norm(image, None, None, training=True))
     variance, mean = torch.var_mean(image, (0, 2, 3))
     torch.testing.assert_close(moments[::2], torch.stack([mean, variance]))
+
+
+def test_draws_between_normalisations_wait_for_no_statistics():
+    """An update of statistics before a draw, both around one checkpoint that makes the one and reads the other."""
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout2d(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)]
+    module = compiled(nn.Sequential(*layers).double())
+    run_whole(module)
+    module(torch.randn(IMAGE, dtype=torch.double)).sum().backward()
+    assert [stream.plan.axes for stream in streams(module)] == [()]
