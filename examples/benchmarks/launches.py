@@ -144,7 +144,7 @@ def main():
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.planned_for:
-        speeds.Machine.of = staticmethod(lambda device: speeds.ACCELERATORS[options.planned_for])
+        speeds.Machine.of = staticmethod(lambda device, is_shared=False: speeds.ACCELERATORS[options.planned_for])
     table, listed = table_of(options)
     console = Console(width=110)
     console.print(table)

@@ -37,7 +37,7 @@ FIRST_CALL = 45.0
 
 @dataclass(frozen=True)
 class Way:
-    """Arguments of `fxstream.compile`, with `share` of the memory; the most that the ratio, or milliseconds, may be."""
+    """Arguments of `fxstream.compile`, a `share` of the memory, the most that the ratio or milliseconds may be."""
 
     label: str
     limit: float

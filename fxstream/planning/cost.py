@@ -7,7 +7,8 @@ NOTE [the cost model]
    weights are slow. Memory that the operating system maps anew costs more than traffic: on the CPU that
    are results above the size that the C library reuses, and the copies of its input and result that
    a convolution lays out for itself. Small tiles can be faster than the plain network for that alone. Whether the
-   process has an allocator that reuses large memory too is tried out once.
+   process has an allocator that reuses large memory too is tried out once. On accelerators, operators on tensors
+   of 2^31 elements or more take kernels that are many times slower, which tiles avoid.
 2. Memory is a sum of lifetimes on a line of steps: operator `n` of `N` runs forward at step `n` and backward
    at step `2N - 1 - n`. A result lives until its last reader has run, and if autograd keeps it, until the
    backward of the first reader that needs it; the gradient of a value from the backward of its last reader to its
@@ -28,9 +29,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from fxstream.graph.functionalize import WAS_IN_PLACE
-from fxstream.graph.typed_graph import Saves, TypedGraph
+from fxstream.graph.typed_graph import Saves, TypedGraph, TypedNode
 from fxstream.lowering.whole import result_of
-from fxstream.machine.speeds import Machine
+from fxstream.machine.speeds import LARGE, Machine
 
 __all__ = ["Costs", "Part"]
 
@@ -53,7 +54,8 @@ class Costs:
         self.nodes = tuple(nodes)
         self.place = {name: i for i, name in enumerate(self.nodes)}
         self._graph, self._plain = graph, plain
-        self.macs = _vector(graph[name].macs for name in self.nodes)
+        self.arithmetic = _vector(graph[name].macs / machine.rate(_dtype(graph[name])) for name in self.nodes)
+        self.largest = _vector(self._largest(name) for name in self.nodes)
         self.sizes = [graph[name].bytes for name in self.nodes]
         self.calls = _vector(self._saves(name).views is None for name in self.nodes)
         self.weights = _vector(sum(self._weights(name).values()) for name in self.nodes)
@@ -95,6 +97,11 @@ class Costs:
         """The parameters that a node reads and their bytes; running statistics count too, and are small."""
         inputs = (self._graph[one] for one in self._graph[name].inputs)
         return {one.name: one.bytes for one in inputs if one.is_parameter}
+
+    def _largest(self, name: str) -> int:
+        """Elements of the largest tensor that a node reads or makes."""
+        nodes = (self._graph[one] for one in (name, *self._graph[name].inputs))
+        return max((value.elements for node in nodes for value in node.values), default=0)
 
     def _moved(self, name: str) -> int:
         return sum(self._graph[one].bytes for one in (name, *self._graph[name].inputs))
@@ -269,9 +276,8 @@ class Part:
     def seconds(self, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predicted seconds of one forward and of one backward of a tile with these shares (note 1)."""
         span, machine = slice(self.start, self.stop), self.costs.machine
-        of_span = shares[..., span]
-        present = (of_span > 0).double()
-        work = of_span @ (self.costs.macs[span] / machine.macs + self.costs.moved[span] / machine.bandwidth)
+        present = (shares[..., span] > 0).double()
+        work = self._work(shares[..., span], span)
         calls = self.costs.calls.clone()
         calls[self._fused] = 0.0
         work = work + present @ calls[span] * machine.call
@@ -281,6 +287,17 @@ class Part:
             work = work + (allocated * (allocated > machine.reused)).sum(-1) / machine.fresh
         read = present @ self.costs.weights[span] / machine.bandwidth
         return work + read, BACKWARD * work + WEIGHTS_BACKWARD * read
+
+    def _work(self, of_span: torch.Tensor, span: slice) -> torch.Tensor:
+        """Seconds of arithmetic and traffic, with these shares of the span's nodes."""
+        costs, machine = self.costs, self.costs.machine
+        each = costs.arithmetic[span] + costs.moved[span] / machine.bandwidth
+        slow = torch.where(of_span * costs.largest[span] >= LARGE, machine.beyond, 1.0)
+        return (of_span * slow) @ each
+
+
+def _dtype(node: TypedNode) -> torch.dtype:
+    return node.values[0].dtype if node.values else torch.float32
 
 
 def _vector(values: Iterable[float]) -> torch.Tensor:

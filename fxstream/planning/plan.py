@@ -123,7 +123,7 @@ def make_plan(
     """
     if not graph.costed:
         graph = reuse_memory(graph.with_saves(saves_of(graph)))
-    offload, machine = request.offload and is_accelerator(device), Machine.of(device)
+    offload, machine = request.offload and is_accelerator(device), Machine.of(device, is_shared=ranks > 1)
     context = CostContext(graph, machine, training, differentiated, outside, written, ranks, offload)
     if request.tile is None:
         segments, prediction = _fastest(context, request, budget_of(request.memory, device))
@@ -226,8 +226,11 @@ def _too_little(graph: TypedGraph, memory: int, least: int, binding: str) -> Pla
 
 
 def _may_be_faster(context: CostContext, plain: Prediction) -> bool:
-    """Whether a plan may be faster than the plain network: it computes no less, but may allocate less afresh."""
-    reused = replace(context, machine=replace(context.machine, fresh=math.inf))
+    """Whether a plan may be faster than the plain network.
+
+    It computes no less, but may allocate less afresh, and in smaller tensors.
+    """
+    reused = replace(context, machine=replace(context.machine, fresh=math.inf, beyond=1.0))
     return context.ranks > 1 or predict(reused, ()).seconds < FASTER * plain.seconds
 
 
