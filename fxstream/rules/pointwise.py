@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from fxstream.geometry.receptive_field import BROADCAST, IDENTITY, AxisMap
+from fxstream.machine.affine import BATCH_NORM
 from fxstream.rules.access import Read, Value
 from fxstream.rules.patterns import Pointwise
 from fxstream.rules.reasons import NotTileable, Reason
@@ -107,7 +108,8 @@ def batch_norm(call: Call) -> Answer:
     image: Value = call["input"]
     if call["training"] or call["running_mean"] is None:
         return NotTileable(Reason.BATCH_STATISTICS, image.dims)
-    return per_channel(call, image)
+    answer = per_channel(call, image)
+    return replace(answer, target=BATCH_NORM) if isinstance(answer, Pointwise) else answer
 
 
 def with_operands(call: Call) -> Answer:
