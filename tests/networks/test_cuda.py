@@ -104,9 +104,12 @@ def training_network(name):
     """With batch statistics; `groups` has statistics of groups and instances."""
     if name != "groups":
         return zoo.build(f"torchvision/{name}", num_classes=7).train().cuda()
-    layers = [nn.Conv2d(3, 16, 3, 2, 1), nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv2d(16, 16, 3, padding=1)]
-    layers += [nn.InstanceNorm2d(16, affine=True), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Conv2d(16, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).cuda()
+    first, second, third = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3)
+    for conv in (first, second, third):
+        conv.bias = None  # its gradient would be 0 but for rounding
+    layers = [first, nn.GroupNorm(4, 16), nn.SiLU(), second, nn.InstanceNorm2d(16, affine=True), nn.ReLU()]
+    layers += [third, nn.BatchNorm2d(16), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(16, 2, 1)).cuda()
 
 
 def within(model, image, share):
