@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxstream
 from fxstream.io.inputs import inputs_of
-from fxstream.machine import heap, speeds
+from fxstream.machine import speeds
 from fxstream.tools.model_spec import load
 
 PASSED = ("prim.device.default", "aten.detach.default", "aten.promote_types.default", "aten.empty.memory_format")
@@ -152,8 +152,8 @@ def main():
         most = ", ".join(f"{key} {size / 1e9:.1f} GB" for key, size in calls.bytes.most_common(options.most))
         console.print(f"{name}: {most}")
     kind = "real" if options.real else "fake"
-    remaps = "maps large memory anew" if heap.malloc_remaps() else "reuses memory"
-    console.print(f"{options.network} at {options.size}, {kind} tensors; the allocator {remaps}")
+    planned = f", planned for {options.planned_for}" if options.planned_for else ""
+    console.print(f"{options.network} at {options.size}, {kind} tensors{planned}")
 
 
 if __name__ == "__main__":
