@@ -42,7 +42,7 @@ class _Affine(torch.autograd.Function):
         tensor, weight, mean, root = ctx.saved_tensors
         of_tensor, of_weight, of_bias = ctx.needs_input_grad[:3]
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        sums = (None, None)
+        sums: tuple[torch.Tensor | None, ...] = (None, None)
         if of_weight or of_bias:
             which = (False, of_weight, of_bias)
             sums = torch.batch_norm_backward_reduce(gradient, tensor, mean, root, weight, *which)[2:]  # type: ignore[attr-defined]
