@@ -70,6 +70,10 @@ BENCHMARKS = {
         "python examples/benchmarks/batch_statistics.py --budgets 12GiB,8GiB,5GiB",
         "--size 512 --budgets 300MiB,100MiB",
     ),
+    "launches": Benchmark(
+        "python examples/benchmarks/launches.py --planned-for cuda --channels-last",
+        "--size 512 --shares 0.7 --network " + SMALLEST,
+    ),
     "predictions": Benchmark("python examples/benchmarks/predictions.py", "--size 512 --networks " + SMALLEST),
     "economies": Benchmark("python examples/benchmarks/economies.py", "--size 768 --networks " + SMALLEST),
     "peers": Benchmark("python examples/benchmarks/peers.py", None, "lightstream"),

@@ -3,7 +3,8 @@
 Plain where it fits, streamed within budgets, eager and with compiled tiles, with boundaries on the device and in
 host memory. Time is over the plain network's in the same format where that fits; memory is the peak of the
 allocator. A second table has the time of a tile's forward and backward replayed as a CUDA graph, over the same
-launched one by one. The paper's Table I network is in `table1.py --device cuda`.
+launched one by one. The paper's Table I network is in `table1.py --device cuda`. With `--lines` it is all that a
+release must show (`lines.py`), in six minutes.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import itertools
 import statistics
 import warnings
 
+import lines
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -36,6 +38,10 @@ parser.add_argument("--compiled", action="store_true", help="also with compile_t
 parser.add_argument("--graphs", type=int, nargs="+", metavar="TILE", help="only the table of CUDA graphs")
 parser.add_argument("--device", default="cuda", help="cpu, with small --sizes, only shows that the script runs")
 parser.add_argument("--repeats", type=int, default=5)
+parser.add_argument("--lines", action="store_true", help="only what a release must show")
+parser.add_argument("--scale", type=float, default=1.0, help="of the sizes of --lines")
+parser.add_argument("--seconds", type=float, default=360.0, help="that --lines may take")
+parser.add_argument("--cases", nargs="+", default=[], help="of --lines, by name")
 options = parser.parse_args()
 warnings.simplefilter("ignore", fxstream.StreamingWarning)
 device = torch.device(options.device)
@@ -145,6 +151,9 @@ def compare_graphs(name, model, tile):
         graphs.add_row(name, str(tile), segment_name, box, f"{1000 * seconds(launched):.1f}", f"{ratio:.2f}x")
 
 
+if options.lines:
+    lines.main(device, options.scale, options.seconds, options.cases)
+    raise SystemExit
 if options.graphs:
     graphs = Table("network", "tile", "segment", "tile reads", "milliseconds", "as a graph")
     for name in options.networks:

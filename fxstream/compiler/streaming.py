@@ -36,12 +36,24 @@ class BeforeFirstCallError(InputError, AttributeError):
     """A property of the last call was read before the first: for `hasattr` it is not there."""
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A call that is ready to run: its graph, the values for it, and the node of each flat result of the model.
+
+    A result that the graph does not compute has None.
+    """
+
+    prepared: Prepared
+    values: Sequence[Any]
+    results: tuple[str | None, ...]
+
+
 class _ReadyError(Exception):
     """Ends a call when its graph would run."""
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, ready: Ready) -> None:
         super().__init__()
-        self.prepared = prepared
+        self.ready = ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,25 +154,26 @@ class Streaming:
                 call = self._kept(key, shapes, inputs) or self._unless_broken(key, shapes, inputs, flat)
         return call
 
-    def ready(self, inputs: Inputs, written: Sequence[int]) -> tuple[Prepared, list[str | None]]:
-        """What a call without gradients would run that writes the results at these places; nothing runs.
+    def ready(self, inputs: Inputs, written: Sequence[int] | None = None) -> Ready:
+        """What a call would run, which does not run; with `written` one without gradients that writes these results.
 
-        Returned with the node of each flat result, None for one that the graph does not compute. Raises
-        `CaptureError` for a model that is not one graph.
+        Raises `CaptureError` for a model that is not one graph.
         """
         call = self.call(inputs, flat=True)
         assert call.trace.results is not None
         outputs = call.trace.results.outputs
-        places = [place for i in written if (place := outputs[i]) is not None]
+        places = None if written is None else [place for i in written if (place := outputs[i]) is not None]
 
         def stop(pipeline: Pipeline, values: Sequence[Any], outside: Mapping[int, Any]) -> Any:
-            raise _ReadyError(pipeline.agreed(values, outside, places))
+            prepared = pipeline.agreed(values, outside, places)
+            names = prepared.analysis.captured.outputs
+            results = tuple(None if place is None else names[place] for place in outputs)
+            raise _ReadyError(Ready(prepared, values, results))
 
         try:
             call.run(self.model, inputs, stop)
-        except _ReadyError as ready:
-            names = ready.prepared.analysis.captured.outputs
-            return ready.prepared, [None if place is None else names[place] for place in outputs]
+        except _ReadyError as stopped:
+            return stopped.ready
         raise CaptureError(f"{self.shared.name} computes nothing with the tensors of the call")
 
     def _unless_broken(self, key: Any, shapes: Any, inputs: Inputs, flat: bool) -> TracedCall:

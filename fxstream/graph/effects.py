@@ -18,6 +18,7 @@ __all__ = [
     "WAS_IN_PLACE",
     "is_random",
     "mutated_inputs",
+    "ordered_chains",
     "ordered_nodes",
     "remove_dead_nodes",
     "subgraphs",
@@ -102,6 +103,17 @@ def ordered_nodes(graph: fx.Graph) -> list[fx.Node]:
         if node.op == "call_function"
         and (is_random(node) or updates_statistics(node) or UNSTREAMED in node.meta or _reads_unstreamed(node))
     ]
+
+
+def ordered_chains(graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The random draws, and the nodes with an effect: what must keep its order, each among its own.
+
+    No draw depends on the order of an update of running statistics, which waits for statistics of the batch.
+    """
+    ordered = ordered_nodes(graph)
+    draws = [node for node in ordered if is_random(node)]
+    pure = [node for node in draws if UNSTREAMED not in node.meta and not _reads_unstreamed(node)]
+    return draws, [node for node in ordered if node not in pure]
 
 
 def _reads_unstreamed(node: fx.Node) -> bool:

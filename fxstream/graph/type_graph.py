@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxstream.geometry.receptive_field import IDENTITY
-from fxstream.graph.effects import UNSTREAMED, ordered_nodes
+from fxstream.graph.effects import UNSTREAMED, ordered_chains, ordered_nodes
 from fxstream.graph.nodes import bind_to
 from fxstream.graph.shapes import Meta, Shape, Shapes
 from fxstream.graph.typed_graph import Region, TypedGraph, TypedNode, Verdict
@@ -53,8 +53,7 @@ class _Typing:
         self.nodes: dict[str, TypedNode] = {}
         self._shapes, self._inputs, self._combines = shapes, inputs, combines
         self._alignments: dict[str, tuple[int, ...]] = {}
-        ordered = ordered_nodes(graph)
-        self._predecessor = dict(zip(ordered[1:], ordered, strict=False))
+        self._predecessors = [dict(zip(chain[1:], chain, strict=False)) for chain in ordered_chains(graph)]
 
     def add(self, node: fx.Node) -> None:
         """Type one more node."""
@@ -162,8 +161,8 @@ class _Typing:
         """The stage of a node, by the rules of the NOTE in `typed_graph`; integers are known before all."""
         inputs = [self.nodes[producer.name] for producer in node.all_input_nodes]
         inputs = [producer for producer in inputs if producer.integer is None]
-        if node in self._predecessor:
-            inputs.append(self.nodes[self._predecessor[node].name])
+        before = (chain[node] for chain in self._predecessors if node in chain)
+        inputs += [self.nodes[one.name] for one in before]
         if verdict is not None and not isinstance(verdict.answer, NotTileable):
             return max((producer.stage + (not producer.is_local) for producer in inputs), default=0)
         return max((producer.stage for producer in inputs), default=-1)

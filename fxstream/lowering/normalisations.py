@@ -3,38 +3,56 @@
 NOTE [the affine map]
 1. Every normalisation becomes ``(x - c) * scale + shift``. Per channel that is torch's own batch norm with `c`
    as its running mean, one as its variance and `scale` and `shift` as its weights: one call forward and one
-   backward.
+   backward. These operands are made of the moments at once (`fxstream::affine`).
 2. `c` is the mean without its gradient. That of the mean goes through ``shift = bias - (mean - c) * scale``, whose
    value is the bias, and whose derivative by the mean is that of the whole.
 3. Statistics of less than 32 bits are wide (`fxstream::moments`), and so is what is made of them: the result takes
    the type of the operator's at the end.
 4. Running statistics are updated in the dense part of the graph, once per call.
+5. Where all of it runs whole, the model's operator runs in its place (`whole`).
 """
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
+from torch import fx
+from torch.fx.node import map_aggregate
 
 from fxstream.graph.captured import CUMULATIVE
+from fxstream.graph.nodes import bind
 from fxstream.lowering.proxy import Lowering, Operator, Proxy
+from fxstream.lowering.whole import WHOLE, Name, Whole
 
 __all__ = ["LOWERINGS"]
 
 
 def _batch_norm(op: Operator) -> Proxy:
-    mean, variance, sample = op.input.moments([0, *range(2, op.input.ndim)])
+    moments = op.input.stacked_moments([0, *range(2, op.input.ndim)])
+    result = op.input.batch_norm(*_affine(op, moments), False, 0.0, 0.0, op.cudnn_enabled)
+    _keep_whole(op, moments, result)
     if op.running_mean is not None:
-        share = _share_of_batch(op) if op.momentum == CUMULATIVE else op.momentum
-        _update(op.running_mean, mean, share)
-        _update(op.running_var, sample, share)
-    scale = (variance + op.eps).rsqrt()
-    if op.weight is not None:
-        scale = scale * op.weight
-    centre = mean.detach()
-    moved = (mean - centre) * scale
-    shift = -moved if op.bias is None else op.bias - moved
-    ones = centre.ones_like()
-    return op.input.batch_norm(scale, shift, centre, ones, False, 0.0, 0.0, op.cudnn_enabled)
+        _update(op, moments, _share_of_batch(op) if op.momentum == CUMULATIVE else None)
+    return result
+
+
+def _keep_whole(op: Operator, moments: Proxy, result: Proxy) -> None:
+    """Note what runs in the place of all that was written so far, where that runs whole."""
+    arguments = {n: map_aggregate(a, _name) for n, a in bind(op.node).items()}
+    running = op.arguments.get("running_mean")
+    is_wide = running is None or running.dtype == torch.promote_types(op.input.dtype, torch.float32)
+    inside = frozenset(node.name for node in op.written)
+    assert isinstance(op.node.target, torch._ops.OpOverload)
+    has_update = running is not None
+    moments.node.meta[WHOLE] = Whole(
+        op.node.target, arguments, moments.node.name, result.node.name, inside, has_update, is_wide
+    )
+
+
+def _name(leaf: Any) -> Any:
+    return Name(leaf.name) if isinstance(leaf, fx.Node) else leaf
 
 
 def _share_of_batch(op: Operator) -> Proxy:
@@ -45,44 +63,43 @@ def _share_of_batch(op: Operator) -> Proxy:
     return Proxy(count, op).to(op.running_mean.dtype).reciprocal()
 
 
-def _update(running: Proxy, statistic: Proxy, share: Proxy | float) -> None:
-    """Rule 4: a running statistic moved towards that of this batch."""
-    of_batch = statistic.detach() * share
-    running.copy_(running * (1 - share) + of_batch)
+def _update(op: Operator, moments: Proxy, share: Proxy | None = None) -> None:
+    """Rule 4: running statistics moved towards those of this batch."""
+    momentum = 0.0 if share is not None else op.momentum
+    op.call("fxstream::update_statistics_", op.running_mean, op.running_var, moments, momentum, share)
 
 
 def _instance_norm(op: Operator) -> Proxy:
     if not op.use_input_stats:
         statistics = (op.running_mean, op.running_var, False, op.momentum, op.eps, op.cudnn_enabled)
         return op.input.batch_norm(op.weight, op.bias, *statistics)
-    mean, variance, sample = op.input.moments(range(2, op.input.ndim))
+    moments = op.input.stacked_moments(range(2, op.input.ndim))
+    result = _per_sample(op, moments)
+    _keep_whole(op, moments, result)
     if op.running_mean is not None:
-        _update(op.running_mean, mean.mean([0]), op.momentum)
-        _update(op.running_var, sample.mean([0]), op.momentum)
-    return _per_sample(op, mean, variance)
+        _update(op, moments.mean([1]))
+    return result
 
 
 def _group_norm(op: Operator) -> Proxy:
     batch, channels, rank = op.input.size(0), op.input.shape[1], op.input.ndim
-    groups = [batch, op.num_groups, channels // op.num_groups]
-    grouped = op.input.reshape([*groups, *(op.input.size(dim) for dim in range(2, rank))])
-    mean, variance, _ = grouped.moments(range(2, rank + 1))
-    mean, variance = (s.unsqueeze(2).expand(groups).reshape([batch, channels]) for s in (mean, variance))
-    return _per_sample(op, mean, variance)
+    repeats = channels // op.num_groups
+    grouped = op.input.reshape([batch, op.num_groups, repeats, *(op.input.size(dim) for dim in range(2, rank))])
+    moments = grouped.stacked_moments(range(2, rank + 1))
+    result = _per_sample(op, moments, repeats)
+    _keep_whole(op, moments, result)
+    return result
 
 
-def _per_sample(op: Operator, mean: Proxy, variance: Proxy) -> Proxy:
-    """The affine map with statistics [N, C]: rule 2 with ordinary arithmetic."""
-    axes = op.input.ndim - 2
-    scale = (variance + op.eps).rsqrt()
-    mean, scale = _spread(mean, axes), _spread(scale, axes)
-    if op.weight is not None:
-        scale = scale * _spread(op.weight, axes)
-    centre = mean.detach()
-    shift = (centre - mean) * scale
-    if op.bias is not None:
-        shift = shift + _spread(op.bias, axes)
-    return op.narrow(shift.addcmul(op.input - centre, scale))
+def _per_sample(op: Operator, moments: Proxy, repeats: int = 1) -> Proxy:
+    """The affine map with statistics of each sample and of so many channels each."""
+    return op.input.op.call("fxstream::normalise", op.input, *_affine(op, moments, repeats))
+
+
+def _affine(op: Operator, moments: Proxy, repeats: int = 1) -> list[Proxy]:
+    """The operands of the affine map."""
+    operands = op.call("fxstream::affine", moments, op.weight, op.bias, op.eps, repeats)
+    return [op.call(operator.getitem, operands, k) for k in range(4)]
 
 
 def _spread(vector: Proxy, axes: int) -> Proxy:
@@ -94,10 +111,12 @@ def _spread(vector: Proxy, axes: int) -> Proxy:
 
 def _layer_norm(op: Operator) -> Proxy:
     axes = len(op.normalized_shape)
-    mean, variance, _ = op.input.moments(range(op.input.ndim - axes, op.input.ndim))
-    scale = (variance + op.eps).rsqrt()
+    moments = op.input.stacked_moments(range(op.input.ndim - axes, op.input.ndim))
+    mean, scale = moments.select(0, 0), (moments.select(0, 1) + op.eps).rsqrt()
     mean, scale = _spread(mean, axes), _spread(scale, axes)
-    return _weighted(op, (op.input - mean) * scale)
+    result = _weighted(op, (op.input - mean) * scale)
+    _keep_whole(op, moments, result)
+    return result
 
 
 def _rms_norm(op: Operator) -> Proxy:

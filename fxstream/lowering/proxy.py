@@ -73,7 +73,7 @@ def _value(node: TypedNode | None) -> Value | tuple[Value, ...]:
 class Operator:
     """An operator that is lowered; its arguments are attributes. It writes at the draft's insertion point.
 
-    `value` is its result, or the first of several.
+    `value` is its result, or the first of several; `written` are the nodes so far.
     """
 
     self: Proxy  # `self` and `input` are what ATen calls the first argument
@@ -85,6 +85,7 @@ class Operator:
         value = draft.values[node]
         self.value = value if isinstance(value, Value) else next(iter(value), None)  # type: ignore[assignment]
         self.arguments: dict[str, Any] = {name: map_aggregate(a, self.proxy) for name, a in bind(node).items()}
+        self.written: list[fx.Node] = []
 
     def __getattr__(self, argument: str) -> Any:
         if argument not in self.__dict__.get("arguments", ()):
@@ -126,6 +127,7 @@ class Operator:
         node.meta.update({key: self.node.meta[key] for key in TRACED if key in self.node.meta})
         if (schema := schema_of(node)) is not None and schema.is_mutable:
             node.meta[UNSTREAMED] = "changes a tensor in place"
+        self.written.append(node)
         return Proxy(node, self)
 
 
@@ -162,8 +164,12 @@ class Proxy:
 
     def moments(self, dims: Iterable[int]) -> tuple[Proxy, ...]:
         """Mean, variance and sample variance over some dims, in at least 32 bits."""
-        stacked = self.op.call("fxstream::moments", self, list(dims))
+        stacked = self.stacked_moments(dims)
         return tuple(stacked.select(0, i) for i in range(3))
+
+    def stacked_moments(self, dims: Iterable[int]) -> Proxy:
+        """The same as one tensor, stacked in front."""
+        return self.op.call("fxstream::moments", self, list(dims))
 
     def __getattr__(self, name: str) -> Callable[..., Proxy]:
         if name.startswith("_") or not hasattr(torch.ops.aten, name):

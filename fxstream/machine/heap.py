@@ -84,9 +84,13 @@ def largest_reused() -> int:
 
 
 @contextlib.contextmanager
-def heap_kept(device: torch.device) -> Iterator[None]:
-    """Keep the top of the malloc heap mapped, so that tiles reuse pages; rule 4 is about the memory afterwards."""
-    library = _c_library() if device.type == "cpu" and malloc_remaps() and not _is_returned else None
+def heap_kept(device: torch.device, tiles: int) -> Iterator[None]:
+    """Keep the top of the malloc heap mapped, so that so many tiles reuse pages; a single one has none to reuse.
+
+    Rule 4 is about the memory afterwards.
+    """
+    is_used = tiles > 1 and device.type == "cpu" and malloc_remaps() and not _is_returned
+    library = _c_library() if is_used else None
     if library is None:
         yield
         return

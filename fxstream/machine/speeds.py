@@ -1,16 +1,20 @@
-"""How fast typical machines compute and move memory: a table by the type of the device."""
+"""How fast machines compute and move memory: measured, or from a table by the type of the device."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from fxstream.machine.device import is_accelerator
+from fxstream.machine.calibration import LARGE, rates_of
+from fxstream.machine.device import free_bytes, is_accelerator, is_present
 from fxstream.machine.heap import REUSED, largest_reused, malloc_remaps
 
-__all__ = ["Machine"]
+__all__ = ["LARGE", "Machine"]
+
+CALIBRATION = 2**31
+"""Bytes that have to be free for it to be measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +22,8 @@ class Machine:
     """Multiply-accumulates and bytes per second, seconds per operator, bytes per second between ranks.
 
     `fresh` are bytes per second of newly mapped pages: every allocation of more than `reused` bytes. `host` are
-    bytes per second between the device and host memory.
+    bytes per second between the device and host memory. `wide_macs` is the rate in 32 bits, that of all types
+    where it is None. An operator on `LARGE` elements or more takes `beyond` times as long.
     """
 
     macs: float
@@ -28,15 +33,29 @@ class Machine:
     fresh: float = math.inf
     host: float = math.inf
     reused: int = REUSED
+    wide_macs: float | None = None
+    beyond: float = 1.0
 
     @classmethod
-    def of(cls, device: torch.device) -> Machine:
-        """A typical machine of this kind. Only ratios matter: they weigh recomputation against traffic."""
+    def of(cls, device: torch.device, is_shared: bool = False) -> Machine:
+        """This accelerator, if it is there, as it was measured; otherwise a typical machine of its kind.
+
+        Of typical machines only ratios matter: they weigh recomputation against traffic. So it is where a plan
+        `is_shared` with other processes, in which another result may be measured.
+        """
         if is_accelerator(device):
-            return ACCELERATORS.get(device.type, ACCELERATORS["cuda"])
+            typical = ACCELERATORS.get(device.type, ACCELERATORS["cuda"])
+            is_measured = device.type == "cuda" and not is_shared and is_present(device)
+            if not is_measured or free_bytes(device) < CALIBRATION:
+                return typical
+            return replace(typical, **asdict(rates_of(device)))
         threads = torch.get_num_threads()
         fresh = 1.25e9 * threads if malloc_remaps() else math.inf
         return cls(5e10 * threads, 1.25e10 * threads, 1e-5, fresh=fresh, reused=largest_reused())
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """Multiply-accumulates per second with results of a type."""
+        return self.wide_macs if self.wide_macs is not None and dtype.itemsize >= 4 else self.macs
 
     def writing(self, count: float) -> float:
         """Seconds to fill a buffer of `count` bytes."""
@@ -44,6 +63,6 @@ class Machine:
 
 
 ACCELERATORS = {
-    "cuda": Machine(macs=5e13, bandwidth=2e12, call=3e-5, link=2e11, host=2e10),
+    "cuda": Machine(macs=5e13, bandwidth=2e12, call=3e-5, link=2e11, host=2e10, beyond=20.0),
 }
 """Typical accelerators by type; one that is missing is planned for as the first."""

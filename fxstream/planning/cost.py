@@ -7,14 +7,17 @@ NOTE [the cost model]
    weights are slow. Memory that the operating system maps anew costs more than traffic: on the CPU that
    are results above the size that the C library reuses, and the copies of its input and result that
    a convolution lays out for itself. Small tiles can be faster than the plain network for that alone. Whether the
-   process has an allocator that reuses large memory too is tried out once.
+   process has an allocator that reuses large memory too is tried out once. On accelerators, operators on tensors
+   of 2^31 elements or more take kernels that are many times slower, which tiles avoid.
 2. Memory is a sum of lifetimes on a line of steps: operator `n` of `N` runs forward at step `n` and backward
    at step `2N - 1 - n`. A result lives until its last reader has run, and if autograd keeps it, until the
    backward of the first reader that needs it; the gradient of a value from the backward of its last reader to its
    own; gradients of weights from there to the end.
 3. Results that are views of an input, and gradients that are views of another (of a sum, a concatenation), are no
    new memory. Neither are results of operators that take over their input's memory.
-4. Of workspaces inside an operator only the gradients of what it keeps of its own are counted. Everything but
+4. Where a normalisation runs whole, which was taken apart into moments and an affine map, it is one operator: one
+   call, and one gradient of its input. Its traffic is that of the two.
+5. Of workspaces inside an operator only the gradients of what it keeps of its own are counted. Everything but
    weights scales with the share of the pixels.
 """
 
@@ -26,8 +29,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from fxstream.graph.effects import WAS_IN_PLACE
-from fxstream.graph.typed_graph import Saves, TypedGraph
-from fxstream.machine.speeds import Machine
+from fxstream.graph.typed_graph import Saves, TypedGraph, TypedNode
+from fxstream.lowering.whole import result_of
+from fxstream.machine.speeds import LARGE, Machine
 
 __all__ = ["Costs", "Part"]
 
@@ -50,7 +54,8 @@ class Costs:
         self.nodes = tuple(nodes)
         self.place = {name: i for i, name in enumerate(self.nodes)}
         self._graph, self._plain = graph, plain
-        self.macs = _vector(graph[name].macs for name in self.nodes)
+        self.arithmetic = _vector(graph[name].macs / machine.rate(_dtype(graph[name])) for name in self.nodes)
+        self.largest = _vector(self._largest(name) for name in self.nodes)
         self.sizes = [graph[name].bytes for name in self.nodes]
         self.calls = _vector(self._saves(name).views is None for name in self.nodes)
         self.weights = _vector(sum(self._weights(name).values()) for name in self.nodes)
@@ -59,6 +64,8 @@ class Costs:
         self.allocated = self._allocated()
         self.results, self.kept = self._results()
         self.gradients, self.temporaries = self._gradients(), self._temporaries()
+        self.wholes = self._normalisations()
+        """The places of the results of normalisations that were taken apart, by those of their moments."""
         self.outer: dict[str, int] = {}
         """The values that the run reads from outside, and the index of the last operator that reads each."""
         for i, name in enumerate(self.nodes):
@@ -73,9 +80,13 @@ class Costs:
             self.weight_bytes |= weights
         self.weight_gradients = _vector(gradients)
 
-    def part(self, start: int = 0, stop: int | None = None) -> Part:
-        """The operators from `start` up to, not including, `stop`."""
-        return Part(self, start, len(self.nodes) if stop is None else stop)
+    def part(self, start: int = 0, stop: int | None = None, is_whole: bool = False) -> Part:
+        """The operators from `start` up to, not including, `stop`, that run whole or on tiles."""
+        return Part(self, start, len(self.nodes) if stop is None else stop, is_whole)
+
+    def _normalisations(self) -> dict[int, int]:
+        results = {name: result_of(self._graph[name].node) for name in self.nodes}
+        return {self.place[n]: self.place[r] for n, r in results.items() if r is not None and r in self.place}
 
     def _saves(self, name: str) -> Saves:
         saves = self._graph[name].saves
@@ -86,6 +97,11 @@ class Costs:
         """The parameters that a node reads and their bytes; running statistics count too, and are small."""
         inputs = (self._graph[one] for one in self._graph[name].inputs)
         return {one.name: one.bytes for one in inputs if one.is_parameter}
+
+    def _largest(self, name: str) -> int:
+        """Elements of the largest tensor that a node reads or makes."""
+        nodes = (self._graph[one] for one in (name, *self._graph[name].inputs))
+        return max((value.elements for node in nodes for value in node.values), default=0)
 
     def _moved(self, name: str) -> int:
         return sum(self._graph[one].bytes for one in (name, *self._graph[name].inputs))
@@ -177,10 +193,14 @@ class Costs:
 
 
 class Part:
-    """A span of a run. Shares are a vector over the nodes of the whole run: what a tile holds of each."""
+    """A span of a run. Shares are a vector over the nodes of the whole run: what a tile holds of each.
 
-    def __init__(self, costs: Costs, start: int, stop: int) -> None:
+    Where it `is_whole` a normalisation is one operator (note 4).
+    """
+
+    def __init__(self, costs: Costs, start: int, stop: int, is_whole: bool = False) -> None:
         self.costs, self.start, self.stop = costs, start, stop
+        self._fused = [m for m, r in costs.wholes.items() if start <= m and r < stop] if is_whole else []
         self.turn = stop - start
         """The step between forward and backward."""
         results, gradients, temporaries = (
@@ -189,6 +209,7 @@ class Part:
         )
         gradients = gradients[gradients[:, 1] < stop]
         temporaries = temporaries[temporaries[:, 1] < stop]
+        temporaries = temporaries[~torch.isin(temporaries[:, 1], torch.tensor(self._fused, dtype=torch.int64))]
         weights = torch.arange(start, stop)
         forward, backward = weights - start, 2 * self.turn - 1 - (weights - start)
         never = torch.tensor(2 * self.turn)
@@ -255,16 +276,28 @@ class Part:
     def seconds(self, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predicted seconds of one forward and of one backward of a tile with these shares (note 1)."""
         span, machine = slice(self.start, self.stop), self.costs.machine
-        of_span = shares[..., span]
-        present = (of_span > 0).double()
-        work = of_span @ (self.costs.macs[span] / machine.macs + self.costs.moved[span] / machine.bandwidth)
-        work = work + present @ self.costs.calls[span] * machine.call
+        present = (shares[..., span] > 0).double()
+        work = self._work(shares[..., span], span)
+        calls = self.costs.calls.clone()
+        calls[self._fused] = 0.0
+        work = work + present @ calls[span] * machine.call
         if machine.fresh < math.inf:
             by, like, size = self._allocated.unbind(-1)
             allocated = size * shares[..., like] * (shares[..., by] > 0)
             work = work + (allocated * (allocated > machine.reused)).sum(-1) / machine.fresh
         read = present @ self.costs.weights[span] / machine.bandwidth
         return work + read, BACKWARD * work + WEIGHTS_BACKWARD * read
+
+    def _work(self, of_span: torch.Tensor, span: slice) -> torch.Tensor:
+        """Seconds of arithmetic and traffic, with these shares of the span's nodes."""
+        costs, machine = self.costs, self.costs.machine
+        each = costs.arithmetic[span] + costs.moved[span] / machine.bandwidth
+        slow = torch.where(of_span * costs.largest[span] >= LARGE, machine.beyond, 1.0)
+        return (of_span * slow) @ each
+
+
+def _dtype(node: TypedNode) -> torch.dtype:
+    return node.values[0].dtype if node.values else torch.float32
 
 
 def _vector(values: Iterable[float]) -> torch.Tensor:

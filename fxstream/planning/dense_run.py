@@ -46,7 +46,7 @@ def dense_option(
 
     `gradients` are bytes of gradients of what they read and of what others read of them, at each of their steps.
     """
-    part, ones = costs.part(begin, stop), torch.ones(len(costs.nodes), dtype=torch.float64)
+    part, ones = costs.part(begin, stop, is_whole=True), torch.ones(len(costs.nodes), dtype=torch.float64)
     forward, backward = map(float, part.seconds(ones))
     if not training:
         return Option(None, float(part.profile_unrecorded(ones).max()), 0.0, forward)

@@ -136,7 +136,7 @@ class CostContext:
     def plain(self) -> tuple[int, float]:
         """Peak bytes and seconds of the plain network."""
         costs = Costs(self.graph, self.machine, self.graph.costed, plain=True)
-        part, ones = costs.part(), torch.ones(len(costs.nodes), dtype=torch.float64)
+        part, ones = costs.part(is_whole=True), torch.ones(len(costs.nodes), dtype=torch.float64)
         forward, backward = map(float, part.seconds(ones))
         images = sum(self.graph[name].bytes for name in self.outside)
         if self.training:

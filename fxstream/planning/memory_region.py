@@ -106,7 +106,7 @@ class MemoryRegion:
         """The dense graph, and the ways to stream the span, the fastest first."""
         if (start, end) not in self._options:
             around, span = self._around(start, end), self._costs.streamed(start, end)
-            streamed = [*self._checkpoint(start, end, around, span), *self._tiled(start, end, around, span)]
+            streamed = [*self._checkpoint(start, end, around), *self._tiled(start, end, around, span)]
             streamed.sort(key=lambda option: option.cost)
             self._options[start, end] = [[self._dense(start, end, around)], streamed]
         return self._options[start, end]
@@ -164,13 +164,14 @@ class MemoryRegion:
         """Bytes of the inputs of a span that is not tiled, where they are brought from host memory."""
         return around.inputs if self._context.offload else 0.0
 
-    def _checkpoint(self, start: int, end: int, around: _Around, span: SpanCosts) -> Iterator[Option]:
+    def _checkpoint(self, start: int, end: int, around: _Around) -> Iterator[Option]:
         """The span as one checkpoint, where it can be one and has a backward."""
         nodes, fetched = self._costs.span(start, end), self._fetched(around)
         if not self._training or not (self._all_checkpoint or whole_segment(self._graph, "", nodes) is not None):
             return
         ones = torch.ones(len(self._costs.nodes), dtype=torch.float64)
         others = around.gradients + around.images + fetched + around.weights + around.folded
+        span = self._costs.streamed(start, end, is_whole=True)
         forward, backward = map(float, span.seconds(ones))
         holds = around.made + fetched + around.folded
         yield Option(Span(nodes, ()), float(span.peak(ones)) + others, holds, 2 * forward + backward)

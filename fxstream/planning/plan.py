@@ -25,6 +25,7 @@ from fxstream.machine.speeds import Machine
 from fxstream.machine.units import bytes_text
 from fxstream.planning.estimate import CostContext, Prediction, keep_graphs, predict
 from fxstream.planning.memory_region import memory_search
+from fxstream.planning.normalised import with_normalisations_whole
 from fxstream.planning.partition import FEW_SWEEPS
 from fxstream.planning.search import Search, Span, State
 from fxstream.planning.tile_region import spans_within_tile
@@ -124,7 +125,7 @@ def make_plan(
     """
     if not graph.costed:
         graph = reuse_memory(graph.with_saves(saves_of(graph)))
-    offload, machine = request.offload and is_accelerator(device), Machine.of(device)
+    offload, machine = request.offload and is_accelerator(device), Machine.of(device, is_shared=ranks > 1)
     context = CostContext(graph, machine, training, differentiated, outside, written, ranks, offload)
     if request.tile is None:
         segments, prediction = _fastest(context, request, budget_of(request.memory, device))
@@ -227,8 +228,11 @@ def _too_little(graph: TypedGraph, memory: int, least: int, binding: str) -> Pla
 
 
 def _may_be_faster(context: CostContext, plain: Prediction) -> bool:
-    """Whether a plan may be faster than the plain network: it computes no less, but may allocate less afresh."""
-    reused = replace(context, machine=replace(context.machine, fresh=math.inf))
+    """Whether a plan may be faster than the plain network.
+
+    It computes no less, but may allocate less afresh, and in smaller tensors.
+    """
+    reused = replace(context, machine=replace(context.machine, fresh=math.inf, beyond=1.0))
     return context.ranks > 1 or predict(reused, ()).seconds < FASTER * plain.seconds
 
 
@@ -254,7 +258,7 @@ def _segments(graph: TypedGraph, request: Request, spans: Sequence[Span]) -> tup
     A span that cannot be one stays in the dense graph.
     """
     plans: list[SegmentPlan] = []
-    for i, span in enumerate(spans):
+    for i, span in enumerate(with_normalisations_whole(graph, spans)):
         if span.counts == ():
             whole = whole_segment(graph, f"segment_{i}", span.nodes)
             plans += [plan_whole(optimised(whole))] if whole is not None else []

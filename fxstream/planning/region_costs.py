@@ -56,9 +56,9 @@ class RegionCosts:
         """The node of a span with the largest result."""
         return max(self.span(start, end), key=lambda name: self.graph[name].bytes)
 
-    def streamed(self, start: int, end: int) -> SpanCosts:
-        """The costs of a span as it is streamed."""
-        part = self._streamed.part(self._remaining_before[start + 1], self._remaining_before[end + 1])
+    def streamed(self, start: int, end: int, is_whole: bool = False) -> SpanCosts:
+        """The costs of a span as it is streamed, or runs as one checkpoint."""
+        part = self._streamed.part(self._remaining_before[start + 1], self._remaining_before[end + 1], is_whole)
         return SpanCosts(part, self._remaining, self._stages, tuple(self.positions.sweeps(start, end)))
 
     def folded(self, start: int, end: int) -> float:
@@ -72,7 +72,9 @@ class RegionCosts:
     @property
     def dense_seconds(self) -> float:
         """Seconds of a forward and a backward of the region as the model has it."""
-        return sum(map(float, self.dense.part().seconds(torch.ones(len(self.nodes), dtype=torch.float64))))
+        return sum(
+            map(float, self.dense.part(is_whole=True).seconds(torch.ones(len(self.nodes), dtype=torch.float64)))
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.machine.speeds import Machine
-from fxstream.planning.cost import Costs
+from fxstream.planning.cost import Costs, Part
 from fxstream.tiling.order import execution_order
 from fxstream.tiling.own_padding import padded_copies
 from fxstream.tiling.segment_plan import SegmentPlan
@@ -221,7 +221,7 @@ class _Needs:
         shares, turn = _shares(plan, cost), len(cost.nodes)
         recorded, unrecorded, saved = self._profiles(shares)
         transfer = sum(self._transfers(plan)) / cost.machine.host if plan is not None else 0.0
-        seconds = [float(spent) + transfer for spent in cost.part().seconds(shares)]
+        seconds = [float(spent) + transfer for spent in self._part().seconds(shares)]
         made = sum(value.bytes for value in self._crossing if value.maker == k)
         return Unit(
             name=plan.segment.name if plan is not None else "",
@@ -242,9 +242,13 @@ class _Needs:
             folded=float(sum(fusion.bytes for fusion in plan.segment.fusions)) if plan is not None else 0.0,
         )
 
+    def _part(self) -> Part:
+        """The operators of the unit, which run whole or on tiles."""
+        return self._cost.part(is_whole=self._plan is None or not self._plan.axes)
+
     def _profiles(self, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Bytes of a tile at each step, with recording and without, and what it saves, with boxes and copies."""
-        part, plan = self._cost.part(), self._plan
+        part, plan = self._part(), self._plan
         recorded, unrecorded = part.profile(shares, self._outer()), part.profile_unrecorded(shares)
         saved = float(part.saved(shares))
         if plan is not None:

@@ -59,7 +59,7 @@ class Predictor:
             with torch.no_grad():
                 ready = inspect(module).ready(inputs_of(module, (pixels,), {}), [0])
             with _together(ranks):
-                form = form_of(*ready, level, self.dtype)
+                form = form_of(ready, level, self.dtype)
                 name = stem_of(image) + (FORMATS[self.format] if form.letters else ".npy")
                 accept(name)
                 array = opened(folder, form, True) if is_first else None

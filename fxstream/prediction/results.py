@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fxstream.compiler.pipeline import Prepared
+from fxstream.compiler.streaming import Ready
 from fxstream.errors import InputError
 from fxstream.graph.fields import main_image, receptive_fields
 from fxstream.graph.shapes import Shape
@@ -63,11 +64,12 @@ class Form:
         return Level(array, self.layout, self.spacing, self.origin)
 
 
-def form_of(prepared: Prepared, results: Sequence[str | None], level: Level, dtype: str | None) -> Form:
-    """What the result of a network is that is ready for a level of an image; `results` are its nodes.
+def form_of(ready: Ready, level: Level, dtype: str | None) -> Form:
+    """What the result of a network is that is ready for a level of an image.
 
     Raises `InputError` for several results.
     """
+    prepared, results = ready.prepared, ready.results
     meta = prepared.analysis.graph.metas.get(results[0] or "") if results else None
     if len(results) != 1 or not isinstance(meta, Shape):
         raise InputError(

@@ -256,13 +256,14 @@ def _bench_table(rows: Sequence[Row]) -> Table:
     plain = next((row for row in rows if row.method.kind == PLAIN), None)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
-    for name in ("seconds", "time", "peak", "memory", "predicted", "MACs"):
+    for name in ("seconds", "time", "predicted", "peak", "memory", "predicted", "MACs"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.method.label,
             f"{row.seconds:.2f}",
             f"{row.seconds / plain.seconds:.2f}x" if plain else "",
+            f"{row.predicted_time:.2f}x" if row.predicted_time is not None else "",
             bytes_text(row.peak_bytes),
             f"{row.peak_bytes / plain.peak_bytes:.2f}x" if plain else "",
             bytes_text(row.predicted_bytes) if row.predicted_bytes is not None else "",

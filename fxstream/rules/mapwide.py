@@ -13,8 +13,8 @@ from functools import partial
 import torch
 
 from fxstream.geometry.receptive_field import BROADCAST, IDENTITY
+from fxstream.machine.operators import wide
 from fxstream.rules.access import Read, Value
-from fxstream.rules.ops import wide
 from fxstream.rules.patterns import Pointwise
 from fxstream.rules.reasons import NotTileable, Reason
 from fxstream.rules.reductions import reduced, sums_of_tiles

@@ -7,10 +7,11 @@ tensors. Graphs name them, so that rules can say what a tile contributes to them
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
+
+from fxstream.machine.operators import operator, overload, wide
 
 __all__ = [
     "average_windows",
@@ -18,8 +19,6 @@ __all__ = [
     "contract",
     "dropout",
     "entry_keys",
-    "mean_variance",
-    "moments",
     "overload",
     "positions",
     "wide",
@@ -28,70 +27,8 @@ __all__ = [
     "windows",
 ]
 
-_LIBRARY = torch.library.Library("fxstream", "DEF")
 
-
-def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator that registers a function as an operator with this schema."""
-
-    def define(function: Callable[..., Any]) -> Callable[..., Any]:
-        name = schema.split("(")[0]
-        _LIBRARY.define(schema)
-        _LIBRARY.impl(name, function, "CompositeImplicitAutograd")
-        return function
-
-    return define
-
-
-def overload(name: str) -> torch._ops.OpOverload:
-    """The operator of this name."""
-    packet: torch._ops.OpOverloadPacket = getattr(torch.ops.fxstream, name)
-    return packet.default
-
-
-def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in at least 32 bits."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-class _MeanVariance(torch.autograd.Function):
-    """Mean and variance, whose backward makes one new tensor of the size of its input."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        variance, mean = torch.var_mean(tensor, dims, correction=0, keepdim=True)
-        ctx.save_for_backward(tensor, mean)
-        ctx.count = tensor.numel() // max(1, mean.numel())
-        return mean.squeeze(dims), variance.squeeze(dims)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        tensor, mean = ctx.saved_tensors
-        of_mean, of_variance = (gradient.reshape(mean.shape) / ctx.count for gradient in gradients)
-        return (tensor - mean).mul_(2 * of_variance).add_(of_mean), None
-
-
-def mean_variance(tensor: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance over `dims`, in at least 32 bits."""
-    pair: tuple[torch.Tensor, torch.Tensor] = _MeanVariance.apply(wide(tensor), dims)  # type: ignore[no-untyped-call]
-    return pair
-
-
-@_operator("moments(Tensor self, int[] dim) -> Tensor")
-def moments(tensor: torch.Tensor, dims: list[int]) -> torch.Tensor:
-    """Mean, variance and sample variance over `dims`, stacked in front, in at least 32 bits.
-
-    >>> moments(torch.tensor([[1.0, 3.0]]), [1])
-    tensor([[2.],
-            [1.],
-            [2.]])
-    """
-    mean, variance = mean_variance(tensor, dims)
-    count = math.prod(tensor.shape[dim] for dim in dims)
-    return torch.stack([mean, variance, variance * (count / (count - 1) if count > 1 else math.nan)])
-
-
-@_operator("class_weights(Tensor target, Tensor? weight, int ignore_index, *, ScalarType dtype) -> Tensor")
+@operator("class_weights(Tensor target, Tensor? weight, int ignore_index, *, ScalarType dtype) -> Tensor")
 def class_weights(
     target: torch.Tensor, weight: torch.Tensor | None, ignored: int, *, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -106,7 +43,7 @@ def class_weights(
     return weight.detach().to(dtype)[torch.where(counted, target, 0)] * counted
 
 
-@_operator("contract(str equation, Tensor self, Tensor other) -> Tensor")
+@operator("contract(str equation, Tensor self, Tensor other) -> Tensor")
 def contract(equation: str, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """`torch.einsum` of two operands.
 
@@ -116,7 +53,7 @@ def contract(equation: str, one: torch.Tensor, other: torch.Tensor) -> torch.Ten
     return torch.einsum(equation, one, other)
 
 
-@_operator("positions(int[] shape, int dim, *, Device? device=None) -> Tensor")
+@operator("positions(int[] shape, int dim, *, Device? device=None) -> Tensor")
 def positions(shape: list[int], dim: int, *, device: torch.device | None = None) -> torch.Tensor:
     """What each index along `dim` adds to the row-major position in an array of this shape.
 
@@ -130,7 +67,7 @@ def positions(shape: list[int], dim: int, *, device: torch.device | None = None)
     return line.view([-1 if d == dim else 1 for d in range(len(shape))])
 
 
-@_operator("windows(int count, int extent, int axis, int axes, *, Device? device=None) -> Tensor")
+@operator("windows(int count, int extent, int axis, int axes, *, Device? device=None) -> Tensor")
 def windows(count: int, extent: int, axis: int, axes: int, *, device: torch.device | None = None) -> torch.Tensor:
     """Which pixels of an axis each window of an adaptive pooling holds.
 
@@ -152,7 +89,7 @@ def _outside(inside: torch.Tensor, dim: int) -> list[torch.Tensor]:
     return [~window.view(-1, *[1] * (-dim - 1)) for window in inside.flatten(1)]
 
 
-@_operator("window_sums(Tensor self, Tensor[] windows) -> Tensor")
+@operator("window_sums(Tensor self, Tensor[] windows) -> Tensor")
 def window_sums(tensor: torch.Tensor, inside: list[torch.Tensor]) -> torch.Tensor:
     """Sums over the products of the windows of the last axes, in at least 32 bits.
 
@@ -169,7 +106,7 @@ NOWHERE = 2**53
 """A position behind all others."""
 
 
-@_operator("window_maxima(Tensor self, Tensor[] windows, Tensor[] positions) -> Tensor")
+@operator("window_maxima(Tensor self, Tensor[] windows, Tensor[] positions) -> Tensor")
 def window_maxima(tensor: torch.Tensor, inside: list[torch.Tensor], places: list[torch.Tensor]) -> torch.Tensor:
     """Maxima over the products of the windows of the last axes, and their positions, stacked in front.
 
@@ -203,7 +140,7 @@ def _mixed(numbers: torch.Tensor) -> torch.Tensor:
     return numbers.bitwise_xor_(numbers >> 31)
 
 
-@_operator("entry_keys(Tensor key, int[] shape) -> Tensor")
+@operator("entry_keys(Tensor key, int[] shape) -> Tensor")
 def entry_keys(key: torch.Tensor, shape: list[int]) -> torch.Tensor:
     """An odd and another random 32-bit number for each entry of an array of this shape, stacked in front.
 
@@ -214,7 +151,7 @@ def entry_keys(key: torch.Tensor, shape: list[int]) -> torch.Tensor:
     return torch.stack([(bits >> 32) | 1, bits]).to(torch.int32)
 
 
-@_operator(
+@operator(
     "dropout(Tensor self, Tensor factor, Tensor summand, Tensor[] positions, float p, float scale, float shift,"
     " float dropped) -> Tensor"
 )

@@ -126,14 +126,15 @@ class _Pattern:
 
 @dataclass(frozen=True, slots=True)
 class Pointwise(_Pattern):
-    """Each output pixel is computed from the same pixel of the inputs."""
+    """Each output pixel is computed from the same pixel of the inputs; `target` is called for the operator."""
 
     is_tight: bool = True
+    target: Target | None = None
     joins_pixels: ClassVar[bool] = True
 
     def emit(self, tile: TileWriter) -> fx.Node:
         """The operator itself."""
-        return tile.operator({})
+        return tile.operator({}, self.target)
 
 
 @dataclass(frozen=True, slots=True)

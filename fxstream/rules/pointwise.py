@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from fxstream.geometry.receptive_field import BROADCAST, IDENTITY, AxisMap
+from fxstream.machine.affine import BATCH_NORM
 from fxstream.rules.access import Read, Value
 from fxstream.rules.patterns import Pointwise
 from fxstream.rules.reasons import NotTileable, Reason
@@ -55,7 +56,8 @@ def add_rules(table: RuleTable) -> None:
         table.add(f"aten::{name}", "pointwise", broadcast)
     table.add("fxstream::dropout", "pointwise", pointwise)
     table.add("aten::batch_norm", "pointwise", batch_norm)
-    table.add("aten::prelu", "pointwise", prelu)
+    table.add("aten::prelu", "pointwise", with_operands)
+    table.add("fxstream::normalise", "pointwise", with_operands)
     table.add("aten::rrelu", "pointwise", rrelu)
 
 
@@ -106,11 +108,12 @@ def batch_norm(call: Call) -> Answer:
     image: Value = call["input"]
     if call["training"] or call["running_mean"] is None:
         return NotTileable(Reason.BATCH_STATISTICS, image.dims)
-    return per_channel(call, image)
+    answer = per_channel(call, image)
+    return replace(answer, target=BATCH_NORM) if isinstance(answer, Pointwise) else answer
 
 
-def prelu(call: Call) -> Answer:
-    """One slope per channel."""
+def with_operands(call: Call) -> Answer:
+    """Operands per channel."""
     return per_channel(call, call["self"])
 
 

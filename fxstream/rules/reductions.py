@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from fxstream.geometry.receptive_field import BROADCAST, IDENTITY
+from fxstream.machine.moments import combined_moments, mean_variance
+from fxstream.machine.operators import overload, wide
 from fxstream.rules.access import Read, Value
-from fxstream.rules.ops import mean_variance, overload, wide
 from fxstream.rules.patterns import Combine, Reduced
 from fxstream.rules.reasons import NotTileable, Reason
 from fxstream.rules.rule import Answer, Call, RuleTable
@@ -125,7 +126,7 @@ def norm_2(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor
 
 def moments_of(tensor: torch.Tensor, dims: list[int]) -> torch.Tensor:
     """A tile's mean and variance."""
-    return torch.stack(mean_variance(tensor, dims))
+    return mean_variance(tensor, dims)
 
 
 def sums_of_tiles(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -164,12 +165,7 @@ def _norms(order: float, partials: torch.Tensor, counts: torch.Tensor) -> torch.
 
 
 def _moments(others: int, partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    means, variances = partials.double().unbind(1)
-    elements, count = _along_tiles(counts * others, means), counts.sum() * others
-    some = means[0].detach()  # so that of equal means no difference is left
-    mean = some + ((means - some) * (elements / count)).sum(0)
-    squares = (elements * (variances + (means - mean) ** 2)).sum(0)
-    return torch.stack([mean, squares / count, squares / (count - 1)])
+    return combined_moments(partials, counts * others)
 
 
 REDUCERS: dict[str, Callable[[Call], tuple[Callable[..., Any], Combine] | None]] = {

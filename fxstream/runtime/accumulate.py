@@ -20,7 +20,8 @@ Contribution = tuple[int, Subscript | None, torch.Tensor]
 class Accumulator:
     """One sum per input that asks for a gradient; parameters of less than 32 bits are summed in float32.
 
-    `add` either happens or does not, so that one that runs out of memory can be repeated.
+    `add` either happens or does not, so that one that runs out of memory can be repeated; so can `add_all`, with
+    what it left in its list.
     """
 
     def __init__(
@@ -32,6 +33,23 @@ class Accumulator:
     ) -> None:
         self._inputs, self._needs_grad, self._is_single = (*spatial, *whole), needs_grad, is_single
         self._sums: list[torch.Tensor | None] = [None] * len(self._inputs)
+
+    def add_all(self, contributions: list[Contribution]) -> None:
+        """Accumulate what one tile adds; what is accumulated leaves the list. Sums that exist take one call."""
+        first: list[Contribution] = []
+        more: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for index, box, gradient in contributions:
+            total = self._sums[index]
+            if box is not None or total is None:
+                first.append((index, box, gradient))
+            else:
+                more.append((total, gradient))
+        if more:
+            torch._foreach_add_(*map(list, zip(*more, strict=True)))  # type: ignore[call-overload]
+            contributions[:] = first
+        while contributions:
+            self.add(*contributions[-1])
+            contributions.pop()
 
     def add(self, index: int, box: Subscript | None, gradient: torch.Tensor) -> None:
         """Accumulate one tile's gradient into input `index`, or into the region of it that the tile read."""

@@ -74,7 +74,7 @@ class Backward:
         done, total = 0, sum(map(len, groups))
         with (
             Reader(self._inputs.spatial, waiting, device, stream.title("backward")) as reader,
-            heap_kept(device),
+            heap_kept(device, total),
             stream.watched("backward") as report,
         ):
             while groups:
@@ -84,14 +84,8 @@ class Backward:
                     continue
                 done += len(groups[-1])
                 groups.pop()[0].recorded = None
-                retried(self._stream, self._commit, pulled)
+                retried(self._stream, self._sums.add_all, pulled)
                 report(done, total, reader.note)
-
-    def _commit(self, contributions: list[Contribution]) -> None:
-        """Accumulate what one tile gives; what is accumulated leaves the list, so that this can be repeated."""
-        while contributions:
-            self._sums.add(*contributions[-1])
-            contributions.pop()
 
     def _degrade(self, groups: list[Group], reader: Reader, failure: OutOfMemory) -> int:
         """Rule 9: give up kept graphs, part equal tiles, or put halves in the place of the last tile.

@@ -69,7 +69,7 @@ class Forward:
         dims = [dims for _, dims in stream.plan.segment.spatial] if len(tasks) > 1 else []
         with (
             Reader(self._inputs.spatial, tasks, device, stream.title("forward"), dims) as reader,
-            heap_kept(device),
+            heap_kept(device, len(tasks)),
             stream.watched("forward") as report,
         ):
             while done < len(tasks):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fxstream.graph.captured import Captured
 from fxstream.graph.nodes import attributes_of
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.io.sink import Sink
+from fxstream.lowering.whole import Whole, runs_whole
 from fxstream.planning.plan import Plan
 from fxstream.runtime.ranks import Ranks
 from fxstream.runtime.schedule import Stream, Watch, build_stream
@@ -23,6 +25,10 @@ from fxstream.tiling.order import execution_order
 from fxstream.tiling.segment import Fusion, Segment
 
 __all__ = ["StreamedSegment", "read_whole", "rewrite", "with_sinks"]
+
+
+Write = Callable[[fx.Graph, dict[str, fx.Node], TypedGraph, str], None]
+"""Writes a node of the model's graph into the rewritten one."""
 
 
 class StreamedSegment(nn.Module):
@@ -59,24 +65,50 @@ def rewrite(
     graph = fx.Graph()
     env: dict[str, fx.Node] = {}
     modules: dict[str, nn.Module] = {}
-    dense: set[str] = set()
-    for name in execution_order(typed, [plan.segment for plan in plan.segments]):
-        if name not in segments:
-            _copy(graph, env, typed, name)
-            dense.add(name)
+    order = execution_order(typed, [plan.segment for plan in plan.segments])
+    dense = {name for name in order if name not in segments}
+    replaced = _write_wholes(typed, dense)
+    for name in order:
+        if name in dense:
+            replaced.get(name, _copy)(graph, env, typed, name)
             continue
         segment = segments[name].segment
-        inputs = tuple(labels.get(one, one) for one in segment.inputs)
         options = {"compile_tiles": compile_tiles, "ranks": ranks, "watch": watch, "offloaded": plan.offloaded}
-        modules[name] = StreamedSegment(build_stream(segments[name], inputs, **options))  # type: ignore[arg-type]
+        names = tuple(labels.get(one, one) for one in segment.inputs)
+        modules[name] = StreamedSegment(build_stream(segments[name], names, **options))  # type: ignore[arg-type]
         for fusion in segment.fusions:
             _write_weights(graph, env, fusion)
         _call_segment(graph, env, segment)
-    for name in sorted(dense):
+    for name in sorted(dense.intersection(env)):
         _reuse_input(env, typed, name, dense)
     root = attributes_of(graph, captured.module)
     graph.lint()
     return fx.GraphModule({**root, **modules}, graph, "Streamed")
+
+
+def _write_wholes(typed: TypedGraph, dense: Collection[str]) -> dict[str, Write]:
+    """What is written in the place of the nodes of normalisations that run whole."""
+    writes: dict[str, Write] = {}
+    for moments, whole in runs_whole(typed, dense).items():
+        writes |= dict.fromkeys(whole.inside, _write_nothing)
+        if whole.updates_alone(typed):
+            updates = [user for user in typed[moments].node.users if user.name not in whole.inside]
+            updates += [last for user in updates for last in user.users]
+            writes |= {node.name: _write_nothing for node in updates}
+        writes[moments] = functools.partial(_write_whole, whole)
+    return writes
+
+
+def _write_nothing(graph: fx.Graph, env: dict[str, fx.Node], typed: TypedGraph, name: str) -> None:
+    """What is part of another node."""
+
+
+def _write_whole(whole: Whole, graph: fx.Graph, env: dict[str, fx.Node], typed: TypedGraph, name: str) -> None:
+    """A normalisation as the model has it."""
+    if whole.has_update and not whole.updates_alone(typed):
+        env[whole.result], env[name] = whole.write_with_statistics(graph, env, typed)
+    else:
+        env[whole.result] = whole.write(graph, env)
 
 
 def _write_weights(graph: fx.Graph, env: dict[str, fx.Node], fusion: Fusion) -> None:

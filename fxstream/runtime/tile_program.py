@@ -21,6 +21,7 @@ from fxstream.errors import StreamError
 from fxstream.graph.autograd_saves import in_place_variant
 from fxstream.graph.nodes import TRACED, attributes_of, bind_to, call_with
 from fxstream.graph.typed_graph import TypedNode
+from fxstream.lowering.whole import Whole, runs_whole
 from fxstream.rules import Border, Read
 from fxstream.tiling.bounds import AxisStep, AxisTile, Crop, CropPad, lookups
 from fxstream.tiling.own_padding import own_padding
@@ -91,20 +92,36 @@ def tile_program(segment: Segment, tiles: Sequence[AxisTile]) -> TileProgram:
 
 
 def whole_program(segment: Segment) -> TileProgram:
-    """The program of a segment that runs whole: its operators as they are, with all integers folded."""
-    graph = fx.Graph()
+    """The program of a segment that runs whole: its operators as they are, with all integers folded.
+
+    Normalisations that were taken apart are the model's own operators again.
+    """
+    graph, wholes = fx.Graph(), runs_whole(segment.graph, segment.nodes)
+    inside = {name for whole in wholes.values() for name in whole.inside}
     env = {name: graph.placeholder(name) for name in segment.inputs}
     for typed in segment.graph.nodes.values():
         if typed.is_attribute:
             env[typed.name] = graph.create_node("get_attr", typed.node.target)
     for name in segment.nodes:
         node = segment.graph[name].node
-        args, kwargs = segment.graph.arguments(node)
-        arguments = map_arg((args, kwargs), lambda n: env[n.name])
-        env[name] = graph.create_node(node.op, node.target, *arguments)
-        env[name].meta = {key: node.meta[key] for key in TRACED if key in node.meta}
+        if name in wholes:
+            _write_whole(graph, env, wholes[name], segment)
+        elif name not in inside:
+            args, kwargs = segment.graph.arguments(node)
+            arguments = map_arg((args, kwargs), lambda n: env[n.name])
+            env[name] = graph.create_node(node.op, node.target, *arguments)
+            env[name].meta = {key: node.meta[key] for key in TRACED if key in node.meta}
     graph.output(tuple(env[name] for name in segment.outputs))
-    return _finished(segment, graph, {env[name]: name for name in segment.nodes})
+    return _finished(segment, graph, {env[name]: name for name in segment.nodes if name in env})
+
+
+def _write_whole(graph: fx.Graph, env: dict[str, fx.Node], whole: Whole, segment: Segment) -> None:
+    """A normalisation as the model has it, with the moments of the batch where something outside reads them."""
+    if whole.moments in segment.outputs:
+        written = whole.write_with_statistics(graph, env, segment.graph)
+        env[whole.result], env[whole.moments] = written
+    else:
+        env[whole.result] = whole.write(graph, env, running_mean=None, running_var=None)
 
 
 def _finished(segment: Segment, graph: fx.Graph, origin: Mapping[fx.Node, str]) -> TileProgram:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -53,6 +53,7 @@ class Inputs:
     spatial: tuple[Image, ...]
     whole: tuple[torch.Tensor, ...]
     device: torch.device
+    leaves: dict[tuple[bool, ...], list[torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, stream: Stream, tensors: Sequence[Image]) -> Inputs:
@@ -78,9 +79,15 @@ class Inputs:
         """One tile with recording, for gradients of the inputs that need one."""
         with torch.enable_grad():
             tiles = [box.requires_grad_(needed) for box, needed in zip(boxes, needs_grad, strict=False)]
-            pairs = zip(self.whole, needs_grad[len(tiles) :], strict=True)
-            whole = [tensor.detach().requires_grad_(needed) for tensor, needed in pairs]
+            whole = self._leaves(tuple(needs_grad[len(tiles) :]))
             return Recorded(tiles, whole, program(*tiles, *whole, *self._tables(task)))
+
+    def _leaves(self, needs_grad: tuple[bool, ...]) -> list[torch.Tensor]:
+        """The whole inputs as leaves, which all tiles of a pass share: each has its own gradients."""
+        if needs_grad not in self.leaves:
+            pairs = zip(self.whole, needs_grad, strict=True)
+            self.leaves[needs_grad] = [tensor.detach().requires_grad_(needed) for tensor, needed in pairs]
+        return self.leaves[needs_grad]
 
     def _tables(self, task: TileTask) -> list[torch.Tensor]:
         """What one tile takes from tables."""

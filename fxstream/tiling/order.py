@@ -1,7 +1,8 @@
 """The order in which segments and the dense operators around them run.
 
 It is a topological order of the graph in which each segment is one node, as close to the model's own order as
-possible, with effects and random draws in their original order. An operator may be inside several segments.
+possible, with effects among themselves and random draws among themselves in their original order. An operator may
+be inside several segments.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 
 import networkx as nx
 
-from fxstream.graph.effects import ordered_nodes
+from fxstream.graph.effects import ordered_chains
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.tiling.segment import Segment
 
@@ -37,5 +38,6 @@ def execution_order(graph: TypedGraph, segments: Sequence[Segment]) -> list[str]
     edges.add_edges_from(
         (producer[one], name) for name, inputs in reads.items() for one in inputs if one in producer
     )
-    edges.add_edges_from(itertools.pairwise(n.name for n in ordered_nodes(graph.graph) if n.name in reads))
+    for chain in ordered_chains(graph.graph):
+        edges.add_edges_from(itertools.pairwise(node.name for node in chain if node.name in reads))
     return list(nx.lexicographical_topological_sort(edges, key=index.__getitem__))

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fxstream.graph.nodes import TRACED, attributes_of
 from fxstream.graph.typed_graph import TypedGraph, TypedNode
+from fxstream.lowering.whole import WHOLE
 
 __all__ = ["Fusion", "Segment", "isolated", "make_segment", "segment_of", "with_nodes"]
 
@@ -157,7 +158,7 @@ def isolated(segment: Segment, adapt: Callable[[Any], Any] = lambda leaf: leaf) 
         node = original.node
         args, kwargs = pytree.tree_map(argument, (node.args, dict(node.kwargs)), is_leaf=lambda x: x is None)
         copy = graph.create_node(node.op, node.target, args, kwargs)
-        copy.meta = {key: node.meta[key] for key in TRACED if key in node.meta}
+        copy.meta = {key: node.meta[key] for key in (*TRACED, WHOLE) if key in node.meta}
         add(original, copy)
     graph.output(tuple(nodes[name].node for name in segment.outputs))
     if attributes := attributes_of(graph, parent.graph.owning_module):

@@ -50,7 +50,7 @@ def faults():  # of four tiles
 
 def told(plenty):
     host_memory.PLENTY = plenty
-    with host_memory.heap_kept(torch.device("cpu")):
+    with host_memory.heap_kept(torch.device("cpu"), 2):
         result = tile(2**20)
         return faults(), pages() - before, result
 

@@ -97,7 +97,26 @@ def test_small_networks(name):
 
 
 def large_network(name):
-    return fxstream.freeze_batch_norm(zoo.build(f"torchvision/{name}", num_classes=7)).train().cuda()
+    return fxstream.freeze_batch_norm(training_network(name))
+
+
+def training_network(name):
+    """With batch statistics; `groups` has statistics of groups and instances."""
+    if name != "groups":
+        return zoo.build(f"torchvision/{name}", num_classes=7).train().cuda()
+    first, second, third = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3)
+    for conv in (first, second, third):
+        conv.bias = None  # its gradient would be 0 but for rounding
+    layers = [first, nn.GroupNorm(4, 16), nn.SiLU(), second, nn.InstanceNorm2d(16, affine=True), nn.ReLU()]
+    layers += [third, nn.BatchNorm2d(16), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(16, 2, 1)).cuda()
+
+
+def within(model, image, share):
+    """A share of the plain network's memory, in bytes."""
+    everything = fxstream.compile(copy.deepcopy(model), memory="40GiB")
+    everything(image)
+    return int(share * everything.plan.prediction.plain_bytes)
 
 
 def formats(model, image, channels_last):
@@ -141,3 +160,49 @@ def test_autocast(name, channels_last):
     ):
         errors = [relative_error(p.grad.double(), wanted.grad) for p in (mine, theirs)]
         assert errors[0] <= 1.5 * errors[1] + 0.02, f"{key}: {errors}"
+
+
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("request_", [{"tile": 96}, {"memory": 0.75}, {"memory": 0.6}])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "groups"])
+def test_training_networks(name, request_, channels_last):
+    """Streamed statistics, and whole stretches with the model's own operators; running statistics too."""
+    model = training_network(name).double()
+    image = torch.randn(2, 3, 197, 235, dtype=torch.float64, device="cuda", requires_grad=True)
+    model, image = formats(model, image, channels_last)
+    image = image.detach().requires_grad_()
+    plain = copy.deepcopy(model)
+    if "memory" in request_:
+        request_ = {"memory": within(model, image, request_["memory"])}
+    module = fxstream.compile(model, **request_)
+    assert_same(named_step(module, model, [image]), named_step(plain, plain, [image]), 1e-8)
+    assert not module.plan.is_trivial
+
+
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("request_", [{"tile": 160}, {"memory": 0.75}, {"tile": 160, "compile_tiles": True}])
+@pytest.mark.parametrize("name", ["resnet18", "groups"])
+def test_training_in_bfloat16(name, request_, channels_last):
+    """Gradients and running statistics are as close to those of float64 as the plain network's."""
+    model, image = training_network(name), torch.randn(2, 3, 320, 288, device="cuda")
+    model, image = formats(model, image, channels_last)
+    exact, plain = copy.deepcopy(model).double(), copy.deepcopy(model)
+    if "memory" in request_:
+        request_ = {"memory": within(model, image, request_["memory"])}
+    module = fxstream.compile(model, **request_)
+    for net, dtype in ((exact, torch.float64), (plain, torch.float32), (module, torch.float32)):
+        with torch.autocast("cuda", torch.bfloat16, enabled=net is not exact):
+            output = net(image.to(dtype))
+        output.double().square().sum().backward()
+    tensors = [
+        {**{n: p.grad for n, p in net.named_parameters()}, **dict(net.named_buffers())}
+        for net in (exact, plain, model)
+    ]
+    errors = {}
+    for key, wanted in tensors[0].items():
+        if wanted.is_floating_point():
+            errors[key] = [relative_error(found[key].double(), wanted) for found in tensors[1:]]
+    largest = max(theirs for theirs, _ in errors.values())
+    assert all(mine <= 2 * theirs + 0.25 * largest for theirs, mine in errors.values()), errors

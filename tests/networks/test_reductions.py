@@ -156,7 +156,9 @@ def test_cumulative_averages(global_ops):
     def forward(m, x):
         return m.head(m.a(x).mean((2, 3)))
 
-    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    body = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False)
+    )
     model = Function(forward, a=body, head=nn.BatchNorm1d(4, momentum=None)).double()
     plain = copy.deepcopy(model)
     module = fxstream.compile(model, tile=14, global_ops=global_ops)

@@ -113,6 +113,7 @@ SAMPLES = {
     "conv_transpose3d": [(X3, lambda x: A.conv_transpose3d(x, W3.transpose(0, 1), None, [2]))],
     "batch_norm": [(C4, lambda x: A.batch_norm(x, G, G, G, G.abs() + 1, False, 0.1, 1e-5, False))],
     "prelu": [(C4, lambda x: A.prelu(x - 3, G))],
+    "fxstream::normalise": [(C4, lambda x: torch.ops.fxstream.normalise(x, G[None], *[G.abs()[None] + 1] * 3))],
     "rrelu": [(X2, lambda x: A.rrelu(x, 0.1, 0.3, False))],
     "dropout": [(X2, lambda x: A.dropout(x, 0.5, False))],
     "fxstream::dropout": [(X2, lambda x: A.dropout(x, 1e-12, True))],

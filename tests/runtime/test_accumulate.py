@@ -12,6 +12,20 @@ def added(sums, *additions):
     return sums.gradients()
 
 
+def test_all_of_a_tile_are_the_same_as_one_by_one():
+    additions = [(0, box(0, 5), torch.ones(1, 2, 5)), (1, None, torch.ones(3)), (2, None, torch.ones(2))]
+    together, apart = (
+        Accumulator([torch.zeros(1, 2, 8)], [torch.zeros(3), torch.zeros(2)], [True] * 3, is_single=False)
+        for _ in range(2)
+    )
+    for _ in range(3):
+        left = list(additions)
+        together.add_all(left)
+        assert left == []
+    for found, wanted in zip(together.gradients(), added(apart, *additions * 3), strict=True):
+        assert torch.equal(found, wanted)
+
+
 def box(start, stop):
     return (slice(None), slice(None), slice(start, stop))
 

@@ -1,0 +1,35 @@
+"""How an operator of the namespace `fxstream` is defined, and called by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["operator", "overload", "wide"]
+
+_LIBRARY = torch.library.Library("fxstream", "DEF")
+
+
+def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that registers a function as an operator with this schema."""
+
+    def define(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = schema.split("(")[0]
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+        return function
+
+    return define
+
+
+def overload(name: str) -> torch._ops.OpOverload:
+    """The operator of this name."""
+    packet: torch._ops.OpOverloadPacket = getattr(torch.ops.fxstream, name)
+    return packet.default
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in at least 32 bits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
