@@ -62,15 +62,37 @@ class Schedule:
         self._numbers: list[dict[object, int]] = [{} for _ in plan.axes]
         self._along: list[dict[int, tuple[AxisTile, int]]] = [{} for _ in plan.axes]
         self._classes: dict[tuple[int, ...], int] = {}
-        self.programs: list[TileProgram] = []
+        self._programs: list[TileProgram] = []
+        self._plan = plan
+        self._tasks: tuple[TileTask, ...] | None = None
         self.is_reduced = False
+
+    @property
+    def tasks(self) -> tuple[TileTask, ...]:
+        """The tiles in order, made when they are first asked for."""
+        if self._tasks is None:
+            self._tasks = self._planned()
+        return self._tasks
+
+    @tasks.setter
+    def tasks(self, tasks: tuple[TileTask, ...]) -> None:
+        self._tasks = tasks
+
+    @property
+    def programs(self) -> list[TileProgram]:
+        """The programs of the tiles, by the number in a task."""
+        if self._tasks is None:
+            self._tasks = self._planned()
+        return self._programs
+
+    def _planned(self) -> tuple[TileTask, ...]:
+        plan = self._plan
         if plan.axes:
             recomputed = plan.tile_count - plan.kept
-            self.tasks = tuple(self.task(tile, i >= recomputed) for i, tile in enumerate(plan.tiles()))
-        else:
-            reads, outputs = ((slice(None),),) * len(plan.segment.spatial), len(plan.segment.outputs)
-            number = self._add(whole_program(plan.segment))
-            self.tasks = (TileTask(number, reads, ((),) * outputs, (1,) * outputs, plan.kept > 0),)
+            return tuple(self.task(tile, i >= recomputed) for i, tile in enumerate(plan.tiles()))
+        reads, outputs = ((slice(None),),) * len(plan.segment.spatial), len(plan.segment.outputs)
+        number = self._add(whole_program(plan.segment))
+        return (TileTask(number, reads, ((),) * outputs, (1,) * outputs, plan.kept > 0),)
 
     def task(self, tile: tuple[AxisTile, ...], is_kept: bool = False) -> TileTask:
         """The task of the tile that is the product of these."""
@@ -108,8 +130,8 @@ class Schedule:
         return self._classes[key]
 
     def _add(self, program: TileProgram) -> int:
-        self.programs.append(program.compiled() if self._compile_tiles else program)
-        return len(self.programs) - 1
+        self._programs.append(program.compiled() if self._compile_tiles else program)
+        return len(self._programs) - 1
 
     def _class_along(self, axis: int, along: AxisTile) -> int:
         """The class of a tile along one axis: equal programs, equal number; tiles seen before by identity."""

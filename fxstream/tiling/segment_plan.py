@@ -13,6 +13,7 @@ import torch
 from fxstream.errors import PlanError
 from fxstream.geometry.box import EMPTY
 from fxstream.graph.typed_graph import TypedGraph
+from fxstream.tiling.axis_tiles import AxisTiles
 from fxstream.tiling.bounds import AxisTile
 from fxstream.tiling.grid import Grid
 from fxstream.tiling.request import Request
@@ -29,7 +30,7 @@ class SegmentPlan:
     """
 
     segment: Segment
-    axes: tuple[tuple[AxisTile, ...], ...]
+    axes: tuple[AxisTiles, ...]
     arithmetic: int
     streamed_arithmetic: float
     overlap: float
@@ -51,7 +52,7 @@ class SegmentPlan:
 
     def largest(self, name: str) -> tuple[int, ...]:
         """The longest interval that a tile holds of a node or spatial input, along each axis."""
-        return tuple(max(len(tile.boxes.get(name, EMPTY)) for tile in tiles) for tiles in self.axes)
+        return tuple(tiles.largest(name) for tiles in self.axes)
 
     def __str__(self) -> str:
         first, last = self.segment.ends
@@ -86,6 +87,11 @@ def plan_segment(segment: Segment, request: Request, counts: Sequence[int] | Non
         if count is None:
             raise _too_small(segment, request, grid)
         tiles.append(grid.tiles(count))
+    return _planned(segment, tiles)
+
+
+def _planned(segment: Segment, tiles: Sequence[AxisTiles]) -> SegmentPlan:
+    """The plan of these tiles, with what they compute and read."""
     nodes = [segment.graph[name] for name in segment.nodes]
     streamed = sum(node.arithmetic * _repeated(tiles, node.name, node.extents) for node in nodes)
     overlap = max(
@@ -120,12 +126,9 @@ def tile_arithmetic(plan: SegmentPlan) -> list[float]:
     return work.sum(-1).flatten().tolist()  # type: ignore[no-any-return]
 
 
-def _repeated(axes: Sequence[Sequence[AxisTile]], name: str, extents: Sequence[int]) -> float:
+def _repeated(axes: Sequence[AxisTiles], name: str, extents: Sequence[int]) -> float:
     """How often the pixels of a node or input are held, on average over its pixels."""
-    return math.prod(
-        sum(len(tile.boxes.get(name, ())) for tile in tiles) / extent
-        for tiles, extent in zip(axes, extents, strict=True)
-    )
+    return math.prod(tiles.total(name) / extent for tiles, extent in zip(axes, extents, strict=True))
 
 
 def _too_small(segment: Segment, request: Request, grid: Grid) -> PlanError:
