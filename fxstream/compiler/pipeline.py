@@ -30,6 +30,7 @@ from fxstream.graph.guards import attributes, mode_key
 from fxstream.graph.typed_graph import Saves
 from fxstream.io.inputs import Inputs, inputs_of
 from fxstream.machine.device import budget_of
+from fxstream.planning.decision import Decision
 from fxstream.planning.plan import Plan, make_plan
 from fxstream.probe.probe import MOST_BYTES, ProbeReport, probe
 from fxstream.rules import Reason
@@ -39,6 +40,7 @@ from fxstream.runtime.rewrite import read_whole, rewrite
 from fxstream.tiling.parts import streamable_parts
 from fxstream.tiling.request import Request
 from fxstream.tiling.reuse import reuse_memory
+from fxstream.tiling.templates import Memo
 
 __all__ = ["CapturedModel", "Options", "Pipeline", "Prepared"]
 
@@ -66,6 +68,7 @@ class Options:
     compile_tiles: bool = False
     mesh: Any = None
     progress: bool = False
+    plan: Decision | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ class CapturedModel:
     lowered: Captured
     saves: dict[str, Saves]
     probes: Cache = field(default_factory=lambda: Cache(MOST_PROBES))
+    memo: Memo = field(default_factory=Memo)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +235,8 @@ class Pipeline:
             outside=frozenset(names[i] for i in inputs.outside),
             written=frozenset(name for i, name in enumerate(captured.lowered.results) if i in (written or ())),
             ranks=1 if self._ranks is None else self._ranks.count,
+            memo=captured.memo,
+            saved=options.plan,
         )
         return analysis, plan
 

@@ -20,6 +20,7 @@ NOTE [the cost model]
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -72,6 +73,23 @@ class Costs:
             gradients.append(sum(size for weight, size in weights.items() if weight not in self.weight_bytes))
             self.weight_bytes |= weights
         self.weight_gradients = _vector(gradients)
+
+    def shares(self, graph: TypedGraph) -> torch.Tensor:
+        """What whole results have at another size, over those that the costs are of."""
+        ratios = [
+            graph[name].bytes / size if size else 1.0 for name, size in zip(self.nodes, self.sizes, strict=True)
+        ]
+        return torch.tensor(ratios, dtype=torch.float64)
+
+    @functools.cached_property
+    def extents(self) -> list[tuple[int, ...]]:
+        """The extents of each node along each axis."""
+        return [self._graph[name].extents for name in self.nodes]
+
+    @functools.cached_property
+    def whole(self) -> Part:
+        """All operators."""
+        return self.part()
 
     def part(self, start: int = 0, stop: int | None = None) -> Part:
         """The operators from `start` up to, not including, `stop`."""

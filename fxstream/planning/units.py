@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,6 +48,9 @@ class Context(Protocol):
     @property
     def written(self) -> frozenset[str | None]:
         """The results that are written elsewhere."""
+
+    def costs(self, graph: TypedGraph, nodes: Sequence[str]) -> Costs:
+        """The costs of a run of operators."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +115,7 @@ class _Crossing:
 def units_of(context: Context, plans: Sequence[SegmentPlan], offloaded: frozenset[str]) -> list[Unit]:
     """What every unit of a plan needs, in the order in which they run."""
     spans = list(_spans(context.graph, plans))
-    costs = [
-        Costs(context.graph if plan is None else plan.segment.graph, context.machine, nodes)
-        for nodes, plan in spans
-    ]
+    costs = [context.costs(context.graph if plan is None else plan.segment.graph, nodes) for nodes, plan in spans]
     crossing = list(_crossing(context, spans, costs, offloaded))
     last = {name: k for k, cost in enumerate(costs) for name in cost.weight_bytes}
     return [
@@ -218,10 +218,11 @@ class _Needs:
     def unit(self, last: dict[str, int]) -> Unit:
         """All of it; `last` is the last unit that reads each weight."""
         cost, plan, k = self._cost, self._plan, self._k
-        shares, turn = _shares(plan, cost), len(cost.nodes)
+        shares, turn = self._shares(SegmentPlan.largest), len(cost.nodes)
         recorded, unrecorded, saved = self._profiles(shares)
         transfer = sum(self._transfers(plan)) / cost.machine.host if plan is not None else 0.0
-        seconds = [float(spent) + transfer for spent in cost.part().seconds(shares)]
+        usual = shares if self._is_whole else self._shares(SegmentPlan.usual)
+        seconds = [float(spent) + transfer for spent in cost.whole.seconds(usual)]
         made = sum(value.bytes for value in self._crossing if value.maker == k)
         return Unit(
             name=plan.segment.name if plan is not None else "",
@@ -242,9 +243,17 @@ class _Needs:
             folded=float(sum(fusion.bytes for fusion in plan.segment.fusions)) if plan is not None else 0.0,
         )
 
+    def _shares(self, pixels: Callable[[SegmentPlan, str], Sequence[float]]) -> torch.Tensor:
+        """What a tile with so many pixels of each node has, over what the costs are of; what is not tiled has all."""
+        plan, cost = self._plan, self._cost
+        if plan is None or not plan.axes:
+            return cost.shares(self._context.graph if plan is None else plan.segment.graph)
+        held = [pixels(plan, name) for name in cost.nodes]
+        return (torch.tensor(held, dtype=torch.float64) / torch.tensor(cost.extents, dtype=torch.float64)).prod(-1)
+
     def _profiles(self, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Bytes of a tile at each step, with recording and without, and what it saves, with boxes and copies."""
-        part, plan = self._cost.part(), self._plan
+        part, plan = self._cost.whole, self._plan
         recorded, unrecorded = part.profile(shares, self._outer()), part.profile_unrecorded(shares)
         saved = float(part.saved(shares))
         if plan is not None:
@@ -290,18 +299,6 @@ class _Needs:
         read = (_box_bytes(plan, name) for name, _ in plan.segment.spatial if name in self._offloaded)
         made = (_box_bytes(plan, name) for name in plan.segment.outputs if name in self._offloaded)
         return sum(read), sum(made)
-
-
-def _shares(plan: SegmentPlan | None, cost: Costs) -> torch.Tensor:
-    """The shares of the largest tile of a segment; all ones for dense operators."""
-    shares = torch.ones(len(cost.nodes), dtype=torch.float64)
-    if plan is None:
-        return shares
-    for axis in range(len(plan.axes)):
-        nodes = [plan.segment.graph[name] for name in cost.nodes]
-        along = [plan.largest(node.name)[axis] / node.extents[axis] for node in nodes]
-        shares = shares * torch.tensor(along, dtype=torch.float64)
-    return shares
 
 
 def _box_bytes(plan: SegmentPlan | None, name: str) -> float:

@@ -86,13 +86,18 @@ class AxisTiles(Sequence[AxisTile]):
         first, stop = self._inner
         outer = [(i, 1.0) for i in (*range(first), *range(stop, self._count))]
         period = stop - first if self._repeats is None else min(self._repeats[0], stop - first)
-        if len(outer) > SAMPLE:
+        if len(outer) > SAMPLE and self._repeats is None:
             outer = [(i, len(outer) / SAMPLE) for i in _sample([i for i, _ in outer])]
-        if period > SAMPLE:
+        if period > SAMPLE and self._repeats is None:
             inner = [(i, (stop - first) / SAMPLE) for i in _sample(range(first, stop))]
         else:
             inner = [(first + k, float(-(-(stop - first - k) // period))) for k in range(period)]
         return tuple(sorted([*outer, *inner]))
+
+    @property
+    def places(self) -> Sequence[int]:
+        """Tiles among which there is one like each other; all of them where boxes never repeat."""
+        return range(self._count) if self._repeats is None else [i for i, _ in self.classes]
 
     @functools.cached_property
     def _lengths(self) -> tuple[dict[str, int], dict[str, float]]:

@@ -43,10 +43,6 @@ class Grid:
             for name, _ in segment.spatial
         }
 
-    def outputs(self, count: int) -> list[tuple[Interval, ...]]:
-        """The intervals of every output that each tile owns, in tiles as long as `count` of them need."""
-        return [self._owned(count, i) for i in range(self.even(count))]
-
     def even(self, count: int) -> int:
         """How many tiles a grid of `count` really has, when all but the last are equally long."""
         return -(-self.finest // -(-self.finest // count))
@@ -89,10 +85,10 @@ class Grid:
         return max(over) if over else None
 
     def _fits(self, count: int, sampled: bool = False) -> bool:
-        outputs = self.outputs(count)
-        if sampled and len(outputs) > 5:
-            outputs = [outputs[i] for i in (0, 1, len(outputs) // 2, -2, -1)]
-        return all(self.excess(owned) is None for owned in outputs)
+        tiles = self.tiles(count)
+        places = (0, 1, len(tiles) // 2, len(tiles) - 2, len(tiles) - 1) if sampled else tiles.places
+        every = {i for i in places if 0 <= i < len(tiles)}
+        return all(self.excess(self._owned(count, i)) is None for i in every)
 
     def count(self) -> int | None:
         """The smallest number of tiles that fits, or None where single pixels do not fit."""
@@ -110,11 +106,11 @@ class Grid:
         self, count: int, watched: Mapping[int, Sequence[str]]
     ) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
         """About the longest intervals, as of `BoundsPass.lengths`, over a few tiles of a grid of `count`."""
-        outputs = self.outputs(count)
+        last = self.even(count) - 1
         lengths: dict[str, int] = {}
         reads: dict[int, dict[str, int]] = {index: {} for index in watched}
-        for i in {0, len(outputs) // 2, len(outputs) - 1}:
-            of_tile, after = self._walk.lengths(outputs[i], watched)
+        for i in {0, (last + 1) // 2, last}:
+            of_tile, after = self._walk.lengths(self._owned(count, i), watched)
             _keep_longest(lengths, of_tile)
             for index, longest in reads.items():
                 _keep_longest(longest, after[index])
@@ -126,7 +122,8 @@ class Grid:
 
     def least(self) -> tuple[int, str, int]:
         """The largest read of a single output pixel: pixels, input, and the bound it exceeds."""
-        worst = max(filter(None, map(self.excess, self.outputs(self.finest))))
+        pixels = (self.owned(1, i) for i in self.tiles_of(1).places)
+        worst = max(filter(None, map(self.excess, pixels)))
         return (*worst, self._bounds[worst[1]])
 
 

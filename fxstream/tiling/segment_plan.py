@@ -19,7 +19,7 @@ from fxstream.tiling.grid import Grid
 from fxstream.tiling.request import Request
 from fxstream.tiling.segment import Segment
 
-__all__ = ["SegmentPlan", "offloadable", "plan_segment", "plan_whole", "tile_arithmetic"]
+__all__ = ["SegmentPlan", "offloadable", "plan_lengths", "plan_segment", "plan_whole", "tile_arithmetic"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -42,6 +42,11 @@ class SegmentPlan:
         return self.streamed_arithmetic / max(1, self.arithmetic)
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """The pixels of the finest output that a tile has along each axis."""
+        return tuple(max(map(len, tiles[0].outputs)) for tiles in self.axes)
+
+    @property
     def tile_count(self) -> int:
         """Number of tiles."""
         return math.prod(len(tiles) for tiles in self.axes)
@@ -53,6 +58,10 @@ class SegmentPlan:
     def largest(self, name: str) -> tuple[int, ...]:
         """The longest interval that a tile holds of a node or spatial input, along each axis."""
         return tuple(tiles.largest(name) for tiles in self.axes)
+
+    def usual(self, name: str) -> tuple[float, ...]:
+        """The pixels that a tile holds of a node or spatial input along each axis, on average."""
+        return tuple(tiles.total(name) / len(tiles) for tiles in self.axes)
 
     def __str__(self) -> str:
         first, last = self.segment.ends
@@ -74,6 +83,12 @@ def plan_whole(segment: Segment) -> SegmentPlan:
     """The plan of a segment that runs whole."""
     plain = sum(segment.graph[name].arithmetic for name in segment.nodes)
     return SegmentPlan(segment, (), plain, plain, 0.0)
+
+
+def plan_lengths(segment: Segment, lengths: Sequence[int]) -> SegmentPlan:
+    """The tiles of one segment that have so many pixels of its finest output along each axis."""
+    grids = [Grid(segment, Request(None), axis) for axis in range(segment.axes)]
+    return _planned(segment, [grid.tiles_of(min(n, grid.finest)) for grid, n in zip(grids, lengths, strict=True)])
 
 
 def plan_segment(segment: Segment, request: Request, counts: Sequence[int] | None = None) -> SegmentPlan:

@@ -1,0 +1,106 @@
+"""From spans to segments with their tiles: those that the search chose, and those of a decision made at another size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from fxstream.planning.decision import DecidedSpan, Decision
+from fxstream.planning.estimate import CostContext, Prediction, keep_graphs, predict
+from fxstream.planning.search import Span
+from fxstream.tiling.parts import sweeps, whole_segment
+from fxstream.tiling.passes import optimised
+from fxstream.tiling.request import Request
+from fxstream.tiling.segment import Segment
+from fxstream.tiling.segment_plan import SegmentPlan, plan_lengths, plan_segment, plan_whole
+
+__all__ = ["Ran", "decided", "decided_spans", "segments_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """Spans as they run: their segments, none where the plain network runs, and the prediction."""
+
+    spans: tuple[Span, ...]
+    segments: tuple[SegmentPlan, ...]
+    prediction: Prediction
+
+    def keeping(self, context: CostContext, memory: int) -> Ran:
+        """The same with as many graphs of tiles kept as fit."""
+        if not context.training or not self.segments:
+            return self
+        segments, prediction = keep_graphs(context, self.segments, memory)
+        return Ran(self.spans, segments, prediction)
+
+    def decision(self) -> Decision:
+        """What holds of it at other sizes."""
+        spans = []
+        for i, span in enumerate(self.spans):
+            tiles = tuple(plan.lengths for plan in self.segments if _is_of(plan.segment, i) and plan.axes)
+            if tiles or any(_is_of(plan.segment, i) for plan in self.segments):
+                spans.append(DecidedSpan(span.nodes[0], span.nodes[-1], tiles))
+        return Decision(tuple(spans), self.prediction.offloaded > 0)
+
+
+def _is_of(segment: Segment, i: int) -> bool:
+    """Whether it is a sweep over span `i`."""
+    return segment.name.split("_")[1] == str(i)
+
+
+def segments_of(context: CostContext, request: Request, spans: Sequence[Span]) -> tuple[SegmentPlan, ...]:
+    """The plans of these spans: of each sweep, or of the whole span as one checkpoint.
+
+    A span that cannot be one stays in the dense graph.
+    """
+    plans: list[SegmentPlan] = []
+    for i, span in enumerate(spans):
+        made = _made(context, i, span)
+        if span.counts == ():
+            plans += map(plan_whole, made)
+        else:
+            plans += [plan_segment(segment, request, span.counts) for segment in made]
+    return tuple(plans)
+
+
+def _made(context: CostContext, i: int, span: Span) -> tuple[Segment, ...]:
+    """The segments that span `i` runs as, at the size of the graph."""
+    graph, name, is_whole = context.graph, f"segment_{i}", span.counts == ()
+
+    def make() -> Iterator[Segment]:
+        if not is_whole:
+            yield from map(optimised, sweeps(graph, name, span.nodes))
+        elif (whole := whole_segment(graph, name, span.nodes)) is not None:
+            yield optimised(whole)
+
+    return context.memo.templates.at(graph, (name, span.nodes, is_whole), make)
+
+
+def decided(context: CostContext, parts: Sequence[tuple[str, ...]], decision: Decision, memory: int) -> Ran | None:
+    """What a decision comes to at the size of the graph; None where it does not fit into the memory, or not here."""
+    context = replace(context, offload=context.offload and decision.offload)
+    spans = decided_spans(parts, decision)
+    if spans is None:
+        return None
+    segments: list[SegmentPlan] = []
+    for i, (span, one) in enumerate(zip(spans, decision.spans, strict=True)):
+        made = _made(context, i, span)
+        if not one.tiles:
+            segments += map(plan_whole, made)
+        elif [len(tile) for tile in one.tiles] == [segment.axes for segment in made]:
+            segments += [plan_lengths(segment, tile) for segment, tile in zip(made, one.tiles, strict=True)]
+        else:
+            return None
+    ran = Ran(tuple(spans), tuple(segments), predict(context, segments))
+    return ran.keeping(context, memory) if ran.prediction.bytes <= memory else None
+
+
+def decided_spans(parts: Sequence[tuple[str, ...]], decision: Decision) -> list[Span] | None:
+    """The spans of a decision among the parts that may be streamed; None where one is not there."""
+    place = {name: (part, i) for part in parts for i, name in enumerate(part)}
+    spans = []
+    for one in decision.spans:
+        (part, first), (other, last) = (place.get(name, ((), 0)) for name in (one.first, one.last))
+        if not part or part is not other or first > last:
+            return None
+        spans.append(Span(part[first : last + 1], () if one.tiles == () else None))
+    return spans
