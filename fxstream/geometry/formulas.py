@@ -44,7 +44,9 @@ def _along(value: Any, count: int) -> Sequence[int] | None:
     return tuple(value) if len(value) == count else tuple(value) * count if len(value) == 1 else None
 
 
-def _windows(extents: Dims, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool = False) -> Dims | None:
+def _windows(
+    extents: Dims, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool = False
+) -> Dims | None:
     numbers = [_along(value, len(extents)) for value in (kernel, stride, padding, dilation)]
     if None in numbers:
         return None
@@ -59,7 +61,13 @@ def _windows(extents: Dims, kernel: Any, stride: Any, padding: Any, dilation: An
 
 
 def _convolution(
-    image: Dims, weight: Dims, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    image: Dims,
+    weight: Dims,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Dims | None:
     axes = len(weight) - 2
     if len(image) != axes + 2 or image[1] != weight[1] * groups:
@@ -113,7 +121,9 @@ def _pooling(axes: int) -> Formula:
 
 def _average(axes: int) -> Formula:
     pooling = _pooling(axes)
-    return lambda image, kernel, stride=(), padding=0, ceil=False, *_: pooling(image, kernel, stride, padding, 1, ceil)
+    return lambda image, kernel, stride=(), padding=0, ceil=False, *_: pooling(
+        image, kernel, stride, padding, 1, ceil
+    )
 
 
 def _joined(shapes: Sequence[Dims], dim: int = 0) -> Dims | None:
@@ -186,7 +196,10 @@ FORMULAS: dict[str, Formula] = {
     **{f"aten::conv{n}d": _convolution for n in (1, 2, 3)},
     **{f"aten::max_pool{n}d": _pooling(n) for n in (1, 2, 3)},
     **{f"aten::avg_pool{n}d": _average(n) for n in (2, 3)},
-    **{f"aten::{name}": _same for name in ("detach", "dropout", "clone", "alias", "contiguous", "copy_", "bernoulli")},
+    **{
+        f"aten::{name}": _same
+        for name in ("detach", "dropout", "clone", "alias", "contiguous", "copy_", "bernoulli")
+    },
     **{f"aten::{name}": _same for name in ("ones_like", "zeros_like", "softmax", "_to_copy")},
     **{f"aten::{name}": _reduced for name in ("mean", "sum", "amax", "amin")},
     **{f"aten::{name}": _viewed for name in ("view", "reshape", "_unsafe_view")},

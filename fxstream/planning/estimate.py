@@ -266,9 +266,13 @@ def keep_graphs(
     """The segments with the graphs of as many tiles kept as the budget allows, and their prediction.
 
     The last segments come first: a kept graph burdens its own and later steps only, so that theirs are the
-    cheapest to keep.
+    cheapest to keep. Nothing is kept where the budget is too small even so, or where there is no backward.
     """
     estimator = Estimator(context, plans)
+    kept = {plan.segment.name: 0 for plan in plans}
+    prediction = estimator.prediction(kept)
+    if prediction.bytes > budget or not context.training:
+        return tuple(plans), prediction
     kept = estimator.most_kept(budget)
     chosen = tuple(replace(plan, kept=kept[plan.segment.name]) for plan in plans)
-    return chosen, estimator.prediction(kept)
+    return chosen, estimator.prediction(kept) if any(kept.values()) else prediction

@@ -29,7 +29,7 @@ from fxstream.planning.estimate import CostContext, Prediction, predict
 from fxstream.planning.memory_region import memory_search
 from fxstream.planning.partition import FEW_SWEEPS
 from fxstream.planning.search import Search, Span, State
-from fxstream.planning.spans import Ran, decided, decided_spans, segments_of
+from fxstream.planning.spans import Ran, decided, decided_spans, kept_within, segments_of
 from fxstream.planning.tile_region import spans_within_tile
 from fxstream.tiling.parts import streamable_parts
 from fxstream.tiling.request import Request, last_node_of
@@ -300,9 +300,9 @@ def _fitting(context: CostContext, search: Search, request: Request, memory: int
         fastest = search.fastest(budget)
         if fastest is None:
             return None
-        ran = _predicted(context, request, fastest)
+        ran = kept_within(context, fastest.spans, segments_of(context, request, fastest.spans), memory)
         if ran.prediction.bytes <= memory:
-            return ran.keeping(context, memory)
+            return ran
         budget = fastest.peak - max(ran.prediction.bytes - memory, less * memory)
     return None
 

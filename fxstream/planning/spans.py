@@ -14,7 +14,7 @@ from fxstream.tiling.request import Request
 from fxstream.tiling.segment import Segment
 from fxstream.tiling.segment_plan import SegmentPlan, plan_lengths, plan_segment, plan_whole
 
-__all__ = ["Ran", "decided", "decided_spans", "segments_of"]
+__all__ = ["Ran", "decided", "decided_spans", "kept_within", "segments_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +24,6 @@ class Ran:
     spans: tuple[Span, ...]
     segments: tuple[SegmentPlan, ...]
     prediction: Prediction
-
-    def keeping(self, context: CostContext, memory: int) -> Ran:
-        """The same with as many graphs of tiles kept as fit."""
-        if not context.training or not self.segments:
-            return self
-        segments, prediction = keep_graphs(context, self.segments, memory)
-        return Ran(self.spans, segments, prediction)
 
     def decision(self) -> Decision:
         """What holds of it at other sizes."""
@@ -90,8 +83,15 @@ def decided(context: CostContext, parts: Sequence[tuple[str, ...]], decision: De
             segments += [plan_lengths(segment, tile) for segment, tile in zip(made, one.tiles, strict=True)]
         else:
             return None
-    ran = Ran(tuple(spans), tuple(segments), predict(context, segments))
-    return ran.keeping(context, memory) if ran.prediction.bytes <= memory else None
+    ran = kept_within(context, spans, segments, memory)
+    return ran if ran.prediction.bytes <= memory else None
+
+
+def kept_within(context: CostContext, spans: Sequence[Span], segments: Sequence[SegmentPlan], memory: int) -> Ran:
+    """These segments with as many graphs of tiles kept as fit into the memory."""
+    if not segments:
+        return Ran((), (), predict(context, ()))
+    return Ran(tuple(spans), *keep_graphs(context, segments, memory))
 
 
 def decided_spans(parts: Sequence[tuple[str, ...]], decision: Decision) -> list[Span] | None:

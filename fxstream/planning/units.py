@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from fxstream.planning.cost import Costs
 from fxstream.tiling.order import execution_order
 from fxstream.tiling.own_padding import padded_copies
 from fxstream.tiling.segment_plan import SegmentPlan
+from fxstream.tiling.templates import MemoOfStructure
 
 __all__ = ["Unit", "units_of"]
 
@@ -48,6 +50,10 @@ class Context(Protocol):
     @property
     def written(self) -> frozenset[str | None]:
         """The results that are written elsewhere."""
+
+    @property
+    def memo(self) -> MemoOfStructure:
+        """What was made at other sizes."""
 
     def costs(self, graph: TypedGraph, nodes: Sequence[str]) -> Costs:
         """The costs of a run of operators."""
@@ -88,40 +94,87 @@ class Unit:
 class _Crossing:
     """A value that goes from one unit to others: who makes it (-1 for an input), who reads it last, who holds it.
 
-    `gradient` are the bytes of its gradient, and 0 where none is asked for.
+    Whether it `exists` whole in the device's memory, and whether a gradient of it does.
     """
 
     name: str
     maker: int
     last: int
     holders: tuple[int, ...]
-    bytes: int
-    gradient: int
+    exists: bool
+    has_gradient: bool
     is_result: bool
 
-    def in_forward(self, unit: int) -> bool:
-        """Whether it exists when a later unit runs forward."""
-        return self.maker < unit and (unit <= self.last or any(holder < unit for holder in self.holders))
 
-    def in_backward(self, unit: int) -> bool:
-        """Whether it exists when a later unit runs backward; a result of the network always does."""
-        return self.is_result or (self.maker < unit and any(holder <= unit for holder in self.holders))
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """The units of a plan at every size: the nodes of each, the segment that it is, and the values that cross them."""
 
-    def has_gradient(self, unit: int) -> bool:
-        """Whether its gradient exists when a unit runs backward."""
-        return self.maker <= unit <= self.last
+    units: tuple[tuple[tuple[str, ...], str | None], ...]
+    crossing: tuple[_Crossing, ...]
+
+
+class _Boundaries:
+    """Bytes of the values that cross units, per unit: those that it makes, those that exist meanwhile, gradients."""
+
+    def __init__(self, graph: TypedGraph, layout: _Layout) -> None:
+        count = len(layout.units)
+        self.made, self.read = [0.0] * count, [0.0] * count
+        forward, backward, gradients = ([0.0] * (count + 2) for _ in range(3))
+        self.last_of: dict[int, dict[str, float]] = {}
+        """By the last unit that reads it, the bytes of each value's gradient."""
+        for value in layout.crossing:
+            size = graph[value.name].bytes
+            own, gradient = size * value.exists, size * value.has_gradient
+            first, held = value.maker + 1, min(value.holders, default=count)
+            if value.maker >= 0:
+                self.made[value.maker] += own
+            for k in value.holders:
+                self.read[k] += gradient if k > value.maker else 0.0
+            _add(forward, first, value.last + 1 if held > value.last else count, own)
+            _add(backward, 0 if value.is_result else max(first, held), count, own)
+            _add(gradients, max(value.maker, 0), value.last + 1, gradient)
+            self.last_of.setdefault(value.last, {})[value.name] = float(gradient)
+        self.there_forward, self.there_backward, self.gradients = (
+            list(itertools.accumulate(changes)) for changes in (forward, backward, gradients)
+        )
+
+
+def _add(changes: list[float], start: int, stop: int, amount: float) -> None:
+    """Note that so much is there from one unit up to, not including, another."""
+    if start < stop:
+        changes[start] += amount
+        changes[min(stop, len(changes) - 1)] -= amount
 
 
 def units_of(context: Context, plans: Sequence[SegmentPlan], offloaded: frozenset[str]) -> list[Unit]:
     """What every unit of a plan needs, in the order in which they run."""
-    spans = list(_spans(context.graph, plans))
-    costs = [context.costs(context.graph if plan is None else plan.segment.graph, nodes) for nodes, plan in spans]
-    crossing = list(_crossing(context, spans, costs, offloaded))
+    segments = tuple((plan.segment.name, plan.segment.graph.graph, bool(plan.axes)) for plan in plans)
+    key = ("layout", segments, offloaded, context.differentiated, context.outside, context.written)
+    layout = context.memo.get(key, lambda: _laid_out(context, plans, offloaded))
+    planned: dict[str | None, SegmentPlan] = {plan.segment.name: plan for plan in plans}
+    of_units = [planned.get(name) for _, name in layout.units]
+    costs = _costs(context, [nodes for nodes, _ in layout.units], of_units)
+    boundaries = _Boundaries(context.graph, layout)
     last = {name: k for k, cost in enumerate(costs) for name in cost.weight_bytes}
     return [
-        _Needs(context, k, plan, cost, crossing, offloaded).unit(last)
-        for k, ((_, plan), cost) in enumerate(zip(spans, costs, strict=True))
+        _Needs(context, k, plan, cost, boundaries, offloaded).unit(last)
+        for k, (plan, cost) in enumerate(zip(of_units, costs, strict=True))
     ]
+
+
+def _costs(context: Context, nodes: Sequence[tuple[str, ...]], plans: Sequence[SegmentPlan | None]) -> list[Costs]:
+    return [
+        context.costs(context.graph if plan is None else plan.segment.graph, of_unit)
+        for of_unit, plan in zip(nodes, plans, strict=True)
+    ]
+
+
+def _laid_out(context: Context, plans: Sequence[SegmentPlan], offloaded: frozenset[str]) -> _Layout:
+    spans = list(_spans(context.graph, plans))
+    costs = _costs(context, [nodes for nodes, _ in spans], [plan for _, plan in spans])
+    units = tuple((nodes, None if plan is None else plan.segment.name) for nodes, plan in spans)
+    return _Layout(units, tuple(_crossing(context, spans, costs, offloaded)))
 
 
 def _spans(graph: TypedGraph, plans: Sequence[SegmentPlan]) -> Iterator[Span]:
@@ -158,14 +211,13 @@ def _crossing(
             exists = name not in context.written or spans[made][1] is None
         else:
             exists = name in context.outside and any(spans[k][1] is None for k in readers.get(name, ()))
-        size = graph[name].bytes * is_new
         yield _Crossing(
             name,
             made,
             len(spans) if graph.is_result(name) else max(others),
             tuple(holders.get(name, ())),
-            size * exists,
-            size if made >= 0 or name in context.differentiated else 0,
+            is_new and exists,
+            is_new and (made >= 0 or name in context.differentiated),
             graph.is_result(name),
         )
 
@@ -208,11 +260,11 @@ class _Needs:
         k: int,
         plan: SegmentPlan | None,
         cost: Costs,
-        crossing: Sequence[_Crossing],
+        boundaries: _Boundaries,
         offloaded: frozenset[str],
     ) -> None:
         self._context, self._k, self._plan, self._cost = context, k, plan, cost
-        self._crossing, self._offloaded = crossing, offloaded
+        self._boundaries, self._offloaded = boundaries, offloaded
         self._is_whole = plan is None or plan.tile_count == 1
 
     def unit(self, last: dict[str, int]) -> Unit:
@@ -223,18 +275,19 @@ class _Needs:
         transfer = sum(self._transfers(plan)) / cost.machine.host if plan is not None else 0.0
         usual = shares if self._is_whole else self._shares(SegmentPlan.usual)
         seconds = [float(spent) + transfer for spent in cost.whole.seconds(usual)]
-        made = sum(value.bytes for value in self._crossing if value.maker == k)
+        around = self._boundaries
+        of_last = sum(around.last_of.get(k, {}).values()) if self._is_whole else 0.0
         return Unit(
             name=plan.segment.name if plan is not None else "",
             tiles=plan.tile_count if plan is not None else 0,
-            made=made,
-            read=sum(v.gradient for v in self._crossing if v.maker < k and k in v.holders),
-            holds=(saved - (made if plan is None else 0.0)) * self._context.training,
-            there_forward=sum(value.bytes for value in self._crossing if value.in_forward(k)),
+            made=around.made[k],
+            read=around.read[k],
+            holds=(saved - (around.made[k] if plan is None else 0.0)) * self._context.training,
+            there_forward=around.there_forward[k],
             forward=float((recorded[:turn] if plan is None and self._context.training else unrecorded).max()),
             forward_seconds=seconds[0],
-            there_backward=sum(value.bytes for value in self._crossing if value.in_backward(k)),
-            gradients=sum(v.gradient for v in self._crossing if v.has_gradient(k) and not self._is_last_of(v)),
+            there_backward=around.there_backward[k],
+            gradients=around.gradients[k] - of_last,  # at once: a sum over tiles exists all the while
             backward=float(recorded.max()),
             pulled=float(recorded[turn:].max()) - saved,
             backward_seconds=seconds[1],
@@ -262,15 +315,11 @@ class _Needs:
             recorded[part.turn :] += self._transfers(plan)[1]
         return recorded, unrecorded, saved
 
-    def _is_last_of(self, value: _Crossing) -> bool:
-        """Whether a value gets its gradient only here, at once: a sum over tiles exists all the while."""
-        return self._is_whole and value.last == self._k
-
     def _outer(self) -> dict[str, float]:
         """Bytes of gradients of values from outside, from the backward of their last reader on."""
         outer: dict[str, float] = {}
         if self._is_whole:
-            outer = {v.name: float(v.gradient) for v in self._crossing if v.last == self._k}
+            outer = dict(self._boundaries.last_of.get(self._k, {}))
         plan, graph = self._plan, self._context.graph
         for name, _ in plan.segment.spatial if plan is not None else ():
             is_box = not self._is_whole or name in self._offloaded

@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 from fxstream.geometry.box import Interval
-from fxstream.tiling.bounds import AxisTile, BoundsPass, Ratio
+from fxstream.tiling.bounds import AxisStep, AxisTile, BoundsPass, Ratio
 
 __all__ = ["AxisTiles"]
 
@@ -116,9 +116,14 @@ class AxisTiles(Sequence[AxisTile]):
         """The pixels of a node or spatial input that all tiles together hold."""
         return self._lengths[1].get(name, 0.0)
 
-    def representatives(self) -> list[AxisTile]:
-        """A tile of each class."""
-        return [self._tile(i) for i, _ in self.classes]
+    @functools.cached_property
+    def _boxes(self) -> list[dict[str, Interval]]:
+        """The boxes of a tile of each class."""
+        return [self._walk.boxes(self._owned(i)) for i, _ in self.classes]
+
+    def steps(self, index: int) -> list[AxisStep]:
+        """How a node, given by its index in the segment, is evaluated on a tile of each class that needs it."""
+        return [step for boxes in self._boxes if (step := self._walk.step(index, boxes)) is not None]
 
 
 def _sample(indices: Sequence[int]) -> list[int]:

@@ -205,14 +205,14 @@ class BoundsPass:
     def tile(self, outputs: tuple[Interval, ...]) -> AxisTile:
         """Everything about the tile that owns these intervals, one per output of the segment."""
         boxes = self.boxes(outputs)
-        steps = tuple(self._step(i, boxes) for i in range(len(self._patterns)))
+        steps = tuple(self.step(i, boxes) for i in range(len(self._patterns)))
         crops = tuple(
             Crop(out.start - boxes[name].start, len(out), len(boxes[name])) if len(out) else Crop(0, 0, 0)
             for name, out in zip(self.segment.outputs, outputs, strict=True)
         )
         return AxisTile(outputs, boxes, steps, crops)
 
-    def _step(self, i: int, boxes: Mapping[str, Interval]) -> AxisStep | None:
+    def step(self, i: int, boxes: Mapping[str, Interval]) -> AxisStep | None:
         """How a node is evaluated from the boxes its producers hold; None where nothing needs it."""
         pattern, box = self._patterns[i], boxes.get(self.names[i], EMPTY)
         if not len(box):

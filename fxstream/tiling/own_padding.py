@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fxstream.geometry.receptive_field import IDENTITY
 from fxstream.graph.typed_graph import TypedNode
 from fxstream.tiling.axis_tiles import AxisTiles
 from fxstream.tiling.bounds import AxisStep, Crop, CropPad
@@ -55,12 +56,13 @@ def own_padding(node: TypedNode, axis: int, step: AxisStep) -> OwnPadding | None
 def padded_copies(segment: Segment, axes: Sequence[AxisTiles]) -> dict[str, float]:
     """Bytes of the largest padded copy of its input that each operator reads on any tile; none are left out."""
     copies: dict[str, float] = {}
-    tiles_of = [tiles.representatives() for tiles in axes]
     for index, name in enumerate(segment.nodes) if axes else ():
-        node = segment.graph[name]
-        steps = [[step for tile in tiles if (step := tile.steps[index]) is not None] for tiles in tiles_of]
-        if len(node.pattern.reads) == 1 and all(steps) and (pixels := _largest_copy(node, steps)):
-            (read,) = node.pattern.reads  # its value may have tiled dims for this operator alone
+        reads = segment.graph[name].pattern.reads
+        if len(reads) != 1 or all(one == IDENTITY for one in reads[0].maps):
+            continue
+        steps = [tiles.steps(index) for tiles in axes]
+        if all(steps) and (pixels := _largest_copy(segment.graph[name], steps)):
+            (read,) = reads  # its value may have tiled dims for this operator alone
             copies[name] = pixels * read.value.bytes / math.prod(read.extents)
     return copies
 
