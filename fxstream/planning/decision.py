@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fxstream.errors import InputError
 
@@ -59,6 +59,14 @@ class Decision:
 
     spans: tuple[DecidedSpan, ...]
     offload: bool = False
+
+    def with_smaller_tiles(self, factor: float) -> Decision:
+        """The same spans in tiles of less pixels along each axis."""
+        spans = (
+            replace(one, tiles=tuple(tuple(max(1, round(n * factor)) for n in tile) for tile in one.tiles or ()))
+            for one in self.spans
+        )
+        return replace(self, spans=tuple(spans))
 
     def to_json(self) -> str:
         """The decision as text, for `from_json` in another process."""

@@ -48,6 +48,8 @@ MANY_SWEEPS = 16
 """Sweeps over a span where boundaries enough to do with few do not fit."""
 FASTER = 0.8
 """Where the plain network fits too, a plan is chosen that is predicted to take less than this part of its time."""
+SMALLER = (0.8, 0.6)
+"""The sides of tiles that are tried for a decision that needs too much at another size, over its own."""
 LESS = (0.0, 0.0, 0.02, 0.04, 0.08, 0.16, 0.32)
 """The part of the memory that the search is given less at least, each time that its estimate was too low."""
 
@@ -200,7 +202,7 @@ def _fastest(context: CostContext, request: Request, memory: int, decisions: Dec
     """The fastest plan within the memory: a decision that holds here, or the best of those and of the search."""
     extents, fitting = _extents(context.graph), list[Ran]()
     for decision in decisions:
-        ran = decided(context, _parts(context, request), decision, memory)
+        ran = _made_to_fit(context, request, decision, memory)
         if ran is not None and decisions.holds(decision, extents, ran.prediction.seconds):
             decisions.prefer(decision)
             return _plan_of(context, ran, decision)
@@ -214,6 +216,14 @@ def _fastest(context: CostContext, request: Request, memory: int, decisions: Dec
     decision = best.decision()
     decisions.add(decision, extents, best.prediction.seconds)
     return _plan_of(context, best, decision)
+
+
+def _made_to_fit(context: CostContext, request: Request, decision: Decision, memory: int) -> Ran | None:
+    """What a decision comes to at this size, in smaller tiles if it needs too much in its own; None where it does."""
+    parts = _parts(context, request) if decision.spans else []
+    smaller = (decision.with_smaller_tiles(factor) for factor in SMALLER if decision.spans)
+    each = (decided(context, parts, one, memory) for one in (decision, *smaller))
+    return next((ran for ran in each if ran is not None), None)
 
 
 def _plan_of(context: CostContext, ran: Ran, decision: Decision) -> Plan:
