@@ -26,7 +26,7 @@ from fxstream.machine.speeds import Machine
 from fxstream.machine.units import bytes_text
 from fxstream.planning.decision import DecidedSpan, Decision, Decisions
 from fxstream.planning.estimate import CostContext, Prediction, predict
-from fxstream.planning.memory_region import memory_search
+from fxstream.planning.memory_region import memory_searches
 from fxstream.planning.partition import FEW_SWEEPS
 from fxstream.planning.search import Search, Span, State
 from fxstream.planning.spans import Ran, decided, decided_spans, kept_within, segments_of
@@ -255,8 +255,7 @@ def _within_memory(context: CostContext, request: Request, memory: int) -> Ran:
     if fits and not _may_be_faster(context, plain.prediction):
         return plain
     parts = _parts(context, request)
-    for most_sweeps in _most_sweeps(context.graph):
-        search = memory_search(context, parts, request, most_sweeps)
+    for search in memory_searches(context, parts, request, _most_sweeps(context.graph)):
         fitting = _fitting(context, search, request, memory)
         if fitting is not None:
             return plain if fits and fitting.prediction.seconds >= FASTER * plain.prediction.seconds else fitting

@@ -6,7 +6,7 @@ Positions and shares are counted in the nodes of the model's graph, of which the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,24 @@ class RegionCosts:
         """The costs of a span as it is streamed."""
         part = self._streamed.part(self._remaining_before[start + 1], self._remaining_before[end + 1])
         return SpanCosts(part, self._remaining, self._stages, tuple(self.positions.sweeps(start, end)))
+
+    def seconds_to(
+        self, end: int, stage: int, starts: Sequence[int], shares: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Seconds of a forward and a backward of a sweep up to a position, from each of several; [tiles, starts].
+
+        Of the operators up to a stage alone. The spans that end at one position are parts of the longest of them.
+        """
+        first, stop = self._remaining_before[min(starts) + 1], self._remaining_before[end + 1]
+        of_stage = (shares * (self._stages <= stage))[..., self._remaining]
+        places = torch.tensor([self._remaining_before[start + 1] - first for start in starts])
+
+        def from_each(seconds: torch.Tensor) -> torch.Tensor:
+            sums = torch.nn.functional.pad(seconds.cumsum(-1), (1, 0))
+            return sums[..., -1:] - sums[..., places]
+
+        forward, backward = self._streamed.seconds_each(of_stage, first, stop)
+        return from_each(forward), from_each(backward)
 
     def folded(self, start: int, end: int) -> float:
         """Bytes of the weights of the fusions in a span."""
