@@ -214,7 +214,10 @@ class Pipeline:
                 reports = self._verified(captured, analysis, plan)
             with stages("tile programs"):
                 options, lowered = self.options, captured.lowered
-                streamed = rewrite(lowered, analysis.graph, plan, options.compile_tiles, self._ranks, self._watch)
+                memo = captured.memo.at(analysis.graph)
+                streamed = rewrite(
+                    lowered, analysis.graph, plan, options.compile_tiles, self._ranks, self._watch, memo
+                )
         plan = replace(plan, prepared=stages.seconds)
         logger.info("%s", plan)
         return Prepared(analysis, plan, reports, streamed)

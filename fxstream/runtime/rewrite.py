@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from fxstream.runtime.tile_loop import stream_map
 from fxstream.tiling.fuse import folded_weights
 from fxstream.tiling.order import execution_order
 from fxstream.tiling.segment import Fusion, Segment
+from fxstream.tiling.templates import MemoOfStructure
 
 __all__ = ["StreamedSegment", "read_whole", "rewrite", "with_sinks"]
 
@@ -49,35 +50,54 @@ def rewrite(
     compile_tiles: bool = False,
     ranks: Ranks | None = None,
     watch: Watch | None = None,
+    memo: MemoOfStructure | None = None,
 ) -> fx.GraphModule:
     """The graph at one image size with its segments streamed; takes and returns what the captured one does.
 
     Dense operators take over their input's memory where that changes nothing (`TypedNode.reuses`). `compile_tiles`
-    passes tile programs through `torch.compile`; `ranks` share the tiles; `watch` is called for each.
+    passes tile programs through `torch.compile`; `ranks` share the tiles; `watch` is called for each. `memo` has what
+    was made at other sizes: the graph is the same there, where integers are, and only its segments differ.
     """
-    segments = {plan.segment.name: plan for plan in plan.segments}
     labels = _labels(captured)
+    options = {"compile_tiles": compile_tiles, "ranks": ranks, "watch": watch, "offloaded": plan.offloaded}
+    modules: dict[str, nn.Module] = {}
+    for part in plan.segments:
+        inputs = tuple(labels.get(one, one) for one in part.segment.inputs)
+        modules[part.segment.name] = StreamedSegment(build_stream(part, inputs, **options))  # type: ignore[arg-type]
+    segments = [part.segment for part in plan.segments]
+    integers = tuple(node.integer for node in typed.nodes.values() if node.integer is not None)
+    key = ("rewritten", integers, tuple((segment.name, segment.graph.graph) for segment in segments))
+    made = (memo or MemoOfStructure()).get(key, lambda: _rewritten(captured, typed, segments))
+    return _with_segments(made, modules)
+
+
+def _with_segments(made: fx.GraphModule, modules: Mapping[str, nn.Module]) -> fx.GraphModule:
+    """The same rewritten graph, with its code, that calls these segments."""
+    module: fx.GraphModule = object.__new__(type(made))
+    module.__dict__.update(made.__dict__)
+    module.__dict__["_modules"] = {**made._modules, **modules}
+    return module
+
+
+def _rewritten(captured: Captured, typed: TypedGraph, segments: Sequence[Segment]) -> fx.GraphModule:
+    """The rewritten graph, of which the segments are still empty modules."""
+    named = {segment.name: segment for segment in segments}
     graph = fx.Graph()
     env: dict[str, fx.Node] = {}
-    modules: dict[str, nn.Module] = {}
     dense: set[str] = set()
-    for name in execution_order(typed, [plan.segment for plan in plan.segments]):
-        if name not in segments:
+    for name in execution_order(typed, segments):
+        if name not in named:
             _copy(graph, env, typed, name)
             dense.add(name)
             continue
-        segment = segments[name].segment
-        inputs = tuple(labels.get(one, one) for one in segment.inputs)
-        options = {"compile_tiles": compile_tiles, "ranks": ranks, "watch": watch, "offloaded": plan.offloaded}
-        modules[name] = StreamedSegment(build_stream(segments[name], inputs, **options))  # type: ignore[arg-type]
-        for fusion in segment.fusions:
+        for fusion in named[name].fusions:
             _write_weights(graph, env, fusion)
-        _call_segment(graph, env, segment)
+        _call_segment(graph, env, named[name])
     for name in sorted(dense):
         _reuse_input(env, typed, name, dense)
-    root = attributes_of(graph, captured.module)
     graph.lint()
-    return fx.GraphModule({**root, **modules}, graph, "Streamed")
+    root = attributes_of(graph, captured.module) | {name: nn.Module() for name in named}
+    return fx.GraphModule(root, graph, "Streamed")
 
 
 def _write_weights(graph: fx.Graph, env: dict[str, fx.Node], fusion: Fusion) -> None:

@@ -58,7 +58,6 @@ class Schedule:
 
     def __init__(self, plan: SegmentPlan, compile_tiles: bool) -> None:
         self._segment, self._compile_tiles = plan.segment, compile_tiles
-        self._walks = [BoundsPass(plan.segment, axis) for axis in range(len(plan.axes))]
         self._numbers: list[dict[object, int]] = [{} for _ in plan.axes]
         self._along: list[dict[int, tuple[AxisTile, int]]] = [{} for _ in plan.axes]
         self._classes: dict[tuple[int, ...], int] = {}
@@ -118,7 +117,8 @@ class Schedule:
         first = tuple(Interval(owned.start, middle) for owned, middle in pairs)
         second = tuple(Interval(middle, owned.stop) for owned, middle in pairs)
         tiles = [
-            (*task.tile[:axis], self._walks[axis].tile(part), *task.tile[axis + 1 :]) for part in (first, second)
+            (*task.tile[:axis], BoundsPass(self._segment, axis).tile(part), *task.tile[axis + 1 :])
+            for part in (first, second)
         ]
         return tuple(self.task(tile, task.is_kept) for tile in tiles)
 

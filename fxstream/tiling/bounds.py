@@ -232,9 +232,9 @@ class BoundsPass:
 
 
 def _integers(index: Mapping[str, int], read: Read, axis: int) -> tuple[int, int, int, int, int, int, Border]:
-    axis_map = read.maps[axis]
+    axis_map, value = read.maps[axis], read.value
     numbers = axis_map.num, axis_map.den, axis_map.first, axis_map.last
-    return (index[read.value.name], *numbers, read.extents[axis], read.border)
+    return (index[value.name], *numbers, value.shape[read.dims[axis]], read.border)
 
 
 def lookups(segment: Segment, tiles: Sequence[AxisTile]) -> dict[tuple[str, int], Lookup]:
