@@ -27,7 +27,7 @@ from fxstream.graph.autograd_saves import saves_of
 from fxstream.graph.capture import Captured, capture, still_holds
 from fxstream.graph.effects import is_random
 from fxstream.graph.guards import attributes, mode_key
-from fxstream.graph.typed_graph import Saves
+from fxstream.graph.typed_graph import Saves, TypedGraph
 from fxstream.io.inputs import Inputs, inputs_of
 from fxstream.machine.device import budget_of
 from fxstream.planning.decision import Decision
@@ -80,6 +80,7 @@ class CapturedModel:
     saves: dict[str, Saves]
     probes: Cache = field(default_factory=lambda: Cache(MOST_PROBES))
     memo: Memo = field(default_factory=Memo)
+    typed: dict[tuple[Any, ...], TypedGraph] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +227,8 @@ class Pipeline:
         self, captured: CapturedModel, inputs: Inputs, written: Sequence[int] | None
     ) -> tuple[Analysis, Plan]:
         tensors, options = inputs.tensors, self.options
-        analysis = analyse(captured.lowered, self.model, tensors, options.request.global_ops != "cut")
+        combines = options.request.global_ops != "cut"
+        analysis = analyse(captured.lowered, self.model, tensors, combines, captured.typed)
         graph = reuse_memory(analysis.graph.with_saves(captured.saves))
         analysis, names = replace(analysis, graph=graph), captured.lowered.inputs
         plan = make_plan(
