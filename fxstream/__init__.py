@@ -27,6 +27,7 @@ if _TYPE_CHECKING:
     from fxstream.io.slides import openslide_array, pyvips_array
     from fxstream.io.source import Source, source
     from fxstream.io.target import Target, target
+    from fxstream.planning.decision import Decision
     from fxstream.probe.probe import ProbeReport
     from fxstream.rules import register_rule
     from fxstream.tools.check import CheckReport, check
@@ -48,6 +49,7 @@ _HOMES = {
     "fxstream.io.slides": ("openslide_array", "pyvips_array"),
     "fxstream.io.source": ("Source", "source"),
     "fxstream.io.target": ("Target", "target"),
+    "fxstream.planning.decision": ("Decision",),
     "fxstream.probe.probe": ("ProbeReport",),
     "fxstream.rules": ("register_rule",),
     "fxstream.tools.check": ("CheckReport", "check"),
@@ -62,6 +64,7 @@ __all__ = [
     "Analysis",
     "CaptureError",
     "CheckReport",
+    "Decision",
     "FxstreamError",
     "InputError",
     "PlanError",

@@ -259,7 +259,8 @@ class Pipeline:
             return ()
         streamed = {name for segment in plan.segments for name in segment.segment.covers}
         memory = plan.prediction.bytes // 2 if self.options.request.tile is None else MOST_BYTES
-        parts = {f"region {i}": part for i, part in enumerate(streamable_parts(analysis.graph))}
+        every = captured.memo.at(analysis.graph).get("parts", lambda: streamable_parts(analysis.graph))
+        parts = {f"region {i}": part for i, part in enumerate(every)}
         of_part = functools.partial(self._report, captured.probes, analysis, streamed, memory)
         return tuple(of_part(name, part) for name, part in parts.items() if not streamed.isdisjoint(part))
 

@@ -131,6 +131,8 @@ def make_plan(
     """
     if not graph.costed:
         graph = reuse_memory(graph.with_saves(saves_of(graph)))
+    if saved is not None:
+        _check_is_of(saved, graph)
     offload, machine = request.offload and is_accelerator(device), Machine.of(device)
     of_structure = (memo or Memo()).at(graph)
     modes = (training, differentiated, outside, written, ranks, offload)
@@ -139,6 +141,17 @@ def make_plan(
     if request.tile is None:
         return _fastest(context, request, budget_of(request.memory, device), decisions)
     return _within_tile(context, request, decisions)
+
+
+def _check_is_of(decision: Decision, graph: TypedGraph) -> None:
+    """Raises `PlanError` for a decision about another network."""
+    for span in decision.spans:
+        for name in (span.first, span.last):
+            if name not in graph.nodes:
+                raise PlanError(
+                    f"the plan that was given is of another network, or of another mode: it has an operator `{name}`,"
+                    " which this one lacks. Save the plan of a call of this network in this mode"
+                )
 
 
 def _within_tile(context: CostContext, request: Request, decisions: Decisions) -> Plan:
@@ -320,13 +333,21 @@ def _parts(context: CostContext, request: Request) -> list[tuple[str, ...]]:
     """The nodes that may be streamed: worthwhile regions, or all before the user's cut."""
     is_chosen = request.segments is not None or request.cut is not None or request.global_ops == "stream"
     graph = context.graph
-    return _parts_before(graph, request.cut) if is_chosen else worthwhile(graph, context.written)
+    parts = context.memo.get("parts", lambda: streamable_parts(graph))
+    return _parts_before(graph, parts, request.cut) if is_chosen else _worthwhile(graph, parts, context.written)
 
 
-def worthwhile(graph: TypedGraph, written: Collection[str | None] = ()) -> list[tuple[str, ...]]:
-    """The parts that are streamed without being asked for; results `written` elsewhere count as freed."""
+def worthwhile(graph: TypedGraph) -> list[tuple[str, ...]]:
+    """The parts that are streamed without being asked for."""
+    return _worthwhile(graph, streamable_parts(graph))
+
+
+def _worthwhile(
+    graph: TypedGraph, parts: Sequence[tuple[str, ...]], written: Collection[str | None] = ()
+) -> list[tuple[str, ...]]:
+    """Those of the parts; results `written` elsewhere count as freed."""
     total = graph.total_bytes()
-    return [part for part in streamable_parts(graph) if _is_worthwhile(graph, part, total, written)]
+    return [part for part in parts if _is_worthwhile(graph, part, total, written)]
 
 
 def streamable_share(graph: TypedGraph) -> float:
@@ -334,10 +355,12 @@ def streamable_share(graph: TypedGraph) -> float:
     return sum(map(graph.activation_bytes, worthwhile(graph))) / max(1, graph.total_bytes())
 
 
-def _parts_before(graph: TypedGraph, cut: str | None) -> list[tuple[str, ...]]:
+def _parts_before(
+    graph: TypedGraph, every: Sequence[tuple[str, ...]], cut: str | None
+) -> list[tuple[str, ...]]:
     """The parts, up to the last node of the module where the user ends the stream."""
     last = len(graph.nodes) if cut is None else last_node_of(graph, cut)
-    parts = (tuple(name for name in part if graph[name].index <= last) for part in streamable_parts(graph))
+    parts = (tuple(name for name in part if graph[name].index <= last) for part in every)
     return [part for part in parts if part]
 
 

@@ -72,7 +72,7 @@ def decided(context: CostContext, parts: Sequence[tuple[str, ...]], decision: De
     """What a decision comes to at the size of the graph; None where it does not fit into the memory, or not here."""
     context = replace(context, offload=context.offload and decision.offload)
     spans = decided_spans(parts, decision)
-    if spans is None:
+    if spans is None or any(one.tiles is None for one in decision.spans):
         return None
     segments: list[SegmentPlan] = []
     for i, (span, one) in enumerate(zip(spans, decision.spans, strict=True)):

@@ -31,7 +31,7 @@ Integers = dict[str, int | None]
 def _structure(graph: TypedGraph) -> Hashable:
     """What two sizes have in common that differ in pixels alone: equal structures, equal segments and costs per pixel.
 
-    Of values with tiled dims the other dims count, of values that depend on no image all.
+    Of values with tiled dims the other dims count.
     """
     return tuple(
         (name, node.stage, _answer(node), node.is_tuple, node.integer is None, *map(_of_value, node.values))
@@ -50,7 +50,7 @@ def _answer(node: TypedNode) -> Hashable:
 
 
 def _of_value(value: Value) -> Hashable:
-    if value.image and not value.dims:
+    if not value.dims:
         return value.dtype, len(value.shape)
     return value.dtype, value.dims, tuple(-1 if d in value.dims else n for d, n in enumerate(value.shape))
 
