@@ -6,6 +6,7 @@ repeats.
 """
 
 import argparse
+import itertools
 import statistics
 import time
 import warnings
@@ -36,8 +37,8 @@ class UNet3d(nn.Module):
 
     def __init__(self, widths: tuple[int, ...] = (16, 32, 64, 128)) -> None:
         super().__init__()
-        self.down = nn.ModuleList([Block3d(a, b) for a, b in zip((1, *widths), widths)])
-        self.up = nn.ModuleList([nn.ConvTranspose3d(b, a, 2, 2) for a, b in zip(widths, widths[1:])])
+        self.down = nn.ModuleList([Block3d(a, b) for a, b in itertools.pairwise((1, *widths))])
+        self.up = nn.ModuleList([nn.ConvTranspose3d(b, a, 2, 2) for a, b in itertools.pairwise(widths)])
         self.joined = nn.ModuleList([Block3d(2 * a, a) for a in widths[:-1]])
         self.head = nn.Conv3d(widths[0], 4, 1)
 

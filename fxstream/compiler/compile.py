@@ -42,8 +42,8 @@ def compile(
     """Wrap a model so that its large part runs tile by tile, with the same results and gradients.
 
     The compiled module is a drop-in: it shares the model's parameters and buffers, and the model is not changed.
-    The first call captures the model, probes the rules and plans. What it decides holds at other image sizes too: a
-    call at a new one only follows from it, unless it does not fit there or costs more than the best.
+    The first call captures the model, probes the rules and plans. What it decides holds at other image sizes too:
+    a call at a new one only follows from it, unless it does not fit there or costs more than the best.
 
     - `memory`: what one call may allocate at its peak, with its backward where gradients are recorded: ``"8GiB"``,
       a number of bytes, or ``"50%"`` or ``0.5``, a share of all memory that the device has (of the machine, or its
@@ -69,7 +69,8 @@ def compile(
     - `return_freed`: whether the memory of a freed tensor goes back to the operating system at once, in the whole
       process and from now on, so that the process stays within `memory` and not only its tensors (on a CPU, with
       the C library of Linux). Without it freed memory stays for the next tile, which is faster.
-    - `plan`: what a plan decided elsewhere, ``compiled.plan.decision``, which can be written as text. It is taken at
+    - `plan`: what a plan decided elsewhere, ``compiled.plan.decision``, which can be written as text. It is taken
+    at
       every image size at which it fits, without a search; elsewhere the planner searches.
     - `progress`: whether a bar is shown on a terminal for each sweep over the tiles.
 
@@ -87,7 +88,9 @@ def compile(
             " wrap the compiled module: DistributedDataParallel(fxstream.compile(model, ...))"
         )
     if plan is not None and not isinstance(plan, Decision):
-        raise InputError(f"plan must be the decision of a plan, compiled.plan.decision; found {type(plan).__name__}")
+        raise InputError(
+            f"plan must be the decision of a plan, compiled.plan.decision; found {type(plan).__name__}"
+        )
     request = request_of(
         tile=tile, memory=memory, segments=segments, cut=cut, global_ops=global_ops, offload=offload
     )

@@ -1,8 +1,8 @@
-"""The shape of an operator's result by arithmetic, from the shapes of its tensors: what running it on fakes finds too.
+"""The shape of an operator's result by arithmetic, from the shapes of its tensors.
 
 A formula is given the operator's arguments by position, shapes in place of tensors, and returns the shape of its
-result, or None where it has none for these: the operator is then run on fake tensors, which also says what is wrong
-with shapes that do not fit.
+result, or None where it has none for these: the operator is then run on fake tensors, which also says what is
+wrong with shapes that do not fit.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def _windows(
     if None in numbers:
         return None
     results = []
-    for extent, k, s, p, d in zip(extents, *numbers, strict=True):  # type: ignore[arg-type]
+    each: Any = zip(extents, *numbers, strict=True)  # type: ignore[arg-type]
+    for extent, k, s, p, d in each:
         rest = extent + 2 * p - d * (k - 1) - 1
         if rest < 0:
             return None
@@ -90,7 +91,7 @@ def _transposed_convolution(
     numbers = [_along(value, axes) for value in (stride, padding, output_padding, dilation)]
     if len(image) != axes + 2 or image[1] != weight[0] or None in numbers:
         return None
-    each = zip(image[2:], weight[2:], *numbers, strict=True)  # type: ignore[arg-type]
+    each: Any = zip(image[2:], weight[2:], *numbers, strict=True)  # type: ignore[arg-type]
     extents = [(extent - 1) * s - 2 * p + d * (k - 1) + o + 1 for extent, k, s, p, o, d in each]
     return (image[0], weight[1] * groups, *extents) if min(extents) > 0 else None
 
@@ -102,9 +103,11 @@ def work(operator: str, result: Dims, args: Sequence[Any]) -> int:
     30
     """
     formula = FORMULAS.get(operator)
-    if formula in (_convolution, _linear):
-        return math.prod(result) * math.prod(args[1][1:])
-    return math.prod(args[0]) * math.prod(args[1][1:]) if formula is _transposed_convolution else 0
+    if formula not in (_convolution, _linear, _transposed_convolution):
+        return 0
+    pixels: Dims = args[0] if formula is _transposed_convolution else result
+    weight: Dims = args[1]
+    return math.prod(pixels) * math.prod(weight[1:])
 
 
 def _pooling(axes: int) -> Formula:
@@ -152,10 +155,10 @@ def _viewed(image: Dims, size: Sequence[int]) -> Dims | None:
 
 
 def _expanded(image: Dims, size: Sequence[int], *_: Any) -> Dims | None:
-    own = (*[1] * (len(size) - len(image)), *image)
-    if len(own) != len(size) or any(n not in (-1, m) and m != 1 for n, m in zip(size, own, strict=True)):
+    padded = (*[1] * (len(size) - len(image)), *image)
+    if len(padded) != len(size) or any(n not in (-1, m) and m != 1 for n, m in zip(size, padded, strict=True)):
         return None
-    return tuple(m if n == -1 else n for n, m in zip(size, own, strict=True))
+    return tuple(m if n == -1 else n for n, m in zip(size, padded, strict=True))
 
 
 def _permuted(image: Dims, dims: Sequence[int]) -> Dims | None:

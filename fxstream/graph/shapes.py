@@ -1,8 +1,8 @@
 """The shape and type of every node of a graph at one size of the inputs, and which dims of an input are tiled.
 
-`shapes_at` runs operators on fake tensors: it allocates and computes nothing. What an operator returns is remembered
-by its arguments. Where there is a formula (`geometry.formulas`) that agreed with torch the first time that an operator
-had such arguments, the formula is asked from then on, whatever the sizes.
+`shapes_at` runs operators on fake tensors: it allocates and computes nothing. What an operator returns is
+remembered by its arguments. Where there is a formula (`geometry.formulas`) that agreed with torch the first time
+that an operator had such arguments, the formula is asked from then on, whatever the sizes.
 """
 
 from __future__ import annotations
@@ -129,10 +129,10 @@ class _Walk:
         """What an operator returns, and its multiply-accumulates: by its formula, or as torch finds them."""
         formula = _formula(target)
         kind = (self._state, target, *_kinds(target, args), *kwargs.items())
-        if formula is not None and kind in AGREED:
-            dtype = AGREED[kind]
+        dtype = AGREED.get(kind) if formula is not None else None
+        if dtype is not None:
             shapes = _shapes_in(args)
-            shape = formula(*shapes) if dtype is not None else None
+            shape = formula(*shapes)
             if shape is not None:
                 return Shape(shape, dtype), work(target._schema.name, shape, shapes)
         exact = (self._state, target, args, *kwargs.items())

@@ -94,7 +94,7 @@ class Costs:
     def seconds_each(
         self, shares: torch.Tensor, start: int = 0, stop: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predicted seconds of one forward and one backward of each operator from `start` up to `stop` (note 1)."""
+        """Predicted seconds of a forward and a backward of each operator from `start` up to `stop` (note 1)."""
         span, machine = slice(start, len(self.nodes) if stop is None else stop), self.machine
         of_span = shares[..., span]
         present = (of_span > 0).double()

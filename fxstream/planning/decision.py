@@ -1,11 +1,11 @@
 """What a plan decides, apart from what follows from it at one size.
 
 A decision says where the network is cut into spans, which of them run whole, and how many pixels of its outputs a
-tile of each other has. It is made once per network, mode, budget and device by the search; at another size the grids,
-boxes, predicted bytes and seconds follow by arithmetic.
+tile of each other has. It is made once per network, mode, budget and device by the search; at another size the
+grids, boxes, predicted bytes and seconds follow by arithmetic.
 
-It holds at a size where it fits the budget and costs about as much per pixel as what the search chose at one of the
-nearest sizes (`Yardstick`). Otherwise the search runs, and its choice becomes a decision too.
+It holds at a size where it fits the budget and costs about as much per pixel as what the search chose at one of
+the nearest sizes (`Yardstick`). Otherwise the search runs, and its choice becomes a decision too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from fxstream.errors import InputError
 
-__all__ = ["Decision", "Decisions", "DecidedSpan"]
+__all__ = ["DecidedSpan", "Decision", "Decisions"]
 
 TOLERANCE = 1.04
 """Predicted seconds per pixel over those of the best choice nearby that a decision may have."""
@@ -33,8 +33,8 @@ MOST_YARDSTICKS = 64
 class DecidedSpan:
     """A span of operators, from `first` to `last` in the order of their region, by the names of their nodes.
 
-    `tiles` are the pixels of the finest output of a tile along each axis, for each sweep over the span; empty where
-    it runs whole, None where the tile that the user gave decides.
+    `tiles` are the pixels of the finest output of a tile along each axis, for each sweep over the span; empty
+    where it runs whole, None where the tile that the user gave decides.
     """
 
     first: str

@@ -229,8 +229,8 @@ class Estimator:
         left, weights = float(budget), 0.0
         for unit, (earlier, folded) in reversed(list(zip(self._units, self._before(kept), strict=True))):
             if unit.tiles:
-                own = self._left_of_unit(unit, earlier, folded, weights, budget)
-                kept[unit.name] = self._kept_within(unit, min(left, own))
+                at_its_steps = self._left_of_unit(unit, earlier, folded, weights, budget)
+                kept[unit.name] = self._kept_within(unit, min(left, at_its_steps))
             _, forward, _ = self._forward(unit, earlier, folded, kept)
             steps = [forward, *(step for _, step, _ in self._backward(unit, earlier, folded, weights, kept))]
             left -= self._holds(unit, kept) if unit.tiles else 0.0

@@ -18,10 +18,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fxstream.planning.dense_run import DenseRun, dense_option
 from fxstream.planning.estimate import CostContext
 from fxstream.planning.grids import Grids, grids_of
-from fxstream.planning.region_costs import RegionCosts, SpanCosts
+from fxstream.planning.region_costs import DenseRun, RegionCosts, SpanCosts, dense_option
 from fxstream.planning.search import Option, Region, Search, Span
 from fxstream.tiling.parts import whole_segment
 from fxstream.tiling.request import Request

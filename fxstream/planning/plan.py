@@ -29,7 +29,7 @@ from fxstream.planning.estimate import CostContext, Prediction, predict
 from fxstream.planning.memory_region import memory_searches
 from fxstream.planning.partition import FEW_SWEEPS
 from fxstream.planning.search import Search, Span, State
-from fxstream.planning.spans import Ran, decided, decided_spans, kept_within, segments_of
+from fxstream.planning.spans import Ran, check_is_of, decided_spans, kept_within, made_to_fit, segments_of
 from fxstream.planning.tile_region import spans_within_tile
 from fxstream.tiling.parts import streamable_parts
 from fxstream.tiling.request import Request, last_node_of
@@ -48,8 +48,6 @@ MANY_SWEEPS = 16
 """Sweeps over a span where boundaries enough to do with few do not fit."""
 FASTER = 0.8
 """Where the plain network fits too, a plan is chosen that is predicted to take less than this part of its time."""
-SMALLER = (0.8, 0.6)
-"""The sides of tiles that are tried for a decision that needs too much at another size, over its own."""
 LESS = (0.0, 0.0, 0.02, 0.04, 0.08, 0.16, 0.32)
 """The part of the memory that the search is given less at least, each time that its estimate was too low."""
 
@@ -132,7 +130,7 @@ def make_plan(
     if not graph.costed:
         graph = reuse_memory(graph.with_saves(saves_of(graph)))
     if saved is not None:
-        _check_is_of(saved, graph)
+        check_is_of(saved, graph)
     offload, machine = request.offload and is_accelerator(device), Machine.of(device)
     of_structure = (memo or Memo()).at(graph)
     modes = (training, differentiated, outside, written, ranks, offload)
@@ -143,19 +141,8 @@ def make_plan(
     return _within_tile(context, request, decisions)
 
 
-def _check_is_of(decision: Decision, graph: TypedGraph) -> None:
-    """Raises `PlanError` for a decision about another network."""
-    for span in decision.spans:
-        for name in (span.first, span.last):
-            if name not in graph.nodes:
-                raise PlanError(
-                    f"the plan that was given is of another network, or of another mode: it has an operator `{name}`,"
-                    " which this one lacks. Save the plan of a call of this network in this mode"
-                )
-
-
 def _within_tile(context: CostContext, request: Request, decisions: Decisions) -> Plan:
-    """The plan whose tiles read no more than the user's: a decision that holds here, or what the search chooses."""
+    """The plan whose tiles read no more than the user's: a decision that holds here, or the search's."""
     extents = _extents(context.graph)
     for decision in decisions:
         with contextlib.suppress(PlanError):
@@ -214,8 +201,9 @@ def _plan(
 def _fastest(context: CostContext, request: Request, memory: int, decisions: Decisions) -> Plan:
     """The fastest plan within the memory: a decision that holds here, or the best of those and of the search."""
     extents, fitting = _extents(context.graph), list[Ran]()
+    parts = _parts(context, request) if any(decision.spans for decision in decisions) else []
     for decision in decisions:
-        ran = _made_to_fit(context, request, decision, memory)
+        ran = made_to_fit(context, parts, decision, memory)
         if ran is not None and decisions.holds(decision, extents, ran.prediction.seconds):
             decisions.prefer(decision)
             return _plan_of(context, ran, decision)
@@ -229,14 +217,6 @@ def _fastest(context: CostContext, request: Request, memory: int, decisions: Dec
     decision = best.decision()
     decisions.add(decision, extents, best.prediction.seconds)
     return _plan_of(context, best, decision)
-
-
-def _made_to_fit(context: CostContext, request: Request, decision: Decision, memory: int) -> Ran | None:
-    """What a decision comes to at this size, in smaller tiles if it needs too much in its own; None where it does."""
-    parts = _parts(context, request) if decision.spans else []
-    smaller = (decision.with_smaller_tiles(factor) for factor in SMALLER if decision.spans)
-    each = (decided(context, parts, one, memory) for one in (decision, *smaller))
-    return next((ran for ran in each if ran is not None), None)
 
 
 def _plan_of(context: CostContext, ran: Ran, decision: Decision) -> Plan:
@@ -355,9 +335,7 @@ def streamable_share(graph: TypedGraph) -> float:
     return sum(map(graph.activation_bytes, worthwhile(graph))) / max(1, graph.total_bytes())
 
 
-def _parts_before(
-    graph: TypedGraph, every: Sequence[tuple[str, ...]], cut: str | None
-) -> list[tuple[str, ...]]:
+def _parts_before(graph: TypedGraph, every: Sequence[tuple[str, ...]], cut: str | None) -> list[tuple[str, ...]]:
     """The parts, up to the last node of the module where the user ends the stream."""
     last = len(graph.nodes) if cut is None else last_node_of(graph, cut)
     parts = (tuple(name for name in part if graph[name].index <= last) for part in every)

@@ -1,10 +1,12 @@
-"""From spans to segments with their tiles: those that the search chose, and those of a decision made at another size."""
+"""From spans to segments with their tiles: spans of the search, and of a decision made at another size."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from fxstream.errors import PlanError
+from fxstream.graph.typed_graph import TypedGraph
 from fxstream.planning.decision import DecidedSpan, Decision
 from fxstream.planning.estimate import CostContext, Prediction, keep_graphs, predict
 from fxstream.planning.search import Span
@@ -14,7 +16,11 @@ from fxstream.tiling.request import Request
 from fxstream.tiling.segment import Segment
 from fxstream.tiling.segment_plan import SegmentPlan, plan_lengths, plan_segment, plan_whole
 
-__all__ = ["Ran", "decided", "decided_spans", "kept_within", "segments_of"]
+__all__ = ["Ran", "check_is_of", "decided_spans", "kept_within", "made_to_fit", "segments_of"]
+
+
+SMALLER = (0.8, 0.6)
+"""The sides of tiles that are tried for a decision that needs too much at another size, over its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +74,19 @@ def _made(context: CostContext, i: int, span: Span) -> tuple[Segment, ...]:
     return context.memo.templates.at(graph, (name, span.nodes, is_whole), make)
 
 
-def decided(context: CostContext, parts: Sequence[tuple[str, ...]], decision: Decision, memory: int) -> Ran | None:
-    """What a decision comes to at the size of the graph; None where it does not fit into the memory, or not here."""
+def made_to_fit(
+    context: CostContext, parts: Sequence[tuple[str, ...]], decision: Decision, memory: int
+) -> Ran | None:
+    """What a decision comes to at this size, in smaller tiles if it needs too much in its own."""
+    smaller = (decision.with_smaller_tiles(factor) for factor in SMALLER if decision.spans)
+    each = (_decided(context, parts, one, memory) for one in (decision, *smaller))
+    return next((ran for ran in each if ran is not None), None)
+
+
+def _decided(
+    context: CostContext, parts: Sequence[tuple[str, ...]], decision: Decision, memory: int
+) -> Ran | None:
+    """What a decision comes to at the size of the graph; None where it does not fit."""
     context = replace(context, offload=context.offload and decision.offload)
     spans = decided_spans(parts, decision)
     if spans is None or any(one.tiles is None for one in decision.spans):
@@ -104,3 +121,14 @@ def decided_spans(parts: Sequence[tuple[str, ...]], decision: Decision) -> list[
             return None
         spans.append(Span(part[first : last + 1], () if one.tiles == () else None))
     return spans
+
+
+def check_is_of(decision: Decision, graph: TypedGraph) -> None:
+    """Raises `PlanError` for a decision about another network."""
+    for span in decision.spans:
+        for name in (span.first, span.last):
+            if name not in graph.nodes:
+                raise PlanError(
+                    f"the plan that was given is of another network or mode: it has an operator `{name}`, which is"
+                    " missing here. Save the plan of a call of this network in this mode"
+                )

@@ -55,8 +55,8 @@ def rewrite(
     """The graph at one image size with its segments streamed; takes and returns what the captured one does.
 
     Dense operators take over their input's memory where that changes nothing (`TypedNode.reuses`). `compile_tiles`
-    passes tile programs through `torch.compile`; `ranks` share the tiles; `watch` is called for each. `memo` has what
-    was made at other sizes: the graph is the same there, where integers are, and only its segments differ.
+    passes tile programs through `torch.compile`; `ranks` share the tiles; `watch` is called for each. `memo` has
+    what was made at other sizes: the graph is the same there, where integers are, and only its segments differ.
     """
     labels = _labels(captured)
     options = {"compile_tiles": compile_tiles, "ranks": ranks, "watch": watch, "offloaded": plan.offloaded}

@@ -4,8 +4,8 @@ Tiles that read nothing outside of the image repeat: their boxes are those of th
 the same number of pixels. Where the first and the last of these are is found by bisection, because boxes move on
 from tile to tile. So nothing here takes longer for more tiles, and a tile is made when it is asked for.
 
-Boxes that never repeat (a resampling by an odd ratio) are measured at a sample of tiles: what is held at most is then
-an estimate to a pixel or two. Tiles themselves are always exact.
+Boxes that never repeat (a resampling by an odd ratio) are measured at a sample of tiles: what is held at most is
+then an estimate to a pixel or two. Tiles themselves are always exact.
 """
 
 from __future__ import annotations

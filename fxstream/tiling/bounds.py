@@ -86,7 +86,7 @@ class AxisTile:
         return any(step is not None and step.lookup is not None for step in self.steps)
 
     def at(self, outputs: tuple[Interval, ...], moved: Mapping[str, int]) -> AxisTile:
-        """The tile that owns these intervals and runs the same program; each node's box lies so much further on."""
+        """The tile that owns these intervals and runs the same program; boxes lie so much further on."""
         boxes = {n: Interval(box.start + moved[n], box.stop + moved[n]) for n, box in self.boxes.items()}
         return AxisTile(outputs, boxes, self.steps, self.crops)
 

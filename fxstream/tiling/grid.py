@@ -2,7 +2,8 @@
 
 Tiles partition the outputs in intervals of equal length, the last one shorter: that gives the fewest tile
 classes, and no more arithmetic than any other partition into as many tiles. The grid is the coarsest whose tiles
-all read no more than the bound. Several outputs, at any resolution, are cut at the same places, so that tiles repeat.
+all read no more than the bound. Several outputs, at any resolution, are cut at the same places, so that tiles
+repeat.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fxstream.tiling.segment import Segment
 __all__ = ["Grid"]
 
 LARGEST_DENOMINATOR = 32
-"""Outputs of several resolutions are cut at fractions with at most this denominator, where these lead to their ends."""
+"""Outputs of several resolutions are cut at fractions with at most this denominator, where these fit."""
 MOST_AWAY = 8
 """So many pixels from its end may such a fraction lead; the last tile owns them."""
 
@@ -62,7 +63,7 @@ class Grid:
         return AxisTiles(self._walk, functools.partial(self.owned, length), count, self._period(length))
 
     def _period(self, length: int) -> tuple[int, list[Ratio]] | None:
-        """After how many tiles, away from borders, boxes repeat, and how far each moves per pixel; None for never."""
+        """After how many tiles, away from borders, boxes repeat, and how far each moves per tile, if ever."""
         ratios = self._walk.ratios(self._cuts)
         owns_nothing = any(num * length < den for num, den in self._cuts)
         if ratios is None or owns_nothing:

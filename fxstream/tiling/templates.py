@@ -1,8 +1,8 @@
 """What is made once of a capture and holds at every size: segments above all, and what planning remembers.
 
 What makes a segment of a span (a graph of its own, fused and marked by the passes) depends on the structure of the
-typed graph alone: on verdicts, dims and types, and on integers that the segment's arguments were given. So a segment
-is made once per structure (`Templates`), and its typed nodes are replaced by those of another size.
+typed graph alone: on verdicts, dims and types, and on integers that the segment's arguments were given. So a
+segment is made once per structure (`Templates`), and its typed nodes are replaced by those of another size.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Integers = dict[str, int | None]
 
 
 def _structure(graph: TypedGraph) -> Hashable:
-    """What two sizes have in common that differ in pixels alone: equal structures, equal segments and costs per pixel.
+    """What two sizes have in common that differ in pixels alone.
 
     Of values with tiled dims the other dims count.
     """

@@ -1,4 +1,4 @@
-"""One compiled module at several sizes: a decision made at one is exact at the others, and holds where it should."""
+"""One compiled module at several sizes: a decision made at one is exact at the others."""
 
 import dataclasses
 import time
@@ -62,7 +62,9 @@ def test_a_decision_is_exact_at_other_sizes_within_a_memory(searches, monkeypatc
     assert len(searches) == 1
 
 
-@pytest.mark.parametrize("sizes", [[(24, 24), (26, 22), (32, 26), (22, 24)], [(30, 30), (34, 32), (28, 40), (8, 10)]])
+@pytest.mark.parametrize(
+    "sizes", [[(24, 24), (26, 22), (32, 26), (22, 24)], [(30, 30), (34, 32), (28, 40), (8, 10)]]
+)
 def test_a_decision_is_exact_at_other_sizes_with_a_tile(sizes):
     model = network()
     module = fxstream.compile(model, tile=14, verify=False)
