@@ -87,7 +87,7 @@ def replan(module, plan):
     """Let a compiled module run another plan at the size of its last call."""
     last = module.pipeline.last
     streamed = rewrite(last.analysis.captured, last.analysis.graph, plan)
-    entries = module.pipeline._cache._entries
+    entries = module.pipeline._sizes._entries
     for key, prepared in entries.items():
         if prepared is last:
             entries[key] = dataclasses.replace(last, plan=plan, streamed=streamed)

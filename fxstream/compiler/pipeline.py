@@ -52,7 +52,11 @@ SMALL_SHARE = 0.5
 MOST_NAMED = 3
 """Stretches that a warning names."""
 MOST_ENTRIES = 64
-"""Captures, and image sizes with their plans and tile programs, that are kept."""
+"""Captures, and image sizes with their plans and tiles, that are kept."""
+MOST_BYTES_OF_SIZES = 2**27
+"""What they may take, by the estimate of `Prepared.bytes`."""
+BYTES_OF_NODE, BYTES_OF_TILE = 2**11, 2**10
+"""About what a node of a graph takes at one size, with the programs that are of this size alone, and what a tile."""
 LEAST_OF_PROBE = 2**26
 """Bytes that the probe may take however small the budget is."""
 MOST_PROBES = 256
@@ -93,6 +97,13 @@ class Prepared:
     streamed: fx.GraphModule | None
 
     @property
+    def bytes(self) -> int:
+        """About what it takes in memory."""
+        segments = self.plan.segments
+        nodes = len(self.analysis.graph.nodes) + sum(len(part.segment.nodes) for part in segments)
+        return BYTES_OF_NODE * nodes + BYTES_OF_TILE * sum(part.tile_count for part in segments)
+
+    @property
     def graph(self) -> fx.Graph:
         """The rewritten graph; the captured one where the plain path is taken."""
         return self.analysis.captured.graph if self.streamed is None else self.streamed.graph
@@ -116,6 +127,7 @@ class Pipeline:
         self.warned: set[str] = set()
         """The topics that the user was warned about, or that are not worth a warning."""
         self._cache = Cache(MOST_ENTRIES)
+        self._sizes = Cache(MOST_ENTRIES, MOST_BYTES_OF_SIZES, lambda prepared: prepared.bytes)
         self._ranks = None if options.mesh is None else Ranks(options.mesh)
         self._watch = Bar() if options.progress else None
         self._volatile: set[str] = set()
@@ -142,12 +154,12 @@ class Pipeline:
         """
         mode = mode_key(self.model, inputs.args, inputs.kwargs, self._volatile)
         size = self._size_key(inputs, written)
-        if ("size", mode, size) not in self._cache:
+        if (mode, size) not in self._sizes:
             stages = Stages(type(self.model).__name__, self._watch)
             captured = self._captured(mode, inputs, stages)
             mode = mode_key(self.model, inputs.args, inputs.kwargs, self._volatile)
-            self._cache.put(("size", mode, size), self._prepare(captured, inputs, written, stages))
-        self.last = self._cache.get(("size", mode, size), lambda: self.last)
+            self._sizes.put((mode, size), self._prepare(captured, inputs, written, stages))
+        self.last = self._sizes.get((mode, size), lambda: self.last)
         assert self.last is not None
         return self.last
 

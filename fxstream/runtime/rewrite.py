@@ -59,16 +59,20 @@ def rewrite(
     what was made at other sizes: the graph is the same there, where integers are, and only its segments differ.
     """
     labels = _labels(captured)
-    options = {"compile_tiles": compile_tiles, "ranks": ranks, "watch": watch, "offloaded": plan.offloaded}
+    options: dict[str, Any] = {"compile_tiles": compile_tiles, "ranks": ranks, "watch": watch}
+    options |= {"offloaded": plan.offloaded, "memo": memo}
     modules: dict[str, nn.Module] = {}
     for part in plan.segments:
         inputs = tuple(labels.get(one, one) for one in part.segment.inputs)
-        modules[part.segment.name] = StreamedSegment(build_stream(part, inputs, **options))  # type: ignore[arg-type]
+        modules[part.segment.name] = StreamedSegment(build_stream(part, inputs, **options))
     segments = [part.segment for part in plan.segments]
     integers = tuple(node.integer for node in typed.nodes.values() if node.integer is not None)
-    key = ("rewritten", integers, tuple((segment.name, segment.graph.graph) for segment in segments))
-    made = (memo or MemoOfStructure()).get(key, lambda: _rewritten(captured, typed, segments))
-    return _with_segments(made, modules)
+    key = ("rewritten", tuple((segment.name, segment.graph.graph) for segment in segments))
+    by_integers = (memo or MemoOfStructure()).get(key, dict[tuple[int, ...], fx.GraphModule])
+    if integers not in by_integers:
+        by_integers.clear()
+        by_integers[integers] = _rewritten(captured, typed, segments)
+    return _with_segments(by_integers[integers], modules)
 
 
 def _with_segments(made: fx.GraphModule, modules: Mapping[str, nn.Module]) -> fx.GraphModule:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,13 +18,14 @@ import torch
 from fxstream.geometry.box import EMPTY, Box, Interval
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.io.sink import Sink
-from fxstream.rules import Reduced, Value
+from fxstream.rules import Reduced, Table, Value
 from fxstream.rules.resample_table import Lookup
 from fxstream.runtime.ranks import Ranks, assigned
 from fxstream.runtime.tile_program import TileProgram, tile_program, whole_program
 from fxstream.tiling.bounds import AxisTile, BoundsPass, lookups
 from fxstream.tiling.segment import Segment
 from fxstream.tiling.segment_plan import SegmentPlan, tile_arithmetic
+from fxstream.tiling.templates import MemoOfStructure
 
 __all__ = ["Schedule", "Stream", "Subscript", "TileTask", "Watch", "build_stream"]
 
@@ -50,15 +52,70 @@ class TileTask:
     tile: tuple[AxisTile, ...] = ()
 
 
+class Programs:
+    """The programs of one segment at all sizes, by the classes of their tiles along each axis.
+
+    Tiles of a class run the same program whatever the size of the image: those in its middle, and those at its
+    start.
+    """
+
+    def __init__(self, compile_tiles: bool) -> None:
+        self._compile_tiles = compile_tiles
+        self._fresh = itertools.count()
+        self._classes: dict[tuple[int, object], int] = {}
+        self._programs: dict[tuple[int, ...], TileProgram] = {}
+
+    def class_along(self, axis: int, tile: AxisTile) -> int:
+        """The class of a tile along one axis: equal programs, equal number."""
+        if len(self._classes) > MOST_CLASSES:
+            self._classes.clear()
+        return self._classes.setdefault((axis, tile.program_key), next(self._fresh))
+
+    def get(self, classes: tuple[int, ...], make: Callable[[], TileProgram]) -> TileProgram:
+        """The program of tiles of these classes; () of what runs whole."""
+        if classes not in self._programs:
+            if len(self._programs) > MOST_PROGRAMS:
+                self._programs.clear()
+            program = make()
+            self._programs[classes] = program.compiled() if self._compile_tiles else program
+        return self._programs[classes]
+
+
+MOST_CLASSES, MOST_PROGRAMS = 64, 64
+"""Classes and programs of one segment that are remembered: a megabyte or two."""
+
+
+def _constants(segment: Segment) -> Hashable:
+    """What programs of a segment have in them besides what a tile is: integers, arguments that rules replace."""
+    fixed = []
+    for node in segment.graph.nodes.values():
+        pattern = node.verdict.answer if node.verdict is not None else None
+        if pattern is not None:
+            parts = (getattr(pattern, part, None) for part in ("replaced", "target", "arguments", "index", "size"))
+            fixed.append((node.integer, *map(repr, parts), _order(pattern)))
+        elif node.integer is not None:
+            fixed.append((node.integer,))
+    return tuple(fixed)
+
+
+def _order(pattern: object) -> tuple[int, ...]:
+    """The order in which a table's axes are resampled."""
+    if not isinstance(pattern, Table):
+        return ()
+    return tuple(
+        sorted(range(len(pattern.axes)), key=lambda k: pattern.axes[k].extent_out / pattern.axes[k].extent)
+    )
+
+
 class Schedule:
     """The tiles of a segment that run here, in order, and the programs of their classes; it may change.
 
     A program is made when the first tile of its class is. `is_reduced` says that tiles had to be made smaller.
     """
 
-    def __init__(self, plan: SegmentPlan, compile_tiles: bool) -> None:
+    def __init__(self, plan: SegmentPlan, compile_tiles: bool, memo: MemoOfStructure | None = None) -> None:
         self._segment, self._compile_tiles = plan.segment, compile_tiles
-        self._numbers: list[dict[object, int]] = [{} for _ in plan.axes]
+        self._memo = memo or MemoOfStructure()
         self._along: list[dict[int, tuple[AxisTile, int]]] = [{} for _ in plan.axes]
         self._classes: dict[tuple[int, ...], int] = {}
         self._programs: list[TileProgram] = []
@@ -90,7 +147,7 @@ class Schedule:
             recomputed = plan.tile_count - plan.kept
             return tuple(self.task(tile, i >= recomputed) for i, tile in enumerate(plan.tiles()))
         reads, outputs = ((slice(None),),) * len(plan.segment.spatial), len(plan.segment.outputs)
-        number = self._add(whole_program(plan.segment))
+        number = self._add(self._of_all_sizes.get((), lambda: whole_program(plan.segment)))
         return (TileTask(number, reads, ((),) * outputs, (1,) * outputs, plan.kept > 0),)
 
     def task(self, tile: tuple[AxisTile, ...], is_kept: bool = False) -> TileTask:
@@ -126,19 +183,25 @@ class Schedule:
         """The number of the program of the tile's class."""
         key = tuple(self._class_along(axis, along) for axis, along in enumerate(tile))
         if key not in self._classes:
-            self._classes[key] = self._add(tile_program(self._segment, tile))
+            program = self._of_all_sizes.get(key, lambda: tile_program(self._segment, tile))
+            self._classes[key] = self._add(program)
         return self._classes[key]
 
+    @functools.cached_property
+    def _of_all_sizes(self) -> Programs:
+        segment = self._segment
+        key = ("programs", segment.graph.graph, _constants(segment), self._compile_tiles)
+        return self._memo.get(key, lambda: Programs(self._compile_tiles))
+
     def _add(self, program: TileProgram) -> int:
-        self._programs.append(program.compiled() if self._compile_tiles else program)
+        self._programs.append(program)
         return len(self._programs) - 1
 
     def _class_along(self, axis: int, along: AxisTile) -> int:
         """The class of a tile along one axis: equal programs, equal number; tiles seen before by identity."""
         seen = self._along[axis]
         if id(along) not in seen:
-            numbers = self._numbers[axis]
-            seen[id(along)] = along, numbers.setdefault(along.program_key, len(numbers))
+            seen[id(along)] = along, self._of_all_sizes.class_along(axis, along)
         return seen[id(along)][1]
 
 
@@ -201,12 +264,14 @@ def build_stream(
     ranks: Ranks | None = None,
     watch: Watch | None = None,
     offloaded: frozenset[str] = frozenset(),
+    memo: MemoOfStructure | None = None,
 ) -> Stream:
     """The programs and the schedule of a planned segment.
 
-    Where `ranks` share the tiles, a segment that runs whole runs on all of them alike.
+    Where `ranks` share the tiles, a segment that runs whole runs on all of them alike. `memo` has the programs
+    that were made at other sizes.
     """
-    segment, schedule = plan.segment, Schedule(plan, compile_tiles)
+    segment, schedule = plan.segment, Schedule(plan, compile_tiles, memo)
     patterns = enumerate(segment.graph[output].pattern for output in segment.outputs if plan.axes)
     planned: tuple[tuple[TileTask, ...], ...] = ()
     if ranks is not None and plan.axes:

@@ -21,8 +21,10 @@ __all__ = ["Memo", "MemoOfStructure", "Templates"]
 T = TypeVar("T")
 MOST_STRUCTURES = 8
 """Structures whose results are kept: images of one pixel along an axis, other batch sizes, have their own."""
-MOST_RESULTS = 4096
-"""Results of one structure that are kept."""
+MOST_RESULTS = 1024
+"""Results of one structure that are kept, each of a few KiB to a few hundred."""
+MOST_SEGMENTS = 256
+"""Spans of one structure whose segments are kept, each of some 100 KiB."""
 
 Integers = dict[str, int | None]
 """Integers of the model's graph that the arguments of a segment have in them, by name."""
@@ -59,15 +61,18 @@ class Templates:
     """The segments of graphs of one structure, by what they are made of."""
 
     def __init__(self) -> None:
-        self._made: dict[Hashable, tuple[tuple[Segment, ...], Integers]] = {}
+        self._made: OrderedDict[Hashable, tuple[tuple[Segment, ...], Integers]] = OrderedDict()
 
     def at(self, graph: TypedGraph, key: Hashable, make: Callable[[], Iterable[Segment]]) -> tuple[Segment, ...]:
         """The segments for a key at the size of this graph, made where they are missing."""
         segments, integers = self._made.get(key, ((), {}))
         if segments and all(graph[name].integer == value for name, value in integers.items()):
+            self._made.move_to_end(key)
             return tuple(_retyped(segment, graph) for segment in segments)
         segments = tuple(make())
         self._made[key] = segments, {n: v for segment in segments for n, v in _integers(segment, graph).items()}
+        while len(self._made) > MOST_SEGMENTS:
+            self._made.popitem(last=False)
         return segments
 
 
