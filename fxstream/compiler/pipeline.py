@@ -56,7 +56,7 @@ MOST_ENTRIES = 64
 MOST_BYTES_OF_SIZES = 2**27
 """What they may take, by the estimate of `Prepared.bytes`."""
 BYTES_OF_NODE, BYTES_OF_TILE = 2**11, 2**10
-"""About what a node of a graph takes at one size, with the programs that are of this size alone, and what a tile."""
+"""About what a node of a graph takes at one size, with programs of this size alone, and what a tile does."""
 LEAST_OF_PROBE = 2**26
 """Bytes that the probe may take however small the budget is."""
 MOST_PROBES = 256
