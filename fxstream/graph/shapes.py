@@ -88,7 +88,8 @@ class _Walk:
         devices = (tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.ndim)
         self._device = next(devices, torch.device("cpu"))
         kind = self._device.type
-        autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        can_cast = torch.amp.is_autocast_available(kind)  # type: ignore[attr-defined]
+        autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) if can_cast else ()
         self._state = (self._device, autocast, torch.get_default_dtype())
         names = (node.name for node in self._graph.nodes if node.op == "placeholder")
         self.values: dict[str, Any] = {n: _value(tensor) for n, tensor in zip(names, tensors, strict=False)}
