@@ -19,7 +19,7 @@ PAGE = Path(__file__).parent / "reference.md"
 GROUPS = {
     "Functions": ("compile", "plan", "analyze", "check", "freeze_batch_norm", "infer", "lsuv_"),
     "Images on disk": ("source", "tiff_array", "openslide_array", "pyvips_array", "target", "Source", "Target"),
-    "Results": ("StreamedModule", "Analysis", "CheckReport", "ProbeReport"),
+    "Results": ("StreamedModule", "Decision", "Analysis", "CheckReport", "ProbeReport"),
     "Operators and backends": ("register_rule", "rules", "backend"),
     "Errors": (
         *("FxstreamError", "InputError", "CaptureError", "PlanError", "ProbeError", "RuleError", "StreamError"),

@@ -29,6 +29,7 @@ if _TYPE_CHECKING:
     from fxstream.io.source import Source, source
     from fxstream.io.target import Target, target
     from fxstream.io.tiff import tiff_array
+    from fxstream.planning.decision import Decision
     from fxstream.prediction.predict import Predictions, predict
     from fxstream.probe.probe import ProbeReport
     from fxstream.rules import register_rule
@@ -52,6 +53,7 @@ _HOMES = {
     "fxstream.io.tiff": ("tiff_array",),
     "fxstream.io.source": ("Source", "source"),
     "fxstream.io.target": ("Target", "target"),
+    "fxstream.planning.decision": ("Decision",),
     "fxstream.prediction.predict": ("Predictions", "predict"),
     "fxstream.probe.probe": ("ProbeReport",),
     "fxstream.rules": ("register_rule",),
@@ -67,6 +69,7 @@ __all__ = [
     "Analysis",
     "CaptureError",
     "CheckReport",
+    "Decision",
     "FxstreamError",
     "GraphBreakError",
     "InputError",

@@ -89,7 +89,7 @@ def replan(module, plan):
     last = fxstream.inspect(module).last
     streamed = rewrite(last.analysis.captured, last.analysis.graph, plan)
     (call,) = fxstream.inspect(module).calls
-    entries = call.pipeline._cache._entries
+    entries = call.pipeline._sizes._entries
     for key, prepared in entries.items():
         if prepared is last:
             entries[key] = dataclasses.replace(last, plan=plan, streamed=streamed)

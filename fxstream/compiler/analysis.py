@@ -30,6 +30,8 @@ __all__ = ["Analysis", "analyse", "analyze", "example_inputs", "image_dims", "lo
 MOST_SHOWN = 8
 ImageDims = Mapping[str, tuple[int, ...]]
 """The tiled dims of every input of the model, by name."""
+Earlier = dict[tuple[Any, ...], TypedGraph]
+"""Typed graphs of other sizes, by graph and options."""
 LARGEST = 2**31
 """No extent of an image is larger."""
 
@@ -82,28 +84,36 @@ class Analysis:
     __repr__ = __str__
 
 
-def analyse(captured: Captured, values: Sequence[Any], combines: bool = True) -> Analysis:
+def analyse(
+    captured: Captured, values: Sequence[Any], combines: bool = True, earlier: Earlier | None = None
+) -> Analysis:
     """The analysis of a captured model for these values of a call (of tensors only their shapes are looked at).
 
-    With `combines` reductions over space may be combined from tiles.
+    With `combines` reductions over space may be combined from tiles. `earlier` are typed graphs of other sizes, of
+    which what does not depend on the size is taken; that of this size is put there.
     """
     shapes = shapes_at(captured.module, captured.arguments(values))
-    return Analysis(captured, _typed(captured.graph, shapes, image_dims(captured, shapes.metas), combines))
+    dims = image_dims(captured, shapes.metas)
+    return Analysis(captured, _typed(captured.graph, shapes, dims, combines, {} if earlier is None else earlier))
 
 
-def _typed(graph: fx.Graph, shapes: Shapes, dims: ImageDims, combines: bool = True) -> TypedGraph:
+def _typed(
+    graph: fx.Graph, shapes: Shapes, dims: ImageDims, combines: bool = True, earlier: Earlier | None = None
+) -> TypedGraph:
     """The typed graph with the first tiled dims of images left whole where more can be tiled then.
 
     That is so where windows slide along the others alone, as over frames [N, T, C, H, W] as a batch or along rows,
     and where the bands of a volume become channels.
     """
-    typed = type_graph(graph, shapes, dims, combines)
+    earlier = {} if earlier is None else earlier
+    key = (graph, tuple(dims.items()), combines)
+    typed = earlier[key] = type_graph(graph, shapes, dims, combines, earlier.get(key))
     most = max(map(len, dims.values()), default=0)
     reasons = [Reason.SLIDES_ALONG_OTHER_DIMS] * (most > 1) + [Reason.JOINS_TILED_DIM] * (most > 2)
     if not any(verdict.not_tileable_for(reason) for verdict in typed.barriers() for reason in reasons):
         return typed
     fewer = {name: of[1:] if len(of) == most else of for name, of in dims.items()}
-    return max(typed, _typed(graph, shapes, fewer, combines), key=_tileable_bytes)
+    return max(typed, _typed(graph, shapes, fewer, combines, earlier), key=_tileable_bytes)
 
 
 def _tileable_bytes(graph: TypedGraph) -> int:

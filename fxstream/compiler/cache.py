@@ -1,7 +1,8 @@
-"""A bounded cache: what was used least recently leaves first."""
+"""A cache bounded in entries and in bytes: what was used least recently leaves first."""
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -12,15 +13,20 @@ T = TypeVar("T")
 
 
 class Cache:
-    """Results by key, at most `size` of them.
+    """Results by key, at most `size` of them, and at most so many bytes in all but the last.
 
     >>> cache = Cache(2)
     >>> [cache.get(key, lambda key=key: key.upper()) for key in "aba"], cache.get("c", lambda: "C"), "b" in cache
     (['A', 'B', 'A'], 'C', False)
+    >>> cache = Cache(9, most_bytes=3, bytes_of=len)
+    >>> [cache.get(key, lambda key=key: key) for key in ("a", "bbb", "cc")], len(cache)
+    (['a', 'bbb', 'cc'], 1)
     """
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(
+        self, size: int, most_bytes: float = math.inf, bytes_of: Callable[[Any], int] = lambda result: 0
+    ) -> None:
+        self._size, self._most_bytes, self._bytes_of = size, most_bytes, bytes_of
         self._entries: OrderedDict[Hashable, Any] = OrderedDict()
 
     def __contains__(self, key: Hashable) -> bool:
@@ -41,5 +47,6 @@ class Cache:
         """Keep a result; the one used least recently leaves where there are too many."""
         self._entries[key] = result
         self._entries.move_to_end(key)
-        while len(self._entries) > self._size:
-            self._entries.popitem(last=False)
+        count = sum(map(self._bytes_of, self._entries.values()))
+        while len(self._entries) > self._size or (count > self._most_bytes and len(self._entries) > 1):
+            count -= self._bytes_of(self._entries.popitem(last=False)[1])

@@ -14,6 +14,7 @@ from fxstream.compiler.options import RequestOptions, request_of
 from fxstream.compiler.pipeline import Options
 from fxstream.errors import InputError
 from fxstream.machine import heap
+from fxstream.planning.decision import Decision
 from fxstream.planning.plan import Plan, make_plan
 
 if TYPE_CHECKING:
@@ -39,12 +40,13 @@ def compile(
     mesh: Any = None,
     progress: bool = False,
     return_freed: bool = False,
+    plan: Decision | None = None,
 ) -> StreamedModule:
     """Wrap a model so that its large part runs tile by tile, with the same results and gradients.
 
     The compiled module is a drop-in: it shares the model's parameters and buffers, and the model is not changed.
-    The first call captures the model and probes the rules, the first call at an image size plans; later calls only
-    run.
+    The first call captures the model, probes the rules and plans. What it decides holds at other image sizes too:
+    a call at a new one only follows from it, unless it does not fit there or costs more than the best.
 
     - `memory`: what one call may allocate at its peak, with its backward where gradients are recorded: ``"8GiB"``,
       a number of bytes, or ``"50%"`` or ``0.5``, a share of all memory that the device has (of the machine, or its
@@ -70,6 +72,8 @@ def compile(
     - `return_freed`: whether the memory of a freed tensor goes back to the operating system at once, in the whole
       process and from now on, so that the process stays within `memory` and not only its tensors (on a CPU, with
       the C library of Linux). Without it freed memory stays for the next tile, which is faster.
+    - `plan`: what a plan decided elsewhere, ``compiled.plan.decision``, which can be written as text. It is taken
+      at every image size at which it fits, without a search; elsewhere the planner searches.
     - `progress`: whether a bar is shown on a terminal for each sweep over the tiles.
 
     Raises `InputError` for a tile that is not a positive integer or a tuple of them, for a memory that is not a
@@ -89,6 +93,7 @@ def compile(
         mesh=mesh,
         progress=progress,
         return_freed=return_freed,
+        plan=plan,
         tile=tile,
         memory=memory,
         segments=segments,
@@ -106,15 +111,20 @@ def options_of(
     mesh: Any = None,
     progress: bool = False,
     return_freed: bool = False,
+    plan: Decision | None = None,
     **options: Unpack[RequestOptions],
 ) -> Options:
     """The options of `compile`, checked. Raises `InputError` for those that make no sense."""
     if options.get("offload") and mesh is not None:
         raise InputError("offload and mesh exclude each other: ranks exchange boundaries on the device")
+    if plan is not None and not isinstance(plan, Decision):
+        raise InputError(
+            f"plan must be the decision of a plan, compiled.plan.decision; found {type(plan).__name__}"
+        )
     request = request_of(**options)
     if return_freed:
         heap.return_freed()
-    return Options(request, verify, compile_tiles, mesh, progress)
+    return Options(request, verify, compile_tiles, mesh, progress, plan)
 
 
 def plan(

@@ -2,7 +2,7 @@
 
     capture  ->  lower  ->  type at this size  ->  plan  ->  probe  ->  rewrite  ->  run
 
-A graph is captured and probed once; everything else is per image size. All of it is in one bounded cache.
+A graph is captured and probed once; everything else is per image size. All of it is in bounded caches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import fx
 from fxstream.capture.capture import Retrace, capture_graph, still_holds
 from fxstream.capture.casts import without_autocast
 from fxstream.capture.traced_graph import Kind, TracedGraph
-from fxstream.compiler.analysis import Analysis, analyse, lowered
+from fxstream.compiler.analysis import Analysis, Earlier, analyse, lowered
 from fxstream.compiler.cache import Cache
 from fxstream.compiler.stages import Stages
 from fxstream.errors import StreamError, StreamingWarning
@@ -33,6 +33,7 @@ from fxstream.graph.typed_graph import Saves
 from fxstream.io.inputs import whole
 from fxstream.io.source import Source
 from fxstream.machine.device import budget_of
+from fxstream.planning.decision import Decision
 from fxstream.planning.plan import Plan, make_plan
 from fxstream.probe.probe import MOST_BYTES, ProbeReport, probe
 from fxstream.rules import Reason
@@ -42,6 +43,7 @@ from fxstream.runtime.rewrite import StreamedSegment, read_whole, rewrite
 from fxstream.tiling.parts import streamable_parts
 from fxstream.tiling.request import Request
 from fxstream.tiling.reuse import reuse_memory
+from fxstream.tiling.templates import Memo
 
 __all__ = ["CapturedModel", "Options", "Pipeline", "Prepared", "Shared"]
 
@@ -53,7 +55,11 @@ SMALL_SHARE = 0.5
 MOST_NAMED = 3
 """Stretches that a warning names."""
 MOST_ENTRIES = 64
-"""Captures, and image sizes with their plans and tile programs, that are kept."""
+"""Captures, and image sizes with their plans and tiles, that are kept."""
+MOST_BYTES_OF_SIZES = 2**27
+"""What they may take, by the estimate of `Prepared.bytes`."""
+BYTES_OF_NODE, BYTES_OF_TILE = 2**11, 2**10
+"""About what a node of a graph takes at one size, with programs of this size alone, and what a tile does."""
 LEAST_OF_PROBE = 2**26
 """Bytes that the probe may take however small the budget is."""
 MOST_PROBES = 256
@@ -69,6 +75,7 @@ class Options:
     compile_tiles: bool = False
     mesh: Any = None
     progress: bool = False
+    plan: Decision | None = None
 
 
 class Retained(threading.local):
@@ -104,6 +111,8 @@ class CapturedModel:
     lowered: Captured
     saves: dict[str, Saves]
     probes: Cache = field(default_factory=lambda: Cache(MOST_PROBES))
+    memo: Memo = field(default_factory=Memo)
+    typed: Earlier = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +131,13 @@ class Prepared:
         streams = [module.stream for module in modules if isinstance(module, StreamedSegment)]
         repeated = tuple(text for stream in streams if (text := stream.repeated_text))
         return replace(self.plan, repeated=repeated) if repeated else self.plan
+
+    @property
+    def bytes(self) -> int:
+        """About what it takes in memory."""
+        segments = self.plan.segments
+        nodes = len(self.analysis.graph.nodes) + sum(len(part.segment.nodes) for part in segments)
+        return BYTES_OF_NODE * nodes + BYTES_OF_TILE * sum(part.tile_count for part in segments)
 
     @property
     def graph(self) -> fx.Graph:
@@ -163,6 +179,7 @@ class Pipeline:
         self.traced, self.shared = traced, shared
         self._retrace = retrace
         self._cache = Cache(MOST_ENTRIES)
+        self._sizes = Cache(MOST_ENTRIES, MOST_BYTES_OF_SIZES, lambda prepared: prepared.bytes)
         self._lock = threading.RLock()
 
     def run(self, values: Sequence[Any], outside: Mapping[int, torch.Tensor | Source]) -> Sequence[Any]:
@@ -208,13 +225,13 @@ class Pipeline:
         """
         key = self._size_key(values, outside, written)
         with self._lock:
-            if key not in self._cache:
+            if key not in self._sizes:
                 stages = Stages(self.shared.name, self.shared.watch)
                 captured = self._captured(values, stages)
                 with without_autocast(captured.captured):
                     prepared = self._prepare(captured, values, outside, written, stages)
-                self._cache.put(key, prepared)
-            last: Prepared = self._cache.get(key, lambda: None)  # type: ignore[assignment]
+                self._sizes.put(key, prepared)
+            last: Prepared = self._sizes.get(key, lambda: None)  # type: ignore[assignment]
         self.shared.last = last
         return last
 
@@ -242,7 +259,7 @@ class Pipeline:
         shapes = tuple((tuple(t.shape), differentiates and t.requires_grad) for t in self._tensors(values))
         places = None if written is None else tuple(written)
         numbers, retained = self.traced.numbers(values), self.shared.retained.bytes
-        return "size", numbers, shapes, training, frozenset(outside), places, retained
+        return numbers, shapes, training, frozenset(outside), places, retained
 
     def _captured(self, values: Sequence[Any], stages: Stages) -> CapturedModel:
         """The capture; one that is bound to its size is not kept for other sizes."""
@@ -269,7 +286,9 @@ class Pipeline:
         """What is made once of a capture, at the size of these values."""
         combines = self.shared.options.request.global_ops != "cut"
         simple = lowered(captured, values, combines)
-        return CapturedModel(captured, simple, saves_of(analyse(simple, values, combines).graph))
+        typed: Earlier = {}
+        saves = saves_of(analyse(simple, values, combines, typed).graph)
+        return CapturedModel(captured, simple, saves, typed=typed)
 
     def _prepare(
         self,
@@ -292,7 +311,13 @@ class Pipeline:
             with stages("tile programs"):
                 shared, lowered = self.shared, captured.lowered
                 streamed = rewrite(
-                    lowered, analysis.graph, plan, shared.options.compile_tiles, shared.ranks, shared.watch
+                    lowered,
+                    analysis.graph,
+                    plan,
+                    shared.options.compile_tiles,
+                    shared.ranks,
+                    shared.watch,
+                    captured.memo.at(analysis.graph),
                 )
         plan = replace(plan, prepared=stages.seconds)
         logger.info("%s", plan)
@@ -306,7 +331,8 @@ class Pipeline:
         written: Sequence[int] | None,
     ) -> tuple[Analysis, Plan]:
         simple, ranks = captured.lowered, self.shared.ranks
-        analysis = analyse(simple, values, self.shared.options.request.global_ops != "cut")
+        combines = self.shared.options.request.global_ops != "cut"
+        analysis = analyse(simple, values, combines, captured.typed)
         graph = reuse_memory(analysis.graph.with_saves(captured.saves))
         analysis = replace(analysis, graph=graph)
         inputs = dict(zip(simple.inputs, simple.places[len(simple.tensors) :], strict=True))
@@ -320,6 +346,8 @@ class Pipeline:
             outside=frozenset(name for name, i in inputs.items() if i in outside),
             written=frozenset(name for i, name in enumerate(simple.outputs) if i in (written or ()) and name),
             ranks=1 if ranks is None else ranks.count,
+            memo=captured.memo,
+            saved=self.shared.options.plan,
         )
         return analysis, plan
 
@@ -341,7 +369,8 @@ class Pipeline:
             return ()
         streamed = {name for segment in plan.segments for name in segment.segment.covers}
         memory = plan.prediction.bytes // 2 if self.shared.options.request.tile is None else MOST_BYTES
-        parts = {f"region {i}": part for i, part in enumerate(streamable_parts(analysis.graph))}
+        every = captured.memo.at(analysis.graph).get("parts", lambda: streamable_parts(analysis.graph))
+        parts = {f"region {i}": part for i, part in enumerate(every)}
         of_part = functools.partial(self._report, captured.probes, analysis, streamed, memory)
         return tuple(of_part(name, part) for name, part in parts.items() if not streamed.isdisjoint(part))
 

@@ -1,11 +1,14 @@
 """The shape and type of every node of a graph at one size of the inputs, and which dims of an input are tiled.
 
-`shapes_at` runs the graph on fake tensors: it allocates and computes nothing.
+`shapes_at` runs operators on fake tensors: it allocates and computes nothing. What an operator returns is
+remembered by its arguments. Where there is a formula (`geometry.formulas`) that agreed with torch the first time
+that an operator had such arguments, the formula is asked from then on, whatever the sizes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +19,11 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxstream.errors import InputError
+from fxstream.geometry.formulas import FORMULAS, broadcast, work
 from fxstream.graph.user_code import source_line
 
 __all__ = [
@@ -86,8 +91,163 @@ class Shapes(NamedTuple):
     macs: Mapping[str, int]
 
 
-class _ShapeInterpreter(fx.Interpreter):
-    """Runs a graph on fake tensors and collects the `Meta` of each node, and the arithmetic of products.
+class _Walk:
+    """The walk over a graph of operators and integers; `values` has a `Shape` in place of every tensor."""
+
+    def __init__(self, module: fx.GraphModule, tensors: Sequence[Any]) -> None:
+        self._graph = module.graph
+        devices = (tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.ndim)
+        self._device = next(devices, torch.device("cpu"))
+        kind = self._device.type
+        can_cast = torch.amp.is_autocast_available(kind)  # type: ignore[attr-defined]
+        autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) if can_cast else ()
+        self._state = (self._device, autocast, torch.get_default_dtype())
+        names = (node.name for node in self._graph.nodes if node.op == "placeholder")
+        self.values: dict[str, Any] = {n: _value(tensor) for n, tensor in zip(names, tensors, strict=False)}
+        self.macs: dict[str, int] = {}
+
+    def run(self) -> Shapes:
+        """All nodes. Raises `InputError` for one that refuses its inputs."""
+        for node in self._graph.nodes:
+            if node.op == "call_function":
+                try:
+                    self._add(node)
+                except Exception as error:
+                    raise _refusal(node, error) from error
+        return Shapes({name: _meta(value) for name, value in self.values.items()}, self.macs)
+
+    def _add(self, node: fx.Node) -> None:
+        args = tuple(self._argument(one) for one in node.args)
+        kwargs = {name: self._argument(one) for name, one in node.kwargs.items()}
+        target: Any = node.target
+        if not isinstance(target, torch._ops.OpOverload):
+            self.values[node.name] = target(*args, **kwargs)
+        elif target is torch.ops.aten.sym_size.int:
+            self.values[node.name] = args[0].shape[args[1]]
+        else:
+            self.values[node.name], macs = self._result(target, args, kwargs)
+            if _may_multiply(node):
+                self.macs[node.name] = macs
+
+    def _argument(self, argument: Any) -> Any:
+        """An argument with values in place of nodes, and tuples, which can be keys, in place of lists."""
+        if isinstance(argument, fx.Node):
+            return self.values[argument.name]
+        if isinstance(argument, (list, tuple)):
+            return tuple(self._argument(one) for one in argument)
+        return argument
+
+    def _result(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, int]:
+        """What an operator returns, and its multiply-accumulates: by its formula, or as torch finds them."""
+        formula = _formula(target)
+        kind = (self._state, target, *_kinds(target, args), *kwargs.items())
+        dtype = AGREED.get(kind) if formula is not None else None
+        if dtype is not None:
+            shapes = _shapes_in(args)
+            shape = formula(*shapes)
+            if shape is not None:
+                return Shape(shape, dtype), work(target._schema.name, shape, shapes)
+        exact = (self._state, target, args, *kwargs.items())
+        if exact not in RESULTS:
+            _make_room(RESULTS)
+            RESULTS[exact] = _run(target, args, kwargs, self._device)
+        value, macs = RESULTS[exact]
+        if formula is not None and kind not in AGREED:
+            _make_room(AGREED)
+            shapes = _shapes_in(args)
+            shape = formula(*shapes)
+            agrees = isinstance(value, Shape) and shape == value.shape
+            agrees = agrees and work(target._schema.name, shape, shapes) == macs
+            AGREED[kind] = value.dtype if agrees else None
+        return value, macs
+
+
+MOST_RESULTS = 2**14
+"""Results of operators that are remembered, by their arguments."""
+RESULTS: dict[Any, tuple[Any, int]] = {}
+AGREED: dict[Any, torch.dtype | None] = {}
+"""The type of the result by the kind of the arguments, where the formula was right; None where it was not."""
+SIZED = {f"aten::{name}" for name in ("view", "reshape", "_unsafe_view", "expand")}
+"""Operators that are told the size of their result."""
+
+
+def _make_room(results: dict[Any, Any]) -> None:
+    if len(results) >= MOST_RESULTS:
+        results.clear()
+
+
+@functools.cache
+def _formula(target: torch._ops.OpOverload) -> Any:
+    formula = FORMULAS.get(target._schema.name)
+    if formula is not None:
+        return formula
+    tensors = [one for one in target._schema.arguments if isinstance(one.type, torch.TensorType)]
+    return _of_pointwise if torch.Tag.pointwise in target.tags and tensors else None
+
+
+def _of_pointwise(*args: Any) -> Any:
+    shapes = [one for one in args if isinstance(one, _Dims)]
+    return broadcast(*shapes) if shapes else None
+
+
+class _Dims(tuple[int, ...]):
+    """The shape of a tensor among arguments that may be tuples too."""
+
+
+def _shapes_in(args: Any) -> Any:
+    """The arguments with shapes alone in place of tensors."""
+    return tuple(
+        _Dims(one.shape) if isinstance(one, Shape) else _shapes_in(one) if isinstance(one, tuple) else one
+        for one in args
+    )
+
+
+def _kinds(target: torch._ops.OpOverload, args: Any) -> Any:
+    """What the type of the result depends on, and whether the formula holds: not the sizes of tensors."""
+    if target._schema.name in SIZED:
+        return args[0].dtype, len(args[0].shape), len(args[1])
+    return tuple(
+        (one.dtype, len(one.shape))
+        if isinstance(one, Shape)
+        else _kinds_in(one)
+        if isinstance(one, tuple)
+        else (type(one), one)
+        for one in args
+    )
+
+
+def _kinds_in(args: tuple[Any, ...]) -> Any:
+    return tuple((one.dtype, len(one.shape)) if isinstance(one, Shape) else one for one in args)
+
+
+def _run(target: Any, args: Any, kwargs: dict[str, Any], device: torch.device) -> tuple[Any, int]:
+    """What an operator returns on fake tensors, and its multiply-accumulates; a FLOP of torch's is half of one."""
+    with FakeTensorMode(), torch.no_grad():
+        fakes = pytree.tree_map_only(
+            Shape, lambda one: torch.empty(one.shape, dtype=one.dtype, device=device), (list(args), kwargs)
+        )
+        with FlopCounterMode(display=False) as counter:
+            result = target(*fakes[0], **fakes[1])
+    return _value(result), counter.get_total_flops() // 2
+
+
+def _value(value: Any) -> Any:
+    """A shape in place of every tensor."""
+    if isinstance(value, torch.Tensor):
+        return Shape(tuple(value.shape), value.dtype)
+    return tuple(map(_value, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _refusal(node: fx.Node, error: Exception) -> InputError:
+    line = source_line(node)
+    return InputError(
+        f"the model cannot take this input: `{node.name}` ({node.target}){f' at {line}' if line else ''}"
+        f" fails with: {str(error).splitlines()[0]}"
+    )
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a graph that calls more than operators on fake tensors, and collects values and arithmetic.
 
     Torch's `FakeTensorProp` would write into the ``meta`` of the captured nodes instead.
     """
@@ -99,34 +259,19 @@ class _ShapeInterpreter(fx.Interpreter):
         self.macs: dict[str, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        is_batch_norm = n.target is torch.ops.aten.batch_norm.default
         try:
-            if is_batch_norm:
-                value = self._batch_norm(n)
-            else:
-                value = self._counted(n) if _may_multiply(n) else super().run_node(n)
+            value = self._counted(n) if _may_multiply(n) else super().run_node(n)
         except Exception as error:
-            line = source_line(n)
-            raise InputError(
-                f"the model cannot take this input: `{n.name}` ({n.target}){f' at {line}' if line else ''}"
-                f" fails with: {str(error).splitlines()[0]}"
-            ) from error
+            raise _refusal(n, error) from error
         self.metas[n.name] = _meta(value)
         return value
 
     def _counted(self, n: fx.Node) -> Any:
-        """The value of a node whose multiply-accumulates count; a FLOP of torch's counter is half of one."""
+        """The value of a node whose multiply-accumulates count."""
         with FlopCounterMode(display=False) as counter:
             value = super().run_node(n)
         self.macs[n.name] = counter.get_total_flops() // 2
         return value
-
-    def _batch_norm(self, n: fx.Node) -> Any:
-        """Batch norm without torch's decomposition, which takes most of the time of a run on fake tensors."""
-        (image, *weights), _ = self.fetch_args_kwargs_from_env(n)
-        fits = all(w.shape == image.shape[1:2] for w in weights[:4] if isinstance(w, torch.Tensor))
-        is_training = n.args[5]
-        return torch.empty_like(image) if fits and not is_training else super().run_node(n)
 
 
 def _may_multiply(node: fx.Node) -> bool:
@@ -138,7 +283,7 @@ def _may_multiply(node: fx.Node) -> bool:
 def _meta(value: Any) -> Meta:
     if isinstance(value, torch.Tensor):
         return Shape(tuple(value.shape), value.dtype)
-    if isinstance(value, int):
+    if isinstance(value, (int, Shape)):
         return value
     if isinstance(value, (list, tuple)):
         return tuple(m for m in map(_meta, value) if isinstance(m, (Shape, int)))
@@ -152,10 +297,23 @@ def shapes_at(module: fx.GraphModule, tensors: Sequence[Any]) -> Shapes:
 
     Raises `InputError`, with the node and the user's line, if an operator refuses the size.
     """
-    interpreter = _ShapeInterpreter(module)
+    strided = all(t.layout == torch.strided for t in tensors if isinstance(t, torch.Tensor))
+    if strided and all(map(_is_plain, module.graph.nodes)):
+        return _Walk(module, tensors).run()
+    interpreter = _Interpreter(module)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         interpreter.run(*map(_fake, tensors))
     return Shapes(interpreter.metas, interpreter.macs)
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether a node is an input, an output, an operator, or arithmetic on integers."""
+    if node.op != "call_function":
+        return node.op in ("placeholder", "output")
+    return isinstance(node.target, torch._ops.OpOverload) or getattr(node.target, "__module__", "") in ARITHMETIC
+
+
+ARITHMETIC = ("_operator", "math", "builtins")
 
 
 def _fake(value: Any) -> Any:

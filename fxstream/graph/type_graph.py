@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import networkx as nx
@@ -28,18 +28,23 @@ NO_TILED_DIM = NotTileable(Reason.NO_TILED_DIM)
 
 
 def type_graph(
-    graph: fx.Graph, shapes: Shapes, inputs: Mapping[str, tuple[int, ...]], combines: bool = True
+    graph: fx.Graph,
+    shapes: Shapes,
+    inputs: Mapping[str, tuple[int, ...]],
+    combines: bool = True,
+    like: TypedGraph | None = None,
 ) -> TypedGraph:
     """The type of every node of the graph at the size that `shapes` describes.
 
     `inputs` are the placeholders that hold images, with their tiled dims; the others are weights. With `combines`
-    reductions over space may be combined from tiles.
+    reductions over space may be combined from tiles. `like` are the types of the same graph, made with the same
+    options, at another size: of nodes that do not depend on the size they are taken from there.
     """
-    typing = _Typing(graph, shapes, inputs, combines)
+    typing = _Typing(shapes, inputs, combines, ordered_chains(graph), {} if like is None else like.nodes)
     for node in graph.nodes:
         typing.add(node)
     nodes = typing.nodes
-    unread = _unread(graph, nodes)
+    unread = _unread(graph, nodes, set(ordered_nodes(graph)))
     images = tuple(value for name in inputs for value in nodes[name].values if value.dims)
     return TypedGraph(graph, nodes, tuple(_regions(nodes, unread)), images, unread)
 
@@ -48,15 +53,44 @@ class _Typing:
     """The walk over the graph, node by node; `nodes` are those typed so far."""
 
     def __init__(
-        self, graph: fx.Graph, shapes: Shapes, inputs: Mapping[str, tuple[int, ...]], combines: bool
+        self,
+        shapes: Shapes,
+        inputs: Mapping[str, tuple[int, ...]],
+        combines: bool,
+        chains: Sequence[Sequence[fx.Node]],
+        like: Mapping[str, TypedNode],
     ) -> None:
         self.nodes: dict[str, TypedNode] = {}
-        self._shapes, self._inputs, self._combines = shapes, inputs, combines
+        self._shapes, self._inputs, self._combines, self._like = shapes, inputs, combines, like
         self._alignments: dict[str, tuple[int, ...]] = {}
-        self._predecessors = [dict(zip(chain[1:], chain, strict=False)) for chain in ordered_chains(graph)]
+        self._predecessors = [dict(zip(chain[1:], chain, strict=False)) for chain in chains]
 
     def add(self, node: fx.Node) -> None:
         """Type one more node."""
+        before = self._like.get(node.name)
+        if before is not None and self._is_same(node, before):
+            self.nodes[node.name] = before
+        else:
+            self._type(node)
+
+    def _is_same(self, node: fx.Node, before: TypedNode) -> bool:
+        """Whether a node without tiled dims has the type that it has at another size, as its inputs have."""
+        meta = self._shapes.metas.get(node.name)
+        metas = meta if isinstance(meta, tuple) else (meta,) if isinstance(meta, Shape) else ()
+        is_local = before.verdict is not None and not isinstance(before.verdict.answer, NotTileable)
+        integer = meta if isinstance(meta, int) else None
+        if is_local or node.name in self._inputs or before.integer != integer or len(metas) != len(before.values):
+            return False
+        if any(value.dims or Shape(value.shape, value.dtype) != m for value, m in zip(before.values, metas)):
+            return False
+        inputs = (*node.all_input_nodes, *self._before(node))
+        return all(self.nodes[one.name] is self._like.get(one.name) for one in inputs)
+
+    def _before(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The nodes that come right before one in the chains whose order is part of the model's meaning."""
+        return (chain[node] for chain in self._predecessors if node in chain)
+
+    def _type(self, node: fx.Node) -> None:
         name, meta = node.name, self._shapes.metas.get(node.name)
         if node.op == "placeholder":
             dims, image = self._inputs.get(name, ()), name in self._inputs
@@ -161,8 +195,7 @@ class _Typing:
         """The stage of a node, by the rules of the NOTE in `typed_graph`; integers are known before all."""
         inputs = [self.nodes[producer.name] for producer in node.all_input_nodes]
         inputs = [producer for producer in inputs if producer.integer is None]
-        before = (chain[node] for chain in self._predecessors if node in chain)
-        inputs += [self.nodes[one.name] for one in before]
+        inputs += [self.nodes[one.name] for one in self._before(node)]
         if verdict is not None and not isinstance(verdict.answer, NotTileable):
             return max((producer.stage + (not producer.is_local) for producer in inputs), default=0)
         return max((producer.stage for producer in inputs), default=-1)
@@ -178,9 +211,8 @@ def _values(name: str, meta: Meta, dims: tuple[int, ...], image: bool) -> tuple[
     return tuple(Value(name, m.shape, m.dtype, dims, image) for m in metas if isinstance(m, Shape))
 
 
-def _unread(graph: fx.Graph, nodes: Mapping[str, TypedNode]) -> frozenset[str]:
+def _unread(graph: fx.Graph, nodes: Mapping[str, TypedNode], ordered: Collection[fx.Node]) -> frozenset[str]:
     """The operators without an effect that only integers, and others like them, read."""
-    ordered = set(ordered_nodes(graph))
     unread: set[str] = set()
     for node in reversed(graph.nodes):
         is_value = node.op == "call_function" and nodes[node.name].integer is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import traceback
@@ -25,7 +26,12 @@ def is_library_file(path: str) -> bool:
 
 def source_line(node: fx.Node) -> str:
     """The last line of the user's code that led to the node, as ``file:line``; empty if there is none."""
-    frames = FRAME.findall(node.meta.get("stack_trace") or "")
+    return _line_of_user(node.meta.get("stack_trace") or "")
+
+
+@functools.lru_cache(2**12)
+def _line_of_user(trace: str) -> str:
+    frames = FRAME.findall(trace)
     return next((f"{file}:{line}" for file, line in reversed(frames) if not is_library_file(file)), "")
 
 

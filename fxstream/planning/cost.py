@@ -23,6 +23,7 @@ NOTE [the cost model]
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -80,6 +81,54 @@ class Costs:
             self.weight_bytes |= weights
         self.weight_gradients = _vector(gradients)
 
+    def shares(self, graph: TypedGraph) -> torch.Tensor:
+        """What whole results have at another size, over those that the costs are of."""
+        ratios = [
+            graph[name].bytes / size if size else 1.0 for name, size in zip(self.nodes, self.sizes, strict=True)
+        ]
+        return torch.tensor(ratios, dtype=torch.float64)
+
+    @functools.cached_property
+    def extents(self) -> list[tuple[int, ...]]:
+        """The extents of each node along each axis."""
+        return [self._graph[name].extents for name in self.nodes]
+
+    @functools.cached_property
+    def whole(self) -> Part:
+        """All operators, which run whole."""
+        return self.part(is_whole=True)
+
+    @functools.cached_property
+    def tiled(self) -> Part:
+        """All operators, on tiles."""
+        return self.part()
+
+    def seconds_each(
+        self, shares: torch.Tensor, start: int = 0, stop: int | None = None, fused: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predicted seconds of a forward and a backward of each operator from `start` up to `stop` (note 1).
+
+        Those at the places `fused` are part of the call of another.
+        """
+        span, machine = slice(start, len(self.nodes) if stop is None else stop), self.machine
+        of_span, calls = shares[..., span], self.calls.clone()
+        calls[list(fused)] = 0.0
+        present = (of_span > 0).double()
+        work = self._work(of_span, span) + present * (calls[span] * machine.call)
+        if machine.fresh < math.inf:
+            by, like, size = _between(self.allocated, start, span.stop).unbind(-1)
+            allocated = size * shares[..., like] * (shares[..., by] > 0)
+            work.index_add_(-1, by - start, allocated * (allocated > machine.reused) / machine.fresh)
+        read = present * (self.weights[span] / machine.bandwidth)
+        return work + read, BACKWARD * work + WEIGHTS_BACKWARD * read
+
+    def _work(self, of_span: torch.Tensor, span: slice) -> torch.Tensor:
+        """Seconds of arithmetic and traffic of each operator, with these shares of the span's nodes."""
+        machine = self.machine
+        each = self.arithmetic[span] + self.moved[span] / machine.bandwidth
+        slow = torch.where(of_span * self.largest[span] >= LARGE, machine.beyond, 1.0)
+        return of_span * slow * each
+
     def part(self, start: int = 0, stop: int | None = None, is_whole: bool = False) -> Part:
         """The operators from `start` up to, not including, `stop`, that run whole or on tiles."""
         return Part(self, start, len(self.nodes) if stop is None else stop, is_whole)
@@ -121,7 +170,7 @@ class Costs:
         rows = [(i, last[i], saver[i], self.sizes[i]) for i in range(count) if self._roots[i] == i]
         rows += [(i, i, i, size) for i, size in self._extra("extra")]
         saved = (name for i, name in enumerate(self.nodes) if saver[self._roots[i]] < count)
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 4), frozenset(saved)
+        return _rows(rows, 4), frozenset(saved)
 
     def _extra(self, kind: str) -> list[tuple[int, int]]:
         """Which operators make extra values of this kind, and their bytes."""
@@ -148,7 +197,7 @@ class Costs:
             leaves = self._leaves(name)
             if groups[i] == i and self._has_gradient(name) and (users[i] or leaves):
                 rows.append((i, count if leaves else users[i][-1], first[i], self.sizes[i]))
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+        return _rows(rows, 4)
 
     def _temporaries(self) -> torch.Tensor:
         """Gradients that are new memory until they are added to another, as rows: owner, reader, bytes."""
@@ -158,7 +207,7 @@ class Costs:
                 if j >= 0 and self._has_gradient(self.nodes[j]) and self._users[j][-1] != i:
                     rows.append((j, i, self.sizes[j]))
         rows += [(i, i, size) for i, size in self._extra("between")]
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+        return _rows(rows, 3)
 
     def _allocated(self) -> torch.Tensor:
         """What each operator allocates, as rows: its index, the index of the value as large as that, its bytes."""
@@ -168,7 +217,7 @@ class Costs:
             verdict = self._graph[name].verdict
             if verdict is not None and verdict.operator in CONVOLUTIONS:
                 rows += [(i, j, self.sizes[j]) for j in (i, *self._inputs[i]) if j >= 0]
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+        return _rows(rows, 3)
 
     def _edges(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
         """Per node the indices of its inputs (-1 outside) and its readers, and the index whose memory it is."""
@@ -204,8 +253,7 @@ class Part:
         self.turn = stop - start
         """The step between forward and backward."""
         results, gradients, temporaries = (
-            rows[(rows[:, 0] >= start) & (rows[:, 0] < stop)]
-            for rows in (costs.results, costs.gradients, costs.temporaries)
+            _between(rows, start, stop) for rows in (costs.results, costs.gradients, costs.temporaries)
         )
         gradients = gradients[gradients[:, 1] < stop]
         temporaries = temporaries[temporaries[:, 1] < stop]
@@ -220,8 +268,6 @@ class Part:
         read = step(results[:, 1], forward, never)
         kept_until = torch.maximum(read, step(results[:, 2], backward, torch.tensor(0)))
         self._results, self._read_until = results, read
-        allocated = costs.allocated
-        self._allocated = allocated[(allocated[:, 0] >= start) & (allocated[:, 0] < stop)]
         self._owner = torch.cat([results[:, 0], gradients[:, 0], temporaries[:, 0], weights])
         self._bytes = torch.cat([results[:, 3], gradients[:, 3], temporaries[:, 2]]).double()
         self._scaled = len(self._bytes)
@@ -275,25 +321,20 @@ class Part:
 
     def seconds(self, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predicted seconds of one forward and of one backward of a tile with these shares (note 1)."""
-        span, machine = slice(self.start, self.stop), self.costs.machine
-        present = (shares[..., span] > 0).double()
-        work = self._work(shares[..., span], span)
-        calls = self.costs.calls.clone()
-        calls[self._fused] = 0.0
-        work = work + present @ calls[span] * machine.call
-        if machine.fresh < math.inf:
-            by, like, size = self._allocated.unbind(-1)
-            allocated = size * shares[..., like] * (shares[..., by] > 0)
-            work = work + (allocated * (allocated > machine.reused)).sum(-1) / machine.fresh
-        read = present @ self.costs.weights[span] / machine.bandwidth
-        return work + read, BACKWARD * work + WEIGHTS_BACKWARD * read
+        forward, backward = self.costs.seconds_each(shares, self.start, self.stop, self._fused)
+        return forward.sum(-1), backward.sum(-1)
 
-    def _work(self, of_span: torch.Tensor, span: slice) -> torch.Tensor:
-        """Seconds of arithmetic and traffic, with these shares of the span's nodes."""
-        costs, machine = self.costs, self.costs.machine
-        each = costs.arithmetic[span] + costs.moved[span] / machine.bandwidth
-        slow = torch.where(of_span * costs.largest[span] >= LARGE, machine.beyond, 1.0)
-        return (of_span * slow) @ each
+
+def _rows(rows: Iterable[tuple[int, ...]], count: int) -> torch.Tensor:
+    """Rows of integers, sorted by the first of each."""
+    table = torch.tensor(sorted(rows), dtype=torch.int64)
+    return table.view(-1, count)
+
+
+def _between(rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """The rows whose first number is one from `start` up to, not including, `stop`."""
+    first, last = torch.searchsorted(rows[:, 0].contiguous(), torch.tensor([start, stop])).tolist()
+    return rows[first:last]
 
 
 def _dtype(node: TypedNode) -> torch.dtype:

@@ -18,12 +18,10 @@ Of offloaded boundaries and their gradients the boxes of a tile count alone.
 
 from __future__ import annotations
 
-import bisect
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-
-import torch
+from dataclasses import dataclass, field, fields, replace
 
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.machine.speeds import Machine
@@ -31,6 +29,7 @@ from fxstream.machine.units import bytes_text
 from fxstream.planning.cost import Costs
 from fxstream.planning.units import Unit, units_of
 from fxstream.tiling.segment_plan import SegmentPlan, offloadable
+from fxstream.tiling.templates import MemoOfStructure
 
 __all__ = ["CostContext", "Prediction", "Step", "keep_graphs", "predict"]
 
@@ -107,7 +106,7 @@ class CostContext:
     `differentiated` are the images whose gradient is asked for, `training` says whether there is a backward at
     all. `outside` are images that are not in the device's memory, of which segments read boxes, `written` results
     that a segment writes elsewhere tile by tile. `ranks` share the tiles; seconds and kept tiles are those of one.
-    With `offload` boundaries lie in host memory.
+    With `offload` boundaries lie in host memory. `memo` has what was made of the same network at other sizes.
     """
 
     graph: TypedGraph
@@ -118,6 +117,12 @@ class CostContext:
     written: frozenset[str | None] = frozenset()
     ranks: int = 1
     offload: bool = False
+    memo: MemoOfStructure = field(default_factory=MemoOfStructure)
+
+    def costs(self, graph: TypedGraph, nodes: Sequence[str], plain: bool = False) -> Costs:
+        """The costs of a run of operators, at whatever size they were first asked for."""
+        key = ("costs", graph.graph, tuple(nodes), plain, self.machine)
+        return self.memo.get(key, lambda: Costs(graph, self.machine, nodes, plain))
 
     def dense(self, nodes: Sequence[str]) -> Costs:
         """The costs of a run of operators that runs as the model has it."""
@@ -135,13 +140,13 @@ class CostContext:
     @functools.cached_property
     def plain(self) -> tuple[int, float]:
         """Peak bytes and seconds of the plain network."""
-        costs = Costs(self.graph, self.machine, self.graph.costed, plain=True)
-        part, ones = costs.part(is_whole=True), torch.ones(len(costs.nodes), dtype=torch.float64)
-        forward, backward = map(float, part.seconds(ones))
+        costs = self.costs(self.graph, self.graph.costed, plain=True)
+        part, shares = costs.whole, costs.shares(self.graph)
+        forward, backward = map(float, part.seconds(shares))
         images = sum(self.graph[name].bytes for name in self.outside)
         if self.training:
-            return images + int(part.profile(ones).max()), forward + backward
-        return images + int(part.profile_unrecorded(ones).max()), forward
+            return images + int(part.profile(shares).max()), forward + backward
+        return images + int(part.profile_unrecorded(shares).max()), forward
 
 
 class Estimator:
@@ -157,17 +162,23 @@ class Estimator:
 
         `kept` are the numbers of kept tiles by the name of the segment.
         """
-        saved, folded, before = 0.0, 0.0, []
-        for unit in self._units:
-            folded = unit.folded + folded * self._context.training
-            before.append((saved, folded))
+        before = self._before(kept)
+        for unit, (saved, folded) in zip(self._units, before, strict=True):
             yield self._forward(unit, saved, folded, kept)
-            saved += self._holds(unit, kept)
         weights = 0.0
         for unit, (earlier, folded) in reversed(list(zip(self._units, before, strict=True))):
             if self._context.training:
                 yield from self._backward(unit, earlier, folded, weights, kept)
                 weights += unit.more_weights
+
+    def _before(self, kept: Mapping[str, int]) -> list[tuple[float, float]]:
+        """What earlier units hold when each runs, and the folded weights that there are."""
+        saved, folded, before = 0.0, 0.0, []
+        for unit in self._units:
+            folded = unit.folded + folded * self._context.training
+            before.append((saved, folded))
+            saved += self._holds(unit, kept)
+        return before
 
     def _holds(self, unit: Unit, kept: Mapping[str, int]) -> float:
         """Bytes that a unit holds until its backward."""
@@ -209,9 +220,36 @@ class Estimator:
         away = sum(self._context.graph[boundary].bytes for boundary in self._offloaded)
         return Prediction(self._context.training, peak, name, seconds, plain_bytes, plain_seconds, away)
 
-    def peak(self, kept: Mapping[str, int]) -> int:
-        """The bytes at the peak."""
-        return max(step.bytes for _, step, _ in self.steps(kept))
+    def most_kept(self, budget: int) -> dict[str, int]:
+        """The graphs of tiles that may be kept within a budget, by the name of the segment; the last come first.
+
+        Those of a unit are there at its own steps and at those of later units.
+        """
+        kept = {unit.name: 0 for unit in self._units if unit.tiles}
+        left, weights = float(budget), 0.0
+        for unit, (earlier, folded) in reversed(list(zip(self._units, self._before(kept), strict=True))):
+            if unit.tiles:
+                at_its_steps = self._left_of_unit(unit, earlier, folded, weights, budget)
+                kept[unit.name] = self._kept_within(unit, min(left, at_its_steps))
+            _, forward, _ = self._forward(unit, earlier, folded, kept)
+            steps = [forward, *(step for _, step, _ in self._backward(unit, earlier, folded, weights, kept))]
+            left -= self._holds(unit, kept) if unit.tiles else 0.0
+            left = min(left, budget - max(step.bytes for step in steps))
+            weights += unit.more_weights
+        return kept
+
+    def _left_of_unit(self, unit: Unit, earlier: float, folded: float, weights: float, budget: int) -> float:
+        """What is left for kept graphs of a unit at its own steps."""
+        one = {unit.name: unit.tiles}
+        _, forward, _ = self._forward(unit, earlier, folded, one)
+        (*_, (_, pulled, _)) = self._backward(unit, earlier, folded, weights, one)
+        return budget - max(forward.bytes, pulled.bytes) + self._holds(unit, one)
+
+    def _kept_within(self, unit: Unit, left: float) -> int:
+        """How many tiles of a unit may be kept with so many bytes, on all ranks."""
+        if unit.holds <= 0:
+            return unit.tiles if left >= 0 else 0
+        return max(0, min(unit.tiles, math.floor(left / unit.holds) * self._context.ranks))
 
 
 def predict(context: CostContext, plans: Sequence[SegmentPlan]) -> Prediction:
@@ -228,13 +266,13 @@ def keep_graphs(
     """The segments with the graphs of as many tiles kept as the budget allows, and their prediction.
 
     The last segments come first: a kept graph burdens its own and later steps only, so that theirs are the
-    cheapest to keep.
+    cheapest to keep. Nothing is kept where the budget is too small even so, or where there is no backward.
     """
     estimator = Estimator(context, plans)
-    kept = dict.fromkeys((plan.segment.name for plan in plans), 0)
-    for plan in reversed(plans):
-        counts = range(plan.tile_count + 1)
-        name = plan.segment.name
-        kept[name] = bisect.bisect_right(counts, budget, key=lambda n: estimator.peak(kept | {name: n})) - 1
+    kept = {plan.segment.name: 0 for plan in plans}
+    prediction = estimator.prediction(kept)
+    if prediction.bytes > budget or not context.training:
+        return tuple(plans), prediction
+    kept = estimator.most_kept(budget)
     chosen = tuple(replace(plan, kept=kept[plan.segment.name]) for plan in plans)
-    return chosen, estimator.prediction(kept)
+    return chosen, estimator.prediction(kept) if any(kept.values()) else prediction

@@ -11,33 +11,34 @@ NOTE [the options of a span]
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from fxstream.planning.dense_run import DenseRun, dense_option
 from fxstream.planning.estimate import CostContext
 from fxstream.planning.grids import Grids, grids_of
-from fxstream.planning.region_costs import RegionCosts, SpanCosts
+from fxstream.planning.region_costs import DenseRun, RegionCosts, SpanCosts, dense_option
 from fxstream.planning.search import Option, Region, Search, Span
 from fxstream.tiling.parts import whole_segment
 from fxstream.tiling.request import Request
 from fxstream.tiling.segment import make_segment
 
-__all__ = ["MemoryRegion", "memory_search"]
+__all__ = ["MemoryRegion", "memory_searches"]
 
 MOST_POSITIONS = 16
 """Positions considered per region; their pairs are what planning time goes into."""
 
 
-def memory_search(
-    context: CostContext, parts: Sequence[tuple[str, ...]], request: Request, most_sweeps: int
-) -> Search:
-    """The search of one network at one image size, for any budget in bytes.
+def memory_searches(
+    context: CostContext, parts: Sequence[tuple[str, ...]], request: Request, most_sweeps: Sequence[int]
+) -> Iterator[Search]:
+    """The searches of one network at one image size, for any budget in bytes.
 
     `parts` are the nodes of the regions, in the order of the graph; `most_sweeps` is how often a span may be run
-    forward for the reductions on its way.
+    forward for the reductions on its way, in each search. They share what is computed.
     """
     graph = context.graph
     inside = {name for part in parts for name in part}
@@ -49,11 +50,15 @@ def memory_search(
             dense[sum(start < index[name] for start in starts)].append(name)
     regions: list[Region] = [DenseRun(context, dense[0])] if dense[0] else []
     for part, after in zip(parts, dense[1:], strict=True):
-        regions.append(MemoryRegion(context, part, request, most_sweeps))
+        regions.append(MemoryRegion(context, part, request, most_sweeps[0]))
         regions += [DenseRun(context, after)] if after else []
     results = (name for name in graph.costed if graph.is_result(name) and name not in context.written)
     count = request.segments if isinstance(request.segments, int) else None
-    return Search(regions, float(sum(graph[name].bytes for name in results)), count)
+    saved = float(sum(graph[name].bytes for name in results))
+    for most in most_sweeps:
+        yield Search(
+            [one.allowing(most) if isinstance(one, MemoryRegion) else one for one in regions], saved, count
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,7 @@ class MemoryRegion:
     def __init__(self, context: CostContext, nodes: tuple[str, ...], request: Request, most_sweeps: int) -> None:
         graph = context.graph
         self._context, self._graph, self._training = context, graph, context.training
+        self._sizes: dict[str, int] = {}
         self._costs = costs = RegionCosts(context, nodes)
         self._most_sweeps = most_sweeps
         self._all_checkpoint = self._training and whole_segment(graph, "", nodes) is not None
@@ -89,10 +95,18 @@ class MemoryRegion:
         self._image_gradients = self._bytes(*context.differentiated & read)
         self._grids: dict[int, Grids] = {}
         self._options: dict[tuple[int, int], list[list[Option]]] = {}
+        self._all_starts = [-1, *self.ends]
+        self._seconds: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def starts(self, end: int) -> list[int]:
         """The positions where a span up to `end` may start."""
         return self._costs.positions.starts(end, self.ends, self._most_sweeps)
+
+    def allowing(self, most_sweeps: int) -> MemoryRegion:
+        """The same region, with what is computed of it, whose spans may have so many sweeps."""
+        region = copy.copy(self)
+        region._most_sweeps = most_sweeps
+        return region
 
     def weights(self, start: int, end: int) -> float:
         """Bytes of the gradients of the weights that the nodes of a span are the first to read."""
@@ -107,8 +121,7 @@ class MemoryRegion:
         if (start, end) not in self._options:
             around, span = self._around(start, end), self._costs.streamed(start, end)
             streamed = [*self._checkpoint(start, end, around), *self._tiled(start, end, around, span)]
-            streamed.sort(key=lambda option: option.cost)
-            self._options[start, end] = [[self._dense(start, end, around)], streamed]
+            self._options[start, end] = [[self._dense(start, end, around)], _worth_trying(streamed)]
         return self._options[start, end]
 
     def _around(self, start: int, end: int) -> _Around:
@@ -130,7 +143,11 @@ class MemoryRegion:
         return {one for name in span for one in self._graph[name].inputs if one in outside}
 
     def _bytes(self, *names: str) -> float:
-        return float(sum(self._graph[name].bytes for name in names))
+        sizes = self._sizes
+        for name in names:
+            if name not in sizes:
+                sizes[name] = self._graph[name].bytes
+        return float(sum(sizes[name] for name in names))
 
     def _dense(self, start: int, end: int, around: _Around) -> Option:
         """The span in the dense graph, which reads its inputs whole."""
@@ -181,7 +198,7 @@ class MemoryRegion:
         grids, nodes = self._grids_at(end), self._costs.span(start, end)
         boxes = self._bytes_of_boxes(start, grids.shares)
         tiles = (grids.tiles / self._context.ranks).ceil()
-        forward, backward = map(sum, zip(*span.seconds_of_sweeps(grids.shares), strict=True))
+        forward, backward = self._seconds_of_tile(start, end, span.sweeps)
         needs = self._needs_of_tile(around, span, grids.shares, boxes)
         copies = self._seconds_of_copies(around, tiles, boxes)
         if not self._training:
@@ -193,6 +210,17 @@ class MemoryRegion:
         if self._context.ranks > 1:  # on one alone, what is kept is better left dense
             kept = tiles * span.saved(grids.shares)
             yield from _options(nodes, grids, needs + kept, holds + kept, seconds - tiles * forward)
+
+    def _seconds_of_tile(self, start: int, end: int, sweeps: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Seconds of one forward and one backward of a tile of every grid, in all sweeps together."""
+        starts, shares = self._all_starts[: self._all_starts.index(end)], self._grids_at(end).shares
+        place, totals = starts.index(start), []
+        for stage in sweeps:
+            if (end, stage) not in self._seconds:
+                self._seconds[end, stage] = self._costs.seconds_to(end, stage, starts, shares)
+            totals.append([seconds[:, place] for seconds in self._seconds[end, stage]])
+        forward, backward = (torch.stack(of_sweeps).sum(0) for of_sweeps in zip(*totals, strict=True))
+        return forward, backward
 
     def _bytes_of_boxes(self, start: int, shares: torch.Tensor) -> torch.Tensor:
         """Bytes of what a tile of every grid reads of the region."""
@@ -233,6 +261,16 @@ class MemoryRegion:
         return self._grids[end]
 
 
+def _worth_trying(options: Sequence[Option]) -> list[Option]:
+    """The options from the cheapest on, without those that need no less than a cheaper one."""
+    least, best = math.inf, []
+    for option in sorted(options, key=lambda one: one.cost):
+        if option.needs < least:
+            least = option.needs
+            best.append(option)
+    return best
+
+
 def _considered(costs: RegionCosts, request: Request) -> list[int]:
     """The positions that the user asks for, otherwise those where few bytes are live."""
     if isinstance(request.segments, tuple):
@@ -245,6 +283,11 @@ def _considered(costs: RegionCosts, request: Request) -> list[int]:
 def _options(
     nodes: tuple[str, ...], grids: Grids, needs: torch.Tensor, holds: torch.Tensor, seconds: torch.Tensor
 ) -> Iterator[Option]:
-    """A span in every grid, of which needs, what is saved and seconds are vectors [grids]."""
-    each = zip(grids.counts, needs.tolist(), holds.tolist(), seconds.tolist(), strict=True)
+    """A span in the grids worth trying; needs, what is saved and seconds are vectors over all [grids]."""
+    order = seconds.argsort(stable=True)
+    sorted_needs = needs[order]
+    before = torch.nn.functional.pad(sorted_needs.cummin(0).values[:-1], (1, 0), value=math.inf)
+    worth = order[sorted_needs < before].tolist()
+    columns = (column[worth].tolist() for column in (needs, holds, seconds))
+    each = zip([grids.counts[i] for i in worth], *columns, strict=True)
     return (Option(Span(nodes, counts), *numbers) for counts, *numbers in each)

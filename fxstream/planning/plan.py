@@ -10,6 +10,7 @@ with multi-megapixel images", sections III-A and III-C.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Collection, Sequence
@@ -23,17 +24,18 @@ from fxstream.graph.typed_graph import TypedGraph
 from fxstream.machine.device import budget_of, is_accelerator
 from fxstream.machine.speeds import Machine
 from fxstream.machine.units import bytes_text
-from fxstream.planning.estimate import CostContext, Prediction, keep_graphs, predict
-from fxstream.planning.memory_region import memory_search
-from fxstream.planning.normalised import with_normalisations_whole
+from fxstream.planning.decision import DecidedSpan, Decision, Decisions
+from fxstream.planning.estimate import CostContext, Prediction, predict
+from fxstream.planning.memory_region import memory_searches
 from fxstream.planning.partition import FEW_SWEEPS
 from fxstream.planning.search import Search, Span, State
+from fxstream.planning.spans import Ran, check_is_of, decided_spans, kept_within, made_to_fit, segments_of
 from fxstream.planning.tile_region import spans_within_tile
-from fxstream.tiling.parts import streamable_parts, sweeps, whole_segment
-from fxstream.tiling.passes import optimised
+from fxstream.tiling.parts import streamable_parts
 from fxstream.tiling.request import Request, last_node_of
 from fxstream.tiling.reuse import reuse_memory
-from fxstream.tiling.segment_plan import SegmentPlan, offloadable, plan_segment, plan_whole
+from fxstream.tiling.segment_plan import SegmentPlan, offloadable
+from fxstream.tiling.templates import Memo
 
 __all__ = ["Plan", "SegmentPlan", "make_plan", "streamable_share", "worthwhile"]
 
@@ -57,6 +59,7 @@ class Plan:
     A plan `is_trivial` where the plain network does the same. `offloaded` are the boundaries in host memory,
     `untiled` the stretches that need more than the tile, and run whole. `prepared` are the stages of the call that
     made the plan, with their seconds; `repeated` are the tiles that the last call did not compute, in words.
+    `decision` is what holds of it at other sizes.
     """
 
     segments: tuple[SegmentPlan, ...]
@@ -69,6 +72,7 @@ class Plan:
     prepared: tuple[tuple[str, float], ...] = ()
     untiled: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
+    decision: Decision | None = None
 
     @property
     def streamed_share(self) -> float:
@@ -114,28 +118,65 @@ def make_plan(
     outside: frozenset[str] = frozenset(),
     written: frozenset[str | None] = frozenset(),
     ranks: int = 1,
+    memo: Memo | None = None,
+    saved: Decision | None = None,
 ) -> Plan:
     """The segments and tiles for one image size, for a call with its backward if `training`.
 
     `differentiated` are the images whose gradient is asked for, `outside` those that are not in the device's
-    memory, `written` the results that are written elsewhere; `ranks` share the tiles.
+    memory, `written` the results that are written elsewhere; `ranks` share the tiles. `memo` has what was made and
+    decided at other sizes, and `saved` is a decision that is taken wherever it fits.
 
     Raises `PlanError` where no tile fits, naming the smallest that does and the node that needs it, where no plan
     fits into the memory, naming the least that one needs, and where a module path in the request matches nothing.
     """
     if not graph.costed:
         graph = reuse_memory(graph.with_saves(saves_of(graph)))
+    if saved is not None:
+        check_is_of(saved, graph)
     offload, machine = request.offload and is_accelerator(device), Machine.of(device, is_shared=ranks > 1)
-    context = CostContext(graph, machine, training, differentiated, outside, written, ranks, offload)
+    of_structure = (memo or Memo()).at(graph)
+    modes = (training, differentiated, outside, written, ranks, offload)
+    context = CostContext(graph, machine, *modes, of_structure)
+    decisions = of_structure.get(("decisions", request, machine, *modes), lambda: Decisions(saved=saved))
     if request.tile is None:
-        segments, prediction = _fastest(context, request, budget_of(request.memory, device))
-        return _plan(context, segments, prediction, not segments, prediction.offloaded > 0)
+        return _fastest(context, request, budget_of(request.memory, device), decisions)
+    return _within_tile(context, request, decisions)
+
+
+def _within_tile(context: CostContext, request: Request, decisions: Decisions) -> Plan:
+    """The plan whose tiles read no more than the user's: a decision that holds here, or the search's."""
+    extents = _extents(context.graph)
+    for decision in decisions:
+        with contextlib.suppress(PlanError):
+            spans = decided_spans(_parts(context, request), decision)
+            plan = _of_spans(context, request, spans) if spans else None
+            if plan is not None and decisions.holds(decision, extents, plan.prediction.seconds):
+                return plan
     spans = [span for part in _parts(context, request) for span in spans_within_tile(context, part, request)]
-    segments = _segments(graph, request, spans)
+    plan = _of_spans(context, request, spans)
+    if plan.decision is not None:
+        decisions.add(plan.decision, extents, plan.prediction.seconds)
+    return plan
+
+
+def _of_spans(context: CostContext, request: Request, spans: Sequence[Span]) -> Plan:
+    """The plan of these spans, in the coarsest grids that the user's tile allows."""
+    graph = context.graph
+    segments = segments_of(context, request, spans)
     is_trivial = all(segment.tile_count == 1 for segment in segments)
-    plan = _plan(context, segments, predict(context, () if is_trivial else segments), is_trivial, offload)
-    untiled = () if is_trivial else tuple(_ends(graph, span) for span in spans if span.counts == ())
-    return replace(plan, untiled=untiled)
+    prediction = predict(context, () if is_trivial else segments)
+    plan = _plan(context, segments, prediction, is_trivial, context.offload)
+    if is_trivial:
+        return plan
+    untiled = tuple(_ends(graph, span) for span in spans if span.counts == ())
+    decided = tuple(DecidedSpan(s.nodes[0], s.nodes[-1], None if s.counts is None else ()) for s in spans)
+    return replace(plan, untiled=untiled, decision=Decision(decided, context.offload))
+
+
+def _extents(graph: TypedGraph) -> tuple[int, ...]:
+    """The pixels of the largest image along each axis."""
+    return max((image.extents for image in graph.images), key=math.prod, default=())
 
 
 def _ends(graph: TypedGraph, span: Span) -> str:
@@ -160,7 +201,33 @@ def _plan(
     return Plan(segments, streamed, total, plain, is_trivial, prediction, away)
 
 
-def _fastest(context: CostContext, request: Request, memory: int) -> tuple[tuple[SegmentPlan, ...], Prediction]:
+def _fastest(context: CostContext, request: Request, memory: int, decisions: Decisions) -> Plan:
+    """The fastest plan within the memory: a decision that holds here, or the best of those and of the search."""
+    extents, fitting = _extents(context.graph), list[Ran]()
+    parts = _parts(context, request) if any(decision.spans for decision in decisions) else []
+    for decision in decisions:
+        ran = made_to_fit(context, parts, decision, memory)
+        if ran is not None and decisions.holds(decision, extents, ran.prediction.seconds):
+            decisions.prefer(decision)
+            return _plan_of(context, ran, decision)
+        fitting += [ran] if ran is not None else []
+    try:
+        fitting.append(_searched(context, request, memory))
+    except PlanError:
+        if not fitting:
+            raise
+    best = min(fitting, key=lambda ran: ran.prediction.seconds)
+    decision = best.decision()
+    decisions.add(decision, extents, best.prediction.seconds)
+    return _plan_of(context, best, decision)
+
+
+def _plan_of(context: CostContext, ran: Ran, decision: Decision) -> Plan:
+    is_trivial, is_away = not ran.segments, ran.prediction.offloaded > 0
+    return replace(_plan(context, ran.segments, ran.prediction, is_trivial, is_away), decision=decision)
+
+
+def _searched(context: CostContext, request: Request, memory: int) -> Ran:
     """The fastest plan within the memory; boundaries are offloaded where that is faster, or where it must be."""
     if not context.offload:
         return _within_memory(context, request, memory)
@@ -169,34 +236,32 @@ def _fastest(context: CostContext, request: Request, memory: int) -> tuple[tuple
     except PlanError:
         return _within_memory(context, request, memory)
     try:
-        return min(near, _within_memory(context, request, memory), key=lambda plan: plan[1].seconds)
+        return min(near, _within_memory(context, request, memory), key=lambda ran: ran.prediction.seconds)
     except PlanError:
         return near
 
 
-def _within_memory(
-    context: CostContext, request: Request, memory: int
-) -> tuple[tuple[SegmentPlan, ...], Prediction]:
+def _within_memory(context: CostContext, request: Request, memory: int) -> Ran:
     """The fastest segments within the memory, by the search and then by the exact tiles, and their prediction.
 
     The search estimates a little; where its plan needs too much it is asked for less, a few times.
     """
-    plain = predict(context, ())
-    if plain.bytes <= memory and request.segments is None and not _may_be_faster(context, plain):
-        return (), plain
+    plain = Ran((), (), predict(context, ()))
+    fits = plain.prediction.bytes <= memory and request.segments is None
+    if fits and not _may_be_faster(context, plain.prediction):
+        return plain
     parts = _parts(context, request)
-    for most_sweeps in _most_sweeps(context.graph):
-        search = memory_search(context, parts, request, most_sweeps)
+    for search in memory_searches(context, parts, request, _most_sweeps(context.graph)):
         fitting = _fitting(context, search, request, memory)
         if fitting is not None:
-            is_slower = fitting[1].seconds >= FASTER * plain.seconds and plain.bytes <= memory
-            return ((), plain) if is_slower and request.segments is None else fitting
+            return plain if fits and fitting.prediction.seconds >= FASTER * plain.prediction.seconds else fitting
         smallest = search.smallest()
         assert smallest is not None, "everything may stay dense"
-        segments, prediction = _predicted(context, request, smallest)
-        if prediction.bytes <= memory:
-            return segments, prediction
-        least = prediction.bytes if request.segments is not None else min(plain.bytes, prediction.bytes)
+        ran = _predicted(context, request, smallest)
+        if ran.prediction.bytes <= memory:
+            return ran
+        least = ran.prediction.bytes
+        least = least if request.segments is not None else min(plain.prediction.bytes, least)
         error = _too_little(context.graph, memory, least, smallest.binding)
     raise error
 
@@ -207,10 +272,10 @@ def _most_sweeps(graph: TypedGraph) -> list[int]:
     return [FEW_SWEEPS, MANY_SWEEPS] if stages > FEW_SWEEPS else [FEW_SWEEPS]
 
 
-def _predicted(context: CostContext, request: Request, state: State) -> tuple[tuple[SegmentPlan, ...], Prediction]:
+def _predicted(context: CostContext, request: Request, state: State) -> Ran:
     """The segments that the search chose, with their exact tiles, and their prediction."""
-    segments = _segments(context.graph, request, state.spans)
-    return segments, predict(context, segments)
+    segments = segments_of(context, request, state.spans)
+    return Ran(tuple(state.spans), segments, predict(context, segments))
 
 
 def _too_little(graph: TypedGraph, memory: int, least: int, binding: str) -> PlanError:
@@ -236,49 +301,39 @@ def _may_be_faster(context: CostContext, plain: Prediction) -> bool:
     return context.ranks > 1 or predict(reused, ()).seconds < FASTER * plain.seconds
 
 
-def _fitting(
-    context: CostContext, search: Search, request: Request, memory: int
-) -> tuple[tuple[SegmentPlan, ...], Prediction] | None:
+def _fitting(context: CostContext, search: Search, request: Request, memory: int) -> Ran | None:
     """The fastest plan of the search that really fits, with the graphs of tiles that may be kept."""
     budget = float(memory)
     for less in LESS:
         fastest = search.fastest(budget)
         if fastest is None:
             return None
-        segments, prediction = _predicted(context, request, fastest)
-        if prediction.bytes <= memory:
-            return keep_graphs(context, segments, memory) if context.training else (segments, prediction)
-        budget = fastest.peak - max(prediction.bytes - memory, less * memory)
+        ran = kept_within(context, fastest.spans, segments_of(context, request, fastest.spans), memory)
+        if ran.prediction.bytes <= memory:
+            return ran
+        budget = fastest.peak - max(ran.prediction.bytes - memory, less * memory)
     return None
-
-
-def _segments(graph: TypedGraph, request: Request, spans: Sequence[Span]) -> tuple[SegmentPlan, ...]:
-    """The plans of these spans: of each sweep, or of the whole span as one checkpoint.
-
-    A span that cannot be one stays in the dense graph.
-    """
-    plans: list[SegmentPlan] = []
-    for i, span in enumerate(with_normalisations_whole(graph, spans)):
-        if span.counts == ():
-            whole = whole_segment(graph, f"segment_{i}", span.nodes)
-            plans += [plan_whole(optimised(whole))] if whole is not None else []
-        else:
-            tiled = sweeps(graph, f"segment_{i}", span.nodes)
-            plans += [plan_segment(optimised(segment), request, span.counts) for segment in tiled]
-    return tuple(plans)
 
 
 def _parts(context: CostContext, request: Request) -> list[tuple[str, ...]]:
     """The nodes that may be streamed: worthwhile regions, or all before the user's cut."""
     is_chosen = request.segments is not None or request.cut is not None or request.global_ops == "stream"
     graph = context.graph
-    return _parts_before(graph, request.cut) if is_chosen else worthwhile(graph, context.written)
+    parts = context.memo.get("parts", lambda: streamable_parts(graph))
+    return _parts_before(graph, parts, request.cut) if is_chosen else _worthwhile(graph, parts, context.written)
 
 
-def worthwhile(graph: TypedGraph, written: Collection[str | None] = ()) -> list[tuple[str, ...]]:
-    """The parts that are streamed without being asked for; results `written` elsewhere count as freed."""
+def worthwhile(graph: TypedGraph) -> list[tuple[str, ...]]:
+    """The parts that are streamed without being asked for."""
+    return _worthwhile(graph, streamable_parts(graph))
+
+
+def _worthwhile(
+    graph: TypedGraph, parts: Sequence[tuple[str, ...]], written: Collection[str | None] = ()
+) -> list[tuple[str, ...]]:
+    """Those of the parts; results `written` elsewhere count as freed."""
     total = graph.total_bytes()
-    return [part for part in streamable_parts(graph) if _is_worthwhile(graph, part, total, written)]
+    return [part for part in parts if _is_worthwhile(graph, part, total, written)]
 
 
 def streamable_share(graph: TypedGraph) -> float:
@@ -286,10 +341,10 @@ def streamable_share(graph: TypedGraph) -> float:
     return sum(map(graph.activation_bytes, worthwhile(graph))) / max(1, graph.total_bytes())
 
 
-def _parts_before(graph: TypedGraph, cut: str | None) -> list[tuple[str, ...]]:
+def _parts_before(graph: TypedGraph, every: Sequence[tuple[str, ...]], cut: str | None) -> list[tuple[str, ...]]:
     """The parts, up to the last node of the module where the user ends the stream."""
     last = len(graph.nodes) if cut is None else last_node_of(graph, cut)
-    parts = (tuple(name for name in part if graph[name].index <= last) for part in streamable_parts(graph))
+    parts = (tuple(name for name in part if graph[name].index <= last) for part in every)
     return [part for part in parts if part]
 
 

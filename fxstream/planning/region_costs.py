@@ -1,12 +1,13 @@
 """The costs of the spans of a region as they are streamed: with frozen BatchNorms fused and memory reused.
 
-Positions and shares are counted in the nodes of the model's graph, of which the streamed region has fewer.
+Positions and shares are counted in the nodes of the model's graph, of which the streamed region has fewer. Between
+regions are dense operators, which run as the model has them.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +15,11 @@ import torch
 from fxstream.planning.cost import Costs, Part
 from fxstream.planning.estimate import CostContext
 from fxstream.planning.partition import Positions
+from fxstream.planning.search import Option
 from fxstream.tiling.passes import optimised
 from fxstream.tiling.segment import make_segment
 
-__all__ = ["RegionCosts", "SpanCosts"]
+__all__ = ["DenseRun", "RegionCosts", "SpanCosts", "dense_option"]
 
 
 class RegionCosts:
@@ -60,6 +62,24 @@ class RegionCosts:
         """The costs of a span as it is streamed, or runs as one checkpoint."""
         part = self._streamed.part(self._remaining_before[start + 1], self._remaining_before[end + 1], is_whole)
         return SpanCosts(part, self._remaining, self._stages, tuple(self.positions.sweeps(start, end)))
+
+    def seconds_to(
+        self, end: int, stage: int, starts: Sequence[int], shares: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Seconds of a forward and a backward of a sweep up to a position, from each of several; [tiles, starts].
+
+        Of the operators up to a stage alone. The spans that end at one position are parts of the longest of them.
+        """
+        first, stop = self._remaining_before[min(starts) + 1], self._remaining_before[end + 1]
+        of_stage = (shares * (self._stages <= stage))[..., self._remaining]
+        places = torch.tensor([self._remaining_before[start + 1] - first for start in starts])
+
+        def from_each(seconds: torch.Tensor) -> torch.Tensor:
+            sums = torch.nn.functional.pad(seconds.cumsum(-1), (1, 0))
+            return sums[..., -1:] - sums[..., places]
+
+        forward, backward = self._streamed.seconds_each(of_stage, first, stop)
+        return from_each(forward), from_each(backward)
 
     def folded(self, start: int, end: int) -> float:
         """Bytes of the weights of the fusions in a span."""
@@ -109,3 +129,44 @@ class SpanCosts:
     def _of_remaining(self, shares: torch.Tensor) -> torch.Tensor:
         """The shares of the nodes that remain in the streamed region."""
         return shares[..., self.remaining]
+
+
+class DenseRun:
+    """Operators outside of all streamed parts: a region of one span, which has one option."""
+
+    def __init__(self, context: CostContext, nodes: Sequence[str]) -> None:
+        self.ends = (0,)
+        self._costs = costs = context.dense(nodes)
+        self._option = dense_option(costs, 0, len(nodes), context.training)
+        self._weights = float(costs.weight_gradients.sum()) if context.training else 0.0
+
+    def starts(self, end: int) -> tuple[int, ...]:
+        """Its own start."""
+        return (-1,)
+
+    def options(self, start: int, end: int) -> list[list[Option]]:
+        """The dense graph."""
+        return [[self._option]]
+
+    def weights(self, start: int, end: int) -> float:
+        """Bytes of the gradients of its weights, all of which are before its end."""
+        return self._weights if start < end else 0.0
+
+    def largest(self, start: int, end: int) -> str:
+        """The operator with the largest result."""
+        return max(self._costs.nodes, key=lambda name: self._costs.sizes[self._costs.place[name]])
+
+
+def dense_option(
+    costs: Costs, begin: int, stop: int, training: bool, gradients: torch.Tensor | float = 0.0
+) -> Option:
+    """The operators from `begin` up to, not including, `stop` in the dense graph; no bytes of what they read.
+
+    `gradients` are bytes of gradients of what they read and of what others read of them, at each of their steps.
+    """
+    part, ones = costs.part(begin, stop, is_whole=True), torch.ones(len(costs.nodes), dtype=torch.float64)
+    forward, backward = map(float, part.seconds(ones))
+    if not training:
+        return Option(None, float(part.profile_unrecorded(ones).max()), 0.0, forward)
+    needs = float((part.profile(ones) + gradients).max())
+    return Option(None, needs, float(part.saved(ones)), forward + backward)

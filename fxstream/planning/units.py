@@ -3,51 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from fxstream.graph.typed_graph import TypedGraph
-from fxstream.machine.speeds import Machine
+from fxstream.planning.boundaries import Boundaries, Context, costs_of, laid_out
 from fxstream.planning.cost import Costs, Part
-from fxstream.tiling.order import execution_order
 from fxstream.tiling.own_padding import padded_copies
 from fxstream.tiling.segment_plan import SegmentPlan
 
 __all__ = ["Unit", "units_of"]
-
-Span = tuple[tuple[str, ...], SegmentPlan | None]
-"""The nodes of a unit, and its plan where it is a segment."""
-
-
-class Context(Protocol):
-    """What of a `CostContext` is needed here."""
-
-    @property
-    def graph(self) -> TypedGraph:
-        """The typed graph of the model."""
-
-    @property
-    def machine(self) -> Machine:
-        """The speeds of the device."""
-
-    @property
-    def training(self) -> bool:
-        """Whether there is a backward."""
-
-    @property
-    def differentiated(self) -> frozenset[str]:
-        """The images whose gradient is asked for."""
-
-    @property
-    def outside(self) -> frozenset[str]:
-        """The images that are not in the device's memory."""
-
-    @property
-    def written(self) -> frozenset[str | None]:
-        """The results that are written elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,122 +47,20 @@ class Unit:
     folded: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Crossing:
-    """A value that goes from one unit to others: who makes it (-1 for an input), who reads it last, who holds it.
-
-    `gradient` are the bytes of its gradient, and 0 where none is asked for.
-    """
-
-    name: str
-    maker: int
-    last: int
-    holders: tuple[int, ...]
-    bytes: int
-    gradient: int
-    is_result: bool
-
-    def in_forward(self, unit: int) -> bool:
-        """Whether it exists when a later unit runs forward."""
-        return self.maker < unit and (unit <= self.last or any(holder < unit for holder in self.holders))
-
-    def in_backward(self, unit: int) -> bool:
-        """Whether it exists when a later unit runs backward; a result of the network always does."""
-        return self.is_result or (self.maker < unit and any(holder <= unit for holder in self.holders))
-
-    def has_gradient(self, unit: int) -> bool:
-        """Whether its gradient exists when a unit runs backward."""
-        return self.maker <= unit <= self.last
-
-
 def units_of(context: Context, plans: Sequence[SegmentPlan], offloaded: frozenset[str]) -> list[Unit]:
     """What every unit of a plan needs, in the order in which they run."""
-    spans = list(_spans(context.graph, plans))
-    costs = [
-        Costs(context.graph if plan is None else plan.segment.graph, context.machine, nodes)
-        for nodes, plan in spans
-    ]
-    crossing = list(_crossing(context, spans, costs, offloaded))
+    segments = tuple((plan.segment.name, plan.segment.graph.graph, bool(plan.axes)) for plan in plans)
+    key = ("layout", segments, offloaded, context.differentiated, context.outside, context.written)
+    layout = context.memo.get(key, lambda: laid_out(context, plans, offloaded))
+    planned: dict[str | None, SegmentPlan] = {plan.segment.name: plan for plan in plans}
+    of_units = [planned.get(name) for _, name in layout.units]
+    costs = costs_of(context, [nodes for nodes, _ in layout.units], of_units)
+    boundaries = Boundaries(context.graph, layout)
     last = {name: k for k, cost in enumerate(costs) for name in cost.weight_bytes}
     return [
-        _Needs(context, k, plan, cost, crossing, offloaded).unit(last)
-        for k, ((_, plan), cost) in enumerate(zip(spans, costs, strict=True))
+        _Needs(context, k, plan, cost, boundaries, offloaded).unit(last)
+        for k, (plan, cost) in enumerate(zip(of_units, costs, strict=True))
     ]
-
-
-def _spans(graph: TypedGraph, plans: Sequence[SegmentPlan]) -> Iterator[Span]:
-    """Segments, and the runs of dense operators between them, in the order in which they run."""
-    planned = {plan.segment.name: plan for plan in plans}
-    dense: list[str] = []
-    for name in execution_order(graph, [plan.segment for plan in plans]):
-        if name not in planned:
-            dense += [name] if graph[name].saves is not None else []
-            continue
-        if dense:
-            yield tuple(dense), None
-            dense = []
-        yield planned[name].segment.nodes, planned[name]
-    if dense:
-        yield tuple(dense), None
-
-
-def _crossing(
-    context: Context, spans: Sequence[Span], costs: Sequence[Costs], offloaded: frozenset[str]
-) -> Iterator[_Crossing]:
-    """The values that units exchange, in the order in which they are made."""
-    graph = context.graph
-    maker: dict[str, int] = dict.fromkeys((*context.differentiated, *context.outside), -1)
-    for k, (nodes, plan) in enumerate(spans):
-        maker |= dict.fromkeys(nodes if plan is None else plan.segment.outputs, k)
-    readers, holders = _readers_and_holders(graph, spans, costs)
-    for name, made in maker.items():
-        others = readers.get(name, set()) - {made}
-        if not others and not graph.is_result(name):
-            continue
-        is_new = made < 0 or (not _is_view(graph, name) and name not in offloaded)
-        if made >= 0:
-            exists = name not in context.written or spans[made][1] is None
-        else:
-            exists = name in context.outside and any(spans[k][1] is None for k in readers.get(name, ()))
-        size = graph[name].bytes * is_new
-        yield _Crossing(
-            name,
-            made,
-            len(spans) if graph.is_result(name) else max(others),
-            tuple(holders.get(name, ())),
-            size * exists,
-            size if made >= 0 or name in context.differentiated else 0,
-            graph.is_result(name),
-        )
-
-
-def _readers_and_holders(
-    graph: TypedGraph, spans: Sequence[Span], costs: Sequence[Costs]
-) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
-    """By name of a value the units that read it, and those that hold it until their backward."""
-    readers: dict[str, set[int]] = {}
-    holders: dict[str, set[int]] = {}
-    for k, (nodes, plan) in enumerate(spans):
-        reads = _reads(graph, nodes) if plan is None else set(plan.segment.inputs)
-        for name in reads:
-            readers.setdefault(name, set()).add(k)
-        for name in reads if plan is not None else _saved_inputs(graph, nodes) | costs[k].kept:
-            holders.setdefault(name, set()).add(k)
-    return readers, holders
-
-
-def _is_view(graph: TypedGraph, name: str) -> bool:
-    saves = graph[name].saves
-    return saves is not None and saves.views is not None
-
-
-def _reads(graph: TypedGraph, nodes: Sequence[str]) -> set[str]:
-    return {one for name in nodes for one in graph[name].inputs}
-
-
-def _saved_inputs(graph: TypedGraph, nodes: Sequence[str]) -> set[str]:
-    """What autograd saves of the inputs of these nodes."""
-    return {graph[n].inputs[i] for n in nodes if (saves := graph[n].saves) is not None for i in saves.inputs}
 
 
 class _Needs:
@@ -208,35 +72,35 @@ class _Needs:
         k: int,
         plan: SegmentPlan | None,
         cost: Costs,
-        crossing: Sequence[_Crossing],
+        boundaries: Boundaries,
         offloaded: frozenset[str],
     ) -> None:
         self._context, self._k, self._plan, self._cost = context, k, plan, cost
-        self._crossing, self._offloaded = crossing, offloaded
+        self._boundaries, self._offloaded = boundaries, offloaded
         self._is_whole = plan is None or plan.tile_count == 1
 
     def unit(self, last: dict[str, int]) -> Unit:
         """All of it; `last` is the last unit that reads each weight."""
         cost, plan, k = self._cost, self._plan, self._k
-        shares, turn = _shares(plan, cost), len(cost.nodes)
+        shares, turn = self._shares(SegmentPlan.largest), len(cost.nodes)
         recorded, unrecorded, saved = self._profiles(shares)
-        transfer = sum(self._transfers(plan)) / cost.machine.host if plan is not None else 0.0
-        seconds = [float(spent) + transfer for spent in self._part().seconds(shares)]
-        made = sum(value.bytes for value in self._crossing if value.maker == k)
+        forward, backward = self._seconds(shares)
+        around = self._boundaries
+        of_last = sum(around.last_of.get(k, {}).values()) if self._is_whole else 0.0
         return Unit(
             name=plan.segment.name if plan is not None else "",
             tiles=plan.tile_count if plan is not None else 0,
-            made=made,
-            read=sum(v.gradient for v in self._crossing if v.maker < k and k in v.holders),
-            holds=(saved - (made if plan is None else 0.0)) * self._context.training,
-            there_forward=sum(value.bytes for value in self._crossing if value.in_forward(k)),
+            made=around.made[k],
+            read=around.read[k],
+            holds=(saved - (around.made[k] if plan is None else 0.0)) * self._context.training,
+            there_forward=around.there_forward[k],
             forward=float((recorded[:turn] if plan is None and self._context.training else unrecorded).max()),
-            forward_seconds=seconds[0],
-            there_backward=sum(value.bytes for value in self._crossing if value.in_backward(k)),
-            gradients=sum(v.gradient for v in self._crossing if v.has_gradient(k) and not self._is_last_of(v)),
+            forward_seconds=forward,
+            there_backward=around.there_backward[k],
+            gradients=around.gradients[k] - of_last,  # at once: a sum over tiles exists all the while
             backward=float(recorded.max()),
             pulled=float(recorded[turn:].max()) - saved,
-            backward_seconds=seconds[1],
+            backward_seconds=backward,
             weights=float(cost.weight_gradients.sum()),
             more_weights=float(sum(size for name, size in cost.weight_bytes.items() if last[name] == k)),
             folded=float(sum(fusion.bytes for fusion in plan.segment.fusions)) if plan is not None else 0.0,
@@ -244,7 +108,24 @@ class _Needs:
 
     def _part(self) -> Part:
         """The operators of the unit, which run whole or on tiles."""
-        return self._cost.part(is_whole=self._plan is None or not self._plan.axes)
+        return self._cost.whole if self._plan is None or not self._plan.axes else self._cost.tiled
+
+    def _seconds(self, largest: torch.Tensor) -> tuple[float, float]:
+        """Seconds of a forward and a backward of a tile, with its transfers; `largest` are its shares."""
+        cost, plan = self._cost, self._plan
+        transfer = sum(self._transfers(plan)) / cost.machine.host if plan is not None else 0.0
+        forward, backward = self._part().seconds(largest if self._is_whole else self._shares(SegmentPlan.usual))
+        return float(forward) + transfer, float(backward) + transfer
+
+    def _shares(self, pixels: Callable[[SegmentPlan, str], Sequence[float]]) -> torch.Tensor:
+        """What a tile with so many pixels of each node has, over what the costs are of."""
+        plan, cost = self._plan, self._cost
+        if plan is None or not plan.axes:
+            return cost.shares(self._context.graph if plan is None else plan.segment.graph)
+        of_tile = [pixels(plan, name) for name in cost.nodes]
+        return (torch.tensor(of_tile, dtype=torch.float64) / torch.tensor(cost.extents, dtype=torch.float64)).prod(
+            -1
+        )
 
     def _profiles(self, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Bytes of a tile at each step, with recording and without, and what it saves, with boxes and copies."""
@@ -257,15 +138,11 @@ class _Needs:
             recorded[part.turn :] += self._transfers(plan)[1]
         return recorded, unrecorded, saved
 
-    def _is_last_of(self, value: _Crossing) -> bool:
-        """Whether a value gets its gradient only here, at once: a sum over tiles exists all the while."""
-        return self._is_whole and value.last == self._k
-
     def _outer(self) -> dict[str, float]:
         """Bytes of gradients of values from outside, from the backward of their last reader on."""
         outer: dict[str, float] = {}
         if self._is_whole:
-            outer = {v.name: float(v.gradient) for v in self._crossing if v.last == self._k}
+            outer = dict(self._boundaries.last_of.get(self._k, {}))
         plan, graph = self._plan, self._context.graph
         for name, _ in plan.segment.spatial if plan is not None else ():
             is_box = not self._is_whole or name in self._offloaded
@@ -294,18 +171,6 @@ class _Needs:
         read = (_box_bytes(plan, name) for name, _ in plan.segment.spatial if name in self._offloaded)
         made = (_box_bytes(plan, name) for name in plan.segment.outputs if name in self._offloaded)
         return sum(read), sum(made)
-
-
-def _shares(plan: SegmentPlan | None, cost: Costs) -> torch.Tensor:
-    """The shares of the largest tile of a segment; all ones for dense operators."""
-    shares = torch.ones(len(cost.nodes), dtype=torch.float64)
-    if plan is None:
-        return shares
-    for axis in range(len(plan.axes)):
-        nodes = [plan.segment.graph[name] for name in cost.nodes]
-        along = [plan.largest(node.name)[axis] / node.extents[axis] for node in nodes]
-        shares = shares * torch.tensor(along, dtype=torch.float64)
-    return shares
 
 
 def _box_bytes(plan: SegmentPlan | None, name: str) -> float:

@@ -26,6 +26,8 @@ SIZES = (9, 12, 16, 33, 64, 128)
 """Extents at which torch's own operators are compared, whose rules have their own tests: the first that works."""
 LARGE_SIZES = (160, 128, 64, 33, 16, 12, 9)
 """The same for operators of others, whose rules may be wrong about pixels far away."""
+MOST_POSITIONS = 2**15
+"""Positions of a map on which an operator is compared: of a volume few along each axis."""
 TOLERANCE = 1e-9
 """Relative difference between a tile's values and the plain operator's, in float64."""
 
@@ -184,6 +186,8 @@ def _at_small_size(part: Subgraph) -> Segment | None:
     real = {name: part.segment.input_extents(name) for name, _ in part.segment.spatial}
     axes = len(next(iter(real.values())))
     for extent in SIZES if is_torchs else LARGE_SIZES:
+        if extent**axes > MOST_POSITIONS:
+            continue
         segment = typed_at(part, extents_at(real, [extent] * axes))
         if segment is not None and all(min(segment.graph[o].extents, default=0) > 2 for o in segment.outputs):
             return segment

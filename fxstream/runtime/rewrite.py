@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from fxstream.graph.captured import Captured
 from fxstream.graph.nodes import attributes_of
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.io.sink import Sink
-from fxstream.lowering.whole import Whole, runs_whole
+from fxstream.lowering.whole import Whole, result_of, runs_whole
 from fxstream.planning.plan import Plan
 from fxstream.runtime.ranks import Ranks
 from fxstream.runtime.schedule import Stream, Watch, build_stream
@@ -23,6 +23,7 @@ from fxstream.runtime.tile_loop import stream_map
 from fxstream.tiling.fuse import folded_weights
 from fxstream.tiling.order import execution_order
 from fxstream.tiling.segment import Fusion, Segment
+from fxstream.tiling.templates import MemoOfStructure
 
 __all__ = ["StreamedSegment", "read_whole", "rewrite", "with_sinks"]
 
@@ -54,36 +55,66 @@ def rewrite(
     compile_tiles: bool = False,
     ranks: Ranks | None = None,
     watch: Watch | None = None,
+    memo: MemoOfStructure | None = None,
 ) -> fx.GraphModule:
     """The graph at one image size with its segments streamed; takes and returns what the captured one does.
 
     Dense operators take over their input's memory where that changes nothing (`TypedNode.reuses`). `compile_tiles`
-    passes tile programs through `torch.compile`; `ranks` share the tiles; `watch` is called for each.
+    passes tile programs through `torch.compile`; `ranks` share the tiles; `watch` is called for each. `memo` has
+    what was made at other sizes: the graph is the same there, where integers are, and only its segments differ.
     """
-    segments = {plan.segment.name: plan for plan in plan.segments}
     labels = _labels(captured)
+    options: dict[str, Any] = {"compile_tiles": compile_tiles, "ranks": ranks, "watch": watch}
+    options |= {"offloaded": plan.offloaded, "memo": memo}
+    modules: dict[str, nn.Module] = {}
+    for part in plan.segments:
+        inputs = tuple(labels.get(one, one) for one in part.segment.inputs)
+        modules[part.segment.name] = StreamedSegment(build_stream(part, inputs, **options))
+    segments = [part.segment for part in plan.segments]
+    sizes = _sizes(typed)
+    key = ("rewritten", tuple((segment.name, segment.graph.graph) for segment in segments))
+    by_sizes = (memo or MemoOfStructure()).get(key, dict[Hashable, fx.GraphModule])
+    if sizes not in by_sizes:
+        by_sizes.clear()
+        by_sizes[sizes] = _rewritten(captured, typed, segments)
+    return _with_segments(by_sizes[sizes], modules)
+
+
+def _sizes(typed: TypedGraph) -> Hashable:
+    """What of a size is in the rewritten graph: integers, and the shapes of moments of what runs whole."""
+    integers = tuple(node.integer for node in typed.nodes.values() if node.integer is not None)
+    moments = (node for node in typed.nodes.values() if result_of(node.node) is not None)
+    return integers, tuple(node.values[0].shape for node in moments)
+
+
+def _with_segments(made: fx.GraphModule, modules: Mapping[str, nn.Module]) -> fx.GraphModule:
+    """The same rewritten graph, with its code, that calls these segments."""
+    module: fx.GraphModule = object.__new__(type(made))
+    module.__dict__.update(made.__dict__)
+    module.__dict__["_modules"] = {**made._modules, **modules}
+    return module
+
+
+def _rewritten(captured: Captured, typed: TypedGraph, segments: Sequence[Segment]) -> fx.GraphModule:
+    """The rewritten graph, of which the segments are still empty modules."""
+    named = {segment.name: segment for segment in segments}
     graph = fx.Graph()
     env: dict[str, fx.Node] = {}
-    modules: dict[str, nn.Module] = {}
-    order = execution_order(typed, [plan.segment for plan in plan.segments])
-    dense = {name for name in order if name not in segments}
+    order = execution_order(typed, segments)
+    dense = {name for name in order if name not in named}
     replaced = _write_wholes(typed, dense)
     for name in order:
         if name in dense:
             replaced.get(name, _copy)(graph, env, typed, name)
             continue
-        segment = segments[name].segment
-        options = {"compile_tiles": compile_tiles, "ranks": ranks, "watch": watch, "offloaded": plan.offloaded}
-        names = tuple(labels.get(one, one) for one in segment.inputs)
-        modules[name] = StreamedSegment(build_stream(segments[name], names, **options))  # type: ignore[arg-type]
-        for fusion in segment.fusions:
+        for fusion in named[name].fusions:
             _write_weights(graph, env, fusion)
-        _call_segment(graph, env, segment)
+        _call_segment(graph, env, named[name])
     for name in sorted(dense.intersection(env)):
         _reuse_input(env, typed, name, dense)
-    root = attributes_of(graph, captured.module)
     graph.lint()
-    return fx.GraphModule({**root, **modules}, graph, "Streamed")
+    root = attributes_of(graph, captured.module) | {name: nn.Module() for name in named}
+    return fx.GraphModule(root, graph, "Streamed")
 
 
 def _write_wholes(typed: TypedGraph, dense: Collection[str]) -> dict[str, Write]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +19,8 @@ import torch
 from fxstream.geometry.box import EMPTY, Box, Interval
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.io.sink import Sink
-from fxstream.rules import Reduced, Value
+from fxstream.lowering.whole import result_of
+from fxstream.rules import Reduced, Table, Value
 from fxstream.rules.resample_table import Lookup
 from fxstream.runtime.ranks import Ranks, assigned
 from fxstream.runtime.tile_program import TileProgram, tile_program, whole_program
@@ -25,6 +28,7 @@ from fxstream.runtime.turns import bands, turns
 from fxstream.tiling.bounds import AxisTile, BoundsPass, lookups
 from fxstream.tiling.segment import Segment
 from fxstream.tiling.segment_plan import SegmentPlan, tile_arithmetic
+from fxstream.tiling.templates import MemoOfStructure
 
 __all__ = ["Schedule", "Stream", "Subscript", "TileTask", "Watch", "build_stream"]
 
@@ -32,6 +36,8 @@ Subscript = tuple[slice, ...]
 Watch = Callable[[str, int, int], None]
 """Called with what runs, how many of its tiles are done, and of how many."""
 Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+LOCK = threading.RLock()
+"""Of tiles and programs, which threads make that run one model at several sizes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +59,66 @@ class TileTask:
     turn: int = 0
 
 
+class Programs:
+    """The programs of one segment at all sizes, by the classes of their tiles along each axis.
+
+    Tiles of a class run the same program whatever the size of the image: those in its middle, and those at its
+    start.
+    """
+
+    def __init__(self, compile_tiles: bool) -> None:
+        self._compile_tiles = compile_tiles
+        self._fresh = itertools.count()
+        self._classes: dict[tuple[int, object], int] = {}
+        self._programs: dict[tuple[int, ...], TileProgram] = {}
+
+    def class_along(self, axis: int, tile: AxisTile) -> int:
+        """The class of a tile along one axis: equal programs, equal number."""
+        if len(self._classes) > MOST_CLASSES:
+            self._classes.clear()
+        return self._classes.setdefault((axis, tile.program_key), next(self._fresh))
+
+    def get(self, classes: tuple[int, ...], make: Callable[[], TileProgram]) -> TileProgram:
+        """The program of tiles of these classes; () of what runs whole."""
+        if classes not in self._programs:
+            if len(self._programs) > MOST_PROGRAMS:
+                self._programs.clear()
+            program = make()
+            self._programs[classes] = program.compiled() if self._compile_tiles else program
+        return self._programs[classes]
+
+
+MOST_CLASSES, MOST_PROGRAMS = 64, 64
+"""Classes and programs of one segment that are remembered: a megabyte or two."""
+
+
+def _constants(segment: Segment) -> Hashable:
+    """What programs of a segment have in them besides what a tile is: integers, arguments that rules replace.
+
+    Where it runs whole, the shapes of moments too.
+    """
+    fixed = []
+    for node in segment.graph.nodes.values():
+        pattern = node.verdict.answer if node.verdict is not None else None
+        if pattern is not None:
+            parts = (getattr(pattern, part, None) for part in ("replaced", "target", "arguments", "index", "size"))
+            fixed.append((node.integer, *map(repr, parts), _order(pattern)))
+        elif node.integer is not None:
+            fixed.append((node.integer,))
+        if result_of(node.node) is not None:
+            fixed.append((*node.values[0].shape,))
+    return tuple(fixed)
+
+
+def _order(pattern: object) -> tuple[int, ...]:
+    """The order in which a table's axes are resampled."""
+    if not isinstance(pattern, Table):
+        return ()
+    return tuple(
+        sorted(range(len(pattern.axes)), key=lambda k: pattern.axes[k].extent_out / pattern.axes[k].extent)
+    )
+
+
 class Schedule:
     """The tiles of a segment that run here, in order, and the programs of their classes; it may change.
 
@@ -61,23 +127,49 @@ class Schedule:
     whoever runs them.
     """
 
-    def __init__(self, plan: SegmentPlan, compile_tiles: bool) -> None:
-        self._segment, self._compile_tiles = plan.segment, compile_tiles
-        self._walks = [BoundsPass(plan.segment, axis) for axis in range(len(plan.axes))]
-        self._numbers: list[dict[object, int]] = [{} for _ in plan.axes]
+    def __init__(self, plan: SegmentPlan, compile_tiles: bool, memo: MemoOfStructure | None = None) -> None:
+        self._segment = segment = plan.segment
+        key = ("programs", segment.graph.graph, _constants(segment), compile_tiles)
+        self._of_all_sizes = (memo or MemoOfStructure()).get(key, lambda: Programs(compile_tiles))
         self._along: list[dict[int, tuple[AxisTile, int]]] = [{} for _ in plan.axes]
         self._classes: dict[tuple[int, ...], int] = {}
-        self.programs: list[TileProgram] = []
+        self._programs: list[TileProgram] = []
+        self._plan = plan
+        self._every: tuple[TileTask, ...] | None = None
+        self._tasks: tuple[TileTask, ...] | None = None
         self.is_reduced = False
         self.repeated = 0
+
+    @property
+    def every(self) -> tuple[TileTask, ...]:
+        """The tiles of the plan in order, whoever runs them, made when they are first asked for."""
+        with LOCK:
+            if self._every is None:
+                self._every = self._planned()
+            return self._every
+
+    def _planned(self) -> tuple[TileTask, ...]:
+        plan = self._plan
         if plan.axes:
             recomputed = plan.tile_count - plan.kept
-            self.tasks = tuple(self.task(tile, i >= recomputed) for i, tile in enumerate(plan.tiles()))
-        else:
-            reads, outputs = ((slice(None),),) * len(plan.segment.spatial), len(plan.segment.outputs)
-            number = self._add(whole_program(plan.segment))
-            self.tasks = (TileTask(number, reads, ((),) * outputs, (1,) * outputs, plan.kept > 0),)
-        self.every = self.tasks
+            return tuple(self.task(tile, i >= recomputed) for i, tile in enumerate(plan.tiles()))
+        reads, outputs = ((slice(None),),) * len(plan.segment.spatial), len(plan.segment.outputs)
+        number = self._add(self._of_all_sizes.get((), lambda: whole_program(plan.segment)))
+        return (TileTask(number, reads, ((),) * outputs, (1,) * outputs, plan.kept > 0),)
+
+    @property
+    def tasks(self) -> tuple[TileTask, ...]:
+        """The tiles that run here, in order."""
+        return self.every if self._tasks is None else self._tasks
+
+    @tasks.setter
+    def tasks(self, tasks: tuple[TileTask, ...]) -> None:
+        self._tasks = tasks
+
+    @property
+    def programs(self) -> list[TileProgram]:
+        """The programs of the tiles, by the number in a task; those of the plan are made with its tiles."""
+        return self._programs if self.every else []
 
     def task(self, tile: tuple[AxisTile, ...], is_kept: bool = False) -> TileTask:
         """The task of the tile that is the product of these."""
@@ -103,7 +195,8 @@ class Schedule:
         first = tuple(Interval(owned.start, middle) for owned, middle in pairs)
         second = tuple(Interval(middle, owned.stop) for owned, middle in pairs)
         tiles = [
-            (*task.tile[:axis], self._walks[axis].tile(part), *task.tile[axis + 1 :]) for part in (first, second)
+            (*task.tile[:axis], BoundsPass(self._segment, axis).tile(part), *task.tile[axis + 1 :])
+            for part in (first, second)
         ]
         return tuple(replace(self.task(tile, task.is_kept), turn=task.turn) for tile in tiles)
 
@@ -114,21 +207,22 @@ class Schedule:
 
     def _program(self, tile: tuple[AxisTile, ...]) -> int:
         """The number of the program of the tile's class."""
-        key = tuple(self._class_along(axis, along) for axis, along in enumerate(tile))
-        if key not in self._classes:
-            self._classes[key] = self._add(tile_program(self._segment, tile))
-        return self._classes[key]
+        with LOCK:
+            key = tuple(self._class_along(axis, along) for axis, along in enumerate(tile))
+            if key not in self._classes:
+                program = self._of_all_sizes.get(key, lambda: tile_program(self._segment, tile))
+                self._classes[key] = self._add(program)
+            return self._classes[key]
 
     def _add(self, program: TileProgram) -> int:
-        self.programs.append(program.compiled() if self._compile_tiles else program)
-        return len(self.programs) - 1
+        self._programs.append(program)
+        return len(self._programs) - 1
 
     def _class_along(self, axis: int, along: AxisTile) -> int:
         """The class of a tile along one axis: equal programs, equal number; tiles seen before by identity."""
         seen = self._along[axis]
         if id(along) not in seen:
-            numbers = self._numbers[axis]
-            seen[id(along)] = along, numbers.setdefault(along.program_key, len(numbers))
+            seen[id(along)] = along, self._of_all_sizes.class_along(axis, along)
         return seen[id(along)][1]
 
 
@@ -225,12 +319,14 @@ def build_stream(
     ranks: Ranks | None = None,
     watch: Watch | None = None,
     offloaded: frozenset[str] = frozenset(),
+    memo: MemoOfStructure | None = None,
 ) -> Stream:
     """The programs and the schedule of a planned segment.
 
-    Where `ranks` share the tiles, a segment that runs whole runs on all of them alike.
+    Where `ranks` share the tiles, a segment that runs whole runs on all of them alike. `memo` has the programs
+    that were made at other sizes.
     """
-    segment, schedule = plan.segment, Schedule(plan, compile_tiles)
+    segment, schedule = plan.segment, Schedule(plan, compile_tiles, memo)
     patterns = enumerate(segment.graph[output].pattern for output in segment.outputs if plan.axes)
     planned: tuple[tuple[TileTask, ...], ...] = ()
     if ranks is not None and plan.axes:

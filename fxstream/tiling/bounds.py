@@ -10,6 +10,7 @@ Coordinates: every interval is in pixels of the node that it belongs to.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -19,7 +20,10 @@ from fxstream.rules import Border, Read
 from fxstream.rules.resample_table import Lookup
 from fxstream.tiling.segment import Segment
 
-__all__ = ["AxisStep", "AxisTile", "BoundsPass", "Crop", "CropPad", "lookups"]
+__all__ = ["AxisStep", "AxisTile", "BoundsPass", "Crop", "CropPad", "Ratio", "lookups"]
+
+Ratio = tuple[int, int]
+"""A fraction in lowest terms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,16 @@ class AxisTile:
         """What the tile program depends on along this axis."""
         return self.steps, self.crops
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether an operator takes something from a table, which differs from place to place."""
+        return any(step is not None and step.lookup is not None for step in self.steps)
+
+    def at(self, outputs: tuple[Interval, ...], moved: Mapping[str, int]) -> AxisTile:
+        """The tile that owns these intervals and runs the same program; boxes lie so much further on."""
+        boxes = {n: Interval(box.start + moved[n], box.stop + moved[n]) for n, box in self.boxes.items()}
+        return AxisTile(outputs, boxes, self.steps, self.crops)
+
 
 class BoundsPass:
     """The backward walk of one segment along one axis."""
@@ -85,8 +99,8 @@ class BoundsPass:
         self.axis = axis
         graph = segment.graph
         self._patterns = tuple(graph.pattern(name) for name in segment.nodes)
-        self._names = (*segment.nodes, *(name for name, _ in segment.spatial))
-        self._index = index = {name: i for i, name in enumerate(self._names)}
+        self.names = (*segment.nodes, *(name for name, _ in segment.spatial))
+        self._index = index = {name: i for i, name in enumerate(self.names)}
         # Plain integers: this loop runs for every node of every tile that the planner considers.
         self._steps = tuple(
             (i, tuple(_integers(index, read, axis) for read in pattern.reads))
@@ -103,10 +117,10 @@ class BoundsPass:
 
     def boxes(self, outputs: Sequence[Interval]) -> dict[str, Interval]:
         """The interval that each node and spatial input must hold, for the interval owned of each output."""
-        starts, stops = self._walk(outputs)
+        starts, stops, _ = self._walk(outputs)
         return {
             name: Interval(start, stop)
-            for name, start, stop in zip(self._names, starts, stops, strict=True)
+            for name, start, stop in zip(self.names, starts, stops, strict=True)
             if stop > start
         }
 
@@ -119,17 +133,47 @@ class BoundsPass:
         the reads of a segment that starts after it.
         """
         reads: dict[int, dict[str, int]] = {}
-        starts, stops = self._walk(outputs, watched, reads)
-        return {n: b - a for n, a, b in zip(self._names, starts, stops, strict=True) if b > a}, reads
+        starts, stops, _ = self._walk(outputs, watched, reads)
+        return {n: b - a for n, a, b in zip(self.names, starts, stops, strict=True) if b > a}, reads
+
+    def measured(self, outputs: Sequence[Interval]) -> tuple[list[int], bool]:
+        """The same lengths, in the order of `names`, and whether anything is read outside of the image."""
+        starts, stops, is_outside = self._walk(outputs)
+        return [stop - start for start, stop in zip(starts, stops, strict=True)], is_outside
+
+    def ratios(self, outputs: Sequence[Ratio]) -> list[Ratio] | None:
+        """How many pixels each node's box moves by where the outputs' move by these, as fractions.
+
+        None where two operators that read the same value move by different fractions: its boxes do not repeat.
+        """
+        moved: list[Ratio | None] = [None] * len(self.names)
+        for i, ratio in zip(self._outputs, outputs, strict=True):
+            if moved[i] not in (None, ratio):
+                return None
+            moved[i] = ratio
+        for i, reads in self._steps:
+            of_node = moved[i]
+            if of_node is None:
+                continue
+            for producer, num, den, *_ in reads:
+                common = math.gcd(of_node[0] * num, of_node[1] * den)
+                ratio = (of_node[0] * num // common, of_node[1] * den // common)
+                if moved[producer] not in (None, ratio):
+                    return None
+                moved[producer] = ratio
+        return [ratio or (0, 1) for ratio in moved]
 
     def _walk(
         self,
         outputs: Sequence[Interval],
         watched: Mapping[int, Sequence[str]] = MappingProxyType({}),
         reads_after: dict[int, dict[str, int]] | None = None,
-    ) -> tuple[list[int], list[int]]:
-        """`Read.needed`, `Interval.nearest` and `Interval.hull`, node by node, in plain integers."""
-        starts, stops = [0] * len(self._names), [0] * len(self._names)
+    ) -> tuple[list[int], list[int], bool]:
+        """`Read.needed`, `Interval.nearest` and `Interval.hull`, node by node, in plain integers.
+
+        With whether anything is read outside of the image.
+        """
+        starts, stops, is_outside = [0] * len(self.names), [0] * len(self.names), False
         for i, owned in zip(self._outputs, outputs, strict=True):
             starts[i], stops[i] = owned.start, owned.stop
         index, after = self._index, {} if reads_after is None else reads_after
@@ -142,10 +186,12 @@ class BoundsPass:
             for producer, num, den, first, last, extent, border in reads:
                 low = (num * start + first) // den
                 high = (num * (stop - 1) + last) // den + 1
-                if border is not Border.FILLED and (low < 0 or high > extent):
-                    low, high = border.reflected(low, high, extent)
-                low = 0 if low < 0 else extent - 1 if low >= extent else low
-                high = 1 if high < 1 else extent if high > extent else high
+                if low < 0 or high > extent:
+                    is_outside = True
+                    if border is not Border.FILLED:
+                        low, high = border.reflected(low, high, extent)
+                    low = 0 if low < 0 else extent - 1 if low >= extent else low
+                    high = 1 if high < 1 else extent if high > extent else high
                 if starts[producer] == stops[producer]:
                     starts[producer], stops[producer] = low, high
                 else:
@@ -154,21 +200,21 @@ class BoundsPass:
         after |= {-1: {name: stops[index[name]] - starts[index[name]] for name in watched.get(-1, ())}}
         for item, several in self._items:
             starts[item], stops[item] = starts[several], stops[several]
-        return starts, stops
+        return starts, stops, is_outside
 
     def tile(self, outputs: tuple[Interval, ...]) -> AxisTile:
         """Everything about the tile that owns these intervals, one per output of the segment."""
         boxes = self.boxes(outputs)
-        steps = tuple(self._step(i, boxes) for i in range(len(self._patterns)))
+        steps = tuple(self.step(i, boxes) for i in range(len(self._patterns)))
         crops = tuple(
             Crop(out.start - boxes[name].start, len(out), len(boxes[name])) if len(out) else Crop(0, 0, 0)
             for name, out in zip(self.segment.outputs, outputs, strict=True)
         )
         return AxisTile(outputs, boxes, steps, crops)
 
-    def _step(self, i: int, boxes: Mapping[str, Interval]) -> AxisStep | None:
+    def step(self, i: int, boxes: Mapping[str, Interval]) -> AxisStep | None:
         """How a node is evaluated from the boxes its producers hold; None where nothing needs it."""
-        pattern, box = self._patterns[i], boxes.get(self._names[i], EMPTY)
+        pattern, box = self._patterns[i], boxes.get(self.names[i], EMPTY)
         if not len(box):
             return None
         reads, produced, lookup = [], box, None
@@ -186,9 +232,9 @@ class BoundsPass:
 
 
 def _integers(index: Mapping[str, int], read: Read, axis: int) -> tuple[int, int, int, int, int, int, Border]:
-    axis_map = read.maps[axis]
+    axis_map, value = read.maps[axis], read.value
     numbers = axis_map.num, axis_map.den, axis_map.first, axis_map.last
-    return (index[read.value.name], *numbers, read.extents[axis], read.border)
+    return (index[value.name], *numbers, value.shape[read.dims[axis]], read.border)
 
 
 def lookups(segment: Segment, tiles: Sequence[AxisTile]) -> dict[tuple[str, int], Lookup]:

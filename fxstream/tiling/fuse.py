@@ -85,7 +85,7 @@ def _fusion(graph: TypedGraph, name: str, convolution: str) -> Fusion | None:
     ):
         return None
     weight, dtype = graph.value(args["weight"].name), graph.value(convolution).dtype
-    return Fusion(name, names, norm["eps"], dtype, weight.elements * dtype.itemsize)
+    return Fusion(name, convolution, names, norm["eps"], dtype, weight.elements * dtype.itemsize)
 
 
 def _fuse(graph: fx.Graph, nodes: dict[str, TypedNode], fusion: Fusion, convolution: str) -> None:

@@ -2,19 +2,29 @@
 
 Tiles partition the outputs in intervals of equal length, the last one shorter: that gives the fewest tile
 classes, and no more arithmetic than any other partition into as many tiles. The grid is the coarsest whose tiles
-all read no more than the bound. Several outputs, at any resolution, are cut at the same fractions.
+all read no more than the bound. Several outputs, at any resolution, are cut at the same places, so that tiles
+repeat.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 from fxstream.geometry.box import Interval
-from fxstream.tiling.bounds import AxisTile, BoundsPass
+from fxstream.tiling.axis_tiles import AxisTiles
+from fxstream.tiling.bounds import BoundsPass, Ratio
 from fxstream.tiling.request import Request, tile_bounds
 from fxstream.tiling.segment import Segment
 
 __all__ = ["Grid"]
+
+LARGEST_DENOMINATOR = 32
+"""Outputs of several resolutions are cut at fractions with at most this denominator, where these fit."""
+MOST_AWAY = 8
+"""So many pixels from its end may such a fraction lead; the last tile owns them."""
 
 
 class Grid:
@@ -28,23 +38,38 @@ class Grid:
         """The number of tiles of one output pixel each."""
         self.fullest = min(self._extents)
         """The largest number of tiles of which each owns a pixel of every output."""
+        self._cuts = [_ratio(extent, self.finest) for extent in self._extents]
         self._bounds = {
             name: tile_bounds(segment.graph, request, segment.input_extents(name))[axis]
             for name, _ in segment.spatial
         }
-
-    def outputs(self, count: int) -> list[tuple[Interval, ...]]:
-        """The intervals of every output that each tile owns, in tiles as long as `count` of them need."""
-        return [self._owned(count, i) for i in range(self.even(count))]
 
     def even(self, count: int) -> int:
         """How many tiles a grid of `count` really has, when all but the last are equally long."""
         return -(-self.finest // -(-self.finest // count))
 
     def _owned(self, count: int, i: int) -> tuple[Interval, ...]:
-        length = -(-self.finest // count)
+        return self.owned(-(-self.finest // count), i)
+
+    def owned(self, length: int, i: int) -> tuple[Interval, ...]:
+        """The intervals that tile `i` owns, where each has `length` pixels of the finest output."""
         start, stop = i * length, min((i + 1) * length, self.finest)
-        return tuple(Interval(start * e // self.finest, stop * e // self.finest) for e in self._extents)
+        cuts = zip(self._extents, self._cuts, strict=True)
+        return tuple(Interval(_cut(start, e, self.finest, r), _cut(stop, e, self.finest, r)) for e, r in cuts)
+
+    def tiles_of(self, length: int) -> AxisTiles:
+        """The tiles of `length` pixels of the finest output, the last one shorter."""
+        count = -(-self.finest // length)
+        return AxisTiles(self._walk, functools.partial(self.owned, length), count, self._period(length))
+
+    def _period(self, length: int) -> tuple[int, list[Ratio]] | None:
+        """After how many tiles, away from borders, boxes repeat, and how far each moves per tile, if ever."""
+        ratios = self._walk.ratios(self._cuts)
+        owns_nothing = any(num * length < den for num, den in self._cuts)
+        if ratios is None or owns_nothing:
+            return None
+        repeats = math.lcm(*(den for _, den in ratios))
+        return repeats // math.gcd(repeats, length), [(num * length, den) for num, den in ratios]
 
     def is_like(self, other: Grid) -> bool:
         """Whether both axes have the same tiles."""
@@ -61,10 +86,10 @@ class Grid:
         return max(over) if over else None
 
     def _fits(self, count: int, sampled: bool = False) -> bool:
-        outputs = self.outputs(count)
-        if sampled and len(outputs) > 5:
-            outputs = [outputs[i] for i in (0, 1, len(outputs) // 2, -2, -1)]
-        return all(self.excess(owned) is None for owned in outputs)
+        tiles = self.tiles(count)
+        places = (0, 1, len(tiles) // 2, len(tiles) - 2, len(tiles) - 1) if sampled else tiles.places
+        every = {i for i in places if 0 <= i < len(tiles)}
+        return all(self.excess(self._owned(count, i)) is None for i in every)
 
     def count(self) -> int | None:
         """The smallest number of tiles that fits, or None where single pixels do not fit."""
@@ -82,24 +107,40 @@ class Grid:
         self, count: int, watched: Mapping[int, Sequence[str]]
     ) -> tuple[dict[str, int], dict[int, dict[str, int]]]:
         """About the longest intervals, as of `BoundsPass.lengths`, over a few tiles of a grid of `count`."""
-        outputs = self.outputs(count)
+        last = self.even(count) - 1
         lengths: dict[str, int] = {}
         reads: dict[int, dict[str, int]] = {index: {} for index in watched}
-        for i in {0, len(outputs) // 2, len(outputs) - 1}:
-            of_tile, after = self._walk.lengths(outputs[i], watched)
+        for i in {0, (last + 1) // 2, last}:
+            of_tile, after = self._walk.lengths(self._owned(count, i), watched)
             _keep_longest(lengths, of_tile)
             for index, longest in reads.items():
                 _keep_longest(longest, after[index])
         return lengths, reads
 
-    def tiles(self, count: int) -> tuple[AxisTile, ...]:
+    def tiles(self, count: int) -> AxisTiles:
         """The tiles of a grid of `count`."""
-        return tuple(self._walk.tile(outputs) for outputs in self.outputs(count))
+        return self.tiles_of(-(-self.finest // count))
 
     def least(self) -> tuple[int, str, int]:
         """The largest read of a single output pixel: pixels, input, and the bound it exceeds."""
-        worst = max(filter(None, map(self.excess, self.outputs(self.finest))))
+        pixels = (self.owned(1, i) for i in self.tiles_of(1).places)
+        worst = max(filter(None, map(self.excess, pixels)))
         return (*worst, self._bounds[worst[1]])
+
+
+def _ratio(extent: int, finest: int) -> Ratio:
+    """The pixels of an output per pixel of the finest: the simplest fraction that leads about as far."""
+    most = min(MOST_AWAY, extent / LARGEST_DENOMINATOR)
+    for den in range(1, LARGEST_DENOMINATOR + 1):
+        num = round(extent * den / finest)
+        if num and abs(num * finest / den - extent) <= most:
+            return num // math.gcd(num, den), den // math.gcd(num, den)
+    return Fraction(extent, finest).as_integer_ratio()
+
+
+def _cut(pixel: int, extent: int, finest: int, ratio: Ratio) -> int:
+    """Where an output is cut that the finest is cut at `pixel`."""
+    return extent if pixel == finest else min(pixel * ratio[0] // ratio[1], extent)
 
 
 def _keep_longest(longest: dict[str, int], other: Mapping[str, int]) -> None:

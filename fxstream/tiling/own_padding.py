@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fxstream.geometry.receptive_field import IDENTITY
 from fxstream.graph.typed_graph import TypedNode
-from fxstream.tiling.bounds import AxisStep, AxisTile, Crop, CropPad
+from fxstream.tiling.axis_tiles import AxisTiles
+from fxstream.tiling.bounds import AxisStep, Crop, CropPad
 from fxstream.tiling.segment import Segment
 
 __all__ = ["OwnPadding", "own_padding", "padded_copies"]
@@ -51,14 +53,16 @@ def own_padding(node: TypedNode, axis: int, step: AxisStep) -> OwnPadding | None
     return OwnPadding(width, Crop(before // stride + step.result.start, step.result.length, computed))
 
 
-def padded_copies(segment: Segment, axes: Sequence[Sequence[AxisTile]]) -> dict[str, float]:
+def padded_copies(segment: Segment, axes: Sequence[AxisTiles]) -> dict[str, float]:
     """Bytes of the largest padded copy of its input that each operator reads on any tile; none are left out."""
     copies: dict[str, float] = {}
     for index, name in enumerate(segment.nodes) if axes else ():
-        node = segment.graph[name]
-        steps = [[step for tile in tiles if (step := tile.steps[index]) is not None] for tiles in axes]
-        if len(node.pattern.reads) == 1 and all(steps) and (pixels := _largest_copy(node, steps)):
-            (read,) = node.pattern.reads  # its value may have tiled dims for this operator alone
+        reads = segment.graph[name].pattern.reads
+        if len(reads) != 1 or all(one == IDENTITY for one in reads[0].maps):
+            continue
+        steps = [tiles.steps(index) for tiles in axes]
+        if all(steps) and (pixels := _largest_copy(segment.graph[name], steps)):
+            (read,) = reads  # its value may have tiled dims for this operator alone
             copies[name] = pixels * read.value.bytes / math.prod(read.extents)
     return copies
 

@@ -29,9 +29,11 @@ class Fusion:
 
     They are made of `tensors`, nodes of the model's graph: weight and bias of the convolution, weight, bias, mean
     and variance of the BatchNorm (None for one that it has not), and of `eps`. `bytes` are those of the weight.
+    `convolution` is the node of the model's graph that it took the place of.
     """
 
     node: str
+    convolution: str
     tensors: tuple[str | None, ...]
     eps: float
     dtype: torch.dtype

@@ -13,12 +13,13 @@ import torch
 from fxstream.errors import PlanError
 from fxstream.geometry.box import EMPTY
 from fxstream.graph.typed_graph import TypedGraph
+from fxstream.tiling.axis_tiles import AxisTiles
 from fxstream.tiling.bounds import AxisTile
 from fxstream.tiling.grid import Grid
 from fxstream.tiling.request import Request
 from fxstream.tiling.segment import Segment
 
-__all__ = ["SegmentPlan", "offloadable", "plan_segment", "plan_whole", "tile_arithmetic"]
+__all__ = ["SegmentPlan", "offloadable", "plan_lengths", "plan_segment", "plan_whole", "tile_arithmetic"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -29,7 +30,7 @@ class SegmentPlan:
     """
 
     segment: Segment
-    axes: tuple[tuple[AxisTile, ...], ...]
+    axes: tuple[AxisTiles, ...]
     arithmetic: int
     streamed_arithmetic: float
     overlap: float
@@ -39,6 +40,11 @@ class SegmentPlan:
     def overhead(self) -> float:
         """Arithmetic of all tiles over that of the plain segment, in one forward pass."""
         return self.streamed_arithmetic / max(1, self.arithmetic)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The pixels of the finest output that a tile has along each axis."""
+        return tuple(max(map(len, tiles[0].outputs)) for tiles in self.axes)
 
     @property
     def tile_count(self) -> int:
@@ -51,7 +57,11 @@ class SegmentPlan:
 
     def largest(self, name: str) -> tuple[int, ...]:
         """The longest interval that a tile holds of a node or spatial input, along each axis."""
-        return tuple(max(len(tile.boxes.get(name, EMPTY)) for tile in tiles) for tiles in self.axes)
+        return tuple(tiles.largest(name) for tiles in self.axes)
+
+    def usual(self, name: str) -> tuple[float, ...]:
+        """The pixels that a tile holds of a node or spatial input along each axis, on average."""
+        return tuple(tiles.total(name) / len(tiles) for tiles in self.axes)
 
     def __str__(self) -> str:
         first, last = self.segment.ends
@@ -75,6 +85,12 @@ def plan_whole(segment: Segment) -> SegmentPlan:
     return SegmentPlan(segment, (), plain, plain, 0.0)
 
 
+def plan_lengths(segment: Segment, lengths: Sequence[int]) -> SegmentPlan:
+    """The tiles of one segment that have so many pixels of its finest output along each axis."""
+    grids = [Grid(segment, Request(None), axis) for axis in range(segment.axes)]
+    return _planned(segment, [grid.tiles_of(min(n, grid.finest)) for grid, n in zip(grids, lengths, strict=True)])
+
+
 def plan_segment(segment: Segment, request: Request, counts: Sequence[int] | None = None) -> SegmentPlan:
     """The tiles of one segment: so many along each axis, or the fewest whose reads the request allows.
 
@@ -86,6 +102,11 @@ def plan_segment(segment: Segment, request: Request, counts: Sequence[int] | Non
         if count is None:
             raise _too_small(segment, request, grid)
         tiles.append(grid.tiles(count))
+    return _planned(segment, tiles)
+
+
+def _planned(segment: Segment, tiles: Sequence[AxisTiles]) -> SegmentPlan:
+    """The plan of these tiles, with what they compute and read."""
     nodes = [segment.graph[name] for name in segment.nodes]
     streamed = sum(node.arithmetic * _repeated(tiles, node.name, node.extents) for node in nodes)
     overlap = max(
@@ -120,12 +141,9 @@ def tile_arithmetic(plan: SegmentPlan) -> list[float]:
     return work.sum(-1).flatten().tolist()  # type: ignore[no-any-return]
 
 
-def _repeated(axes: Sequence[Sequence[AxisTile]], name: str, extents: Sequence[int]) -> float:
+def _repeated(axes: Sequence[AxisTiles], name: str, extents: Sequence[int]) -> float:
     """How often the pixels of a node or input are held, on average over its pixels."""
-    return math.prod(
-        sum(len(tile.boxes.get(name, ())) for tile in tiles) / extent
-        for tiles, extent in zip(axes, extents, strict=True)
-    )
+    return math.prod(tiles.total(name) / extent for tiles, extent in zip(axes, extents, strict=True))
 
 
 def _too_small(segment: Segment, request: Request, grid: Grid) -> PlanError:

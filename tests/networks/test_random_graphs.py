@@ -53,6 +53,26 @@ def run(graph, size, tile, segments) -> bool:
     return False
 
 
+def run_at_sizes(graph, size, tile, segments):
+    """One compiled module at four sizes, bit-equal; False where the plain network cannot run."""
+    torch.manual_seed(0)
+    model = RandomGraph(graph)
+    module = fxstream.compile(model, tile=tile, segments=segments, verify=False)
+    tiled = False
+    for more in [(0, 0), (2, 1), (1, 3), (-1, 2)]:
+        plain = plain_step(graph, tuple(max(1, n + m) for n, m in zip(size, more, strict=True)))
+        if plain is None:
+            continue
+        _, image, wanted = plain
+        try:
+            found = step(module, model, [image])
+        except fxstream.PlanError:
+            continue
+        assert_same(found, wanted, tolerance(graph))
+        tiled = tiled or not module.plan.is_trivial
+    return tiled
+
+
 def run_within(graph, size, share) -> bool:
     """The same within a share of the plain network's memory, where the planner chooses segments and tiles."""
     plain = plain_step(graph, size)
@@ -191,6 +211,31 @@ def test_random_graphs(graph, size, tile, segments):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run(graph, size, tile, segments)
+
+
+@settings(max_examples=40, **SETTINGS)
+@given(graphs, pair(4, 18), st.integers(2, 14), st.sampled_from([1, None]))
+def test_random_graphs_at_four_sizes(graph, size, tile, segments):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_at_sizes(graph, size, tile, segments)
+
+
+@pytest.mark.campaign
+def test_campaign_of_random_graphs_at_four_sizes():
+    """Hundreds of graphs, each with one compiled module; prints how many were really tiled."""
+    counts = {"drawn": 0, "tiled": 0}
+
+    @settings(max_examples=500, **SETTINGS | {"derandomize": False})
+    @given(graphs, pair(4, 30), st.integers(2, 16), st.sampled_from([1, None]))
+    def campaign(graph, size, tile, segments):
+        counts["drawn"] += 1
+        counts["tiled"] += run_at_sizes(graph, size, tile, segments)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        campaign()
+    print(counts)
 
 
 @settings(max_examples=60, **SETTINGS)

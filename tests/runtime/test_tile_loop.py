@@ -261,8 +261,8 @@ def test_box_that_starts_late_is_caught(monkeypatch):
     walk = demand.BoundsPass._walk
 
     def shifted(self, *arguments):
-        starts, stops = walk(self, *arguments)
-        return [s + (1 if 0 < s < e - 1 else 0) for s, e in zip(starts, stops, strict=True)], stops
+        starts, stops, is_outside = walk(self, *arguments)
+        return [s + (1 if 0 < s < e - 1 else 0) for s, e in zip(starts, stops, strict=True)], stops, is_outside
 
     monkeypatch.setattr(demand.BoundsPass, "_walk", shifted)
     assert caught()

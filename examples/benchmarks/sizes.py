@@ -1,0 +1,118 @@
+"""CPU seconds to make networks ready for the first image, and for each further image of another size.
+
+Training steps within a memory (FCN needs twice of it), one thread; nothing is run, for images are stand-ins that
+hold one element. Of the first call also its stages, in seconds. Medians over as many compiled modules as there are
+repeats.
+"""
+
+import argparse
+import itertools
+import statistics
+import time
+import warnings
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import fxstream
+from fxstream.io.inputs import inputs_of
+from fxstream.machine.units import parse_bytes
+from fxstream.tools.zoo import build
+
+
+class Block3d(nn.Sequential):
+    """Two convolutions of a U-Net, each with an InstanceNorm."""
+
+    def __init__(self, before: int, after: int) -> None:
+        layers = []
+        for channels in (before, after):
+            layers += [nn.Conv3d(channels, after, 3, padding=1), nn.InstanceNorm3d(after, affine=True), nn.ReLU()]
+        super().__init__(*layers)
+
+
+class UNet3d(nn.Module):
+    """A U-Net on volumes with one channel."""
+
+    def __init__(self, widths: tuple[int, ...] = (16, 32, 64, 128)) -> None:
+        super().__init__()
+        self.down = nn.ModuleList([Block3d(a, b) for a, b in itertools.pairwise((1, *widths))])
+        self.up = nn.ModuleList([nn.ConvTranspose3d(b, a, 2, 2) for a, b in itertools.pairwise(widths)])
+        self.joined = nn.ModuleList([Block3d(2 * a, a) for a in widths[:-1]])
+        self.head = nn.Conv3d(widths[0], 4, 1)
+
+    def forward(self, volume: torch.Tensor) -> torch.Tensor:
+        skips = []
+        for i, block in enumerate(self.down):
+            volume = block(volume if i == 0 else nn.functional.max_pool3d(volume, 2))
+            skips.append(volume)
+        for i in reversed(range(len(self.up))):
+            volume = self.joined[i](torch.cat([self.up[i](volume), skips[i]], 1))
+        return self.head(volume)
+
+
+def frozen(name: str) -> nn.Module:
+    return fxstream.freeze_batch_norm(build(f"torchvision/{name}")).train()
+
+
+PLANES = [(1, 3, 4096, 4096), (1, 3, 4160, 3968), (1, 3, 4000, 4300), (1, 3, 3801, 4211)]
+VOLUMES = [(1, 1, 256, 256, 256), (1, 1, 248, 264, 272), (1, 1, 240, 240, 304), (1, 1, 264, 216, 280)]
+NETWORKS = {
+    "resnet50": ("ResNet-50, frozen", lambda: frozen("resnet50"), PLANES),
+    "densenet121": ("DenseNet-121, frozen", lambda: frozen("densenet121"), PLANES),
+    "statistics": ("ResNet-50, batch statistics", lambda: build("torchvision/resnet50").train(), PLANES),
+    "efficientnet": ("EfficientNet-B0", lambda: build("torchvision/efficientnet_b0").train(), PLANES),
+    "fcn": ("FCN-ResNet-50", lambda: build("torchvision/fcn_resnet50", weights_backbone=None).train(), PLANES),
+    "unet": ("U-Net, 3-D, InstanceNorm", lambda: UNet3d().train(), VOLUMES),
+    "convnext": ("ConvNeXt-T", lambda: build("torchvision/convnext_tiny").train(), PLANES),
+}
+
+
+def calls(make, shapes, memory):
+    """CPU seconds to prepare each shape with one compiled module, the last stages and the first ones' seconds."""
+    model = make()
+    module = fxstream.compile(model, memory=memory)
+    seconds, prepared = [], []
+    for shape in shapes:
+        image = torch.zeros(1).expand(shape)
+        start = time.process_time()
+        prepared.append(fxstream.inspect(module).ready(inputs_of(model, (image,), {})).prepared)
+        seconds.append(time.process_time() - start)
+    return seconds, prepared
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--memory", default="4GiB")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--shape", type=int, nargs="+", help="one more shape, the last")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore", fxstream.StreamingWarning)
+    torch.set_num_threads(1)
+    fxstream.compile(nn.Conv2d(3, 4, 3), memory=options.memory)(torch.zeros(1, 3, 64, 64))  # loads what all need
+    table = Table("network", "first call", "of these", "further sizes", "segments", "time")
+    console = Console()
+    for name in options.networks:
+        title, make, shapes = NETWORKS[name]
+        shapes = [*shapes, tuple(options.shape)] if options.shape else shapes
+        memory = (1 + (name == "fcn")) * parse_bytes(options.memory)
+        runs = [calls(make, shapes, memory) for _ in range(options.repeats)]
+        medians = [statistics.median(of_call) for of_call in zip(*(seconds for seconds, _ in runs))]
+        prepared = runs[-1][1]
+        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in prepared[0].plan.prepared)
+        table.add_row(
+            title,
+            f"{medians[0]:.1f}",
+            stages,
+            ", ".join(f"{one:.2f}" for one in medians[1:]),
+            ", ".join(str(len(one.plan.segments)) for one in prepared),
+            ", ".join(f"{one.plan.prediction.time_ratio:.2f}x" for one in prepared),
+        )
+    console.print(table)
+    console.print(f"torch {torch.__version__}, one thread, {options.memory}, medians of {options.repeats}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What a plan decides, apart from what follows from it at one size.
+
+A decision says where the network is cut into spans, which of them run whole, and how many pixels of its outputs a
+tile of each other has. It is made once per network, mode, budget and device by the search; at another size the
+grids, boxes, predicted bytes and seconds follow by arithmetic.
+
+It holds at a size where it fits the budget and costs about as much per pixel as what the search chose at one of
+the nearest sizes (`Yardstick`). Otherwise the search runs, and its choice becomes a decision too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from fxstream.errors import InputError
+
+__all__ = ["DecidedSpan", "Decision", "Decisions"]
+
+TOLERANCE = 1.04
+"""Predicted seconds per pixel over those of the best choice nearby that a decision may have."""
+NEAR = 2.0
+"""Sizes within this factor along each axis are near."""
+MOST_DECISIONS = 8
+"""Decisions that are kept; each is tried in turn."""
+MOST_YARDSTICKS = 64
+"""Sizes that were searched, which are remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecidedSpan:
+    """A span of operators, from `first` to `last` in the order of their region, by the names of their nodes.
+
+    `tiles` are the pixels of the finest output of a tile along each axis, for each sweep over the span; empty
+    where it runs whole, None where the tile that the user gave decides.
+    """
+
+    first: str
+    last: str
+    tiles: tuple[tuple[int, ...], ...] | None
+
+    def __str__(self) -> str:
+        if self.tiles is None:
+            return f"{self.first} .. {self.last}"
+        sizes = ", ".join("x".join(map(str, tile)) for tile in self.tiles)
+        return f"{self.first} .. {self.last}, {f'tiles of {sizes} pixels of its result' if sizes else 'whole'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The spans that are streamed, in order, and whether boundaries lie in host memory; prints as a list of spans.
+
+    >>> decision = Decision((DecidedSpan("conv", "relu", ((64, 64),)),))
+    >>> Decision.from_json(decision.to_json()) == decision
+    True
+    """
+
+    spans: tuple[DecidedSpan, ...]
+    offload: bool = False
+
+    def with_smaller_tiles(self, factor: float) -> Decision:
+        """The same spans in tiles of less pixels along each axis."""
+        spans = (
+            replace(one, tiles=tuple(tuple(max(1, round(n * factor)) for n in tile) for tile in one.tiles or ()))
+            for one in self.spans
+        )
+        return replace(self, spans=tuple(spans))
+
+    def to_json(self) -> str:
+        """The decision as text, for `from_json` in another process."""
+        spans = [[span.first, span.last, span.tiles] for span in self.spans]
+        return json.dumps({"offload": self.offload, "spans": spans})
+
+    @classmethod
+    def from_json(cls, text: str) -> Decision:
+        """The decision that `to_json` wrote. Raises `InputError` for any other text."""
+        try:
+            read = json.loads(text)
+            spans = (DecidedSpan(str(first), str(last), _tiles(tiles)) for first, last, tiles in read["spans"])
+            return cls(tuple(spans), bool(read["offload"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"a plan is the text that Decision.to_json wrote; found {text[:40]!r}: {error}"
+            ) from None
+
+    def __str__(self) -> str:
+        away = ", boundaries in host memory" if self.offload else ""
+        return "\n".join([f"{len(self.spans)} spans{away}", *(f"  {span}" for span in self.spans)])
+
+
+def _tiles(tiles: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...] | None:
+    return None if tiles is None else tuple(tuple(int(n) for n in tile) for tile in tiles)
+
+
+@dataclass(frozen=True, slots=True)
+class Yardstick:
+    """The predicted seconds per pixel of the best choice at one size."""
+
+    extents: tuple[int, ...]
+    seconds: float
+
+    def distance(self, extents: Sequence[int]) -> float:
+        """The largest factor between these extents along any axis."""
+        return max((max(a / b, b / a) for a, b in zip(self.extents, extents, strict=True)), default=1.0)
+
+
+@dataclass
+class Decisions:
+    """All decisions for one network, mode, budget and device, the last that held first, and what was searched."""
+
+    made: list[Decision] = field(default_factory=list)
+    saved: Decision | None = None
+    """The decision that the user gave: it holds at every size at which it fits."""
+    yardsticks: list[Yardstick] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Decision]:
+        return iter([*([self.saved] if self.saved is not None else []), *self.made])
+
+    def holds(self, decision: Decision, extents: Sequence[int], seconds: float) -> bool:
+        """Whether a decision that is predicted to take so long at a size may be taken there without a search."""
+        if decision is self.saved:
+            return True
+        near = [(one.distance(extents), one.seconds) for one in self.yardsticks]
+        return bool(near) and min(near)[0] <= NEAR and seconds / math.prod(extents) <= TOLERANCE * min(near)[1]
+
+    def add(self, decision: Decision, extents: Sequence[int], seconds: float) -> None:
+        """Remember a choice; it is the first that will be tried."""
+        self.prefer(decision)
+        self.yardsticks = [Yardstick(tuple(extents), seconds / math.prod(extents)), *self.yardsticks][
+            :MOST_YARDSTICKS
+        ]
+
+    def prefer(self, decision: Decision) -> None:
+        """Try this decision first at the next size."""
+        if decision is not self.saved:
+            others = [one for one in self.made if one != decision]
+            self.made = [decision, *others][:MOST_DECISIONS]
