@@ -20,7 +20,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from fxstream.errors import InputError
 from fxstream.geometry.formulas import FORMULAS, broadcast, work
@@ -226,9 +227,26 @@ def _run(target: Any, args: Any, kwargs: dict[str, Any], device: torch.device) -
         fakes = pytree.tree_map_only(
             Shape, lambda one: torch.empty(one.shape, dtype=one.dtype, device=device), (list(args), kwargs)
         )
-        with FlopCounterMode(display=False) as counter:
+        with _Flops() as counter:
             result = target(*fakes[0], **fakes[1])
-    return _value(result), counter.get_total_flops() // 2
+    return _value(result), counter.total // 2
+
+
+class _Flops(TorchDispatchMode):
+    """Counts as torch's `FlopCounterMode` does, without its hooks on all modules, which other threads call."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        count, kwargs = flop_registry.get(func._overloadpacket), kwargs or {}
+        if count is None and func is not torch.ops.prim.device.default:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        self.total += 0 if count is None else count(*args, **kwargs, out_val=result)
+        return result
 
 
 def _value(value: Any) -> Any:
@@ -268,9 +286,9 @@ class _Interpreter(fx.Interpreter):
 
     def _counted(self, n: fx.Node) -> Any:
         """The value of a node whose multiply-accumulates count."""
-        with FlopCounterMode(display=False) as counter:
+        with _Flops() as counter:
             value = super().run_node(n)
-        self.macs[n.name] = counter.get_total_flops() // 2
+        self.macs[n.name] = counter.total // 2
         return value
 
 
