@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from fxstream.errors import PlanError
 from fxstream.graph.typed_graph import TypedGraph
+from fxstream.lowering.whole import result_of
 from fxstream.planning.decision import DecidedSpan, Decision
 from fxstream.planning.estimate import CostContext, Prediction, keep_graphs, predict
-from fxstream.planning.normalised import with_normalisations_whole
 from fxstream.planning.search import Span
 from fxstream.tiling.parts import sweeps, whole_segment
 from fxstream.tiling.passes import optimised
@@ -17,7 +17,15 @@ from fxstream.tiling.request import Request
 from fxstream.tiling.segment import Segment
 from fxstream.tiling.segment_plan import SegmentPlan, plan_lengths, plan_segment, plan_whole
 
-__all__ = ["Ran", "check_is_of", "decided_spans", "kept_within", "made_to_fit", "segments_of"]
+__all__ = [
+    "Ran",
+    "check_is_of",
+    "decided_spans",
+    "kept_within",
+    "made_to_fit",
+    "segments_of",
+    "with_normalisations_whole",
+]
 
 
 SMALLER = (0.8, 0.6)
@@ -60,6 +68,27 @@ def segments_of(context: CostContext, request: Request, spans: Sequence[Span]) -
         else:
             plans += [plan_segment(segment, request, span.counts) for segment in made]
     return tuple(plans)
+
+
+def with_normalisations_whole(graph: TypedGraph, spans: Sequence[Span]) -> list[Span]:
+    """The spans, of which those that end in moments leave these to what follows, if that runs whole.
+
+    The search ends spans behind the moments of a normalisation, which saves a sweep where the next span is tiled.
+    Where that runs whole, or is dense, the model's operator runs there, in one kernel backward, and what ends
+    in the convolution before need not compute that again.
+    """
+    moved = list(spans)
+    place = {name: i for i, span in enumerate(spans) for name in span.nodes}
+    for i, span in enumerate(spans):
+        for moments in reversed(span.nodes):
+            result = result_of(graph[moments].node)
+            follows = place.get(result, -1) if result is not None else i
+            if follows == i or len(moved[i].nodes) == 1 or (follows >= 0 and spans[follows].counts != ()):
+                break
+            moved[i] = replace(moved[i], nodes=moved[i].nodes[:-1])
+            if follows >= 0:
+                moved[follows] = replace(moved[follows], nodes=(moments, *moved[follows].nodes))
+    return moved
 
 
 def _made(context: CostContext, i: int, span: Span) -> tuple[Segment, ...]:

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import fxstream
-from fxstream.planning.normalised import with_normalisations_whole
 from fxstream.planning.search import Span
+from fxstream.planning.spans import with_normalisations_whole
 from fxstream.tiling.parts import streamable_parts
 
 
