@@ -16,7 +16,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from fxstream.errors import InputError
 from fxstream.graph.user_code import source_line
@@ -86,6 +87,27 @@ class Shapes(NamedTuple):
     macs: Mapping[str, int]
 
 
+class _Flops(TorchDispatchMode):
+    """Counts FLOPs by torch's formulas. Torch's own counter hooks every module of the process, of all threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, formula = kwargs or {}, flop_registry.get(func._overloadpacket)
+        result = NotImplemented
+        if formula is None and func.namespace == "aten":
+            with self:
+                result = func.decompose(*args, **kwargs)
+        if result is NotImplemented:
+            result = func(*args, **kwargs)
+        self.flops += 0 if formula is None else formula(*args, **kwargs, out_val=result)
+        return result
+
+
 class _ShapeInterpreter(fx.Interpreter):
     """Runs a graph on fake tensors and collects the `Meta` of each node, and the arithmetic of products.
 
@@ -116,9 +138,9 @@ class _ShapeInterpreter(fx.Interpreter):
 
     def _counted(self, n: fx.Node) -> Any:
         """The value of a node whose multiply-accumulates count; a FLOP of torch's counter is half of one."""
-        with FlopCounterMode(display=False) as counter:
+        with _Flops() as counter:
             value = super().run_node(n)
-        self.macs[n.name] = counter.get_total_flops() // 2
+        self.macs[n.name] = counter.flops // 2
         return value
 
     def _batch_norm(self, n: fx.Node) -> Any:
