@@ -44,7 +44,7 @@ class Network(nn.Module):
 
 def compiled(model):
     module = fxstream.compile(model, tile=12, verify=False)
-    module(torch.randn(IMAGE, dtype=torch.double))
+    module(torch.randn(IMAGE, dtype=torch.double, requires_grad=True))
     return module
 
 
@@ -100,5 +100,5 @@ def test_draws_between_normalisations_wait_for_no_statistics():
     layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout2d(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)]
     module = compiled(nn.Sequential(*layers).double())
     run_whole(module)
-    module(torch.randn(IMAGE, dtype=torch.double)).sum().backward()
+    module(torch.randn(IMAGE, dtype=torch.double, requires_grad=True)).sum().backward()
     assert [stream.plan.axes for stream in streams(module)] == [()]
