@@ -101,16 +101,10 @@ def _refuse_shared_statistics(model: nn.Module) -> None:
 
 def _explanation(model: nn.Module, error: Exception) -> str:
     """The message of a `CaptureError`: the user's line and the reason."""
-    line, kind = _line(error), type(error).__name__
     raised = RAISED.search(str(error))
-    reason = raised.group("reason") if raised else next(iter(str(error).strip().splitlines()), kind)
-    if "DataDependent" in kind or "GuardOnData" in kind:
-        return (
-            f"{type(model).__name__} has control flow{line} that depends on the values of a tensor, which no graph"
-            " of the whole model can follow: compile a part without it, such as the backbone, or use"
-            f" torch.compile(model, backend='fxstream'), which splits the model there ({reason})"
-        )
-    return f"{type(model).__name__} cannot run on inputs of these shapes and types{line}: {reason}"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = raised.group("reason") if raised else lines[0]
+    return f"{type(model).__name__} cannot run on inputs of these shapes and types{_line(error)}: {reason}"
 
 
 def _advice(model: nn.Module, reason: str, leaves: Sequence[Any]) -> str:

@@ -24,7 +24,7 @@ from fxstream.capture.traced_graph import Kind, TracedGraph
 from fxstream.compiler.analysis import Analysis, analyse, lowered
 from fxstream.compiler.cache import Cache
 from fxstream.compiler.stages import Stages
-from fxstream.errors import StreamError, StreamingWarning
+from fxstream.errors import CaptureError, StreamError, StreamingWarning
 from fxstream.graph.autograd_saves import saves_of
 from fxstream.graph.captured import Captured
 from fxstream.graph.effects import is_random
@@ -251,7 +251,7 @@ class Pipeline:
         if isinstance(cached, CapturedModel):
             return cached
         with stages("capture"):
-            captured = capture_graph(self.traced, values, self._retrace)
+            captured = self._capture(values)
         self._retrace = None
         with stages("analysis"), without_autocast(captured):
             made = self._made(captured, values)
@@ -264,6 +264,14 @@ class Pipeline:
         else:
             self._cache.put(key, made)
         return made
+
+    def _capture(self, values: Sequence[Any]) -> Captured:
+        """The ATen graph. Raises `CaptureError` where an operator that runs cannot be captured."""
+        try:
+            return capture_graph(self.traced, values, self._retrace)
+        except (RuntimeError, TypeError, ValueError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise CaptureError(f"{self.shared.name} cannot be captured: {lines[0]}") from error
 
     def _made(self, captured: Captured, values: Sequence[Any]) -> CapturedModel:
         """What is made once of a capture, at the size of these values."""

@@ -155,7 +155,7 @@ class Streaming:
         return call
 
     def ready(self, inputs: Inputs, written: Sequence[int] | None = None) -> Ready:
-        """What a call would run, which does not run; with `written` one without gradients that writes these results.
+        """What a call would run, which does not run; with `written` one without gradients that writes results.
 
         Raises `CaptureError` for a model that is not one graph.
         """
