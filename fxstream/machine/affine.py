@@ -38,6 +38,7 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @torch.compiler.disable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tensor, weight, mean, root = ctx.saved_tensors
         of_tensor, of_weight, of_bias = ctx.needs_input_grad[:3]

@@ -82,6 +82,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @torch.compiler.disable
     def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         tensor, mean = ctx.saved_tensors
         of_mean, of_variance = gradients.div(ctx.count).view(2, *mean.shape)
@@ -128,6 +129,7 @@ class _CombinedMoments(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @torch.compiler.disable
     def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         apart, elements, count = ctx.saved_tensors
         of_mean, of_variance, of_sample = gradients.view(3, -1)
@@ -170,6 +172,7 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @torch.compiler.disable
     def backward(ctx: Any, of_scale: torch.Tensor, of_shift: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         root, scale = ctx.saved_tensors
         of_weight = of_scale * root

@@ -113,6 +113,7 @@ class _StreamMap(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @torch.compiler.disable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise StreamError(

@@ -105,6 +105,7 @@ class _Uncomputed(torch.autograd.Function):
         return image.new_zeros(()).expand(image.shape[0], weight.shape[0], *extents)
 
     @staticmethod
+    @torch.compiler.disable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         image, weight = ctx.saved_tensors
         bias, stride, padding, dilation, groups = ctx.arguments
