@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fxstream.machine.operators import operator, wide
+from fxstream.machine.operators import operator, untraced, wide
 
 __all__ = ["affine", "combined_moments", "mean_variance", "moments", "normalise", "update_statistics_"]
 
@@ -82,7 +82,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.compiler.disable
+    @untraced
     def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         tensor, mean = ctx.saved_tensors
         of_mean, of_variance = gradients.div(ctx.count).view(2, *mean.shape)
@@ -129,7 +129,7 @@ class _CombinedMoments(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.compiler.disable
+    @untraced
     def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         apart, elements, count = ctx.saved_tensors
         of_mean, of_variance, of_sample = gradients.view(3, -1)
@@ -172,7 +172,7 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.compiler.disable
+    @untraced
     def backward(ctx: Any, of_scale: torch.Tensor, of_shift: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         root, scale = ctx.saved_tensors
         of_weight = of_scale * root

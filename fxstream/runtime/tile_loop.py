@@ -39,6 +39,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxstream.errors import StreamError
+from fxstream.machine.operators import untraced
 from fxstream.runtime.backward import Backward
 from fxstream.runtime.forward import Forward
 from fxstream.runtime.prefetch import Image
@@ -113,7 +114,7 @@ class _StreamMap(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @torch.compiler.disable
+    @untraced
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise StreamError(
