@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 
 from fxstream.capture.casts import AUTOCAST, write_casts
 from fxstream.capture.functionalize import CHANGED_TO, MODEL_TENSOR, make_factories, make_functional
-from fxstream.capture.traced_graph import Kind, TracedGraph, checkpointed
+from fxstream.capture.traced_graph import Kind, TracedGraph, checkpointed, hooked
 from fxstream.errors import CaptureError
 from fxstream.graph.captured import Captured
 from fxstream.graph.effects import UNSTREAMED, mutated_inputs, remove_dead_nodes, updates_statistics
@@ -60,6 +60,21 @@ class OpaqueFunction:
     def __call__(self, *args: Any) -> Any:
         """What the function returns; the flat results as a tuple."""
         return torch.ops.higher_order.autograd_function_apply(self.forward, self.backward, *args, **self._options)
+
+
+class OpaqueHook:
+    """A hook of the user on the gradient of a tensor that the model computes, as a function of that tensor."""
+
+    def __init__(self, name: str, body: fx.GraphModule) -> None:
+        self.__name__ = self.__qualname__ = name
+        self.__module__, self.body = __name__, body
+
+    def __repr__(self) -> str:
+        return f"{self.__name__} #{hashlib.sha256(self.body.code.encode()).hexdigest()[:8]}"
+
+    def __call__(self, tensor: torch.Tensor) -> Any:
+        """The tensor, whose gradient goes through the hook."""
+        return hooked(tensor, self.body)
 
 
 class _Interpreter(fx.Interpreter):
@@ -125,7 +140,20 @@ class _Interpreter(fx.Interpreter):
             return self._inner(body, inputs)
         if target is torch.ops.higher_order.autograd_function_apply:
             return self._opaque(args, kwargs)
+        if target is hooked:
+            return self._hooked(*args)
         return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in ("register_hook", "retain_grad"):
+            raise CaptureError(f"{target} on a tensor that the model computes would be lost in a stream")
+        return super().call_method(target, args, kwargs)
+
+    def _hooked(self, tensor: torch.Tensor, body: fx.GraphModule) -> Any:
+        if not tensor.requires_grad:
+            return tensor
+        self._functions += 1
+        return _as_one_node(OpaqueHook(f"hook_{self._functions}", body), [tensor])
 
     def _inner(self, body: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         inner = _Interpreter(body)
@@ -150,7 +178,7 @@ def _set_autocast(device: str, dtype: torch.dtype | None, enabled: bool) -> None
         torch.set_autocast_dtype(device, dtype)
 
 
-def _as_one_node(function: OpaqueFunction, inputs: Sequence[Any]) -> Any:
+def _as_one_node(function: OpaqueFunction | OpaqueHook, inputs: Sequence[Any]) -> Any:
     """The results of a function, which is called by one node of the graph that is being traced."""
     mode = get_innermost_proxy_mode() or get_proxy_mode()
     assert mode is not None

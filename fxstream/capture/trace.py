@@ -134,6 +134,7 @@ class Tracer:
         fakes = FakeInputs(args, kwargs)
         hooks = Hooks(guard_filter_fn=lambda entries: [_is_guarded(entry, fakes.ids) for entry in entries])
         with convert_frame.compile_lock, _tracing(model, flat), explained(model, args, kwargs):
+            _bind(model, args, kwargs)
             output = convert_frame.fullgraph_capture(function, (model, fakes.args, fakes.kwargs))
             captured = output.graph_capture_output
             guards = captured.build_guards(function.__code__, hooks=hooks)
@@ -277,6 +278,16 @@ def _takes_rows(graph: TracedGraph) -> bool:
         and isinstance(node.args[0].meta.get("example_value"), torch.Tensor)
         for node in graph.module.graph.nodes
     )
+
+
+def _bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise `TypeError` for arguments that the model's forward does not take."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # a callable without a signature
+        return
+    if not model._forward_pre_hooks:  # which may add arguments
+        signature.bind(*args, **kwargs)
 
 
 def _parameters(model: nn.Module) -> list[str]:

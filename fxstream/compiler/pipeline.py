@@ -33,10 +33,10 @@ from fxstream.graph.typed_graph import Saves
 from fxstream.io.inputs import whole
 from fxstream.io.source import Source
 from fxstream.machine.device import budget_of
+from fxstream.machine.progress import Bar
 from fxstream.planning.plan import Plan, make_plan
 from fxstream.probe.probe import MOST_BYTES, ProbeReport, probe
 from fxstream.rules import Reason
-from fxstream.runtime.progress import Bar
 from fxstream.runtime.ranks import Ranks, digest, fingerprint
 from fxstream.runtime.rewrite import StreamedSegment, read_whole, rewrite
 from fxstream.tiling.parts import streamable_parts

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxstream.capture.capture import retracing
@@ -18,7 +19,7 @@ from fxstream.capture.input_key import input_formats, input_key
 from fxstream.capture.trace import FakeInputs, Trace, Tracer
 from fxstream.compiler.parts import Parts
 from fxstream.compiler.pipeline import Options, Pipeline, Prepared, Shared
-from fxstream.errors import CaptureError, GraphBreakError, InputError
+from fxstream.errors import CaptureError, GraphBreakError, InputError, StreamError
 from fxstream.graph.typed_graph import Verdict
 from fxstream.io.inputs import Inputs, inputs_of
 from fxstream.planning.plan import Plan
@@ -132,6 +133,11 @@ class Streaming:
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the model returns for these arguments."""
+        if torch._C._are_functorch_transforms_active():
+            raise StreamError(
+                "torch.func transforms (grad, vmap, jvp) cannot go through a stream: use loss.backward() or"
+                " torch.autograd.grad, or call the plain model"
+            )
         inputs = inputs_of(self.model, args, kwargs)
         try:
             call = self.call(inputs)
