@@ -90,7 +90,7 @@ class Trace:
     def holds(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether a call would be traced the same way, but for the tensors of the call."""
         local = {"model": model, "args": args, "kwargs": dict(kwargs)}
-        with _disable_current_modes(), _without_watchers():  # under which tensors, and modules, look different
+        with _without_modes(), _without_watchers():  # under which tensors, and modules, look different
             return bool(self._guards.guard_manager.check(local))
 
     def changed(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
@@ -205,6 +205,14 @@ def _tracing(model: nn.Module, flat: bool) -> Iterator[None]:
             yield
     finally:
         _CAPTURES.depth -= 1
+
+
+@contextlib.contextmanager
+def _without_modes() -> Iterator[None]:
+    """Without the modes of this thread. (Torch's function for that takes those of other threads too.)"""
+    has_modes = torch._C._len_torch_dispatch_stack() > 0
+    with torch._C._DisableTorchDispatch() if has_modes else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager
