@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.convert_frame import compile_lock
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
@@ -279,6 +280,10 @@ def _lifted_constants(module: fx.GraphModule) -> dict[str, tuple[fx.Node, torch.
         value = getattr(module, node.target)
         if not isinstance(value, torch.Tensor):
             continue
+        if isinstance(value, FakeTensor):
+            raise CaptureError(
+                "it takes `.data` of a tensor that it computes, which hides it from capture: use .detach() instead"
+            )
         name = str(node.target)
         if name not in constants:
             with graph.inserting_before(next(iter(graph.nodes))):
