@@ -4,7 +4,8 @@ NOTE [blocks]
 1. A block under `no_grad` or `inference_mode` reads its inputs detached, and so has no gradient.
 2. A block under autocast gets the casts that autocast would make (`casts`).
 3. What is inside `torch.utils.checkpoint` stands by itself: a stream has checkpoints of its own.
-4. An autograd function of the user stays one call (`OpaqueFunction`), and so keeps its backward.
+4. An autograd function of the user stays one call (`OpaqueFunction`), and so keeps its backward; so does a hook on
+   the gradient of what the model computes (`OpaqueHook`).
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.a
 SET_GRADIENTS = torch._C._set_grad_enabled
 
 
+def _labelled(name: str, code: str) -> str:
+    """A name with a digest of the code, by which the functions of two captures are compared."""
+    return f"{name} #{hashlib.sha256(code.encode()).hexdigest()[:8]}"
+
+
 class OpaqueFunction:
     """An autograd function of the user as dynamo traced it: its forward and its backward, as one function."""
 
@@ -55,8 +61,7 @@ class OpaqueFunction:
         self.forward, self.backward, self._options = forward, backward, options
 
     def __repr__(self) -> str:
-        code = hashlib.sha256((self.forward.code + self.backward.code).encode()).hexdigest()
-        return f"{self.__name__} #{code[:8]}"
+        return _labelled(self.__name__, self.forward.code + self.backward.code)
 
     def __call__(self, *args: Any) -> Any:
         """What the function returns; the flat results as a tuple."""
@@ -71,7 +76,7 @@ class OpaqueHook:
         self.__module__, self.body = __name__, body
 
     def __repr__(self) -> str:
-        return f"{self.__name__} #{hashlib.sha256(self.body.code.encode()).hexdigest()[:8]}"
+        return _labelled(self.__name__, self.body.code)
 
     def __call__(self, tensor: torch.Tensor) -> Any:
         """The tensor, whose gradient goes through the hook."""
@@ -292,7 +297,6 @@ def _lifted_constants(module: fx.GraphModule) -> dict[str, tuple[fx.Node, torch.
             constants[name] = placeholder, value
         node.replace_all_uses_with(constants[name][0])
         graph.erase_node(node)
-        delattr(module, name) if name not in constants else None
     return constants
 
 

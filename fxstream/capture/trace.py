@@ -290,21 +290,23 @@ def _takes_rows(graph: TracedGraph) -> bool:
 
 def _bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raise `TypeError` for arguments that the model's forward does not take."""
-    try:
-        signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):  # a callable without a signature
-        return
-    if not model._forward_pre_hooks:  # which may add arguments
+    signature = _signature(model)
+    if signature is not None and not model._forward_pre_hooks:  # which may add arguments
         signature.bind(*args, **kwargs)
+
+
+def _signature(model: nn.Module) -> inspect.Signature | None:
+    try:
+        return inspect.signature(model.forward)
+    except (TypeError, ValueError):  # a callable without a signature
+        return None
 
 
 def _parameters(model: nn.Module) -> list[str]:
     """The names of the positional parameters of a model's forward."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    try:
-        parameters = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):  # a callable without a signature
-        return []
+    signature = _signature(model)
+    parameters = () if signature is None else signature.parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind in kinds]
 
 

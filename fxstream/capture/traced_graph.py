@@ -1,9 +1,9 @@
 """A graph as dynamo hands it over: torch functions, with the model's tensors among its inputs.
 
-NOTE [inputs of the graph] 1. Parameters and buffers are inputs, next to the images. Where a graph is traced from a
-call of the model, an input
-   belongs to the call if its source is an argument; in a part of a program, dynamo marks the model's tensors, and
-   what a convolution takes as its weight is one in any case.
+NOTE [inputs of the graph]
+1. Parameters and buffers are inputs, next to the images. Where a graph is traced from a call of the model, an
+   input belongs to the call if its source is an argument; in a part of a program, dynamo marks the model's
+   tensors, and what a convolution takes as its weight is one in any case.
 2. A size that dynamo keeps symbolic is an input too. It is read from the tensor that has it.
 3. Any other number is an input too, if it was seen to change (a counter, an argument). What is computed of numbers
    alone is computed in every call; where it enters an operator on tensors it is a constant: another value is

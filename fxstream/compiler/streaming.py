@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from fxstream.capture.capture import retracing
@@ -19,11 +18,12 @@ from fxstream.capture.input_key import input_formats, input_key
 from fxstream.capture.trace import FakeInputs, Trace, Tracer
 from fxstream.compiler.parts import Parts
 from fxstream.compiler.pipeline import Options, Pipeline, Prepared, Shared
-from fxstream.errors import CaptureError, GraphBreakError, InputError, StreamError
+from fxstream.errors import CaptureError, GraphBreakError, InputError
 from fxstream.graph.typed_graph import Verdict
 from fxstream.io.inputs import Inputs, inputs_of
 from fxstream.planning.plan import Plan
 from fxstream.probe.probe import ProbeReport
+from fxstream.runtime.tile_loop import refuse_transforms
 
 __all__ = ["Streaming", "TracedCall"]
 
@@ -95,7 +95,7 @@ class Streaming:
         self.shared = Shared(type(model).__name__, options)
         self._calls: list[TracedCall] = []
         self._breaks: dict[Any, GraphBreakError] = {}
-        self._tracer, self._flat_tracer = Tracer(), Tracer()
+        self._tracer = Tracer()
         self._parts = Parts(model, self.shared)
         self._lock = threading.RLock()
 
@@ -133,11 +133,7 @@ class Streaming:
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the model returns for these arguments."""
-        if torch._C._are_functorch_transforms_active():
-            raise StreamError(
-                "torch.func transforms (grad, vmap, jvp) cannot go through a stream: use loss.backward() or"
-                " torch.autograd.grad, or call the plain model"
-            )
+        refuse_transforms()
         inputs = inputs_of(self.model, args, kwargs)
         try:
             call = self.call(inputs)
@@ -208,15 +204,14 @@ class Streaming:
         """A new trace; a model that reads sizes is traced at each, and its pipeline serves all that it fits."""
         model, others = self.model, [call for call in self._calls if call.key == key]
         self._warn_of_changes(others, inputs)
-        tracer = self._flat_tracer if flat else self._tracer
-        trace = tracer.trace(model, inputs.args, inputs.kwargs, flat)
+        trace = self._tracer.trace(model, inputs.args, inputs.kwargs, flat)
         pipeline = None
         if trace.graph is not None:
             pipelines = [other.pipeline for other in others if other.pipeline is not None]
             pipeline = next((one for one in pipelines if trace.reads_sizes and one.serves(trace.graph)), None)
             if pipeline is None:
                 fakes = FakeInputs(inputs.args, inputs.kwargs)
-                again = retracing(tracer, model, fakes) if trace.reads_sizes else None
+                again = retracing(self._tracer, model, fakes) if trace.reads_sizes else None
                 pipeline = Pipeline(trace.graph, self.shared, again)
         formats = input_formats(inputs.tensors) if trace.reads_formats else None
         call = TracedCall(key, shapes if trace.reads_sizes else None, formats, trace, pipeline)
