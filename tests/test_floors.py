@@ -27,7 +27,7 @@ FLOORS = (
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 HOMES = {
     "sympy": {"report/closed_form.py"},
-    "rich": {"report/terminal.py", "report/commands.py", "runtime/progress.py"},
+    "rich": {"report/terminal.py", "report/commands.py", "machine/progress.py"},
 }
 
 

@@ -4,7 +4,8 @@ NOTE [blocks]
 1. A block under `no_grad` or `inference_mode` reads its inputs detached, and so has no gradient.
 2. A block under autocast gets the casts that autocast would make (`casts`).
 3. What is inside `torch.utils.checkpoint` stands by itself: a stream has checkpoints of its own.
-4. An autograd function of the user stays one call (`OpaqueFunction`), and so keeps its backward.
+4. An autograd function of the user stays one call (`OpaqueFunction`), and so keeps its backward; so does a hook on
+   the gradient of what the model computes (`OpaqueHook`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.convert_frame import compile_lock
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
@@ -29,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from fxstream.capture.casts import AUTOCAST, write_casts
 from fxstream.capture.functionalize import CHANGED_TO, MODEL_TENSOR, make_factories, make_functional
-from fxstream.capture.traced_graph import Kind, TracedGraph, checkpointed
+from fxstream.capture.traced_graph import Kind, TracedGraph, checkpointed, hooked
 from fxstream.errors import CaptureError
 from fxstream.graph.captured import Captured
 from fxstream.graph.effects import UNSTREAMED, mutated_inputs, remove_dead_nodes, updates_statistics
@@ -45,6 +47,11 @@ ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.a
 SET_GRADIENTS = torch._C._set_grad_enabled
 
 
+def _labelled(name: str, code: str) -> str:
+    """A name with a digest of the code, by which the functions of two captures are compared."""
+    return f"{name} #{hashlib.sha256(code.encode()).hexdigest()[:8]}"
+
+
 class OpaqueFunction:
     """An autograd function of the user as dynamo traced it: its forward and its backward, as one function."""
 
@@ -54,12 +61,26 @@ class OpaqueFunction:
         self.forward, self.backward, self._options = forward, backward, options
 
     def __repr__(self) -> str:
-        code = hashlib.sha256((self.forward.code + self.backward.code).encode()).hexdigest()
-        return f"{self.__name__} #{code[:8]}"
+        return _labelled(self.__name__, self.forward.code + self.backward.code)
 
     def __call__(self, *args: Any) -> Any:
         """What the function returns; the flat results as a tuple."""
         return torch.ops.higher_order.autograd_function_apply(self.forward, self.backward, *args, **self._options)
+
+
+class OpaqueHook:
+    """A hook of the user on the gradient of a tensor that the model computes, as a function of that tensor."""
+
+    def __init__(self, name: str, body: fx.GraphModule) -> None:
+        self.__name__ = self.__qualname__ = name
+        self.__module__, self.body = __name__, body
+
+    def __repr__(self) -> str:
+        return _labelled(self.__name__, self.body.code)
+
+    def __call__(self, tensor: torch.Tensor) -> Any:
+        """The tensor, whose gradient goes through the hook."""
+        return hooked(tensor, self.body)
 
 
 class _Interpreter(fx.Interpreter):
@@ -125,7 +146,20 @@ class _Interpreter(fx.Interpreter):
             return self._inner(body, inputs)
         if target is torch.ops.higher_order.autograd_function_apply:
             return self._opaque(args, kwargs)
+        if target is hooked:
+            return self._hooked(*args)
         return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in ("register_hook", "retain_grad"):
+            raise CaptureError(f"{target} on a tensor that the model computes would be lost in a stream")
+        return super().call_method(target, args, kwargs)
+
+    def _hooked(self, tensor: torch.Tensor, body: fx.GraphModule) -> Any:
+        if not tensor.requires_grad:
+            return tensor
+        self._functions += 1
+        return _as_one_node(OpaqueHook(f"hook_{self._functions}", body), [tensor])
 
     def _inner(self, body: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         inner = _Interpreter(body)
@@ -150,7 +184,7 @@ def _set_autocast(device: str, dtype: torch.dtype | None, enabled: bool) -> None
         torch.set_autocast_dtype(device, dtype)
 
 
-def _as_one_node(function: OpaqueFunction, inputs: Sequence[Any]) -> Any:
+def _as_one_node(function: OpaqueFunction | OpaqueHook, inputs: Sequence[Any]) -> Any:
     """The results of a function, which is called by one node of the graph that is being traced."""
     mode = get_innermost_proxy_mode() or get_proxy_mode()
     assert mode is not None
@@ -251,6 +285,10 @@ def _lifted_constants(module: fx.GraphModule) -> dict[str, tuple[fx.Node, torch.
         value = getattr(module, node.target)
         if not isinstance(value, torch.Tensor):
             continue
+        if isinstance(value, FakeTensor):
+            raise CaptureError(
+                "it takes `.data` of a tensor that it computes, which hides it from capture: use .detach() instead"
+            )
         name = str(node.target)
         if name not in constants:
             with graph.inserting_before(next(iter(graph.nodes))):
@@ -259,7 +297,6 @@ def _lifted_constants(module: fx.GraphModule) -> dict[str, tuple[fx.Node, torch.
             constants[name] = placeholder, value
         node.replace_all_uses_with(constants[name][0])
         graph.erase_node(node)
-        delattr(module, name) if name not in constants else None
     return constants
 
 

@@ -49,22 +49,19 @@ Retrace = Callable[[Sequence[int]], TracedGraph]
 """Traces the call again with an image more, and that many pixels per axis."""
 
 
-def capture(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], flat: bool = False
-) -> tuple[Captured, list[Any]]:
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Captured, list[Any]]:
     """The graph of `model` for inputs like these, and fake values for it; the model does not run.
 
-    With `flat` the results are known. Raises `GraphBreakError` or `CaptureError`, with the user's line, if the
-    model cannot be captured.
+    Raises `GraphBreakError` or `CaptureError`, with the user's line, if the model cannot be captured.
     """
-    tracer, fakes = Tracer(), FakeInputs(args, kwargs)
-    trace = tracer.trace(model, args, kwargs, flat)
+    tracer = Tracer()
+    trace = tracer.trace(model, args, kwargs)
     if trace.graph is None:
         raise CaptureError(f"{type(model).__name__} computes nothing with the tensors of the call")
-    retrace = retracing(tracer, model, fakes) if trace.reads_sizes else None
+    retrace = retracing(tracer, model, FakeInputs(args, kwargs)) if trace.reads_sizes else None
     with explained(model, args, kwargs):
         captured = capture_graph(trace.graph, trace.graph.examples, retrace)
-    return replace(captured, results=trace.results), trace.graph.values_at(trace.graph.examples, {})
+    return captured, trace.graph.values_at(trace.graph.examples, {})
 
 
 def retracing(tracer: Tracer, model: nn.Module, inputs: FakeInputs) -> Retrace:
@@ -96,7 +93,7 @@ def capture_graph(traced: TracedGraph, values: Sequence[Any], retrace: Retrace |
 
     Raises what an operator raises that refuses these values.
     """
-    autocast = ambient_autocast(sorted({value.device.type for value in values if isinstance(value, torch.Tensor)}))
+    autocast = ambient_autocast(values)
     captured = to_aten(traced, traced.values_at(values, {}), autocast)
     independent = _make_independent(captured, traced, values, retrace, autocast)
     captured.module.recompile()
@@ -160,9 +157,8 @@ def _same_constants(constants: Mapping[str, Any], others: Mapping[str, Any]) -> 
 
 def still_holds(captured: Captured, traced: TracedGraph, values: Sequence[Any]) -> bool:
     """Whether a trace at another size takes the captured path, with the captured constants (rule 5)."""
-    autocast = ambient_autocast(sorted({value.device.type for value in values if isinstance(value, torch.Tensor)}))
     fakes = traced.values_at(values, {})
-    other = to_aten(traced, fakes, autocast)
+    other = to_aten(traced, fakes, ambient_autocast(values))
     if (other.tensors, other.inputs, other.places) != (captured.tensors, captured.inputs, captured.places):
         return False
     if not _same_constants(other.constants, captured.constants):
@@ -178,17 +174,20 @@ def _calls(graph: fx.Graph, metas: Mapping[str, Meta]) -> list[tuple[Any, ...]]:
     """Every operator call with integers folded and inputs named by their index among the calls."""
     names: dict[str, object] = {}
     calls: list[tuple[Any, ...]] = []
+
+    def named(arguments: Any) -> list[Any]:
+        leaves = pytree.tree_leaves(arguments, is_leaf=lambda x: x is None)
+        return [names[leaf.name] if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+
     for node in graph.nodes:
         if node.op == "call_function" and not isinstance(metas.get(node.name), int):
-            leaves = pytree.tree_leaves(fold_integers(node, metas), is_leaf=lambda x: x is None)
-            calls.append((node.target, [names[x.name] if isinstance(x, fx.Node) else x for x in leaves]))
+            calls.append((node.target, named(fold_integers(node, metas))))
             calls += [("in a subgraph", _calls(inner, {})) for inner in subgraphs(node)]
             names[node.name] = ("call", len(calls))
         else:
             names[node.name] = node.name
         if node.op == "output":
-            leaves = pytree.tree_leaves(node.args, is_leaf=lambda x: x is None)
-            calls.append(("output", [names[x.name] if isinstance(x, fx.Node) else x for x in leaves]))
+            calls.append(("output", named(node.args)))
     return calls
 
 

@@ -27,8 +27,9 @@ Block = tuple[str, "torch.dtype | None", bool]
 DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
-def ambient_autocast(devices: Sequence[str]) -> tuple[Block, ...]:
-    """The blocks of autocast that are on where this is called, for these types of devices."""
+def ambient_autocast(values: Sequence[Any]) -> tuple[Block, ...]:
+    """The blocks of autocast that are on where this is called, for the devices of the tensors among the values."""
+    devices = sorted({value.device.type for value in values if isinstance(value, torch.Tensor)})
     return tuple(
         (device, torch.get_autocast_dtype(device), True)
         for device in devices

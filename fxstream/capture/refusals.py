@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from fxstream.errors import CaptureError, GraphBreakError
 from fxstream.graph.user_code import is_library_file, last_user_frame
 
 __all__ = ["explained", "refuse"]
+
+RAISED = re.compile(r"""got \w+\((?P<quote>['"])(?P<reason>.*)(?P=quote)\)$""", re.MULTILINE)
+"""What an operator raised, in dynamo's words for it."""
 
 
 def refuse(model: nn.Module) -> None:
@@ -37,10 +41,14 @@ def explained(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 def _graph_break(model: nn.Module, error: TorchDynamoException) -> str:
     reason = next(iter(str(error).strip().splitlines()), "")
-    stack = getattr(error, "real_stack", None) or ()
-    frames = [frame for frame in stack if not is_library_file(frame.filename)]
-    line = f" at {frames[-1].filename}:{frames[-1].lineno} (`{frames[-1].line}`)" if frames else ""
-    return f"{type(model).__name__} is not one graph: it breaks{line}: {reason}"
+    return f"{type(model).__name__} is not one graph: it breaks{_line(error)}: {reason}"
+
+
+def _line(error: Exception) -> str:
+    """The user's line at which an error arose, dynamo's or any other; empty if there is none."""
+    traced = [f for f in getattr(error, "real_stack", None) or () if not is_library_file(f.filename)]
+    frame = traced[-1] if traced else last_user_frame(error)
+    return f" at {frame.filename}:{frame.lineno} (`{frame.line}`)" if frame is not None else ""
 
 
 def _refuse_backward_hooks(model: nn.Module) -> None:
@@ -93,17 +101,10 @@ def _refuse_shared_statistics(model: nn.Module) -> None:
 
 def _explanation(model: nn.Module, error: Exception) -> str:
     """The message of a `CaptureError`: the user's line and the reason."""
-    frame = last_user_frame(error)
-    line = f" at {frame.filename}:{frame.lineno} (`{frame.line}`)" if frame is not None else ""
-    kind = type(error).__name__
-    reason = next(iter(str(error).strip().splitlines()), kind)
-    if "DataDependent" in kind or "GuardOnData" in kind:
-        return (
-            f"{type(model).__name__} has control flow{line} that depends on the values of a tensor, which no graph"
-            " of the whole model can follow: compile a part without it, such as the backbone, or use"
-            f" torch.compile(model, backend='fxstream'), which splits the model there ({reason})"
-        )
-    return f"{type(model).__name__} cannot run on inputs of these shapes and types{line}: {reason}"
+    raised = RAISED.search(str(error))
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = raised.group("reason") if raised else lines[0]
+    return f"{type(model).__name__} cannot run on inputs of these shapes and types{_line(error)}: {reason}"
 
 
 def _advice(model: nn.Module, reason: str, leaves: Sequence[Any]) -> str:

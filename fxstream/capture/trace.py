@@ -90,7 +90,7 @@ class Trace:
     def holds(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether a call would be traced the same way, but for the tensors of the call."""
         local = {"model": model, "args": args, "kwargs": dict(kwargs)}
-        with _disable_current_modes(), _without_watchers():  # under which tensors, and modules, look different
+        with _without_modes(), _without_watchers():  # under which tensors, and modules, look different
             return bool(self._guards.guard_manager.check(local))
 
     def changed(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
@@ -134,6 +134,7 @@ class Tracer:
         fakes = FakeInputs(args, kwargs)
         hooks = Hooks(guard_filter_fn=lambda entries: [_is_guarded(entry, fakes.ids) for entry in entries])
         with convert_frame.compile_lock, _tracing(model, flat), explained(model, args, kwargs):
+            _bind(model, args, kwargs)
             output = convert_frame.fullgraph_capture(function, (model, fakes.args, fakes.kwargs))
             captured = output.graph_capture_output
             guards = captured.build_guards(function.__code__, hooks=hooks)
@@ -204,6 +205,14 @@ def _tracing(model: nn.Module, flat: bool) -> Iterator[None]:
             yield
     finally:
         _CAPTURES.depth -= 1
+
+
+@contextlib.contextmanager
+def _without_modes() -> Iterator[None]:
+    """Without the modes of this thread. (Torch's function for that takes those of other threads too.)"""
+    has_modes = torch._C._len_torch_dispatch_stack() > 0
+    with torch._C._DisableTorchDispatch() if has_modes else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager
@@ -279,13 +288,25 @@ def _takes_rows(graph: TracedGraph) -> bool:
     )
 
 
+def _bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise `TypeError` for arguments that the model's forward does not take."""
+    signature = _signature(model)
+    if signature is not None and not model._forward_pre_hooks:  # which may add arguments
+        signature.bind(*args, **kwargs)
+
+
+def _signature(model: nn.Module) -> inspect.Signature | None:
+    try:
+        return inspect.signature(model.forward)
+    except (TypeError, ValueError):  # a callable without a signature
+        return None
+
+
 def _parameters(model: nn.Module) -> list[str]:
     """The names of the positional parameters of a model's forward."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    try:
-        parameters = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):  # a callable without a signature
-        return []
+    signature = _signature(model)
+    parameters = () if signature is None else signature.parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind in kinds]
 
 

@@ -1,9 +1,9 @@
 """A graph as dynamo hands it over: torch functions, with the model's tensors among its inputs.
 
-NOTE [inputs of the graph] 1. Parameters and buffers are inputs, next to the images. Where a graph is traced from a
-call of the model, an input
-   belongs to the call if its source is an argument; in a part of a program, dynamo marks the model's tensors, and
-   what a convolution takes as its weight is one in any case.
+NOTE [inputs of the graph]
+1. Parameters and buffers are inputs, next to the images. Where a graph is traced from a call of the model, an
+   input belongs to the call if its source is an argument; in a part of a program, dynamo marks the model's
+   tensors, and what a convolution takes as its weight is one in any case.
 2. A size that dynamo keeps symbolic is an input too. It is read from the tensor that has it.
 3. Any other number is an input too, if it was seen to change (a counter, an argument). What is computed of numbers
    alone is computed in every call; where it enters an operator on tensors it is a constant: another value is
@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["GraphInput", "Kind", "TracedGraph", "checkpointed", "user_path"]
+__all__ = ["GraphInput", "Kind", "TracedGraph", "checkpointed", "hooked", "user_path"]
 
 CONVOLUTIONS = tuple(getattr(torch, f"conv{kind}{rank}d") for kind in ("", "_transpose") for rank in (1, 2, 3))
 ARGUMENTS = re.compile(r"L\['(args|kwargs)'\]")
@@ -75,7 +75,7 @@ class TracedGraph:
             _take_number(node)
         self._placeholders = nodes
         self._numbers = _numbers(module.graph, [nodes[i] for i in self.indices(Kind.NUMBER)])
-        _run_checkpoints(module)
+        _run_in_eager(module)
         _name_modules(module.graph)
         module.recompile()
 
@@ -258,11 +258,26 @@ def checkpointed(body: fx.GraphModule, *inputs: Any, **_: Any) -> Any:
     return checkpoint(body, *inputs, use_reentrant=False)
 
 
-def _run_checkpoints(module: fx.GraphModule) -> None:
+def hooked(tensor: torch.Tensor, body: fx.GraphModule) -> torch.Tensor:
+    """A tensor whose gradient goes through a hook of the user; dynamo's operator for it would drop the hook."""
+
+    def hook(gradient: torch.Tensor) -> Any:
+        result = body(gradient)
+        return result[0] if isinstance(result, (list, tuple)) else result
+
+    if tensor.requires_grad:
+        tensor.register_hook(hook)
+    return tensor
+
+
+def _run_in_eager(module: fx.GraphModule) -> None:
+    """Replace what only a compiler of dynamo's graph gives its meaning, in place."""
+    operators: dict[Any, Any] = {torch.ops.higher_order.tag_activation_checkpoint: checkpointed}
+    if hasattr(torch.ops.higher_order, "register_hook"):
+        operators[torch.ops.higher_order.register_hook] = hooked
     for part in module.modules():
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
-            if node.target is torch.ops.higher_order.tag_activation_checkpoint:
-                node.target = checkpointed
+            node.target = operators.get(node.target, node.target)
         if isinstance(part, fx.GraphModule):
             part.recompile()
 

@@ -24,7 +24,7 @@ from fxstream.capture.traced_graph import Kind, TracedGraph
 from fxstream.compiler.analysis import Analysis, Earlier, analyse, lowered
 from fxstream.compiler.cache import Cache
 from fxstream.compiler.stages import Stages
-from fxstream.errors import StreamError, StreamingWarning
+from fxstream.errors import CaptureError, StreamError, StreamingWarning
 from fxstream.graph.autograd_saves import saves_of
 from fxstream.graph.captured import Captured
 from fxstream.graph.effects import is_random
@@ -33,11 +33,11 @@ from fxstream.graph.typed_graph import Saves
 from fxstream.io.inputs import whole
 from fxstream.io.source import Source
 from fxstream.machine.device import budget_of
+from fxstream.machine.progress import Bar
 from fxstream.planning.decision import Decision
 from fxstream.planning.plan import Plan, make_plan
 from fxstream.probe.probe import MOST_BYTES, ProbeReport, probe
 from fxstream.rules import Reason
-from fxstream.runtime.progress import Bar
 from fxstream.runtime.ranks import Ranks, digest, fingerprint
 from fxstream.runtime.rewrite import StreamedSegment, read_whole, rewrite
 from fxstream.tiling.parts import streamable_parts
@@ -268,7 +268,7 @@ class Pipeline:
         if isinstance(cached, CapturedModel):
             return cached
         with stages("capture"):
-            captured = capture_graph(self.traced, values, self._retrace)
+            captured = self._capture(values)
         self._retrace = None
         with stages("analysis"), without_autocast(captured):
             made = self._made(captured, values)
@@ -281,6 +281,14 @@ class Pipeline:
         else:
             self._cache.put(key, made)
         return made
+
+    def _capture(self, values: Sequence[Any]) -> Captured:
+        """The ATen graph. Raises `CaptureError` where an operator that runs cannot be captured."""
+        try:
+            return capture_graph(self.traced, values, self._retrace)
+        except (RuntimeError, TypeError, ValueError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise CaptureError(f"{self.shared.name} cannot be captured: {lines[0]}") from error
 
     def _made(self, captured: Captured, values: Sequence[Any]) -> CapturedModel:
         """What is made once of a capture, at the size of these values."""

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator
 
-from fxstream.runtime.progress import Bar
+from fxstream.machine.progress import Bar
 
 __all__ = ["Stages"]
 

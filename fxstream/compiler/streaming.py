@@ -23,6 +23,7 @@ from fxstream.graph.typed_graph import Verdict
 from fxstream.io.inputs import Inputs, inputs_of
 from fxstream.planning.plan import Plan
 from fxstream.probe.probe import ProbeReport
+from fxstream.runtime.tile_loop import refuse_transforms
 
 __all__ = ["Streaming", "TracedCall"]
 
@@ -94,7 +95,7 @@ class Streaming:
         self.shared = Shared(type(model).__name__, options)
         self._calls: list[TracedCall] = []
         self._breaks: dict[Any, GraphBreakError] = {}
-        self._tracer, self._flat_tracer = Tracer(), Tracer()
+        self._tracer = Tracer()
         self._parts = Parts(model, self.shared)
         self._lock = threading.RLock()
 
@@ -132,6 +133,7 @@ class Streaming:
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the model returns for these arguments."""
+        refuse_transforms()
         inputs = inputs_of(self.model, args, kwargs)
         try:
             call = self.call(inputs)
@@ -155,7 +157,7 @@ class Streaming:
         return call
 
     def ready(self, inputs: Inputs, written: Sequence[int] | None = None) -> Ready:
-        """What a call would run; with `written` a call without gradients that writes these results.
+        """What a call would run, which does not run; with `written` one without gradients that writes results.
 
         Raises `CaptureError` for a model that is not one graph.
         """
@@ -202,15 +204,14 @@ class Streaming:
         """A new trace; a model that reads sizes is traced at each, and its pipeline serves all that it fits."""
         model, others = self.model, [call for call in self._calls if call.key == key]
         self._warn_of_changes(others, inputs)
-        tracer = self._flat_tracer if flat else self._tracer
-        trace = tracer.trace(model, inputs.args, inputs.kwargs, flat)
+        trace = self._tracer.trace(model, inputs.args, inputs.kwargs, flat)
         pipeline = None
         if trace.graph is not None:
             pipelines = [other.pipeline for other in others if other.pipeline is not None]
             pipeline = next((one for one in pipelines if trace.reads_sizes and one.serves(trace.graph)), None)
             if pipeline is None:
                 fakes = FakeInputs(inputs.args, inputs.kwargs)
-                again = retracing(tracer, model, fakes) if trace.reads_sizes else None
+                again = retracing(self._tracer, model, fakes) if trace.reads_sizes else None
                 pipeline = Pipeline(trace.graph, self.shared, again)
         formats = input_formats(inputs.tensors) if trace.reads_formats else None
         call = TracedCall(key, shapes if trace.reads_sizes else None, formats, trace, pipeline)

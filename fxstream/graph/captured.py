@@ -33,10 +33,9 @@ class Captured:
 
     `module` takes the model's tensors, whose names for the user are `tensors`, and then the tensors of the call,
     whose placeholders are `inputs`. `places` has, for each of these placeholders, the index among the values that
-    the call comes with, or the name of one of the `constants`. It returns a list of outputs; `results` says what
-    the model returns of them, where that was asked for. Its last outputs are what the values at the indices
-    `changed` became, which the model changes in place. With `bound` the graph is specialised to its size. With
-    `is_cast` it holds the casts of autocast, which must then be off when it runs.
+    the call comes with, or the name of one of the `constants`. It returns a list of outputs, of which the last are
+    what the values at the indices `changed` became, which the model changes in place. With `bound` the graph is
+    specialised to its size. With `is_cast` it holds the casts of autocast, which must then be off when it runs.
     """
 
     module: fx.GraphModule
@@ -47,7 +46,6 @@ class Captured:
     changed: tuple[int, ...] = ()
     bound: bool = False
     is_cast: bool = False
-    results: Results | None = None
 
     @property
     def graph(self) -> fx.Graph:

@@ -229,23 +229,27 @@ def _run(target: Any, args: Any, kwargs: dict[str, Any], device: torch.device) -
         )
         with _Flops() as counter:
             result = target(*fakes[0], **fakes[1])
-    return _value(result), counter.total // 2
+    return _value(result), counter.flops // 2
 
 
 class _Flops(TorchDispatchMode):
-    """Counts as torch's `FlopCounterMode` does, without its hooks on all modules, which other threads call."""
+    """Counts FLOPs by torch's formulas. Torch's own counter hooks every module of the process, of all threads."""
 
-    total = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        count, kwargs = flop_registry.get(func._overloadpacket), kwargs or {}
-        if count is None and func is not torch.ops.prim.device.default:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, formula = kwargs or {}, flop_registry.get(func._overloadpacket)
+        result = NotImplemented
+        if formula is None and func.namespace == "aten":
             with self:
                 result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        result = func(*args, **kwargs)
-        self.total += 0 if count is None else count(*args, **kwargs, out_val=result)
+        if result is NotImplemented:
+            result = func(*args, **kwargs)
+        self.flops += 0 if formula is None else formula(*args, **kwargs, out_val=result)
         return result
 
 
@@ -285,10 +289,10 @@ class _Interpreter(fx.Interpreter):
         return value
 
     def _counted(self, n: fx.Node) -> Any:
-        """The value of a node whose multiply-accumulates count."""
+        """The value of a node whose multiply-accumulates count; a FLOP of torch's counter is half of one."""
         with _Flops() as counter:
             value = super().run_node(n)
-        self.macs[n.name] = counter.total // 2
+        self.macs[n.name] = counter.flops // 2
         return value
 
 

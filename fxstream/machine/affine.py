@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fxstream.machine.operators import operator, overload
+from fxstream.machine.operators import operator, overload, untraced
 
 __all__ = ["BATCH_NORM", "batch_norm"]
 
@@ -38,6 +38,7 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @untraced
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tensor, weight, mean, root = ctx.saved_tensors
         of_tensor, of_weight, of_bias = ctx.needs_input_grad[:3]

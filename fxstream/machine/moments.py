@@ -17,9 +17,13 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fxstream.machine.operators import operator, wide
+from fxstream.machine.operators import operator, untraced, wide
 
 __all__ = ["affine", "combined_moments", "mean_variance", "moments", "normalise", "update_statistics_"]
+
+PARTS = 8
+SMALL = 2**14
+"""Elements of which the distances from the mean may be held at once on a CPU."""
 
 
 def _mean_variance(tensor: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,14 +41,27 @@ def _mean_variance(tensor: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor,
     if not is_host:
         variance, mean = torch.var_mean(tensor, dims, correction=0, keepdim=True)
         return mean, variance
+    # Some channels at a time, so that the distances do not take the memory of another map.
+    kept = [dim for dim, size in enumerate(tensor.shape) if size > 1 and dim not in _positive(tensor, dims)]
+    if not kept or tensor.numel() <= SMALL:
+        return _in_two_passes(tensor, dims)
+    means, variances = zip(*(_in_two_passes(part, dims) for part in tensor.chunk(PARTS, kept[0])), strict=True)
+    return torch.cat(means, kept[0]), torch.cat(variances, kept[0])
+
+
+def _in_two_passes(tensor: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     mean = tensor.mean(dims, True)
     apart = tensor - mean
     rest = apart.mean(dims, True)  # what the mean lost in rounding
     return mean + rest, torch.addcmul(apart.mul_(apart).mean(dims, True), rest, rest, value=-1)
 
 
+def _positive(tensor: torch.Tensor, dims: list[int]) -> list[int]:
+    return sorted(dim % tensor.ndim for dim in dims)
+
+
 def _is_per_channel(tensor: torch.Tensor, dims: list[int]) -> bool:
-    return tensor.ndim > 1 and sorted(dim % tensor.ndim for dim in dims) == [0, *range(2, tensor.ndim)]
+    return tensor.ndim > 1 and _positive(tensor, dims) == [0, *range(2, tensor.ndim)]
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:
@@ -65,6 +82,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @untraced
     def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         tensor, mean = ctx.saved_tensors
         of_mean, of_variance = gradients.div(ctx.count).view(2, *mean.shape)
@@ -111,6 +129,7 @@ class _CombinedMoments(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @untraced
     def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         apart, elements, count = ctx.saved_tensors
         of_mean, of_variance, of_sample = gradients.view(3, -1)
@@ -153,6 +172,7 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @untraced
     def backward(ctx: Any, of_scale: torch.Tensor, of_shift: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         root, scale = ctx.saved_tensors
         of_weight = of_scale * root

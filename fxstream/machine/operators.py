@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["operator", "overload", "wide"]
+__all__ = ["operator", "overload", "untraced", "wide"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _LIBRARY = torch.library.Library("fxstream", "DEF")
 
@@ -22,6 +24,11 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return function
 
     return define
+
+
+def untraced(function: Function) -> Function:
+    """The function, which dynamo does not look into: a backward is called in the middle of a user's code."""
+    return torch.compiler.disable(function)  # type: ignore[no-any-return]
 
 
 def overload(name: str) -> torch._ops.OpOverload:

@@ -20,7 +20,7 @@ from fxstream.prediction.images import open_image, stem_of
 from fxstream.prediction.network import Moments, Normalised
 from fxstream.prediction.picture import Level
 from fxstream.prediction.results import FORMATS, finished, form_of, opened
-from fxstream.runtime.ranks import Ranks
+from fxstream.runtime.ranks import Ranks, together
 from fxstream.tools.infer import infer
 
 __all__ = ["Predictor"]
@@ -52,23 +52,23 @@ class Predictor:
         ranks = self.ranks
         is_first = ranks is None or not ranks.rank
         with contextlib.ExitStack() as stack:
-            with _together(ranks):
+            with together(ranks):
                 level = self._level(image, stack)
                 module = self._module(level)
                 pixels = source(level.array, layout=level.layout, dtype=_floating(self.network))
             with torch.no_grad():
                 ready = inspect(module).ready(inputs_of(module, (pixels,), {}), [0])
-            with _together(ranks):
+            with together(ranks):
                 form = form_of(ready, level, self.dtype)
                 name = stem_of(image) + (FORMATS[self.format] if form.letters else ".npy")
                 accept(name)
                 array = opened(folder, form, True) if is_first else None
-            with _together(ranks):
+            with together(ranks):
                 array = opened(folder, form, False) if array is None else array
                 out = target(array, (None, ...) if form.dropped else ...)
             options = {"restart": True, "saturate": self.dtype is not None}
             infer(module, pixels, out=out, journal=folder / "journal", **options)
-            with _together(ranks):
+            with together(ranks):
                 self._level(image, stack)  # is it still there? Chunks of a store that is gone are read as zeros
         return (finished(folder, form, self.format, stem_of(image)) if is_first else folder), name
 
@@ -95,7 +95,3 @@ class Predictor:
 def _floating(network: nn.Module) -> torch.dtype | None:
     """The type of the network's weights, which its images are converted to; None where it has none."""
     return next((tensor.dtype for tensor in network.parameters() if tensor.is_floating_point()), None)
-
-
-def _together(ranks: Ranks | None) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if ranks is None else ranks.raise_together()

@@ -44,7 +44,7 @@ def constant_values(box: torch.Tensor, dims: tuple[int, ...] | None) -> bytes | 
     >>> constant_values(box, (1,)), constant_values(box, (0, 1))
     (b'\\x07\\x08', None)
     """
-    if dims is None or not box.numel():
+    if dims is None or not box.numel() or box.itemsize not in BITS:
         return None
     bits = box.detach().view(BITS[box.itemsize])
     few, one = bits, bits

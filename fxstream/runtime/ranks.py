@@ -24,7 +24,7 @@ from fxstream.errors import InputError, StreamError
 from fxstream.io.source import Source
 from fxstream.machine.device import current_device
 
-__all__ = ["Ranks", "Rows", "assigned", "digest", "fingerprint"]
+__all__ = ["Ranks", "Rows", "assigned", "digest", "fingerprint", "together"]
 
 Subscript = tuple[slice, ...]
 Rows = list[tuple[torch.Tensor, int]]
@@ -183,3 +183,8 @@ def fingerprint(image: torch.Tensor | Source) -> str:
 def digest(values: bytes) -> str:
     """A few characters that differ where the values do."""
     return hashlib.sha256(values).hexdigest()[:8]
+
+
+def together(ranks: Ranks | None) -> contextlib.AbstractContextManager[None]:
+    """A block that every rank runs; if it fails on one, all raise. Without ranks it is any block."""
+    return contextlib.nullcontext() if ranks is None else ranks.raise_together()

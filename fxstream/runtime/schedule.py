@@ -22,7 +22,7 @@ from fxstream.io.sink import Sink
 from fxstream.lowering.whole import result_of
 from fxstream.rules import Reduced, Table, Value
 from fxstream.rules.resample_table import Lookup
-from fxstream.runtime.ranks import Ranks, assigned
+from fxstream.runtime.ranks import Ranks, assigned, together
 from fxstream.runtime.tile_program import TileProgram, tile_program, whole_program
 from fxstream.runtime.turns import bands, turns
 from fxstream.tiling.bounds import AxisTile, BoundsPass, lookups
@@ -282,7 +282,7 @@ class Stream:
 
     def raise_together(self) -> contextlib.AbstractContextManager[None]:
         """A block that every rank runs; if it fails on one, all raise."""
-        return contextlib.nullcontext() if self.ranks is None else self.ranks.raise_together()
+        return together(self.ranks)
 
     @property
     def repeated_text(self) -> str:

@@ -39,13 +39,14 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxstream.errors import StreamError
+from fxstream.machine.operators import untraced
 from fxstream.runtime.backward import Backward
 from fxstream.runtime.forward import Forward
 from fxstream.runtime.prefetch import Image
 from fxstream.runtime.schedule import Stream
 from fxstream.runtime.tile_run import Inputs
 
-__all__ = ["stream_map"]
+__all__ = ["refuse_transforms", "stream_map"]
 
 
 def stream_map(stream: Stream, tensors: Sequence[Image]) -> tuple[torch.Tensor, ...]:
@@ -53,14 +54,19 @@ def stream_map(stream: Stream, tensors: Sequence[Image]) -> tuple[torch.Tensor, 
 
     Raises `StreamError` under functional transforms.
     """
+    refuse_transforms()
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _StreamMap.apply(stream, *tensors)  # type: ignore[no-untyped-call, no-any-return]
+    return _run_forward(Forward(stream, tensors), Inputs.of(stream, tensors).device)
+
+
+def refuse_transforms() -> None:
+    """Raise `StreamError` under functional transforms."""
     if torch._C._are_functorch_transforms_active():
         raise StreamError(
             "torch.func transforms (grad, vmap, jvp) cannot go through a stream: use loss.backward() or"
             " torch.autograd.grad, or call the plain model"
         )
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _StreamMap.apply(stream, *tensors)  # type: ignore[no-untyped-call, no-any-return]
-    return _run_forward(Forward(stream, tensors), Inputs.of(stream, tensors).device)
 
 
 @torch.no_grad()
@@ -113,6 +119,7 @@ class _StreamMap(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise StreamError(

@@ -18,6 +18,7 @@ import torch
 
 from fxstream.graph.autograd_saves import may_reuse
 from fxstream.graph.typed_graph import TypedGraph, TypedNode
+from fxstream.machine.operators import untraced
 from fxstream.rules.windowed import CONVOLUTIONS, per_axis
 from fxstream.tiling.segment import Segment, with_nodes
 
@@ -105,6 +106,7 @@ class _Uncomputed(torch.autograd.Function):
         return image.new_zeros(()).expand(image.shape[0], weight.shape[0], *extents)
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         image, weight = ctx.saved_tensors
         bias, stride, padding, dilation, groups = ctx.arguments

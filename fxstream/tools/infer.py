@@ -24,7 +24,7 @@ from fxstream.io.inputs import Inputs, inputs_of
 from fxstream.io.journal import Journal
 from fxstream.io.sharing import is_in_memory_only, share
 from fxstream.io.sink import Sink
-from fxstream.runtime.ranks import Ranks, digest
+from fxstream.runtime.ranks import Ranks, digest, together
 from fxstream.runtime.rewrite import with_sinks
 
 __all__ = ["infer"]
@@ -72,7 +72,7 @@ def infer(
         assert results is not None
         arrays = _paired(results.spec, out)
         writing = _Writing(results, arrays, saturate, streaming.shared.ranks)
-        with _together(writing.ranks):
+        with together(writing.ranks):
             _refuse_shared(inputs, arrays)
             _refuse_copies(arrays, journal is not None, writing.ranks)
         with contextlib.ExitStack() as opened:
@@ -109,7 +109,7 @@ class _Writing:
             once = {outputs[i]: sink for i, sink in sinks.items() if outputs.count(outputs[i]) == 1}
             graph, streamed = with_sinks(prepared.streamed, once)  # type: ignore[arg-type]
             flat = replace(prepared, streamed=graph).run(values, outside)
-        with _together(self.ranks):
+        with together(self.ranks):
             for i, sink in sinks.items():
                 if outputs[i] not in streamed and (self.ranks is None or not self.ranks.rank):
                     sink.write_whole(flat[outputs[i]])  # type: ignore[index]
@@ -117,7 +117,7 @@ class _Writing:
 
     def _sinks(self, prepared: Prepared) -> dict[int, Sink]:
         """What writes each result that has an array, resumed where there is a journal."""
-        with _together(self.ranks):
+        with together(self.ranks):
             shapes = self._shapes(prepared)
             sinks = {
                 i: Sink(array, shapes[i].shape, shapes[i].dtype, i, self._saturate)
@@ -203,11 +203,6 @@ def _refuse_copies(arrays: Mapping[int, Any], is_resumable: bool, ranks: Ranks |
             StreamingWarning,
             stacklevel=3,
         )
-
-
-def _together(ranks: Ranks | None) -> contextlib.AbstractContextManager[None]:
-    """A block that every rank runs; if it fails on one, all raise."""
-    return contextlib.nullcontext() if ranks is None else ranks.raise_together()
 
 
 def _opened(

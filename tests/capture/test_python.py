@@ -505,3 +505,15 @@ def test_what_is_not_one_graph_is_traced_once(monkeypatch):
     for _ in range(3):
         assert torch.allclose(module(image), model(image), rtol=1e-4, atol=1e-5)
     assert traced == [1]
+
+
+def tripled(m, y):
+    if y.requires_grad:
+        y.register_hook(lambda gradient: 3 * gradient)
+    return y
+
+
+def test_a_hook_on_the_gradient_of_what_the_model_computes():
+    module, _, _ = same(Net(tripled))
+    module(torch.randn(LARGE).double())
+    assert any("hook_1" in str(node.target) for node in module.graph.nodes)

@@ -17,7 +17,7 @@ RUN = {
     "README.md": 7,
     "coming_from.md": 4,
     "exactness.md": 1,
-    "images_on_disk.md": 4,
+    "images_on_disk.md": 5,
     "options.md": 5,
     "other_tools.md": 1,
     "own_training.md": 1,

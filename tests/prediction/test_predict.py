@@ -233,7 +233,7 @@ def test_a_store_that_vanishes_is_told(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fxstream.Source, "read", vanishing)
     outcome = fxstream.predict(scores(), tmp_path / "one.zarr", tmp_path / "out")
-    assert "there is no file" in outcome.failed[tmp_path / "one.zarr"]
+    assert "is gone since it was opened" in outcome.failed[tmp_path / "one.zarr"]
     assert not (tmp_path / "out" / "one.ome.zarr").exists()
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 import fxstream
-from fxstream.runtime import progress
+from fxstream.machine import progress
 
 
 def test_each_pass_has_a_bar():
