@@ -120,13 +120,14 @@ def _make_independent(
         if second is None:
             continue
         if not _same_constants(captured.constants, second.constants):
-            return False
+            continue
         graphs = [captured.graph, second.graph]
         constants = size_dependent_constants(graphs)
-        if not constants:
-            return constants is not None
-        third = at(tuple(3 * pixels for pixels in shift))
-        return third is not None and explain_sizes([*graphs, third.graph])
+        if constants == []:
+            return True
+        third = at(tuple(3 * pixels for pixels in shift)) if constants else None
+        if third is not None and explain_sizes([*graphs, third.graph]):
+            return True
     return False
 
 

@@ -1,9 +1,9 @@
 """Sizes that a static capture turned into constants, written as sizes of tensors of the graph again.
 
 A static capture has sizes in its arguments, as in ``view(x, [2, 512, 49])``. Captures at other sizes show which
-integers depend on the size. Each is explained as a size of a tensor, a product of sizes of one tensor, or a size
-times a fraction, and is replaced by ``sym_size`` and integer arithmetic. If one of them cannot be explained, the
-capture is specialised to its size.
+integers depend on the size. Each is explained as a size of a tensor, a product of sizes of one tensor, a size
+times a fraction, or what a size lacks to a multiple, and is replaced by ``sym_size`` and integer arithmetic. If one
+of them cannot be explained, the capture is specialised to its size.
 """
 
 from __future__ import annotations
@@ -95,17 +95,27 @@ def _flatten_arguments(node: fx.Node) -> tuple[list[object], pytree.TreeSpec]:
 
 @dataclass(frozen=True, slots=True)
 class _SizeExpression:
-    """The product of the sizes of some dims of a tensor, times a fraction, rounded down."""
+    """The product of the sizes of some dims of a tensor, times a fraction, rounded down.
+
+    With a `multiple` of it, what the product lacks to the next multiple of that, times `sign`.
+    """
 
     tensor: fx.Node
     dims: tuple[int, ...]
     fraction: Fraction | None = None
+    multiple: int | None = None
+    sign: int = 1
 
     def write(self, graph: fx.Graph) -> fx.Node:
         """Insert the nodes that compute it; returns the last one."""
         product = self._size(graph, self.dims[0])
         for dim in self.dims[1:]:
             product = graph.call_function(operator.mul, (product, self._size(graph, dim)))
+        if self.multiple is not None:
+            lacking = graph.call_function(
+                operator.mod, (graph.call_function(operator.mul, (product, -1)), self.multiple)
+            )
+            return lacking if self.sign > 0 else graph.call_function(operator.mul, (lacking, -1))
         if self.fraction is None:
             return product
         scaled = graph.call_function(operator.mul, (product, self.fraction.numerator))
@@ -144,17 +154,24 @@ def _replace(constant: SizeDependentConstant, expression: _SizeExpression) -> No
 class _TensorSizes:
     """The size of every dim of every tensor in every capture, to explain constants by.
 
-    The inputs of a constant's node are tried first, then all nodes before it, the nearest first.
+    The inputs of a constant's node are tried first, then all nodes before it, the nearest first, those that depend
+    on an image before others.
     """
 
     def __init__(self, graphs: Sequence[fx.Graph]) -> None:
         rows = zip(*(graph.nodes for graph in graphs), strict=True)
         self._sizes = {nodes[0]: _sizes_per_dim(nodes) for nodes in rows}
         self._nodes = list(self._sizes)
+        self._of_image = self._that_depend_on_an_image()
 
     def explain(self, constant: SizeDependentConstant) -> _SizeExpression | None:
         """The first expression that has the constant's value in every capture."""
-        candidates = (self._sizes_equal_to, self._products_equal_to, self._fractions_equal_to)
+        candidates = (
+            self._sizes_equal_to,
+            self._products_equal_to,
+            self._fractions_equal_to,
+            self._remainders_equal_to,
+        )
         return next(itertools.chain.from_iterable(find(constant) for find in candidates), None)
 
     def _sizes_equal_to(self, constant: SizeDependentConstant) -> Iterator[_SizeExpression]:
@@ -178,9 +195,29 @@ class _TensorSizes:
                 if fraction is not None:
                     yield _SizeExpression(tensor, (dim,), fraction)
 
+    def _remainders_equal_to(self, constant: SizeDependentConstant) -> Iterator[_SizeExpression]:
+        sign = -1 if min(constant.values) < 0 else 1
+        values = [sign * value for value in constant.values]
+        for tensor in self._tensors_near(constant.node) if min(values) >= 0 else ():
+            for dim, sizes in enumerate(self._sizes[tensor]):
+                multiple = _multiple(values, sizes)
+                if multiple is not None:
+                    yield _SizeExpression(tensor, (dim,), multiple=multiple, sign=sign)
+
     def _tensors_near(self, node: fx.Node) -> Iterator[fx.Node]:
         yield from node.all_input_nodes
-        yield from reversed(self._nodes[: self._nodes.index(node)])
+        before = self._nodes[: self._nodes.index(node)][::-1]
+        yield from (one for one in before if one in self._of_image)
+        yield from (one for one in before if one not in self._of_image)
+
+    def _that_depend_on_an_image(self) -> set[fx.Node]:
+        """The inputs whose size differs between the captures, and all that is computed with them."""
+        dependent: set[fx.Node] = set()
+        for node, sizes in self._sizes.items():
+            is_image = node.op == "placeholder" and any(len(set(of_dim)) > 1 for of_dim in sizes)
+            if is_image or not dependent.isdisjoint(node.all_input_nodes):
+                dependent.add(node)
+        return dependent
 
 
 def _sizes_per_dim(nodes: Sequence[fx.Node]) -> tuple[tuple[int, ...], ...]:
@@ -188,6 +225,17 @@ def _sizes_per_dim(nodes: Sequence[fx.Node]) -> tuple[tuple[int, ...], ...]:
     values = [node.meta.get("val") for node in nodes]
     shapes = [tuple(value.shape) if isinstance(value, torch.Tensor) else () for value in values]
     return tuple(zip(*shapes, strict=True)) if len(set(map(len, shapes))) == 1 else ()
+
+
+def _multiple(values: Sequence[int], sizes: Sequence[int]) -> int | None:
+    """The number of which each size lacks its value to a multiple, if one fits all; the least one.
+
+    >>> _multiple((0, 5, 3), (14, 16, 18))
+    7
+    """
+    numbers = range(max(values) + 1, LARGEST_DENOMINATOR + 1) if len(set(sizes)) > 1 else ()
+    fitting = (k for k in numbers if all(-size % k == value for size, value in zip(sizes, values, strict=True)))
+    return next(fitting, None)
 
 
 def _fraction(values: Sequence[int], sizes: Sequence[int]) -> Fraction | None:

@@ -126,8 +126,7 @@ def lowered(captured: Captured, values: Sequence[Any], combines: bool = True) ->
     Reductions over space only where they may be combined from tiles.
     """
     graph = analyse(captured, values, combines).graph
-    unflattened = with_positions(captured, graph) if combines else captured
-    if unflattened is not captured:
+    while combines and (unflattened := with_positions(captured, graph)) is not captured:
         captured, graph = unflattened, analyse(unflattened, values).graph
     return lower(captured, graph, combines)
 

@@ -51,6 +51,8 @@ def _view_as(op: FlatOperator) -> Result:
 
 def _unflatten(op: FlatOperator) -> Result:
     dim = op.dim % op.self.ndim
+    if dim in op.self.dims and op.sizes[0] == -1:
+        return None
     others = [op.self.size(d) if d != dim else 0 for d in range(op.self.ndim)]
     return _reshape(op, [*others[:dim], *op.sizes, *others[dim + 1 :]])
 
@@ -65,6 +67,8 @@ def _reshape(op: FlatOperator, sizes: Sequence[Any]) -> Result:
     if all(len(before) == len(after) == 1 for before, after in groups):
         where = {before[0]: after[0] for before, after in groups}
         return _taken_apart(op, tuple(where[dim] for dim in source.dims), sizes)
+    if op.source(op.self) is None and (windows := _windows(op, groups, sizes)) is not None:
+        return windows
     if len(groups) != 1 or len(groups[0][1]) != 1:
         return None
     joined, place = groups[0][0], groups[0][1][0]
@@ -85,12 +89,36 @@ def _taken_apart(op: FlatOperator, dims: tuple[int, ...], sizes: Sequence[Any]) 
     return image
 
 
+def _windows(op: FlatOperator, groups: Sequence[tuple[range, range]], sizes: Sequence[Any]) -> Proxy | None:
+    """Rule 6: the tensor with each stream axis kept, split, or joined with the dims after it."""
+    result, dims = op.self, {}
+    for before, after in groups[::-1]:
+        axis = op.self.dims.index(before[0]) if before[0] in op.self.dims else -1
+        if axis < 0 or set(before[1:]) & set(op.self.dims) or 1 < min(len(before), len(after)):
+            return None
+        inner = [sizes[dim] for dim in after[1:]]
+        if any(not isinstance(size, int) or size < 1 for size in inner):
+            return None
+        if not _is_extent(op, sizes[after[0]], axis) and sizes[after[0]] != -1:
+            return None
+        if len(before) > 1:
+            result = result.flatten(before[0], before[-1])
+        elif inner:
+            result = result.unflatten(before[0], [-1, *inner])
+        dims[axis] = after[0]
+    rest = [group for group in align(op.self.shape, op.value.shape) if group not in groups]
+    image = result if all(len(one) == len(other) == 1 for one, other in rest) else result.reshape(sizes)
+    op.draft.values[image.node] = replace(op.value, dims=tuple(dims[axis] for axis in range(len(dims))))
+    return image
+
+
 def _is_extent(op: FlatOperator, number: Any, axis: int) -> bool:
-    """Rule 5: whether a size is by its origin that of a stream axis."""
+    """Rule 5: whether a size is by its origin that of a stream axis, or a part of it."""
     if not isinstance(number, Size):
         return op.bound
     if number.node.target is not torch.ops.aten.sym_size.int:
-        return False
+        inputs = [op.proxy(node) for node in number.node.all_input_nodes]
+        return bool(inputs) and all(_is_extent(op, one, axis) for one in inputs)
     tensor, dim = number.node.args
     return op.proxy(tensor).dims[axis : axis + 1] == (dim,)  # type: ignore[no-any-return]
 

@@ -1,6 +1,8 @@
 """Operators that only move dims around: permute, transpose, view, flatten, squeeze, expand, select.
 
-They are local as long as every tiled dim stays a dim of its own. Size arguments follow the tile.
+They are local as long as every tiled dim stays a dim of its own. Size arguments follow the tile. `unflatten` may
+also split a tiled dim in windows of a few pixels each, [.., 28, ..] to [.., 4, 7, ..], of which the first is tiled,
+and `flatten` may join them again; `lowering.reshapes` makes these two of other reshapes.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ from dataclasses import replace
 
 import torch
 
-from fxstream.geometry.receptive_field import IDENTITY
-from fxstream.rules.access import Read, Value
-from fxstream.rules.patterns import Moved
+from fxstream.geometry.receptive_field import IDENTITY, AxisExtent, AxisMap
+from fxstream.rules.access import OutputSpan, Read, Value
+from fxstream.rules.patterns import Moved, Resampled, Windowed
 from fxstream.rules.reasons import NotTileable, Reason
 from fxstream.rules.rule import Answer, Call, RuleTable
 
@@ -28,8 +30,8 @@ def add_rules(table: RuleTable) -> None:
         table.add(f"aten::{name}", "shuffled", transpose)
     for name in ("view", "reshape", "_unsafe_view"):
         table.add(f"aten::{name}", "shuffled", reshape)
-    for name in ("flatten", "unflatten"):
-        table.add(f"aten::{name}", "shuffled", flatten)
+    table.add("aten::flatten", "shuffled", flatten)
+    table.add("aten::unflatten", "shuffled", unflatten)
     table.add("aten::squeeze", "shuffled", squeeze)
     table.add("aten::unsqueeze", "shuffled", unsqueeze)
     table.add("aten::expand", "shuffled", expand)
@@ -88,12 +90,40 @@ def reshape(call: Call) -> Answer:
 
 
 def flatten(call: Call) -> Answer:
-    """Joins or splits dims other than tiled dims; its arguments name dims, not sizes of the image."""
+    """Joins dims, one tiled dim with dims after it at most."""
     image: Value = call["self"]
-    if "sizes" in call.arguments and call["dim"] % len(image.shape) in image.dims:
+    rank = len(image.shape)
+    first, last = (call[name] % rank for name in ("start_dim", "end_dim"))
+    if not set(range(first + 1, last + 1)) & set(image.dims):
+        pixels = math.prod(image.shape[first + 1 : last + 1])
+        dims = tuple(d - (last - first) * (d > last) for d in image.dims)
+        return _resized(call, dims, (AxisMap(1, pixels, 0, 0), OutputSpan(pixels, 0, pixels)), first)
+    return reshape(call)
+
+
+def unflatten(call: Call) -> Answer:
+    """Splits a dim, also a tiled dim where its first part is free: ``unflatten(1, [-1, 7])``."""
+    image: Value = call["self"]
+    dim, (windows, *sizes) = call["dim"] % len(image.shape), call["sizes"]
+    dims = tuple(d + len(sizes) * (d > dim) for d in image.dims)
+    if dim in image.dims and windows != -1:
         return NotTileable(Reason.SPLITS_TILED_DIM)
-    answer = reshape(call)
-    return replace(answer, size=None) if isinstance(answer, Moved) else answer
+    pixels = math.prod(sizes)
+    return _resized(call, dims, (AxisMap(pixels, 1, 0, pixels - 1), None), dim)
+
+
+def _resized(call: Call, dims: tuple[int, ...], changed: tuple[AxisMap, OutputSpan | None], dim: int) -> Answer:
+    """The pattern of an operator that changes dim `dim` as `changed` says, if it is tiled, and moves the others."""
+    image: Value = call["self"]
+    axis_map, span = changed
+    maps = tuple(axis_map if d == dim else IDENTITY for d in image.dims)
+    if dim not in image.dims:
+        return moved(call, image, dims)
+    read = Read("self", image, image.dims, maps)
+    if span is None:
+        return Windowed(dims, (read,), tuple(AxisExtent(m.den, m.num, 0) for m in maps))
+    spans = tuple(span if d == dim else OutputSpan(1, 0, 1) for d in image.dims)
+    return Resampled(dims, (read,), spans, tuple(AxisExtent(m.den, m.num, 0) for m in maps))
 
 
 def unsqueeze(call: Call) -> Answer:
