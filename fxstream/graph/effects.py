@@ -89,7 +89,7 @@ def is_random(node: fx.Node) -> bool:
         return False
     arguments = bind(node)
     in_training = arguments.get("train", arguments.get("training", True)) is not False
-    return in_training and bool(arguments.get("p", 1) != 0)
+    return in_training and bool(arguments.get("p", arguments.get("dropout_p", 1)) != 0)
 
 
 def ordered_nodes(graph: fx.Graph) -> list[fx.Node]:

@@ -1,9 +1,9 @@
-"""Products of two tensors that sum over positions or leave them, as `fxstream::contract` (`unflatten`, rule 4)."""
+"""Products that sum over positions or leave them, as `fxstream::contract`, and attention (`unflatten`, rules 4 and 8)."""
 
 from __future__ import annotations
 
 from fxstream.lowering.proxy import Proxy
-from fxstream.lowering.unflatten import FlatOperator, Handler, Result, adapted
+from fxstream.lowering.unflatten import FlatOperator, Handler, Result, Unflattened, adapted
 
 __all__ = ["HANDLERS"]
 
@@ -39,11 +39,9 @@ def _contract(op: FlatOperator, terms: Terms, output: str) -> Result:
     sources = [(source, letters) for tensor, letters in terms if (source := op.source(tensor)) is not None]
     if not sources:
         return _contract_maps(op, terms, output)
-    first, positions = sources[0][0], {letters[source.place] for source, letters in sources}
-    if len(positions) > 1 or not all(source.fits(first) for source, _ in sources):
-        return None
-    position = positions.pop()
-    if position not in output and not all(position in letters for _, letters in terms):
+    first, position = _positions(sources, output)
+    is_alike = all(source.fits(first) for source, letters in sources if letters[source.place] == position)
+    if not is_alike or (position not in output and not all(position in letters for _, letters in terms)):
         return None
     unused = [c for c in LETTERS if all(c not in letters for _, letters in terms)]
     axes, apart = "".join(unused[: len(first.extents)]), []
@@ -55,6 +53,32 @@ def _contract(op: FlatOperator, terms: Terms, output: str) -> Result:
         apart.append((operand, letters.replace(position, axes)))
     product = _product(op, apart, output.replace(position, axes))
     return first.at(product, output.index(position)) if position in output else product
+
+
+def _positions(sources: list[tuple[Unflattened, str]], output: str) -> tuple[Unflattened, str]:
+    """The source whose positions stay apart, and their letter: the first that keeps them; the others are whole."""
+    of_each = [(source, letters[source.place]) for source, letters in sources]
+    return next(((source, letter) for source, letter in of_each if letter in output), of_each[0])
+
+
+def _attention(op: FlatOperator) -> Result:
+    """Attention, each position's to all keys, or inside windows."""
+    query, rank = op.source(op.query), op.query.ndim
+    if query is None or op.dropout_p or op.is_causal or op.arguments.get("enable_gqa"):
+        return None
+    rows, others = len(query.extents), [op.key, op.arguments["value"]]
+    if query.place < rank - 2:
+        sources = [source for tensor in others if (source := op.source(tensor)) is not None]
+        if len(sources) < len(others) or not all(query.fits(one) and query.place == one.place for one in sources):
+            return None
+        rows, others = 1, [source.tensor for source in sources]
+    mask = op.attn_mask
+    if mask is not None:
+        source = op.source(mask)
+        mask = adapted(op, mask, query, query.place - rank) if source is None or query.fits(source) else None
+        if mask is None:
+            return None
+    return query.at(op.call("fxstream::attention", query.tensor, *others, mask, rows, op.scale))
 
 
 def _contract_maps(op: FlatOperator, terms: Terms, output: str) -> Proxy | None:
@@ -70,5 +94,9 @@ def _product(op: FlatOperator, terms: Terms, output: str) -> Proxy:
     return op.call("fxstream::contract", f"{letters},{letters_other}->{output}", one, other)
 
 
-HANDLERS: dict[str, Handler] = {**dict.fromkeys(("matmul", "bmm", "mm"), _matrices), "einsum": _einsum}
+HANDLERS: dict[str, Handler] = {
+    **dict.fromkeys(("matmul", "bmm", "mm"), _matrices),
+    "einsum": _einsum,
+    "scaled_dot_product_attention": _attention,
+}
 """Per operator, the product that it is of positions."""

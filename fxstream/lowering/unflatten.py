@@ -15,6 +15,8 @@ NOTE [positions]
    `flatten` of this axis. The windows of all axes, joined, are positions as any others.
 7. A node that had no stream axes may have some once what it reads has been rewritten. So the graph is typed and
    rewritten again, until nothing changes.
+8. Where two tensors of a product are flat in different dims, as queries and keys of attention, the positions of one
+   stay apart, and the other is read whole, as it is.
 """
 
 from __future__ import annotations

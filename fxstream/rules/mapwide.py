@@ -4,6 +4,7 @@ They end a streamed region. Where the result has the shape of the input, it keep
 may start again after it. `fxstream::contract` is an einsum of two operands whose positions are dims of their own:
 where all tiled dims are summed it is a reduction over space (attention pooling); where they stay, and one operand
 has none, it is local (attention of each position to a few tokens). Partial sums have 32 bits at least.
+`fxstream::attention` is local in its queries where keys and values are whole, or in the same windows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fxstream.geometry.receptive_field import BROADCAST, IDENTITY
 from fxstream.machine.operators import wide
 from fxstream.rules.access import Read, Value
 from fxstream.rules.patterns import Pointwise
+from fxstream.rules.pointwise import aligned_read
 from fxstream.rules.reasons import NotTileable, Reason
 from fxstream.rules.reductions import reduced, sums_of_tiles
 from fxstream.rules.rule import Answer, Call, RuleTable
@@ -55,6 +57,7 @@ def add_rules(table: RuleTable) -> None:
     for name, reason in (REDUCING | MIXING).items():
         table.add(f"aten::{name}", "map-wide", partial(not_tileable, reason))
     table.add("fxstream::contract", "contraction", contract)
+    table.add("fxstream::attention", "contraction", attention)
 
 
 def not_tileable(reason: Reason, call: Call) -> Answer:
@@ -88,6 +91,25 @@ def contract(call: Call) -> Answer:
     if spatial[0].argument != "self":
         return NotTileable(Reason.SUMS_WITH_ROW)
     return reduced(spatial, products, sums_of_tiles, call["equation"])
+
+
+def attention(call: Call) -> Answer:
+    """Local in the positions of the queries, to which all keys are given, and in what all of them have: windows."""
+    query: Value = call["query"]
+    dims, batch = query.dims, len(query.shape) - 1 - call["rows"]
+    reads = [Read("query", query, dims, (IDENTITY,) * len(dims))]
+    if not dims or len(query.shape) - 1 in dims:
+        return NotTileable(Reason.ATTENDS)
+    for name in ("key", "value"):
+        tensor: Value = call[name]
+        if tensor.dims != tuple(d for d in dims if d < batch) or (tensor.dims and tensor.dims != dims):
+            return NotTileable(Reason.ATTENDS)
+        if tensor.dims:
+            reads.append(Read(name, tensor, dims, (IDENTITY,) * len(dims)))
+    mask = aligned_read(call, "mask", None, call["mask"], dims) if call["mask"] is not None else None
+    if isinstance(mask, NotTileable):
+        return mask
+    return Pointwise(dims, tuple(reads) if mask is None else (*reads, mask))
 
 
 def products(one: torch.Tensor, other: torch.Tensor, equation: str) -> torch.Tensor:

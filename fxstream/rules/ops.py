@@ -14,6 +14,7 @@ import torch
 from fxstream.machine.operators import operator, overload, wide
 
 __all__ = [
+    "attention",
     "average_windows",
     "class_weights",
     "contract",
@@ -26,6 +27,43 @@ __all__ = [
     "window_sums",
     "windows",
 ]
+
+
+@operator("attention(Tensor query, Tensor key, Tensor value, Tensor? mask, int rows, float? scale) -> Tensor")
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    rows: int,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attention of queries [*batch, *positions, channels] to keys [*batch, keys, channels].
+
+    The positions are `rows` dims. The mask broadcasts to [*batch, *positions, keys]. Torch's fused kernels take four
+    dims.
+
+    >>> maps = torch.ones(2, 1, 3, 4, 5)
+    >>> attention(maps, maps[:, :, 0], maps[:, :, 0], None, 2, None).shape
+    torch.Size([2, 1, 3, 4, 5])
+    """
+    batch, positions = query.shape[: -1 - rows], query.shape[-1 - rows : -1]
+    if mask is not None:
+        mask = mask[(None,) * (query.ndim - mask.ndim)]
+        mask = mask.expand(*mask.shape[: len(batch)], *positions, key.shape[-2]).flatten(-1 - rows, -2)
+    flat = [None if t is None else _four_dims(t, batch) for t in (query.flatten(-1 - rows, -2), key, value, mask)]
+    result = torch.nn.functional.scaled_dot_product_attention(*flat, scale=scale)
+    return result.reshape(*batch, *positions, value.shape[-1])
+
+
+def _four_dims(tensor: torch.Tensor, batch: Sequence[int]) -> torch.Tensor:
+    """[*batch, length, channels] with two dims for the batch; dims of one stay where all of the first do."""
+    lead, (heads, *matrix) = tensor.shape[: len(batch) - 1], tensor.shape[max(0, len(batch) - 1) :]
+    if len(batch) == 0:
+        return tensor[None, None]
+    if all(size == 1 for size in lead):
+        return tensor.reshape(1, heads, *matrix)
+    return tensor.expand(*batch[:-1], heads, *matrix).reshape(-1, heads, *matrix)
 
 
 @operator("class_weights(Tensor target, Tensor? weight, int ignore_index, *, ScalarType dtype) -> Tensor")
