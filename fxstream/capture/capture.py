@@ -40,11 +40,14 @@ from fxstream.graph.shapes import Meta, fold_integers, shapes_at, stream_dims
 
 __all__ = ["Retrace", "capture", "capture_graph", "retracing", "still_holds"]
 
-SHIFTS = ((33, 97, 161), (32, 64, 96), (224, 448, 672))
+SHIFTS = ((33, 97, 161), (32, 64, 96), (224, 448, 672), (768, 1536, 2304), (10080, 20160, 30240))
 """Pixels added per axis for the second capture, in order of preference: odd first, then multiples of a stride.
 
-They differ by so much that two axes of an image do not have the same size at stride 32 either.
+They differ by so much that two axes of an image do not have the same size at stride 32 either. The last are those
+of windows of 7, 8, 12 and most other sizes, at a stride.
 """
+TIMES = (3, 2, 4)
+"""What the shift of each axis is multiplied by for the third: not the same, or else what is equal by chance stays."""
 Retrace = Callable[[Sequence[int]], TracedGraph]
 """Traces the call again with an image more, and that many pixels per axis."""
 
@@ -125,7 +128,7 @@ def _make_independent(
         constants = size_dependent_constants(graphs)
         if constants == []:
             return True
-        third = at(tuple(3 * pixels for pixels in shift)) if constants else None
+        third = at([times * pixels for times, pixels in zip(TIMES, shift)]) if constants else None
         if third is not None and explain_sizes([*graphs, third.graph]):
             return True
     return False

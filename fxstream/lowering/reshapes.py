@@ -9,6 +9,7 @@ from functools import reduce
 from typing import Any
 
 import torch
+from torch import fx
 
 from fxstream.lowering.proxy import Proxy, Size
 from fxstream.lowering.unflatten import FlatOperator, Handler, Result, Unflattened
@@ -51,7 +52,7 @@ def _view_as(op: FlatOperator) -> Result:
 
 def _unflatten(op: FlatOperator) -> Result:
     dim = op.dim % op.self.ndim
-    if dim in op.self.dims and op.sizes[0] == -1:
+    if dim in op.self.dims and -1 in op.sizes:
         return None
     others = [op.self.size(d) if d != dim else 0 for d in range(op.self.ndim)]
     return _reshape(op, [*others[:dim], *op.sizes, *others[dim + 1 :]])
@@ -90,37 +91,45 @@ def _taken_apart(op: FlatOperator, dims: tuple[int, ...], sizes: Sequence[Any]) 
 
 
 def _windows(op: FlatOperator, groups: Sequence[tuple[range, range]], sizes: Sequence[Any]) -> Proxy | None:
-    """Rule 6: the tensor with each stream axis kept, split, or joined with the dims after it."""
+    """Rule 6: the tensor with each stream axis kept, split, or joined with dims beside it."""
     result, dims = op.self, {}
     for before, after in groups[::-1]:
-        axis = op.self.dims.index(before[0]) if before[0] in op.self.dims else -1
-        if axis < 0 or set(before[1:]) & set(op.self.dims) or 1 < min(len(before), len(after)):
+        axes = [axis for axis, dim in enumerate(op.self.dims) if dim in before]
+        free = next((dim for dim in after if _may_be_extent(op, sizes[dim], axes[0])), None)
+        inner = [sizes[dim] for dim in after if dim != free]
+        is_constant = all(isinstance(size, int) and size > 0 for size in inner)
+        if len(axes) > 1 or free is None or not is_constant or 1 < min(len(before), len(after)):
             return None
-        inner = [sizes[dim] for dim in after[1:]]
-        if any(not isinstance(size, int) or size < 1 for size in inner):
-            return None
-        if not _is_extent(op, sizes[after[0]], axis) and sizes[after[0]] != -1:
-            return None
+        dims[axes[0]] = free
         if len(before) > 1:
             result = result.flatten(before[0], before[-1])
         elif inner:
-            result = result.unflatten(before[0], [-1, *inner])
-        dims[axis] = after[0]
+            result = result.unflatten(before[0], [-1 if dim == free else sizes[dim] for dim in after])
     rest = [group for group in align(op.self.shape, op.value.shape) if group not in groups]
     image = result if all(len(one) == len(other) == 1 for one, other in rest) else result.reshape(sizes)
     op.draft.values[image.node] = replace(op.value, dims=tuple(dims[axis] for axis in range(len(dims))))
     return image
 
 
+def _may_be_extent(op: FlatOperator, number: Any, axis: int) -> bool:
+    return number == -1 if isinstance(number, int) and number < 1 else _is_extent(op, number, axis)
+
+
 def _is_extent(op: FlatOperator, number: Any, axis: int) -> bool:
-    """Rule 5: whether a size is by its origin that of a stream axis, or a part of it."""
+    """Rule 5: whether a size is by its origin that of a stream axis, times or by a constant."""
     if not isinstance(number, Size):
         return op.bound
-    if number.node.target is not torch.ops.aten.sym_size.int:
-        inputs = [op.proxy(node) for node in number.node.all_input_nodes]
-        return bool(inputs) and all(_is_extent(op, one, axis) for one in inputs)
-    tensor, dim = number.node.args
-    return op.proxy(tensor).dims[axis : axis + 1] == (dim,)  # type: ignore[no-any-return]
+    sizes = [node.args for node in _sizes_in(number.node)]
+    of_axes = [(op.proxy(tensor).dims, dim) for tensor, dim in sizes]
+    axes = {dims.index(dim) if dim in dims else None for dims, dim in of_axes}
+    return all(dims for dims, _ in of_axes) and axes <= {axis, None} and axis in axes
+
+
+def _sizes_in(number: fx.Node) -> list[fx.Node]:
+    """The sizes of tensors that an integer is made of."""
+    if number.target is torch.ops.aten.sym_size.int:
+        return [number]
+    return [size for node in number.all_input_nodes for size in _sizes_in(node)]
 
 
 def _size(op: FlatOperator) -> Result:

@@ -100,7 +100,7 @@ def _compare_forward(strip: Strip, node: fx.Node, value: Any, findings: Findings
     if not value.is_floating_point() or not fields:
         return
     dim = strip.graph.value(name).dims[strip.axis]
-    poisoned = _poisoned(value, dim)
+    poisoned = _poisoned(value, strip.batch[name], dim)
     for entry, tile in enumerate(strip.tiles):
         claimed = _claimed_valid(strip, fields, tile, value.shape[dim])
         if not len(claimed):  # inputs of several sizes may leave no pixel that none of them poisons
@@ -124,9 +124,9 @@ def _compare_forward(strip: Strip, node: fx.Node, value: Any, findings: Findings
         return
 
 
-def _poisoned(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """For each of the two batch entries, which pixels along `dim` hold a NaN anywhere; a sum carries it along."""
-    entries = tensor.unflatten(0, (2, -1))
+def _poisoned(tensor: torch.Tensor, batch: int, dim: int) -> torch.Tensor:
+    """For each of the two entries of dim `batch`, which pixels along `dim` hold a NaN anywhere; sums carry it along."""
+    entries = tensor.unflatten(batch, (2, -1)).movedim(batch, 0)
     sums: torch.Tensor = entries.sum([d for d in range(1, entries.ndim) if d != dim + 1])
     return sums.isnan()
 
@@ -207,9 +207,10 @@ def poison_backward(strip: Strip, findings: Findings) -> None:
             blurred.add(node.name)
         elif not typed.is_tuple:
             dim = typed.values[0].dims[strip.axis]
-            claimed, poisoned = [claim.get(node.name, EMPTY) for claim in claims], _poisoned(gradient, dim)
+            claimed, batch = [claim.get(node.name, EMPTY) for claim in claims], strip.batch[node.name]
+            poisoned = _poisoned(gradient, batch, dim)
             _compare_backward(strip, node.name, poisoned, claimed, blurred, findings)
-            gradient = _whole_box(gradient, poisoned, dim)
+            gradient = _whole_box(gradient, poisoned, batch, dim)
         if node.name not in inputs:
             _send(strip, typed, gradient, gradients, blurred)
     findings.blurred_backward |= blurred & set(segment.nodes)
@@ -226,7 +227,7 @@ def _half_poisoned(strip: Strip, output: str) -> torch.Tensor:
     """The gradient of an output: NaN in the first half of entry 0 and in the second half of entry 1, else one."""
     value, extent = strip.graph.value(output), strip.extent(output)
     gradient, dim = torch.ones(value.shape, dtype=strip.part.dtype), value.dims[strip.axis]
-    first, second = gradient.chunk(2)
+    first, second = gradient.chunk(2, strip.batch[output])
     first.narrow(dim, 0, extent // 2).fill_(math.nan)
     second.narrow(dim, extent // 2, extent - extent // 2).fill_(math.nan)
     return gradient
@@ -270,12 +271,12 @@ def _compare_backward(
     blurred.add(name)
 
 
-def _whole_box(gradient: torch.Tensor, poisoned: torch.Tensor, dim: int) -> torch.Tensor:
+def _whole_box(gradient: torch.Tensor, poisoned: torch.Tensor, batch: int, dim: int) -> torch.Tensor:
     """The gradient with NaN in every channel of a pixel that has it in one: tiles hold whole boxes."""
-    entries = gradient.unflatten(0, (2, -1))
+    entries = gradient.unflatten(batch, (2, -1)).movedim(batch, 0)
     shape = [extent if d in (0, dim + 1) else 1 for d, extent in enumerate(entries.shape)]
-    whole: torch.Tensor = entries.masked_fill(poisoned.view(shape), math.nan).flatten(0, 1)
-    return whole
+    whole: torch.Tensor = entries.masked_fill(poisoned.view(shape), math.nan).movedim(0, batch)
+    return whole.flatten(batch, batch + 1)
 
 
 def _summed(total: Any, sent: Any) -> Any:
@@ -342,8 +343,8 @@ def _ramp(strip: Strip, name: str, low: float, high: float) -> torch.Tensor:
     shape, dtype = value.shape, value.dtype
     if not dtype.is_floating_point:
         return torch.ones(shape, dtype=dtype)
-    dim = value.dims[strip.axis]
+    batch, dim = strip.batch[name], value.dims[strip.axis]
     line = torch.linspace(low, high, shape[dim], dtype=dtype)
-    lines = torch.stack([line, line.flip(0)])
-    lines = lines.view([2 if d == 0 else -1 if d == dim else 1 for d in range(len(shape))])
-    return lines.repeat_interleave(shape[0] // 2, 0).expand(shape).contiguous().requires_grad_()
+    lines = torch.stack([line, line.flip(0)], 0 if batch < dim else 1)
+    lines = lines.view([2 if d == batch else -1 if d == dim else 1 for d in range(len(shape))])
+    return lines.repeat_interleave(shape[batch] // 2, batch).expand(shape).contiguous().requires_grad_()

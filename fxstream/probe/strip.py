@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fxstream.errors import FxstreamError
 from fxstream.geometry.box import Interval
@@ -51,7 +50,8 @@ class Strip:
     """A subgraph at the size of a strip along one axis, with the claims that are to be measured.
 
     `tiles` are the intervals of the main input that hold numbers, one per batch entry; outside them it is NaN.
-    Fields are per spatial input. `segment` is typed at the strip's size.
+    Fields are per spatial input. `segment` is typed at the strip's size; `batch` is the dim of each node that holds
+    the batch entries.
     """
 
     part: Subgraph
@@ -62,6 +62,7 @@ class Strip:
     tiles: tuple[Interval, Interval]
     main: str
     weights: Mapping[str, torch.Tensor]
+    batch: Mapping[str, int]
 
     @property
     def graph(self) -> TypedGraph:
@@ -162,7 +163,8 @@ class _Claims:
     def candidates(self, length: int) -> Iterator[Iterator[Extents]]:
         """Extents of all inputs for a strip of this length, in groups of one period."""
         real = self.real[self.main]
-        for period in PERIODS:
+        strides = {math.ceil(f.stride) for of in self.fields[self.main].values() for f in of}
+        for period in dict.fromkeys((*PERIODS, math.lcm(*strides))):
             yield (self._candidate(length, width, period) for width in WIDTHS)
         if real[self.axis] >= length and math.prod(real) <= MOST_PIXELS:
             yield iter([dict(self.real)])
@@ -226,9 +228,10 @@ def _strips(claims: _Claims, weights: Mapping[str, torch.Tensor], whole_windows:
                 if refused == MOST_REFUSALS:
                     break
                 continue
+            batch = _batch_dims(part, segment, extents)
             fields = _fields_at(claims, segment, extents, margin, whole_windows)
             if fields is not None:
-                yield Strip(part, claims.axis, segment, extents, fields, tiles, claims.main, weights)
+                yield Strip(part, claims.axis, segment, extents, fields, tiles, claims.main, weights, batch)
                 break
 
 
@@ -237,8 +240,6 @@ def _fields_at(
 ) -> dict[str, Fields] | None:
     """The fields of all nodes at the size of a strip; None where it does not show every claim."""
     graph, nodes = segment.graph, segment.nodes
-    if any(graph.value(name).shape[0] % 2 or _moves_batch(graph, name) for name in nodes):
-        raise UnprobedError("it mixes the images of a batch")
     if not all(graph[name].is_local for name in nodes):
         return None
     # A mask carries no NaN.
@@ -250,20 +251,23 @@ def _fields_at(
     return fields if _all_nodes_read(segment, fields, of_nodes, whole_windows) else None
 
 
-def _moves_batch(graph: TypedGraph, name: str) -> bool:
-    """Whether a permutation puts another dim in front."""
-    node = graph[name]
-    operator = node.verdict.operator if node.verdict is not None else ""
-    dims = [
-        dim % len(node.values[0].shape) for dim in pytree.tree_leaves(node.node.args[1:]) if isinstance(dim, int)
-    ]
-    is_permuted = operator == "aten::permute" and dims[:1] != [0]
-    return is_permuted or (operator == "aten::transpose" and 0 in dims)
+def _batch_dims(part: Subgraph, segment: Segment, extents: Extents) -> dict[str, int]:
+    """The dim of each node that is twice as large with twice as many batch entries."""
+    twice = typed_at(part, extents, 4)
+    dims: dict[str, int] = {}
+    for name in (*extents, *segment.nodes):
+        shape = segment.graph.value(name).shape
+        other = () if twice is None else twice.graph.value(name).shape
+        differing = [d for d, (one, more) in enumerate(zip(shape, other, strict=False)) if one != more]
+        if len(differing) != 1 or other[differing[0]] != 2 * shape[differing[0]] or shape[differing[0]] % 2:
+            raise UnprobedError("it mixes the images of a batch")
+        dims[name] = differing[0]
+    return dims
 
 
-def typed_at(part: Subgraph, extents: Extents) -> Segment | None:
+def typed_at(part: Subgraph, extents: Extents, batch: int = 2) -> Segment | None:
     """The segment at these extents of its inputs with two batch entries; None where an operator refuses them."""
-    shapes = {name: part.input_shape(name, 2, sizes) for name, sizes in extents.items()}
+    shapes = {name: part.input_shape(name, batch, sizes) for name, sizes in extents.items()}
     try:
         with fake_tensor_log_silenced():
             return part.at(shapes)

@@ -2,7 +2,9 @@
 
 They are local as long as every tiled dim stays a dim of its own. Size arguments follow the tile. `unflatten` may
 also split a tiled dim in windows of a few pixels each, [.., 28, ..] to [.., 4, 7, ..], of which the first is tiled,
-and `flatten` may join them again; `lowering.reshapes` makes these two of other reshapes.
+and `flatten` may join them again; `lowering.reshapes` makes these two of other reshapes. Where it is split in a few
+parts, and the second dim is tiled, the pixels beside each other in a box of the result are far apart in the input:
+that is no local operator, but a region may start after it.
 """
 
 from __future__ import annotations
@@ -98,16 +100,21 @@ def flatten(call: Call) -> Answer:
         pixels = math.prod(image.shape[first + 1 : last + 1])
         dims = tuple(d - (last - first) * (d > last) for d in image.dims)
         return _resized(call, dims, (AxisMap(1, pixels, 0, 0), OutputSpan(pixels, 0, pixels)), first)
+    if set(range(first, last + 1)) & set(image.dims) == {last}:
+        dims = tuple(d - (last - first) * (d >= last) for d in image.dims)
+        return NotTileable(Reason.JOINS_TILED_DIM, dims, (list(image.shape), list(call.shape)))
     return reshape(call)
 
 
 def unflatten(call: Call) -> Answer:
-    """Splits a dim, also a tiled dim where its first part is free: ``unflatten(1, [-1, 7])``."""
+    """Splits a dim, a tiled dim where one of its parts is free: ``unflatten(1, [-1, 7])``."""
     image: Value = call["self"]
     dim, (windows, *sizes) = call["dim"] % len(image.shape), call["sizes"]
     dims = tuple(d + len(sizes) * (d > dim) for d in image.dims)
     if dim in image.dims and windows != -1:
-        return NotTileable(Reason.SPLITS_TILED_DIM)
+        is_free = sizes[-1:] == [-1]
+        dims = tuple(d + len(sizes) * (d == dim) for d in dims)
+        return NotTileable(Reason.SPLITS_TILED_DIM, dims if is_free else ())
     pixels = math.prod(sizes)
     return _resized(call, dims, (AxisMap(pixels, 1, 0, pixels - 1), None), dim)
 
