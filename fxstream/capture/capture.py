@@ -43,11 +43,11 @@ __all__ = ["Retrace", "capture", "capture_graph", "retracing", "still_holds"]
 SHIFTS = ((33, 97, 161), (32, 64, 96), (224, 448, 672), (768, 1536, 2304), (10080, 20160, 30240))
 """Pixels added per axis for the second capture, in order of preference: odd first, then multiples of a stride.
 
-They differ by so much that two axes of an image do not have the same size at stride 32 either. The last are those
-of windows of 7, 8, 12 and most other sizes, at a stride.
+They differ by so much that two axes of an image do not have the same size at stride 32 either. The last are
+multiples of windows of 7, 8, 12 and most other sizes, at a stride.
 """
 TIMES = (3, 2, 4)
-"""What the shift of each axis is multiplied by for the third: not the same, or else what is equal by chance stays."""
+"""What the shift of each axis is multiplied by for the third: not the same, or what is equal by chance stays so."""
 Retrace = Callable[[Sequence[int]], TracedGraph]
 """Traces the call again with an image more, and that many pixels per axis."""
 

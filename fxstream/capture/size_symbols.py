@@ -2,8 +2,8 @@
 
 A static capture has sizes in its arguments, as in ``view(x, [2, 512, 49])``. Captures at other sizes show which
 integers depend on the size. Each is explained as a size of a tensor, a product of sizes of one tensor, a size
-times a fraction, or what a size lacks to a multiple, and is replaced by ``sym_size`` and integer arithmetic. If one
-of them cannot be explained, the capture is specialised to its size.
+times a fraction, or what a size lacks to a multiple, and is replaced by ``sym_size`` and integer arithmetic. If
+one of them cannot be explained, the capture is specialised to its size.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Products that sum over positions or leave them, as `fxstream::contract`, and attention (`unflatten`, rules 4 and 8)."""
+"""Products that sum over positions or leave them, as `fxstream::contract`; attention (`unflatten`, rules 4, 8)."""
 
 from __future__ import annotations
 

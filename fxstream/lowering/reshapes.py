@@ -98,7 +98,7 @@ def _windows(op: FlatOperator, groups: Sequence[tuple[range, range]], sizes: Seq
         free = next((dim for dim in after if _may_be_extent(op, sizes[dim], axes[0])), None)
         inner = [sizes[dim] for dim in after if dim != free]
         is_constant = all(isinstance(size, int) and size > 0 for size in inner)
-        if len(axes) > 1 or free is None or not is_constant or 1 < min(len(before), len(after)):
+        if len(axes) > 1 or free is None or not is_constant or min(len(before), len(after)) > 1:
             return None
         dims[axes[0]] = free
         if len(before) > 1:

@@ -12,11 +12,12 @@ NOTE [positions]
 5. The rewritten graph holds at every size. So nothing is concluded from sizes that are equal at this one: a dim of
    one pixel, a squeezed batch, or a size that is not that of a stream axis by its origin leave the graph as it is.
 6. A reshape that splits a stream axis in windows of a constant size, or in a constant number of parts, or joins
-   them again, is `unflatten` and `flatten` of this axis. The windows of all axes, joined, are positions as any others.
+   them again, is `unflatten` and `flatten` of this axis. The windows of all axes, joined, are positions as any
+   others.
 7. A node that had no stream axes may have some once what it reads has been rewritten. So the graph is typed and
    rewritten again, until nothing changes.
-8. Where two tensors of a product are flat in different dims, as queries and keys of attention, the positions of one
-   stay apart, and the other is read whole, as it is.
+8. Where two tensors of a product are flat in different dims, as queries and keys of attention, the positions of
+   one stay apart, and the other is read whole, as it is.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def _compare_forward(strip: Strip, node: fx.Node, value: Any, findings: Findings
 
 
 def _poisoned(tensor: torch.Tensor, batch: int, dim: int) -> torch.Tensor:
-    """For each of the two entries of dim `batch`, which pixels along `dim` hold a NaN anywhere; sums carry it along."""
+    """For each of the two entries of dim `batch`, which pixels along `dim` hold a NaN; a sum carries it along."""
     entries = tensor.unflatten(batch, (2, -1)).movedim(batch, 0)
     sums: torch.Tensor = entries.sum([d for d in range(1, entries.ndim) if d != dim + 1])
     return sums.isnan()

@@ -50,7 +50,7 @@ class Strip:
     """A subgraph at the size of a strip along one axis, with the claims that are to be measured.
 
     `tiles` are the intervals of the main input that hold numbers, one per batch entry; outside them it is NaN.
-    Fields are per spatial input. `segment` is typed at the strip's size; `batch` is the dim of each node that holds
+    Fields are per spatial input. `segment` is typed at the strip's size; `batch` is the dim of each node that has
     the batch entries.
     """
 

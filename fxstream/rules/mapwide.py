@@ -94,7 +94,7 @@ def contract(call: Call) -> Answer:
 
 
 def attention(call: Call) -> Answer:
-    """Local in the positions of the queries, to which all keys are given, and in what all of them have: windows."""
+    """Local in the positions of the queries, to which all keys are given, and in windows, which all have."""
     query: Value = call["query"]
     dims, batch = query.dims, len(query.shape) - 1 - call["rows"]
     reads = [Read("query", query, dims, (IDENTITY,) * len(dims))]

@@ -40,8 +40,8 @@ def attention(
 ) -> torch.Tensor:
     """Attention of queries [*batch, *positions, channels] to keys [*batch, keys, channels].
 
-    The positions are `rows` dims. The mask broadcasts to [*batch, *positions, keys]. Torch's fused kernels take four
-    dims.
+    The positions are `rows` dims. The mask broadcasts to [*batch, *positions, keys]. Torch's fused kernels take
+    four dims.
 
     >>> maps = torch.ones(2, 1, 3, 4, 5)
     >>> attention(maps, maps[:, :, 0], maps[:, :, 0], None, 2, None).shape
@@ -51,8 +51,9 @@ def attention(
     if mask is not None:
         mask = mask[(None,) * (query.ndim - mask.ndim)]
         mask = mask.expand(*mask.shape[: len(batch)], *positions, key.shape[-2]).flatten(-1 - rows, -2)
-    flat = [None if t is None else _four_dims(t, batch) for t in (query.flatten(-1 - rows, -2), key, value, mask)]
-    result = torch.nn.functional.scaled_dot_product_attention(*flat, scale=scale)
+        mask = _four_dims(mask, batch)
+    query, key, value = (_four_dims(t, batch) for t in (query.flatten(-1 - rows, -2), key, value))
+    result = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
     return result.reshape(*batch, *positions, value.shape[-1])
 
 

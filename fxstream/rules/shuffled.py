@@ -1,9 +1,9 @@
 """Operators that only move dims around: permute, transpose, view, flatten, squeeze, expand, select.
 
 They are local as long as every tiled dim stays a dim of its own. Size arguments follow the tile. `unflatten` may
-also split a tiled dim in windows of a few pixels each, [.., 28, ..] to [.., 4, 7, ..], of which the first is tiled,
-and `flatten` may join them again; `lowering.reshapes` makes these two of other reshapes. Where it is split in a few
-parts, and the second dim is tiled, the pixels beside each other in a box of the result are far apart in the input:
+also split a tiled dim in windows of a few pixels each, [.., 28, ..] to [.., 4, 7, ..], of which the first is
+tiled, and `flatten` may join them again; `lowering.reshapes` makes these two of other reshapes. Where it is split
+in a few parts, and the second dim is tiled, pixels beside each other in the result are far apart in the input:
 that is no local operator, but a region may start after it.
 """
 
@@ -120,7 +120,7 @@ def unflatten(call: Call) -> Answer:
 
 
 def _resized(call: Call, dims: tuple[int, ...], changed: tuple[AxisMap, OutputSpan | None], dim: int) -> Answer:
-    """The pattern of an operator that changes dim `dim` as `changed` says, if it is tiled, and moves the others."""
+    """The pattern of an operator that changes dim `dim` as `changed` says, if it is tiled, and moves others."""
     image: Value = call["self"]
     axis_map, span = changed
     maps = tuple(axis_map if d == dim else IDENTITY for d in image.dims)
