@@ -114,10 +114,14 @@ class _Typing:
             verdict,
             self._stage(node, verdict),
             self._shapes.macs.get(name, 0),
+            is_constant=all(one.is_constant or one.integer is not None for one in self._inputs_of(node)),
         )
 
+    def _inputs_of(self, node: fx.Node) -> list[TypedNode]:
+        return [self.nodes[producer.name] for producer in node.all_input_nodes]
+
     def _input_values(self, node: fx.Node) -> list[Value]:
-        return [value for producer in node.all_input_nodes for value in self.nodes[producer.name].values]
+        return [value for producer in self._inputs_of(node) for value in producer.values]
 
     def _answer(self, node: fx.Node, meta: Meta) -> Answer:
         """What the first check says that has an answer."""
@@ -193,8 +197,7 @@ class _Typing:
 
     def _stage(self, node: fx.Node, verdict: Verdict | None) -> int:
         """The stage of a node, by the rules of the NOTE in `typed_graph`; integers are known before all."""
-        inputs = [self.nodes[producer.name] for producer in node.all_input_nodes]
-        inputs = [producer for producer in inputs if producer.integer is None]
+        inputs = [producer for producer in self._inputs_of(node) if producer.integer is None]
         inputs += [self.nodes[one.name] for one in self._before(node)]
         if verdict is not None and not isinstance(verdict.answer, NotTileable):
             return max((producer.stage + (not producer.is_local) for producer in inputs), default=0)
