@@ -6,7 +6,7 @@ NOTE [in-place operators]
    view of the same storage is read later (``x[:, 0] += 1``), or if it has no differentiable out-of-place variant.
    Every value in that storage is then marked `UNSTREAMED`: it is computed outside of streams, in order.
 3. ``new_empty(x, size)`` becomes ``empty(size)``: only the type and device of `x` matter, and without `x` a random
-   draw of that size does not depend on the image.
+   draw of that size does not depend on the image. So ``type_as(k, x)`` becomes ``to(k, type of x)``.
 
 `ExportedProgram.run_decompositions` is functional too, but inlines `no_grad` blocks and autograd functions of the
 user, which changes gradients, and writes ``x[:, 0] += 1`` with `aten.copy`, which has no derivative.
@@ -44,6 +44,11 @@ OUT_OF_PLACE: dict[object, torch._ops.OpOverload | None] = {
     aten.normal_.default: aten.normal_functional.default,
     aten.bernoulli_.float: aten.bernoulli.p,
     aten.copy_.default: None,  # aten.copy has no derivative
+    **{
+        getattr(getattr(aten, f"__i{name}__"), kind): getattr(getattr(aten, f"__{name}__"), kind)
+        for name in ("and", "or", "xor", "lshift", "rshift")
+        for kind in ("Tensor", "Scalar")
+    },
 }
 """Out-of-place variants that are not the operator's name without its underscore; None where there is none."""
 
@@ -54,6 +59,8 @@ FACTORIES = {
     "aten::new_full": aten.full.default,
 }
 """What makes the same tensor without another one to take type and device from."""
+CONVERSIONS = {"aten::type_as", "aten::to"}
+"""Operators that take the type and device of another tensor, `other`."""
 
 MAY_RETURN_INPUT = {"aten::dropout", "aten::feature_dropout", "aten::alpha_dropout", "aten::feature_alpha_dropout"}
 """Operators that may return their input itself although their schema has no alias annotation."""
@@ -189,3 +196,17 @@ def make_factories(graph: fx.Graph) -> None:
             node.target = FACTORIES[schema.name]
             node.args = node.args[1:]
             node.kwargs = {"dtype": tensor.dtype, "device": tensor.device}
+        elif schema is not None and schema.name in CONVERSIONS and isinstance(tensor, torch.Tensor):
+            _convert_alone(node, tensor)
+
+
+def _convert_alone(node: fx.Node, tensor: torch.Tensor) -> None:
+    """Let a conversion to the type of another tensor, which this is made into, read its own tensor alone."""
+    if "other" not in bind(node):
+        return
+    before = node.all_input_nodes[0]
+    if getattr(before.meta.get("val"), "device", None) == tensor.device:
+        node.target, node.args = aten.to.dtype, (before, tensor.dtype)
+    else:
+        node.target, node.args = aten.to.device, (before, tensor.device, tensor.dtype)
+    node.kwargs = {}

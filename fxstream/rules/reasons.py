@@ -85,6 +85,7 @@ class Reason(enum.Enum):
     SQUEEZES_TILED_DIM = GLOBAL, "removes a tiled dim of one pixel"
     EXPANDS_TILED_DIM = GLOBAL, "expands a tiled dim"
     REPEATS_TILED_DIM = GLOBAL, "repeats a tiled dim"
+    REPEATS_UNEVENLY = GLOBAL, "repeats each position as often as a tensor says, or all of them in one row"
     SELECTS_POSITION = GLOBAL, "takes one position of tiled dim {}"
     NO_PIXELS = GLOBAL, "reads or writes a map without pixels"
     IN_PLACE = GLOBAL, "{}"
