@@ -2,7 +2,8 @@
 
 Every distinct call runs once on meta tensors, which have shapes but no memory, under hooks that see what is saved.
 An operator that does not run there is taken to save all of its tensors. Attention, whose kernel is chosen by the
-device, is asked on fake tensors of that: a fused one saves no weights of all pairs.
+device, is asked on fake tensors of that: a fused one saves no weights of all pairs. So is what reads no image, which
+may make tensors, or draw random numbers, on a device that is given.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _ask(graph: TypedGraph, node: fx.Node) -> Saves:
     every = Saves(frozenset(range(len(inputs))), True, 0)
     if any(graph[n.name].is_tuple for n in inputs):
         return Saves(frozenset(), False, 0, 0, True)
-    mode, device = _mode_and_device(node)
+    mode, device = _mode_and_device(graph[node.name])
     with mode:
         tensors = [_stand_in(graph[n.name], device) for n in inputs]
     args, kwargs = map_arg(graph.arguments(node), dict(zip(inputs, tensors, strict=True)).__getitem__)
@@ -97,12 +98,11 @@ def _saves(tensors: list[torch.Tensor | None], results: list[torch.Tensor], pack
     )
 
 
-def _mode_and_device(node: fx.Node) -> tuple[AbstractContextManager[Any], torch.device]:
+def _mode_and_device(node: TypedNode) -> tuple[AbstractContextManager[Any], torch.device]:
     """Where an operator is asked, and the device of the tensors that it is asked on."""
-    tensor = node.meta.get("val")
-    if node.target in OF_DEVICE and isinstance(tensor, torch.Tensor):
-        return FakeTensorMode(), tensor.device
-    return nullcontext(), torch.device("meta")
+    if node.node.target not in OF_DEVICE and node.depends_on_image:
+        return nullcontext(), torch.device("meta")
+    return FakeTensorMode(), getattr(node.node.meta.get("val"), "device", torch.device("cpu"))
 
 
 def _stand_in(node: TypedNode, device: torch.device) -> torch.Tensor | None:

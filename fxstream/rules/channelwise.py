@@ -135,7 +135,7 @@ def along_dim(call: Call) -> Answer:
     _, image = _image(call)
     touched = _touched(call, len(image.shape))
     if set(touched) & set(image.dims):
-        if call.target._schema.name in SOFTMAXES and set(image.dims) <= set(touched):
+        if call.target._schema.name in SOFTMAXES:
             return NotTileable(Reason.NORMALISES_POSITIONS, image.dims)
         same = call.shape == image.shape
         return NotTileable(Reason.ALONG_TILED_DIM, image.dims if same else (), (touched,))

@@ -21,7 +21,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
-from fxstream.rules.resample_table import Lookup
+from fxstream.rules.access import Lookup
 from fxstream.runtime.schedule import Stream, TileTask
 
 __all__ = ["Constant", "constant_values", "may_sum", "summed", "tile_key"]

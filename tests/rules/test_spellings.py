@@ -1,4 +1,4 @@
-"""Operators that are local in every spelling: forward and gradients bit by bit, on tiny maps with several tiles."""
+"""Operators that are local in every spelling: forward and gradients bit by bit, on tiny maps of several tiles."""
 
 import pytest
 import torch
