@@ -2,8 +2,8 @@
 
 Every distinct call runs once on meta tensors, which have shapes but no memory, under hooks that see what is saved.
 An operator that does not run there is taken to save all of its tensors. Attention, whose kernel is chosen by the
-device, is asked on fake tensors of that: a fused one saves no weights of all pairs. So is what reads no image, which
-may make tensors, or draw random numbers, on a device that is given.
+device, is asked on fake tensors of that: a fused one saves no weights of all pairs. So is what reads no image,
+which may make tensors, or draw random numbers, on a device that is given.
 """
 
 from __future__ import annotations
