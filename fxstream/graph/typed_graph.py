@@ -216,7 +216,8 @@ class TypedGraph:
     def barriers(self) -> tuple[Verdict, ...]:
         """The verdicts that end streamed parts, in the order of the graph; no reductions combined from tiles."""
         local = (Tileability.LOCAL, Tileability.SMALL)
-        return tuple(v for v in self.verdicts.values() if v.kind not in local and v.reduction is None)
+        every = (v for v in self.verdicts.values() if v.node not in self.unread)
+        return tuple(v for v in every if v.kind not in local and v.reduction is None)
 
     def reductions(self) -> tuple[Verdict, ...]:
         """The reductions over space that can be combined from tiles, in the order of the graph."""

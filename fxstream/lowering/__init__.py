@@ -25,6 +25,7 @@ from fxstream.lowering import (
     randomness,
     reshapes,
     statistics,
+    writes,
 )
 from fxstream.lowering.proxy import Draft, Lowering, Operator, Proxy
 from fxstream.lowering.unflatten import Handler, unflattened
@@ -36,6 +37,8 @@ REDUCTIONS: dict[str, Lowering] = (
     losses.LOWERINGS | normalisations.LOWERINGS | pooling.LOWERINGS | statistics.LOWERINGS
 )
 """Per operator, what it is rewritten to where it works over space."""
+MAPS: dict[str, Lowering] = randomness.LOWERINGS | writes.LOWERINGS
+"""The same for those that make a map."""
 HANDLERS: dict[str, Handler] = flat.HANDLERS | columns.HANDLERS | products.HANDLERS | reshapes.HANDLERS
 """Per operator, what becomes of it on flattened positions."""
 
@@ -82,5 +85,5 @@ def _lowering(typed: TypedGraph, node: fx.Node, reductions: bool, bound: bool) -
     if reductions and verdict.operator in pooling.WINDOWS and pooling.has_one_window(typed, node, bound):
         return pooling.WINDOWS[verdict.operator]
     if verdict.kind is Tileability.GLOBAL:
-        return randomness.LOWERINGS.get(verdict.operator)
+        return MAPS.get(verdict.operator)
     return REDUCTIONS.get(verdict.operator) if verdict.kind is Tileability.REDUCTION and reductions else None

@@ -73,6 +73,8 @@ class Reason(enum.Enum):
     TARGET_DIMS_DIFFER = GLOBAL, "its target has other tiled dims than its input"
     TARGETS_DIFFER = GLOBAL, "has {} targets for {} pixels"
     COUNTS_CLASSES = GLOBAL, "counts the classes of the whole map"
+    WRITES_DATA_POSITIONS = GLOBAL, "writes several values, or to positions that depend on the data"
+    WRITES_POSITIONS = GLOBAL, "writes to some positions of a tiled dim"
     GATHERS_TILED_DIM = GLOBAL, "gathers along a tiled dim"
     GATHERS_POSITIONS = GLOBAL, "gathers other positions than its own"
     PADS_OPPOSITE = GLOBAL, "pads with pixels of the opposite border, far from every tile's own"
