@@ -17,6 +17,7 @@ from fxstream.graph.nodes import bind_to
 from fxstream.graph.shapes import Meta, Shape, Shapes
 from fxstream.graph.typed_graph import Region, TypedGraph, TypedNode, Verdict
 from fxstream.graph.user_code import module_path, source_line
+from fxstream.graph.user_functions import answer_of
 from fxstream.rules import AccessPattern, Call, Item, NotTileable, Read, Reason, Value, rule_of
 from fxstream.rules.rule import Answer
 
@@ -141,9 +142,10 @@ class _Typing:
             return None
         rule, has_dims = rule_of(node.target), any(value.dims for value in values)
         if rule is None and has_dims:
+            is_function = hasattr(node.target, "joint") and len(node.args) == len(values)
             is_operator = isinstance(node.target, torch._ops.OpOverload)
             reason = Reason.UNKNOWN_OPERATOR if is_operator else Reason.CODE_OF_ITS_OWN
-            return NotTileable(reason, (), (str(node.target),))
+            return None if is_function else NotTileable(reason, (), (str(node.target),))
         return NO_TILED_DIM if rule is None or (not has_dims and rule.family not in STARTS_DIMS) else None
 
     def _by_rule(self, node: fx.Node, meta: Meta) -> Answer:
@@ -155,7 +157,12 @@ class _Typing:
                 return NO_TILED_DIM
             return Item(value.dims, (Read("0", value, value.dims, (IDENTITY,) * len(value.dims)),), index)  # type: ignore[arg-type]
         rule, values = rule_of(node.target), self._input_values(node)
-        assert rule is not None
+        if rule is None:
+            metas = meta if isinstance(meta, tuple) else (meta,)
+            results = [Value(node.name, m.shape, m.dtype) for m in metas if isinstance(m, Shape)]
+            arguments = [self.nodes[one.name].values[0] for one in node.args if isinstance(one, fx.Node)]
+            function: Any = node.target
+            return answer_of(function, arguments, results, type_graph)
         assert isinstance(node.target, torch._ops.OpOverload)
         answer = rule.rule(self._call(node, node.target, meta))
         has_dims = any(value.dims for value in values) if isinstance(answer, NotTileable) else bool(answer.dims)

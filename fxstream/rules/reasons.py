@@ -96,6 +96,7 @@ class Reason(enum.Enum):
     # Operators, or uses of one, that no rule describes.
     UNKNOWN_OPERATOR = NO_RULE, "`{}` has no rule; add one with fxstream.register_rule"
     CODE_OF_ITS_OWN = NO_RULE, "`{}` runs Python code or a block of its own, which no rule can describe"
+    FUNCTION_NOT_LOCAL = NO_RULE, "is an autograd function of the user that is not local: {}"
     BINARY_UNDER_REDUCTION = NO_RULE, "is used as a binary operator under a reduction's name"
     CONCATENATES_TILED_DIM = NO_RULE, "concatenates along a tiled dim"
     COPY_IN_BACKWARD = NO_RULE, "is copied in torch's backward, but not in its forward"
