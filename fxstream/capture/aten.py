@@ -63,6 +63,19 @@ class OpaqueFunction:
     def __repr__(self) -> str:
         return _labelled(self.__name__, self.forward.code + self.backward.code)
 
+    @property
+    def outputs(self) -> int:
+        """How many tensors it returns."""
+        returned = self.forward.graph.output_node().args[0]
+        return len(returned[0])  # type: ignore[index,arg-type]
+
+    def joint(self, *tensors: Any) -> list[Any]:
+        """What it returns for its arguments, then their gradients for the gradients of what it returns."""
+        arguments, gradients = tensors[: -self.outputs], tensors[-self.outputs :]
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            results, saved = fx.Interpreter(self.forward).run(*arguments)
+            return [*results, *fx.Interpreter(self.backward).run(*gradients, *saved)]
+
     def __call__(self, *args: Any) -> Any:
         """What the function returns; the flat results as a tuple."""
         return torch.ops.higher_order.autograd_function_apply(self.forward, self.backward, *args, **self._options)

@@ -2,11 +2,12 @@
 
 NOTE [in-place operators]
 1. ``relu_(x)`` becomes ``y = relu(x)``, and everything that reads `x` later reads `y`.
-2. An operator stays in place if it changes a tensor of the model (``num_batches_tracked.add_(1)``), if another
-   view of the same storage is read later (``x[:, 0] += 1``), or if it has no differentiable out-of-place variant.
-   Every value in that storage is then marked `UNSTREAMED`: it is computed outside of streams, in order.
+2. Where another view of the same storage is read later (``x[:, 0] += 1``), the write goes through views (`views`).
+   An operator stays in place if it changes a tensor of the model (``num_batches_tracked.add_(1)``), if a view
+   cannot be undone, or if it has no differentiable out-of-place variant. Every value in that storage is then
+   marked `UNSTREAMED`: it is computed outside of streams, in order.
 3. ``new_empty(x, size)`` becomes ``empty(size)``: only the type and device of `x` matter, and without `x` a random
-   draw of that size does not depend on the image.
+   draw of that size does not depend on the image. So ``type_as(k, x)`` becomes ``to(k, type of x)``.
 
 `ExportedProgram.run_decompositions` is functional too, but inlines `no_grad` blocks and autograd functions of the
 user, which changes gradients, and writes ``x[:, 0] += 1`` with `aten.copy`, which has no derivative.
@@ -21,6 +22,7 @@ import networkx as nx
 import torch
 from torch import fx
 
+from fxstream.capture.views import UNDONE, Tree, tree_of
 from fxstream.graph.effects import (
     UNSTREAMED,
     WAS_IN_PLACE,
@@ -44,6 +46,11 @@ OUT_OF_PLACE: dict[object, torch._ops.OpOverload | None] = {
     aten.normal_.default: aten.normal_functional.default,
     aten.bernoulli_.float: aten.bernoulli.p,
     aten.copy_.default: None,  # aten.copy has no derivative
+    **{
+        getattr(getattr(aten, f"__i{name}__"), kind): getattr(getattr(aten, f"__{name}__"), kind)
+        for name in ("and", "or", "xor", "lshift", "rshift")
+        for kind in ("Tensor", "Scalar")
+    },
 }
 """Out-of-place variants that are not the operator's name without its underscore; None where there is none."""
 
@@ -54,7 +61,11 @@ FACTORIES = {
     "aten::new_full": aten.full.default,
 }
 """What makes the same tensor without another one to take type and device from."""
+CONVERSIONS = {"aten::type_as", "aten::to"}
+"""Operators that take the type and device of another tensor, `other`."""
 
+FILLING = {"aten::fill", "aten::zero"}
+"""Operators whose result takes shape and type alone from the tensor that they are called on."""
 MAY_RETURN_INPUT = {"aten::dropout", "aten::feature_dropout", "aten::alpha_dropout", "aten::feature_alpha_dropout"}
 """Operators that may return their input itself although their schema has no alias annotation."""
 
@@ -85,11 +96,21 @@ def make_functional(graph: fx.Graph) -> None:
     in_place = []
     for node in list(graph.nodes):
         mutated = mutated_inputs(node)
-        if not mutated:
+        if _copies_itself(node):
+            node.replace_all_uses_with(mutated[0])
+            graph.erase_node(node)
+        elif not mutated:
             _add(aliases, node, [*_viewed_inputs(node), first.setdefault(_storage(node), node)])
         elif (variant := _out_of_place_variant(node)) is None or _is_seen(node, variant, aliases, position):
-            _add(aliases, node, [] if updates_statistics(node) else mutated)
-            in_place.append(node)
+            tree = _written_tree(node, variant, aliases)
+            if tree is None:
+                _add(aliases, node, [] if updates_statistics(node) else mutated)
+                in_place.append(node)
+            else:
+                _write_through(node, variant, tree, position)
+                first[_storage(tree.base)] = tree.again[tree.base]
+                for one in tree.again.values():
+                    _add(aliases, one, [tree.again[tree.base]])
         else:
             result = _replace(node, variant, position)
             _add(aliases, result, [])
@@ -99,6 +120,63 @@ def make_functional(graph: fx.Graph) -> None:
         for tensor in mutated_inputs(node):
             for other in nx.node_connected_component(aliases, tensor):
                 other.meta[UNSTREAMED] = f"its storage is changed in place by `{node.name}`"
+
+
+def _copies_itself(node: fx.Node) -> bool:
+    """Whether a view is copied onto itself, as ``x[:, 0] += 1`` ends with."""
+    if node.target is not aten.copy_.default:
+        return False
+    one, other = node.args[:2]
+    assert isinstance(one, fx.Node)
+    assert isinstance(other, fx.Node)
+    is_same = one.target in UNDONE and (one.target, one.args) == (other.target, other.args)
+    return one is other or is_same
+
+
+def _written_tree(node: fx.Node, variant: torch._ops.OpOverload | None, aliases: nx.Graph) -> Tree | None:
+    """The views that a node writes through; None where what it writes is no value of its own."""
+    is_value = variant is not None or node.target is aten.copy_.default
+    if not is_value or len(mutated_inputs(node)) != 1 or variant is aten.detach.default:
+        return None
+    return tree_of(mutated_inputs(node)[0], aliases)
+
+
+def _write_through(
+    node: fx.Node, variant: torch._ops.OpOverload | None, tree: Tree, position: dict[fx.Node, int]
+) -> None:
+    """Rewrite a node that writes through a view, by the rules of the NOTE in `views`."""
+    with node.graph.inserting_before(node):
+        if variant is None or variant._schema.name in FILLING:
+            value = _filling(node, position)
+        else:
+            value = _computed(node, variant, position)
+    tree.write(node, value, position)
+    node.graph.erase_node(node)
+
+
+def _filling(node: fx.Node, position: dict[fx.Node, int]) -> fx.Node:
+    """What ``y.copy_(x)`` or ``y.fill_(1)`` writes: no value of `y`, in its sizes and type."""
+    (written,), target = mutated_inputs(node), node.meta["val"]
+    source = node.args[1] if len(node.args) > 1 else 0
+    options = {"dtype": target.dtype, "device": target.device}
+
+    def new(function: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        made = node.graph.create_node("call_function", function, args, kwargs)
+        made.meta, position[made] = dict(node.meta), position[node]
+        return made
+
+    def sizes() -> list[fx.Node]:
+        made = [new(aten.sym_size.int, written, dim) for dim in range(target.ndim)]
+        for dim, size in enumerate(made):
+            size.meta["val"] = target.shape[dim]
+        return made
+
+    if not isinstance(source, fx.Node):
+        return new(aten.full.default, sizes(), source, **options)
+    value = source.meta["val"]
+    if value.shape != target.shape:
+        source = new(aten.expand.default, source, sizes())
+    return source if value.dtype == target.dtype else new(aten.to.dtype, source, target.dtype)
 
 
 def _return_changed(graph: fx.Graph) -> None:
@@ -148,22 +226,25 @@ def _replace(node: fx.Node, variant: torch._ops.OpOverload, position: dict[fx.No
     An in-place operator keeps the type of what it changes while its variant promotes, so a variant of tensors of
     several types is followed by a conversion back.
     """
-    graph, (mutated,) = node.graph, mutated_inputs(node)
+    graph, (mutated,), now = node.graph, mutated_inputs(node), position[node]
     with graph.inserting_before(node):
-        new = result = graph.create_node("call_function", variant, *_arguments(node))
-        new.meta = dict(node.meta) | {WAS_IN_PLACE: True}
-        if len(_types(node)) > 1:
-            result = graph.create_node("call_function", aten.type_as.default, (new, mutated))
-            result.meta = dict(node.meta)
-    position[new] = position[result] = now = position[node]
+        result = _computed(node, variant, position)
     node.replace_all_uses_with(result)
     for tensor in graph.find_nodes(op="placeholder"):
         if mutated in (tensor, tensor.meta.get(CHANGED_TO)):
             tensor.meta[CHANGED_TO] = result
-    mutated.replace_all_uses_with(
-        result, delete_user_cb=lambda user: position[user] > now and user not in (new, result)
-    )
+    mutated.replace_all_uses_with(result, delete_user_cb=lambda user: position[user] > now)
     graph.erase_node(node)
+    return result
+
+
+def _computed(node: fx.Node, variant: torch._ops.OpOverload, position: dict[fx.Node, int]) -> fx.Node:
+    """The value that an in-place node writes, by its out-of-place variant, in the type of what is written to."""
+    result = node.graph.create_node("call_function", variant, *_arguments(node))
+    result.meta, position[result] = dict(node.meta) | {WAS_IN_PLACE: True}, position[node]
+    if len(_types(node)) > 1:
+        result = node.graph.create_node("call_function", aten.type_as.default, (result, mutated_inputs(node)[0]))
+        result.meta, position[result] = dict(node.meta), position[node]
     return result
 
 
@@ -189,3 +270,17 @@ def make_factories(graph: fx.Graph) -> None:
             node.target = FACTORIES[schema.name]
             node.args = node.args[1:]
             node.kwargs = {"dtype": tensor.dtype, "device": tensor.device}
+        elif schema is not None and schema.name in CONVERSIONS and isinstance(tensor, torch.Tensor):
+            _convert_alone(node, tensor)
+
+
+def _convert_alone(node: fx.Node, tensor: torch.Tensor) -> None:
+    """Let a conversion to the type of another tensor, which this is made into, read its own tensor alone."""
+    if "other" not in bind(node):
+        return
+    before = node.all_input_nodes[0]
+    if getattr(before.meta.get("val"), "device", None) == tensor.device:
+        node.target, node.args = aten.to.dtype, (before, tensor.dtype)
+    else:
+        node.target, node.args = aten.to.device, (before, tensor.device, tensor.dtype)
+    node.kwargs = {}

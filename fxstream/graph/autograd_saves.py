@@ -1,16 +1,20 @@
 """What autograd saves of each operator for its backward, found by asking the operator itself.
 
 Every distinct call runs once on meta tensors, which have shapes but no memory, under hooks that see what is saved.
-An operator that does not run there is taken to save all of its tensors.
+An operator that does not run there is taken to save all of its tensors. Attention, whose kernel is chosen by the
+device, is asked on fake tensors of that: a fused one saves no weights of all pairs. So is what reads no image,
+which may make tensors, or draw random numbers, on a device that is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -19,16 +23,20 @@ from fxstream.graph.typed_graph import Saves, TypedGraph, TypedNode
 
 __all__ = ["in_place_variant", "may_reuse", "saves_of"]
 
+OF_DEVICE = (torch.ops.aten.scaled_dot_product_attention.default,)
+"""Operators of which each device has kernels that save other things."""
+
 
 def saves_of(graph: TypedGraph) -> dict[str, Saves]:
-    """For every operator that depends on an image, what autograd saves, at any size.
+    """For every operator that yields tensors, what autograd saves, at any size.
 
-    Inputs are indices in `fx.Node.all_input_nodes`.
+    Inputs are indices in `fx.Node.all_input_nodes`. What depends on no image is among them, such as masks of
+    windows and grids of positions, which may be as large as the image.
     """
     cache: dict[Any, Saves] = {}
     saves = {}
     for name, node in graph.nodes.items():
-        if node.verdict is not None and node.values and node.depends_on_image:
+        if node.verdict is not None and node.values:
             key = _key(graph, node.node)
             if key not in cache:
                 cache[key] = _ask(graph, node.node)
@@ -43,7 +51,7 @@ def _key(graph: TypedGraph, node: fx.Node) -> Any:
     def described(tensor: fx.Node) -> Any:
         typed = graph[tensor.name]
         shapes = [(value.shape, value.dtype) for value in typed.values]
-        return str((inputs.index(tensor), typed.is_tuple, shapes))
+        return str((inputs.index(tensor), typed.is_tuple, typed.is_constant, shapes))
 
     return node.target, str(map_arg(graph.arguments(node), described))
 
@@ -53,7 +61,9 @@ def _ask(graph: TypedGraph, node: fx.Node) -> Saves:
     every = Saves(frozenset(range(len(inputs))), True, 0)
     if any(graph[n.name].is_tuple for n in inputs):
         return Saves(frozenset(), False, 0, 0, True)
-    tensors = [_meta_tensor(graph[n.name]) for n in inputs]
+    mode, device = _mode_and_device(graph[node.name])
+    with mode:
+        tensors = [_stand_in(graph[n.name], device) for n in inputs]
     args, kwargs = map_arg(graph.arguments(node), dict(zip(inputs, tensors, strict=True)).__getitem__)
     for statistic in _statistics(node, args):
         statistic.requires_grad_(False)
@@ -65,7 +75,7 @@ def _ask(graph: TypedGraph, node: fx.Node) -> Saves:
 
     assert callable(node.target)
     try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with mode, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             results = [r for r in pytree.tree_leaves(node.target(*args, **kwargs)) if isinstance(r, torch.Tensor)]
     except Exception:  # whatever an operator without a meta kernel raises
         return every
@@ -88,11 +98,18 @@ def _saves(tensors: list[torch.Tensor | None], results: list[torch.Tensor], pack
     )
 
 
-def _meta_tensor(node: TypedNode) -> torch.Tensor | None:
+def _mode_and_device(node: TypedNode) -> tuple[AbstractContextManager[Any], torch.device]:
+    """Where an operator is asked, and the device of the tensors that it is asked on."""
+    if node.node.target not in OF_DEVICE and node.depends_on_image:
+        return nullcontext(), torch.device("meta")
+    return FakeTensorMode(), getattr(node.node.meta.get("val"), "device", torch.device("cpu"))
+
+
+def _stand_in(node: TypedNode, device: torch.device) -> torch.Tensor | None:
     if len(node.values) != 1:
         return None
     (value,) = node.values
-    return torch.empty(value.shape, dtype=value.dtype, device="meta", requires_grad=value.has_gradient)
+    return torch.empty(value.shape, dtype=value.dtype, device=device, requires_grad=node.has_gradient)
 
 
 def _statistics(node: fx.Node, args: tuple[Any, ...]) -> list[torch.Tensor]:
@@ -139,4 +156,5 @@ def may_reuse(graph: TypedGraph, name: str) -> bool:
     producer = graph[inputs[0].name]
     types = {value.dtype for one in (node, producer) if not one.is_tuple for value in one.values}
     is_new = producer.saves is not None and producer.saves.views is None and not producer.saves.result
-    return is_new and inputs[0] is node.node.args[0] and len(inputs[0].users) == 1 and len(types) == 1
+    is_only = inputs[0] is node.node.args[0] and len(inputs[0].users) == 1
+    return is_new and is_only and node.depends_on_image and len(types) == 1

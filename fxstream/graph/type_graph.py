@@ -17,6 +17,7 @@ from fxstream.graph.nodes import bind_to
 from fxstream.graph.shapes import Meta, Shape, Shapes
 from fxstream.graph.typed_graph import Region, TypedGraph, TypedNode, Verdict
 from fxstream.graph.user_code import module_path, source_line
+from fxstream.graph.user_functions import answer_of
 from fxstream.rules import AccessPattern, Call, Item, NotTileable, Read, Reason, Value, rule_of
 from fxstream.rules.rule import Answer
 
@@ -114,10 +115,14 @@ class _Typing:
             verdict,
             self._stage(node, verdict),
             self._shapes.macs.get(name, 0),
+            is_constant=all(one.is_constant or one.integer is not None for one in self._inputs_of(node)),
         )
 
+    def _inputs_of(self, node: fx.Node) -> list[TypedNode]:
+        return [self.nodes[producer.name] for producer in node.all_input_nodes]
+
     def _input_values(self, node: fx.Node) -> list[Value]:
-        return [value for producer in node.all_input_nodes for value in self.nodes[producer.name].values]
+        return [value for producer in self._inputs_of(node) for value in producer.values]
 
     def _answer(self, node: fx.Node, meta: Meta) -> Answer:
         """What the first check says that has an answer."""
@@ -137,9 +142,10 @@ class _Typing:
             return None
         rule, has_dims = rule_of(node.target), any(value.dims for value in values)
         if rule is None and has_dims:
+            is_function = hasattr(node.target, "joint") and len(node.args) == len(values)
             is_operator = isinstance(node.target, torch._ops.OpOverload)
             reason = Reason.UNKNOWN_OPERATOR if is_operator else Reason.CODE_OF_ITS_OWN
-            return NotTileable(reason, (), (str(node.target),))
+            return None if is_function else NotTileable(reason, (), (str(node.target),))
         return NO_TILED_DIM if rule is None or (not has_dims and rule.family not in STARTS_DIMS) else None
 
     def _by_rule(self, node: fx.Node, meta: Meta) -> Answer:
@@ -151,7 +157,12 @@ class _Typing:
                 return NO_TILED_DIM
             return Item(value.dims, (Read("0", value, value.dims, (IDENTITY,) * len(value.dims)),), index)  # type: ignore[arg-type]
         rule, values = rule_of(node.target), self._input_values(node)
-        assert rule is not None
+        if rule is None:
+            metas = meta if isinstance(meta, tuple) else (meta,)
+            results = [Value(node.name, m.shape, m.dtype) for m in metas if isinstance(m, Shape)]
+            arguments = [self.nodes[one.name].values[0] for one in node.args if isinstance(one, fx.Node)]
+            function: Any = node.target
+            return answer_of(function, arguments, results, type_graph)
         assert isinstance(node.target, torch._ops.OpOverload)
         answer = rule.rule(self._call(node, node.target, meta))
         has_dims = any(value.dims for value in values) if isinstance(answer, NotTileable) else bool(answer.dims)
@@ -193,8 +204,7 @@ class _Typing:
 
     def _stage(self, node: fx.Node, verdict: Verdict | None) -> int:
         """The stage of a node, by the rules of the NOTE in `typed_graph`; integers are known before all."""
-        inputs = [self.nodes[producer.name] for producer in node.all_input_nodes]
-        inputs = [producer for producer in inputs if producer.integer is None]
+        inputs = [producer for producer in self._inputs_of(node) if producer.integer is None]
         inputs += [self.nodes[one.name] for one in self._before(node)]
         if verdict is not None and not isinstance(verdict.answer, NotTileable):
             return max((producer.stage + (not producer.is_local) for producer in inputs), default=0)

@@ -100,9 +100,10 @@ class TypedNode:
     """One node at one image size.
 
     `values` are its results, one unless `is_tuple`; none of shape arithmetic, whose `integer` is known. `macs` are
-    its multiply-accumulates. `saves` is known of operators that depend on an image. `is_parameter` says that it is
-    a tensor of the model, or made of such alone. In a segment, `reuses` says that it may take over the memory of
-    its input, and `skips` that no backward needs its result.
+    its multiply-accumulates. `saves` is known of operators that yield tensors. `is_parameter` says that it is a
+    tensor of the model, or made of such alone, `is_constant` that it reads no tensor of the model or the call, and
+    so has no gradient. In a segment, `reuses` says that it may take over the memory of its input, and `skips` that
+    no backward needs its result.
     """
 
     node: fx.Node
@@ -115,6 +116,7 @@ class TypedNode:
     macs: int = 0
     saves: Saves | None = None
     is_parameter: bool = False
+    is_constant: bool = False
     reuses: bool = False
     skips: bool = False
 
@@ -155,6 +157,11 @@ class TypedNode:
     def depends_on_image(self) -> bool:
         """Whether any of its values depends on an image, tiled dims or not."""
         return any(value.image for value in self.values)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether its result may have a gradient."""
+        return not self.is_constant and (self.is_tuple or (bool(self.values) and self.values[0].has_gradient))
 
     @property
     def bytes(self) -> int:
@@ -209,7 +216,8 @@ class TypedGraph:
     def barriers(self) -> tuple[Verdict, ...]:
         """The verdicts that end streamed parts, in the order of the graph; no reductions combined from tiles."""
         local = (Tileability.LOCAL, Tileability.SMALL)
-        return tuple(v for v in self.verdicts.values() if v.kind not in local and v.reduction is None)
+        every = (v for v in self.verdicts.values() if v.node not in self.unread)
+        return tuple(v for v in every if v.kind not in local and v.reduction is None)
 
     def reductions(self) -> tuple[Verdict, ...]:
         """The reductions over space that can be combined from tiles, in the order of the graph."""
@@ -300,7 +308,7 @@ class TypedGraph:
 
     @property
     def costed(self) -> list[str]:
-        """The operators that depend on an image, whose saves are known, in order."""
+        """The operators that yield tensors, whose saves are known, in order."""
         return [name for name, node in self.nodes.items() if node.saves is not None]
 
     def __str__(self) -> str:

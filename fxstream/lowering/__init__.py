@@ -15,7 +15,18 @@ from fxstream.graph.captured import CUMULATIVE, Captured
 from fxstream.graph.effects import UNSTREAMED
 from fxstream.graph.nodes import bind
 from fxstream.graph.typed_graph import TypedGraph
-from fxstream.lowering import flat, losses, normalisations, pooling, products, randomness, reshapes, statistics
+from fxstream.lowering import (
+    columns,
+    flat,
+    losses,
+    normalisations,
+    pooling,
+    products,
+    randomness,
+    reshapes,
+    statistics,
+    writes,
+)
 from fxstream.lowering.proxy import Draft, Lowering, Operator, Proxy
 from fxstream.lowering.unflatten import Handler, unflattened
 from fxstream.rules import Tileability
@@ -26,7 +37,9 @@ REDUCTIONS: dict[str, Lowering] = (
     losses.LOWERINGS | normalisations.LOWERINGS | pooling.LOWERINGS | statistics.LOWERINGS
 )
 """Per operator, what it is rewritten to where it works over space."""
-HANDLERS: dict[str, Handler] = flat.HANDLERS | products.HANDLERS | reshapes.HANDLERS
+MAPS: dict[str, Lowering] = randomness.LOWERINGS | writes.LOWERINGS
+"""The same for those that make a map."""
+HANDLERS: dict[str, Handler] = flat.HANDLERS | columns.HANDLERS | products.HANDLERS | reshapes.HANDLERS
 """Per operator, what becomes of it on flattened positions."""
 
 
@@ -72,5 +85,5 @@ def _lowering(typed: TypedGraph, node: fx.Node, reductions: bool, bound: bool) -
     if reductions and verdict.operator in pooling.WINDOWS and pooling.has_one_window(typed, node, bound):
         return pooling.WINDOWS[verdict.operator]
     if verdict.kind is Tileability.GLOBAL:
-        return randomness.LOWERINGS.get(verdict.operator)
+        return MAPS.get(verdict.operator)
     return REDUCTIONS.get(verdict.operator) if verdict.kind is Tileability.REDUCTION and reductions else None

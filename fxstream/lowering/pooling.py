@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import fx
@@ -27,9 +28,12 @@ MOST_WINDOWS = 16
 
 
 def _mean(op: Operator) -> Proxy | None:
-    """A pooling to one pixel is a mean; to more of them the sums of windows over the numbers of their pixels."""
-    if set(op.output_size) == {1}:
-        return op.self.mean(_dims(op), True)
+    """A pooling to one pixel is a mean; to more of them the sums of windows over the numbers of their pixels.
+
+    Along an axis that keeps its pixels it is none.
+    """
+    if strips := _strips(op):
+        return op.self.mean(strips, True)
     if not _is_small(op):
         return None
     windows, axes = _windows(op, op.output_size), range(len(op.output_size))
@@ -37,6 +41,18 @@ def _mean(op: Operator) -> Proxy | None:
     pixels = [window.sum([1 + axis for axis in axes]) for window in windows]
     pixels = [count.view([-1 if b == a else 1 for b in axes]) for a, count in enumerate(pixels)]
     return op.narrow(sums / reduce(operator.mul, pixels))
+
+
+def _strips(op: Operator) -> list[int]:
+    """The dims that are pooled to one pixel where the others keep theirs; empty where that is not so."""
+    pairs = list(zip(_dims(op), op.output_size, strict=True))
+    is_strips = all(size == 1 or _keeps(op, size, dim) for dim, size in pairs)
+    return [dim for dim, size in pairs if size == 1] if is_strips else []
+
+
+def _keeps(op: Operator, size: Any, dim: int) -> bool:
+    """Whether a size is that of the map along a dim, by its origin."""
+    return isinstance(size, Proxy) and _is_extent(size.node, op.self.node, dim)
 
 
 def _maximum(op: Operator) -> tuple[Proxy, ...] | None:

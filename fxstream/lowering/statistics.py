@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from functools import reduce
 
 from fxstream.lowering.proxy import Lowering, Operator, Proxy
 
@@ -22,19 +24,39 @@ def _dims(op: Operator) -> list[int]:
 
 
 def _variance(op: Operator) -> Proxy | tuple[Proxy, ...] | None:
-    """A variance or standard deviation over all stream axes, also with the mean.
+    """A variance or standard deviation over stream axes, also with the mean.
 
-    None where some axis is kept, or the count is corrected by more than one.
+    None where the count is corrected by more than one.
     """
     correction, dims = op.arguments.get("correction", op.arguments.get("unbiased")), _dims(op)
-    if correction not in (None, 0, 1) or not set(op.self.dims) <= set(dims):
+    if correction not in (None, 0, 1):
         return None
-    mean, variance, sample = op.self.moments(dims)
-    spread = variance if correction == 0 else sample
-    for dim in dims if op.arguments.get("keepdim") else ():
-        mean, spread = mean.unsqueeze(dim), spread.unsqueeze(dim)
+    is_all = set(op.self.dims) <= set(dims)
+    mean, spread = (_moments if is_all else _moments_of_rows)(op, dims, correction == 0)
     spread = op.narrow(_root(spread) if op.name.startswith("std") else spread)
     return (spread, op.narrow(mean)) if op.name.endswith("_mean") else spread
+
+
+def _moments(op: Operator, dims: list[int], is_whole: bool) -> tuple[Proxy, Proxy]:
+    """Mean and variance over all stream axes, that of a sample unless they are of the whole population."""
+    mean, variance, sample = op.self.moments(dims)
+    spread = variance if is_whole else sample
+    for dim in dims if op.arguments.get("keepdim") else ():
+        mean, spread = mean.unsqueeze(dim), spread.unsqueeze(dim)
+    return mean, spread
+
+
+def _moments_of_rows(op: Operator, dims: list[int], is_whole: bool) -> tuple[Proxy, Proxy]:
+    """The same over some of the axes: of the differences from the mean."""
+    tensor = op.self.to(op.wide)
+    mean = tensor.mean(dims, True)
+    difference = tensor - mean
+    spread = (difference * difference).sum(dims, True)
+    count = reduce(operator.mul, map(op.self.size, dims))
+    spread = spread / (count if is_whole else count - 1)
+    for dim in reversed(dims) if not op.arguments.get("keepdim") else ():
+        mean, spread = mean.squeeze(dim), spread.squeeze(dim)
+    return mean, spread
 
 
 def _root(variance: Proxy) -> Proxy:
@@ -45,7 +67,7 @@ def _root(variance: Proxy) -> Proxy:
 
 def _norm(op: Operator) -> Proxy | None:
     order, dims = 2 if op.p is None else op.p, _dims(op)
-    if order not in ORDERS or not set(op.self.dims) <= set(dims):
+    if order not in ORDERS:
         return None
     keepdim, dtype = op.arguments.get("keepdim", False), op.arguments.get("dtype")
     return op.self.linalg_vector_norm(order, dims, keepdim, dtype=dtype)

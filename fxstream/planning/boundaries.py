@@ -173,7 +173,7 @@ def _crossing(
             len(spans) if graph.is_result(name) else max(others),
             tuple(holders.get(name, ())),
             is_new and exists,
-            is_new and (made >= 0 or name in context.differentiated),
+            is_new and (graph[name].has_gradient if made >= 0 else name in context.differentiated),
             graph.is_result(name),
         )
 

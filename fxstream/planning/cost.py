@@ -237,8 +237,7 @@ class Costs:
         return inputs, users, roots
 
     def _has_gradient(self, name: str) -> bool:
-        node = self._graph[name]
-        return node.is_tuple or node.values[0].has_gradient
+        return self._graph[name].has_gradient
 
 
 class Part:

@@ -146,7 +146,8 @@ class _Needs:
         plan, graph = self._plan, self._context.graph
         for name, _ in plan.segment.spatial if plan is not None else ():
             is_box = not self._is_whole or name in self._offloaded
-            if is_box and (graph[name].saves is not None or name in self._context.differentiated):
+            has_gradient = graph[name].saves is not None and graph[name].has_gradient
+            if is_box and (has_gradient or name in self._context.differentiated):
                 outer[name] = _box_bytes(plan, name)
         return {name: size for name, size in outer.items() if name in self._cost.outer}
 

@@ -61,7 +61,7 @@ def _compare_tiles(graph: TypedGraph, names: tuple[str, ...], findings: Findings
     if segment is None or not all(segment.graph[n].is_local for n in names):
         return
     inputs, whole = _drawn(part, segment)
-    whole = [tensor.abs() + 1 for tensor in whole]
+    whole = [tensor if tensor.dtype == torch.bool else tensor.abs() + 1 for tensor in whole]
     with torch.no_grad():
         plain = part.module(*inputs, *whole)
     for third in range(3):
@@ -88,6 +88,13 @@ def _of_tile(
 ) -> Sequence[torch.Tensor | None]:
     """What the tile that owns these intervals, of each output along each axis, makes of the inputs."""
     tiles = [BoundsPass(segment, axis).tile(tuple(along)) for axis, along in enumerate(owned)]
+    return _run(segment, tiles, inputs, whole)
+
+
+def _run(
+    segment: Segment, tiles: Sequence[AxisTile], inputs: Sequence[torch.Tensor], whole: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor]:
+    """What one tile makes of the inputs."""
     tables = [t for lookup in lookups(segment, tiles).values() for t in lookup.tensors(torch.device("cpu"))]
     return tile_program(segment, tiles).forward(*_boxes(segment, tiles, inputs), *whole, *tables)
 
@@ -144,7 +151,7 @@ def _combined_from_tiles(
     counts: list[int] = []
     for owned in itertools.product(*thirds):
         tiles = [walk.tile((interval,)) for walk, interval in zip(walks, owned, strict=True)]
-        partials += tile_program(segment, tiles).forward(*_boxes(segment, tiles, inputs), *whole)
+        partials += _run(segment, tiles, inputs, whole)
         counts.append(math.prod(map(len, owned)))
     return reduction.combine(torch.stack(partials), torch.tensor(counts, dtype=torch.float64))
 

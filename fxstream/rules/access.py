@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -15,7 +17,7 @@ from fxstream.errors import RuleError
 from fxstream.geometry.box import Interval
 from fxstream.geometry.receptive_field import AxisMap
 
-__all__ = ["Average", "Border", "OutputSpan", "Read", "Value"]
+__all__ = ["Average", "Border", "Lookup", "OutputSpan", "Places", "Read", "Value"]
 
 
 class Border(enum.Enum):
@@ -151,3 +153,30 @@ class Average:
         low, high = (-self.padding, self.extent + self.padding) if self.count_padding else (0, self.extent)
         starts = (o * self.stride - self.padding for o in range(out.start, out.stop))
         return tuple(min(start + self.kernel, high) - max(start, low) for start in starts)
+
+
+class Lookup(Hashable, Protocol):
+    """What an operator takes along one axis that differs from tile to tile: inputs of the tile's program."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What `tensors` are."""
+
+    def tensors(self, device: torch.device) -> list[torch.Tensor]:
+        """These inputs for one tile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The pixels of an axis that a tile owns, by their positions."""
+
+    owned: Interval
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """One tensor."""
+        return ("places",)
+
+    def tensors(self, device: torch.device) -> list[torch.Tensor]:
+        """The positions."""
+        return [torch.arange(self.owned.start, self.owned.stop, device=device)]

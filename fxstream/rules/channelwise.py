@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import torch
+
 from fxstream.geometry.receptive_field import IDENTITY
 from fxstream.rules.access import Read, Value
 from fxstream.rules.patterns import Pointwise
@@ -94,6 +96,8 @@ def add_rules(table: RuleTable) -> None:
         table.add(f"aten::{name}", "channelwise", layer_norm)
     for name in ("cat", "concat", "concatenate"):
         table.add(f"aten::{name}", "channelwise", concatenation)
+    for name in ("slice_scatter", "select_scatter"):
+        table.add(f"aten::{name}", "channelwise", scatter)
     table.add("aten::stack", "channelwise", stack)
     table.add("aten::linear", "channelwise", linear)
     table.add("aten::matmul", "channelwise", matmul)
@@ -103,6 +107,7 @@ def add_rules(table: RuleTable) -> None:
     for name in CLASS_LOSSES:
         table.add(f"aten::{name}", "classes", class_loss)
     table.add("aten::one_hot", "classes", one_hot)
+    table.add("aten::index_put", "classes", index_put)
     table.add("aten::gather", "classes", gather)
     table.add("fxstream::class_weights", "classes", class_weights)
 
@@ -135,7 +140,7 @@ def along_dim(call: Call) -> Answer:
     _, image = _image(call)
     touched = _touched(call, len(image.shape))
     if set(touched) & set(image.dims):
-        if call.target._schema.name in SOFTMAXES and set(image.dims) <= set(touched):
+        if call.target._schema.name in SOFTMAXES:
             return NotTileable(Reason.NORMALISES_POSITIONS, image.dims)
         same = call.shape == image.shape
         return NotTileable(Reason.ALONG_TILED_DIM, image.dims if same else (), (touched,))
@@ -189,6 +194,24 @@ def concatenation(call: Call) -> Answer:
         return NotTileable(Reason.CONCATENATES_WHOLE, dims)
     kept = tuple(read for read in reads if isinstance(read, Read))
     return Pointwise(dims, kept)
+
+
+def scatter(call: Call) -> Answer:
+    """A map with other values at some indices of a dim that is not tiled."""
+    image, values = call["self"], call["src"]
+    dims, dim = image.dims or values.dims, call["dim"] % len(image.shape)
+    is_less = len(values.shape) < len(image.shape)
+    if not image.dims:
+        dims = tuple(d + (is_less and d >= dim) for d in dims)
+    if dim in dims:
+        return NotTileable(Reason.WRITES_POSITIONS, dims)
+    reads = []
+    for name, value in (("self", image), ("src", values)):
+        along = tuple(d - (len(value.shape) < len(image.shape) and d > dim) for d in dims)
+        if value.dims not in ((), along):
+            return NotTileable(Reason.DIFFERENT_DIMS, dims, (sorted({image.dims, values.dims}),))
+        reads.append(Read(name, value, along, (IDENTITY,) * len(dims)))
+    return Pointwise(dims, tuple(reads))
 
 
 def stack(call: Call) -> Answer:
@@ -254,6 +277,15 @@ def one_hot(call: Call) -> Answer:
     if call["num_classes"] < 0:
         return NotTileable(Reason.COUNTS_CLASSES, image.dims)
     return _looked_up(call, image.dims, (("self", image, image.dims),))
+
+
+def index_put(call: Call) -> Answer:
+    """One value wherever a mask says so."""
+    image, indices, values = call["self"], call["indices"], call["values"]
+    is_mask = len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
+    if not is_mask or len(indices[0].shape) != len(image.shape) or values.elements != 1 or call["accumulate"]:
+        return NotTileable(Reason.WRITES_DATA_POSITIONS, image.dims)
+    return pointwise(call)
 
 
 def gather(call: Call) -> Answer:

@@ -21,6 +21,7 @@ __all__ = [
     "dropout",
     "entry_keys",
     "overload",
+    "placed",
     "positions",
     "wide",
     "window_maxima",
@@ -249,3 +250,23 @@ def average_windows(tensor: torch.Tensor, windows: Sequence[tuple[int, int, Sequ
         divisor = divisor.unsqueeze(-1) * sums.new_tensor(counts)
     averages: torch.Tensor = sums / divisor
     return averages.to(tensor.dtype)
+
+
+def placed(
+    tensor: torch.Tensor, absent: Sequence[float], places: Sequence[tuple[int, int, torch.Tensor]]
+) -> torch.Tensor:
+    """A tensor in a larger one, given per dim (counted from the last) the extent there and the places of indices.
+
+    Everywhere else is the value `absent`; of several, each is that of one tensor that is stacked in front.
+
+    >>> placed(torch.tensor([5, 6]), [0], [(-1, 4, torch.tensor([1, 2]))])
+    tensor([0, 5, 6, 0])
+    """
+    if len(absent) > 1:
+        pairs = zip(tensor.unbind(0), absent, strict=True)
+        return torch.stack([placed(one, [value], places) for one, value in pairs])
+    for dim, extent, indices in places:
+        shape = list(tensor.shape)
+        shape[dim] = extent
+        tensor = tensor.new_full(shape, absent[0]).index_copy(dim, indices, tensor)
+    return tensor

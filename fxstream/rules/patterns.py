@@ -18,9 +18,9 @@ from torch import fx
 
 from fxstream.geometry.box import Interval
 from fxstream.geometry.receptive_field import AxisExtent
-from fxstream.rules.access import Average, OutputSpan, Read
-from fxstream.rules.ops import average_windows
-from fxstream.rules.resample_table import Lookup, Resample, resampled_tile
+from fxstream.rules.access import Average, Lookup, OutputSpan, Places, Read
+from fxstream.rules.ops import average_windows, placed
+from fxstream.rules.resample_table import Resample, TablePart, resampled_tile
 
 __all__ = [
     "AccessPattern",
@@ -285,7 +285,7 @@ class Table(_Pattern):
 
     def lookup(self, axis: int, box: Interval, read: Interval) -> Lookup | None:
         """The part of the table along an axis."""
-        return Lookup(self.axes[axis], box, read)
+        return TablePart(self.axes[axis], box, read)
 
     def emit(self, tile: TileWriter) -> fx.Node:
         """First along the axes that shrink most, so that the least is computed."""
@@ -300,16 +300,26 @@ class Reduced(_Pattern):
 
     A tile calls `partial_result` on what it reads and `arguments`. `combine` makes the whole result of the partial
     results, stacked in front, and of the number of positions of each (float64); it is differentiable in the first.
+    Axes that are `kept` are dims of the result, here counted from the last, with their extents: a tile puts what
+    it has in its place there, and `absent` values (one per result that is stacked in front) everywhere else.
     """
 
     partial_result: Callable[..., Any]
     combine: Combine
     arguments: tuple[Any, ...] = ()
+    kept: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    absent: tuple[float, ...] = ()
     reduces: ClassVar[bool] = True
+
+    def lookup(self, axis: int, box: Interval, read: Interval) -> Lookup | None:
+        """Where the pixels of a kept axis lie."""
+        return Places(box) if axis in self.kept else None
 
     def emit(self, tile: TileWriter) -> fx.Node:
         """The partial result of a tile."""
-        return tile.call(self.partial_result, *tile.inputs, *self.arguments)
+        partial = tile.call(self.partial_result, *tile.inputs, *self.arguments)
+        places = tuple((*kept, tile.tables[axis][0]) for axis, kept in self.kept.items())
+        return tile.call(placed, partial, self.absent, places) if places else partial
 
 
 AccessPattern = Pointwise | Item | Moved | Windowed | Averaged | Cropped | Bordered | Resampled | Table | Reduced

@@ -1,4 +1,4 @@
-"""Reductions over all tiled dims: what a tile contributes, and how the contributions are combined.
+"""Reductions over tiled dims, all or some: what a tile contributes, and how the contributions are combined.
 
 A reduction over space is one over tiles. Each tile owns a box of the positions, the boxes partition them, and it
 yields a small partial result of the positions that it owns. `combine` makes the whole result of all partial
@@ -7,6 +7,9 @@ results; it is an ordinary differentiable function of them, so that its gradient
 Partial results have 32 bits at least and are combined in 64. Means and variances are combined with the term
 between tiles (Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances",
 1979). The gradient of a maximum is shared by all positions that attain it, as torch's `amax` does it.
+
+A reduction over some axes keeps the others as dims of its result, which is whole: a tile contributes the rows
+that it owns, and nothing to the others. So are rows averaged, pooled into strips, or normalised.
 
 Of an adaptive pooling to a few windows per axis a tile reads its part of the map and, of each axis, which window
 holds which of its pixels: small tensors that are cut by position like the map itself. What it yields are the sums,
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,7 +34,12 @@ from fxstream.rules.patterns import Combine, Reduced
 from fxstream.rules.reasons import NotTileable, Reason
 from fxstream.rules.rule import Answer, Call, RuleTable
 
-__all__ = ["add_rules", "over_space", "reduced", "sums_of_tiles"]
+__all__ = ["Reducer", "add_rules", "over_space", "reduced", "sums_of_tiles"]
+
+NO_MAXIMUM = (-math.inf, 0.0)
+"""Of no pixels: the maximum, and how often it is attained."""
+OF_INTEGERS = ("sum", "prod", "any", "all")
+"""Reductions of whole numbers and truth values too."""
 
 
 def add_rules(table: RuleTable) -> None:
@@ -48,23 +57,43 @@ def reduced(reads: Sequence[Read], target: Callable[..., Any], combine: Combine,
 def over_space(call: Call, image: Value, touched: Sequence[int]) -> Answer:
     """A reduction of one map over dims that include tiled dims."""
     name = call.target._schema.name.removeprefix("aten::")
-    if not set(image.dims) <= set(touched):
-        return NotTileable(Reason.REDUCES_SOME_DIMS)
-    is_known = len(call.shapes) == 1 and (image.dtype.is_floating_point or name == "sum")
+    is_known = len(call.shapes) == 1 and (image.dtype.is_floating_point or name in OF_INTEGERS)
     reducer = REDUCERS.get(name) if is_known else None
     answer = reducer(call) if reducer is not None else None
     if answer is None:
-        return NotTileable(Reason.REDUCES_SPACE)
+        is_part = not set(image.dims) <= set(touched)
+        return NotTileable(Reason.REDUCES_SOME_DIMS if is_part else Reason.REDUCES_SPACE)
     argument = next(name for name, _, value in call.tensors() if value.name == image.name)
     read = Read(argument, image, image.dims, (IDENTITY,) * len(image.dims))
-    return reduced([read], *answer, list(touched), bool(call.arguments.get("keepdim", False)))
+    keepdim = bool(call.arguments.get("keepdim", False))
+    kept = _kept(image, touched, keepdim)
+    if kept and name == "mean":
+        answer = Reducer(sum_of, partial(_means_of_sums, math.prod(image.shape[dim] for dim in touched)))
+    arguments = (list(touched), keepdim)
+    return Reduced(image.dims, (read,), answer.of_tile, answer.combine, arguments, kept, answer.absent)
 
 
-def _norm(call: Call) -> tuple[Callable[..., Any], Combine] | None:
-    orders: dict[float, tuple[Callable[..., Any], Combine]] = {
-        1.0: (norm_1, partial(_norms, 1.0)),
-        2.0: (norm_2, partial(_norms, 2.0)),
-        math.inf: (largest_of, _maxima),
+def _kept(image: Value, touched: Sequence[int], keepdim: bool) -> dict[int, tuple[int, int]]:
+    """The axes that a reduction leaves: per axis the dim of the result, counted from the last, and its extent."""
+    left = [d for d in range(len(image.shape)) if keepdim or d not in touched]
+    kept = ((k, d) for k, d in enumerate(image.dims) if d not in touched)
+    return {k: (left.index(d) - len(left), image.shape[d]) for k, d in kept}
+
+
+@dataclass(frozen=True, slots=True)
+class Reducer:
+    """What a tile computes, how that is combined, and what a tile has in its place where it owns nothing."""
+
+    of_tile: Callable[..., Any]
+    combine: Combine
+    absent: tuple[float, ...] = (0.0,)
+
+
+def _norm(call: Call) -> Reducer | None:
+    orders = {
+        1.0: Reducer(norm_1, partial(_norms, 1.0)),
+        2.0: Reducer(norm_2, partial(_norms, 2.0)),
+        math.inf: Reducer(largest_of, _maxima, NO_MAXIMUM),
     }
     return orders.get(float(call["ord"]))
 
@@ -107,6 +136,24 @@ def largest_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Te
     return maximum_of(tensor.abs(), dims, keepdim)
 
 
+def any_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
+    """Whether any of a tile is true, as a number."""
+    return tensor.any(dims, keepdim).int()
+
+
+def all_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
+    """Whether all of a tile is true, as a number."""
+    return tensor.all(dims, keepdim).int()
+
+
+def product_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
+    """A tile's product, of whole numbers in 64 bits."""
+    product = wide(tensor) if tensor.is_floating_point() else tensor.long()
+    for dim in sorted(dims, reverse=True):
+        product = product.prod(dim, keepdim)
+    return product
+
+
 def logsumexp_of(tensor: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
     """A tile's logarithm of the sum of exponentials."""
     return torch.logsumexp(wide(tensor), dims, keepdim)
@@ -142,6 +189,22 @@ def _means(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     return (partials.double() * _along_tiles(counts / counts.sum(), partials)).sum(0)
 
 
+def _means_of_sums(count: int, partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return sums_of_tiles(partials, counts) / count
+
+
+def _products(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return (partials.double() if partials.is_floating_point() else partials).prod(0)
+
+
+def _any(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return partials.amax(0)
+
+
+def _all(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return partials.amin(0)
+
+
 def _maxima(partials: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     maxima, often = partials.double().unbind(1)
     whole = maxima.detach().amax(0)
@@ -168,14 +231,17 @@ def _moments(others: int, partials: torch.Tensor, counts: torch.Tensor) -> torch
     return combined_moments(partials, counts * others)
 
 
-REDUCERS: dict[str, Callable[[Call], tuple[Callable[..., Any], Combine] | None]] = {
-    "sum": lambda call: (sum_of, sums_of_tiles),
-    "mean": lambda call: (mean_of, _means),
-    "amax": lambda call: (maximum_of, _maxima),
-    "amin": lambda call: (minimum_of, _minima),
-    "max": lambda call: (maximum_of, _maxima),
-    "min": lambda call: (minimum_of, _minima),
-    "logsumexp": lambda call: (logsumexp_of, _logsumexps),
+REDUCERS: dict[str, Callable[[Call], Reducer | None]] = {
+    "sum": lambda call: Reducer(sum_of, sums_of_tiles),
+    "mean": lambda call: Reducer(mean_of, _means),
+    "amax": lambda call: Reducer(maximum_of, _maxima, NO_MAXIMUM),
+    "amin": lambda call: Reducer(minimum_of, _minima, NO_MAXIMUM),
+    "max": lambda call: Reducer(maximum_of, _maxima, NO_MAXIMUM),
+    "min": lambda call: Reducer(minimum_of, _minima, NO_MAXIMUM),
+    "any": lambda call: Reducer(any_of, _any, (0,)),
+    "all": lambda call: Reducer(all_of, _all, (1,)),
+    "prod": lambda call: Reducer(product_of, _products, (1,)),
+    "logsumexp": lambda call: Reducer(logsumexp_of, _logsumexps, (-math.inf,)),
     "linalg_vector_norm": _norm,
 }
 """Per reduction of a map: what a tile computes and how that is combined."""

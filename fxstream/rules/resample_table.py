@@ -31,7 +31,7 @@ from fxstream.geometry.box import Interval
 from fxstream.geometry.receptive_field import AxisMap
 from fxstream.machine.device import is_accelerator
 
-__all__ = ["Lookup", "Resample", "Taps", "resampled_tile"]
+__all__ = ["Resample", "TablePart", "Taps", "resampled_tile"]
 
 CLASSES = 8
 """Every eighth pixel is marked at once: more than any mode reads, so that taps are told apart."""
@@ -176,7 +176,7 @@ def _measured(resample: Resample, device: torch.device) -> Taps:
 
 
 @dataclass(frozen=True, slots=True)
-class Lookup:
+class TablePart:
     """The part of a table that one tile needs: the output pixels `out`, from the input pixels `held`."""
 
     resample: Resample
@@ -199,7 +199,7 @@ class Lookup:
 def resampled_tile(
     tensor: torch.Tensor, axes: Sequence[tuple[int, Sequence[torch.Tensor]]], dtype: torch.dtype
 ) -> torch.Tensor:
-    """`tensor` resampled along several dims, each given with its tensors of a `Lookup`, in the type `dtype`.
+    """`tensor` resampled along several dims, each given with its tensors of a `TablePart`, in the type `dtype`.
 
     >>> indices, weights = torch.tensor([[0, 0, 1], [0, 1, 1]]), torch.tensor([[1.0, 0.5, 1.0], [0.0, 0.5, 0.0]])
     >>> resampled_tile(torch.tensor([[2.0, 4.0]]), [(1, [indices, weights])], torch.float32)

@@ -63,6 +63,7 @@ def add_rules(table: RuleTable) -> None:
     for n in (1, 2, 3):
         table.add(f"aten::conv_transpose{n}d", "resampled", partial(transposed_convolution, n))
     table.add("aten::pixel_shuffle", "resampled", pixel_shuffle)
+    table.add("aten::repeat_interleave", "resampled", repeat_interleave)
     for n, name in enumerate(("linear1d", "bilinear2d", "trilinear3d"), 1):
         table.add(f"aten::upsample_{name}", "resampled", partial(interpolation, n, LINEAR))
         table.add(f"aten::upsample_nearest{n}d", "resampled", partial(interpolation, n, NEAREST))
@@ -82,6 +83,21 @@ def pixel_shuffle(call: Call) -> Answer:
         (Read("self", image, dims, (AxisMap(1, factor, 0, 0),) * 2),),
         (OutputSpan(factor, 0, factor),) * 2,
         (AxisExtent(factor, 1, 0),) * 2,
+    )
+
+
+def repeat_interleave(call: Call) -> Answer:
+    """Every index of a dim so many times: along a tiled dim nearest upsampling, along another one local."""
+    image, repeats, dim = call["self"], call["repeats"], call.arguments.get("dim")
+    if not isinstance(repeats, int) or dim is None:
+        return NotTileable(Reason.REPEATS_UNEVENLY)
+    along = [repeats if d == dim % len(image.shape) else 1 for d in image.dims]
+    return Resampled(
+        image.dims,
+        (Read("self", image, image.dims, tuple(AxisMap(1, s, 0, 0) for s in along)),),
+        tuple(OutputSpan(s, 0, s) for s in along),
+        tuple(AxisExtent(s, 1, 0) for s in along),
+        {"output_size": None},
     )
 
 

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 from collections.abc import Hashable, Sequence
 
 import torch
 
-from fxstream.rules.resample_table import Lookup
+from fxstream.rules.access import Lookup
 from fxstream.runtime.schedule import Stream, TileTask
 
 __all__ = ["Constant", "constant_values", "may_sum", "summed", "tile_key"]
@@ -76,12 +77,11 @@ def _table_digest(lookup: Lookup, device: torch.device) -> bytes:
 def may_sum(stream: Stream, needs_grad: Sequence[bool], dtypes: Sequence[torch.dtype]) -> bool:
     """Whether equal tiles may be pulled back as one (rules 2 and 3)."""
     graph, segment = stream.plan.segment.graph, stream.plan.segment
-    targets = (graph[name].node.target for name in segment.nodes)
-    operators = (target for target in targets if isinstance(target, torch._ops.OpOverload))
+    targets = {graph[name].node.target for name in segment.nodes} - {operator.getitem}
     return (
         not any(needs_grad[: stream.spatial_count])
         and torch.float16 not in dtypes
-        and all(operator.namespace in LINEAR for operator in operators)
+        and all(isinstance(one, torch._ops.OpOverload) and one.namespace in LINEAR for one in targets)
     )
 
 

@@ -21,7 +21,7 @@ from fxstream.graph.typed_graph import TypedGraph
 from fxstream.io.sink import Sink
 from fxstream.lowering.whole import result_of
 from fxstream.rules import Reduced, Table, Value
-from fxstream.rules.resample_table import Lookup
+from fxstream.rules.access import Lookup
 from fxstream.runtime.ranks import Ranks, assigned, together
 from fxstream.runtime.tile_program import TileProgram, tile_program, whole_program
 from fxstream.runtime.turns import bands, turns
@@ -90,6 +90,8 @@ class Programs:
 
 MOST_CLASSES, MOST_PROGRAMS = 64, 64
 """Classes and programs of one segment that are remembered: a megabyte or two."""
+OF_PATTERNS = ("replaced", "target", "arguments", "index", "size", "kept")
+"""What access patterns write into programs besides what a tile is."""
 
 
 def _constants(segment: Segment) -> Hashable:
@@ -101,7 +103,7 @@ def _constants(segment: Segment) -> Hashable:
     for node in segment.graph.nodes.values():
         pattern = node.verdict.answer if node.verdict is not None else None
         if pattern is not None:
-            parts = (getattr(pattern, part, None) for part in ("replaced", "target", "arguments", "index", "size"))
+            parts = (getattr(pattern, part, None) for part in OF_PATTERNS)
             fixed.append((node.integer, *map(repr, parts), _order(pattern)))
         elif node.integer is not None:
             fixed.append((node.integer,))

@@ -257,7 +257,8 @@ class _Call:
     def operator(self, replaced: Mapping[str, Any], target: torch._ops.OpOverload | None = None) -> fx.Node:
         """The segment's operator, or another, on the inputs, with the arguments that a tile replaces."""
         original = self.node.node
-        assert isinstance(original.target, torch._ops.OpOverload)
+        if not isinstance(original.target, torch._ops.OpOverload):
+            return self._function(original)
         arguments = bind_to(original.target, *self.segment.graph.arguments(original))
         reads = {(read.argument, read.index): node for read, node in zip(self.node.pattern.reads, self.inputs)}
         for name, argument in arguments.items():
@@ -268,6 +269,13 @@ class _Call:
         inputs = set(self.inputs)
         arguments = map_arg({**arguments, **replaced}, lambda n: n if n in inputs else self.whole[n.name])
         return call_with(self.graph, target or original.target, arguments)
+
+    def _function(self, original: fx.Node) -> fx.Node:
+        """A function of the user, whose arguments have no names, on the inputs."""
+        reads = {read.argument: node for read, node in zip(self.node.pattern.reads, self.inputs, strict=True)}
+        arguments = [reads.get(str(i)) or self.whole[one.name] for i, one in enumerate(original.all_input_nodes)]
+        assert callable(original.target)
+        return self.graph.call_function(original.target, tuple(arguments))
 
 
 def crop(tensor: torch.Tensor, *parts: tuple[int, int, int]) -> torch.Tensor:

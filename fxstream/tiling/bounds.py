@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 from fxstream.geometry.box import EMPTY, Interval
 from fxstream.rules import Border, Read
-from fxstream.rules.resample_table import Lookup
+from fxstream.rules.access import Lookup
 from fxstream.tiling.segment import Segment
 
 __all__ = ["AxisStep", "AxisTile", "BoundsPass", "Crop", "CropPad", "Ratio", "lookups"]

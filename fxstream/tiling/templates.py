@@ -115,6 +115,7 @@ def _typed(old: TypedNode, graph: TypedGraph, fusion: Fusion | None) -> TypedNod
         macs,
         old.saves,
         old.is_parameter,
+        old.is_constant,
         old.reuses,
         old.skips,
     )

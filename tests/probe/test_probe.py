@@ -202,7 +202,9 @@ def test_wrong_gradient_of_a_combined_result_is_found(combine, monkeypatch):
     model = Function(lambda m, x: m.a(x).relu().amax((2, 3)), a=nn.Conv2d(3, 4, 3)).double()
     image = torch.randn(1, 3, 40, 40).double()
     fxstream.compile(model, tile=20, segments=1)(image)
-    monkeypatch.setitem(reductions.REDUCERS, "amax", lambda call: (reductions.maximum_of, combine))
+    monkeypatch.setitem(
+        reductions.REDUCERS, "amax", lambda call: reductions.Reducer(reductions.maximum_of, combine)
+    )
     with pytest.raises(ProbeError, match="the gradient of the result combined from tiles"):
         fxstream.compile(model, tile=20, segments=1)(image)
 

@@ -208,6 +208,21 @@ SAMPLES = {
         (X2, lambda x: A.binary_cross_entropy_with_logits(x, x * 0, None, None, 0))
     ],
     "subtract": [(X2, lambda x: A.subtract(x, x * 2))],
+    "repeat_interleave": [
+        (X2, lambda x: A.repeat_interleave(x, 3, 1)),
+        (X2, lambda x: A.repeat_interleave(x, 2, -1)),
+        (X1, lambda x: A.repeat_interleave(x, 3, 2, output_size=42)),
+    ],
+    "slice_scatter": [
+        (X2, lambda x: A.slice_scatter(x, x[:, :1] * 2, 1, 0, 1)),
+        (X2, lambda x: A.slice_scatter(torch.ones(2, 1, 1).expand(1, 2, 10, 9).to(x), x[:, :1], 1, 1)),
+    ],
+    "select_scatter": [(X2, lambda x: A.select_scatter(x, x[:, 0] * 2, 1, -1))],
+    "index_put": [(X2, lambda x: A.index_put(x, [x > 1], torch.tensor(5.0).to(x)))],
+    "__and__": [(X2, lambda x: A.__and__(x > 0, x > 1) * x)],
+    "__or__": [(X2, lambda x: A.__or__(x > 0, x > 1) * x)],
+    "__lshift__": [(X2, lambda x: A.__lshift__(x.long(), 2) + x)],
+    "__rshift__": [(X2, lambda x: A.__rshift__(x.long(), 1) + x)],
 }
 for name in (
     "alias",
