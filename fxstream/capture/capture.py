@@ -47,7 +47,7 @@ They differ by so much that two axes of an image do not have the same size at st
 multiples of windows of 7, 8, 12 and most other sizes, at a stride.
 """
 TIMES = (3, 2, 4)
-"""What the shift of each axis is multiplied by for the third: not the same, or what is equal by chance stays so."""
+"""What the shift of each axis is multiplied by for the third: not the same, or what is equal by chance stays."""
 Retrace = Callable[[Sequence[int]], TracedGraph]
 """Traces the call again with an image more, and that many pixels per axis."""
 
