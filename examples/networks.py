@@ -21,8 +21,8 @@ from rich.table import Table
 
 import fxstream
 from fxstream.graph.fields import main_image, receptive_fields
-from fxstream.planning.plan import streamable_share, worthwhile
 from fxstream.probe.probe import probe
+from fxstream.tiling.parts import streamable_share, worthwhile
 from fxstream.tools import zoo
 
 ATTEMPTS = ((512, False), (None, False), (None, True))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,19 +31,15 @@ from fxstream.planning.partition import FEW_SWEEPS
 from fxstream.planning.search import Search, Span, State
 from fxstream.planning.spans import Ran, check_is_of, decided_spans, kept_within, made_to_fit, segments_of
 from fxstream.planning.tile_region import spans_within_tile
-from fxstream.tiling.parts import streamable_parts
-from fxstream.tiling.request import Request, last_node_of
+from fxstream.tiling.parts import parts_before, streamable_parts, worthwhile
+from fxstream.tiling.request import Request
 from fxstream.tiling.reuse import reuse_memory
 from fxstream.tiling.segment_plan import SegmentPlan, offloadable
 from fxstream.tiling.templates import Memo
 
-__all__ = ["Plan", "SegmentPlan", "make_plan", "streamable_share", "worthwhile"]
+__all__ = ["Plan", "SegmentPlan", "make_plan"]
 
 CPU = torch.device("cpu")
-WORTHWHILE = 0.5
-"""A region is streamed when that frees more than this share of its activations."""
-LEAST_SHARE = 0.01
-"""A region with less than this share of the network's activations is not worth a tile loop."""
 MANY_SWEEPS = 16
 """Sweeps over a span where boundaries enough to do with few do not fit."""
 FASTER = 0.8
@@ -320,38 +316,4 @@ def _parts(context: CostContext, request: Request) -> list[tuple[str, ...]]:
     is_chosen = request.segments is not None or request.cut is not None or request.global_ops == "stream"
     graph = context.graph
     parts = context.memo.get("parts", lambda: streamable_parts(graph))
-    return _parts_before(graph, parts, request.cut) if is_chosen else _worthwhile(graph, parts, context.written)
-
-
-def worthwhile(graph: TypedGraph) -> list[tuple[str, ...]]:
-    """The parts that are streamed without being asked for."""
-    return _worthwhile(graph, streamable_parts(graph))
-
-
-def _worthwhile(
-    graph: TypedGraph, parts: Sequence[tuple[str, ...]], written: Collection[str | None] = ()
-) -> list[tuple[str, ...]]:
-    """Those of the parts; results `written` elsewhere count as freed."""
-    total = graph.total_bytes()
-    return [part for part in parts if _is_worthwhile(graph, part, total, written)]
-
-
-def streamable_share(graph: TypedGraph) -> float:
-    """The share of the activations that is streamed without being asked for."""
-    return sum(map(graph.activation_bytes, worthwhile(graph))) / max(1, graph.total_bytes())
-
-
-def _parts_before(graph: TypedGraph, every: Sequence[tuple[str, ...]], cut: str | None) -> list[tuple[str, ...]]:
-    """The parts, up to the last node of the module where the user ends the stream."""
-    last = len(graph.nodes) if cut is None else last_node_of(graph, cut)
-    parts = (tuple(name for name in part if graph[name].index <= last) for part in every)
-    return [part for part in parts if part]
-
-
-def _is_worthwhile(graph: TypedGraph, nodes: tuple[str, ...], total: int, written: Collection[str | None]) -> bool:
-    """Whether streaming these nodes frees a good part of their activations."""
-    before = graph.activation_bytes(nodes)
-    inside = set(nodes)
-    outputs = [name for name in nodes if graph.is_output(name, inside) and name not in written]
-    after = graph.activation_bytes(outputs)
-    return before - after > WORTHWHILE * before and before > LEAST_SHARE * total
+    return parts_before(graph, parts, request.cut) if is_chosen else worthwhile(graph, parts, context.written)

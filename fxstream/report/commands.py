@@ -28,7 +28,7 @@ from fxstream.compiler.options import request_of
 from fxstream.errors import CaptureError, InputError, PlanError
 from fxstream.machine.device import device_of, free_bytes, is_present
 from fxstream.machine.units import bytes_text
-from fxstream.planning.plan import Plan, make_plan, worthwhile
+from fxstream.planning.plan import Plan, make_plan
 from fxstream.prediction.predict import predict
 from fxstream.probe.probe import probe
 from fxstream.report.as_json import as_json, bench_json, plan_json
@@ -38,6 +38,7 @@ from fxstream.report.plot import save_pareto, save_plot
 from fxstream.report.summary import Summary, summarise
 from fxstream.report.terminal import progress, show, show_bench, show_check, show_plan, show_rules
 from fxstream.rules import rules
+from fxstream.tiling.parts import worthwhile
 from fxstream.tiling.request import Request
 from fxstream.tools.benchmark import CHECKPOINT, FXSTREAM, PLAIN, Method, Row, Workload, compare
 from fxstream.tools.check import check

@@ -19,10 +19,11 @@ from fxstream.geometry.receptive_field import ReceptiveField
 from fxstream.graph.fields import demands, extent_chains, main_image, receptive_fields
 from fxstream.graph.nodes import bind_to
 from fxstream.graph.typed_graph import TypedGraph, Verdict
-from fxstream.planning.plan import Plan, SegmentPlan, streamable_share, worthwhile
+from fxstream.planning.plan import Plan, SegmentPlan
 from fxstream.probe.probe import ProbeReport
 from fxstream.report.closed_form import TileForms, extent_form, tile_forms
 from fxstream.rules import Reason, Tileability
+from fxstream.tiling.parts import streamable_share, worthwhile
 
 __all__ = ["Cut", "Layer", "RegionSummary", "Summary", "summarise"]
 

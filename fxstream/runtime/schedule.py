@@ -11,7 +11,7 @@ import copy
 import itertools
 import math
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,14 +19,13 @@ import torch
 from fxstream.geometry.box import EMPTY, Box, Interval
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.io.sink import Sink
-from fxstream.lowering.whole import result_of
-from fxstream.rules import Reduced, Table, Value
+from fxstream.rules import Reduced, Value
 from fxstream.rules.access import Lookup
 from fxstream.runtime.ranks import Ranks, assigned, together
-from fxstream.runtime.tile_program import TileProgram, tile_program, whole_program
+from fxstream.runtime.tile_program import TileProgram, constants_of, tile_program, whole_program
 from fxstream.runtime.turns import bands, turns
 from fxstream.tiling.bounds import AxisTile, BoundsPass, lookups
-from fxstream.tiling.segment import Segment
+from fxstream.tiling.segment import gradient_sources
 from fxstream.tiling.segment_plan import SegmentPlan, tile_arithmetic
 from fxstream.tiling.templates import MemoOfStructure
 
@@ -90,35 +89,6 @@ class Programs:
 
 MOST_CLASSES, MOST_PROGRAMS = 64, 64
 """Classes and programs of one segment that are remembered: a megabyte or two."""
-OF_PATTERNS = ("replaced", "target", "arguments", "index", "size", "kept")
-"""What access patterns write into programs besides what a tile is."""
-
-
-def _constants(segment: Segment) -> Hashable:
-    """What programs of a segment have in them besides what a tile is: integers, arguments that rules replace.
-
-    Where it runs whole, the shapes of moments too.
-    """
-    fixed = []
-    for node in segment.graph.nodes.values():
-        pattern = node.verdict.answer if node.verdict is not None else None
-        if pattern is not None:
-            parts = (getattr(pattern, part, None) for part in OF_PATTERNS)
-            fixed.append((node.integer, *map(repr, parts), _order(pattern)))
-        elif node.integer is not None:
-            fixed.append((node.integer,))
-        if result_of(node.node) is not None:
-            fixed.append((*node.values[0].shape,))
-    return tuple(fixed)
-
-
-def _order(pattern: object) -> tuple[int, ...]:
-    """The order in which a table's axes are resampled."""
-    if not isinstance(pattern, Table):
-        return ()
-    return tuple(
-        sorted(range(len(pattern.axes)), key=lambda k: pattern.axes[k].extent_out / pattern.axes[k].extent)
-    )
 
 
 class Schedule:
@@ -131,7 +101,7 @@ class Schedule:
 
     def __init__(self, plan: SegmentPlan, compile_tiles: bool, memo: MemoOfStructure | None = None) -> None:
         self._segment = segment = plan.segment
-        key = ("programs", segment.graph.graph, _constants(segment), compile_tiles)
+        key = ("programs", segment.graph.graph, constants_of(segment), compile_tiles)
         self._of_all_sizes = (memo or MemoOfStructure()).get(key, lambda: Programs(compile_tiles))
         self._along: list[dict[int, tuple[AxisTile, int]]] = [{} for _ in plan.axes]
         self._classes: dict[tuple[int, ...], int] = {}
@@ -340,7 +310,7 @@ def build_stream(
         tuple(segment.graph.value(output) for output in segment.outputs),
         {k: pattern.combine for k, pattern in patterns if isinstance(pattern, Reduced)},
         labels,
-        _sources(segment),
+        gradient_sources(segment),
         ranks if plan.axes else None,
         planned,
         watch,
@@ -357,24 +327,6 @@ def _shared(plan: SegmentPlan, tasks: Sequence[TileTask], count: int) -> tuple[t
     costs = [cost * (KEPT if task.is_kept else 1) for cost, task in zip(tile_arithmetic(plan), tasks, strict=True)]
     pairs = list(zip(tasks, assigned(costs, count), strict=True))
     return tuple(tuple(task for task, owner in pairs if owner == rank) for rank in range(count))
-
-
-CONSTANT = {"aten::detach", "aten::zeros_like", "aten::ones_like", "aten::full_like"}
-"""Operators whose result has no gradient."""
-
-
-def _sources(segment: Segment) -> tuple[frozenset[int], ...]:
-    """For each output, the indices of the inputs that a gradient can flow to: nothing before a detach."""
-    sources: dict[str, frozenset[int]] = {}
-    for index, name in enumerate(segment.inputs):
-        sources[name] = sources.get(name, frozenset()) | {index}
-    for name in segment.nodes:
-        node = segment.graph[name]
-        is_constant = node.verdict is not None and node.verdict.operator in CONSTANT
-        has_gradient = node.is_tuple or (bool(node.values) and node.values[0].has_gradient)
-        inputs = node.inputs if has_gradient and not is_constant else []
-        sources[name] = frozenset().union(*(sources.get(one, frozenset()) for one in inputs))
-    return tuple(sources[output] for output in segment.outputs)
 
 
 def _owned(graph: TypedGraph, output: str, box: Box) -> Subscript | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,18 +21,20 @@ from fxstream.errors import StreamError
 from fxstream.graph.autograd_saves import in_place_variant
 from fxstream.graph.nodes import TRACED, attributes_of, bind_to, call_with
 from fxstream.graph.typed_graph import TypedNode
-from fxstream.lowering.whole import Whole, runs_whole
-from fxstream.rules import Border, Read
+from fxstream.lowering.whole import Whole, result_of, runs_whole
+from fxstream.rules import Border, Read, Table
 from fxstream.tiling.bounds import AxisStep, AxisTile, Crop, CropPad, lookups
 from fxstream.tiling.own_padding import own_padding
 from fxstream.tiling.reuse import uncomputed_convolution
 from fxstream.tiling.segment import Segment
 
-__all__ = ["TileProgram", "tile_program", "whole_program"]
+__all__ = ["TileProgram", "constants_of", "tile_program", "whole_program"]
 
 logger = logging.getLogger("fxstream")
 aten = torch.ops.aten
 Program = Callable[..., tuple[torch.Tensor, ...]]
+OF_PATTERNS = ("replaced", "target", "arguments", "index", "size", "kept")
+"""What access patterns write into programs besides what a tile is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,3 +289,30 @@ def crop(tensor: torch.Tensor, *parts: tuple[int, int, int]) -> torch.Tensor:
     for dim, start, length in parts:
         tensor = tensor.narrow(dim, start, length)
     return tensor
+
+
+def constants_of(segment: Segment) -> Hashable:
+    """What programs of a segment have in them besides what a tile is: integers, arguments that rules replace.
+
+    Where it runs whole, the shapes of moments too.
+    """
+    fixed = []
+    for node in segment.graph.nodes.values():
+        pattern = node.verdict.answer if node.verdict is not None else None
+        if pattern is not None:
+            parts = (getattr(pattern, part, None) for part in OF_PATTERNS)
+            fixed.append((node.integer, *map(repr, parts), _order(pattern)))
+        elif node.integer is not None:
+            fixed.append((node.integer,))
+        if result_of(node.node) is not None:
+            fixed.append((*node.values[0].shape,))
+    return tuple(fixed)
+
+
+def _order(pattern: object) -> tuple[int, ...]:
+    """The order in which a table's axes are resampled."""
+    if not isinstance(pattern, Table):
+        return ()
+    return tuple(
+        sorted(range(len(pattern.axes)), key=lambda k: pattern.axes[k].extent_out / pattern.axes[k].extent)
+    )

@@ -1,4 +1,4 @@
-"""Parts of the graph that are streamed together, and the sweeps over a span of one.
+"""Parts of the graph that are streamed together, which of them are worth it, and the sweeps over a span of one.
 
 NOTE [reductions on the way]
 1. A part is a region of local nodes, with the regions that read its maps after a barrier, and the reductions over
@@ -17,15 +17,29 @@ NOTE [reductions on the way]
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import networkx as nx
 
 from fxstream.graph.effects import ordered_nodes
 from fxstream.graph.typed_graph import TypedGraph
+from fxstream.tiling.request import last_node_of
 from fxstream.tiling.segment import Segment, make_segment, segment_of
 
-__all__ = ["stages_of_outputs", "streamable_parts", "sweeps", "whole_segment"]
+__all__ = [
+    "parts_before",
+    "stages_of_outputs",
+    "streamable_parts",
+    "streamable_share",
+    "sweeps",
+    "whole_segment",
+    "worthwhile",
+]
+
+WORTHWHILE = 0.5
+"""A region is streamed when that frees more than this share of its activations."""
+LEAST_SHARE = 0.01
+"""A region with less than this share of the network's activations is not worth a tile loop."""
 
 
 def streamable_parts(graph: TypedGraph) -> list[tuple[str, ...]]:
@@ -103,3 +117,33 @@ def _between(graph: TypedGraph, nodes: Sequence[str]) -> set[str]:
 def stages_of_outputs(graph: TypedGraph, outputs: Sequence[str]) -> list[int]:
     """The stages of these nodes, each of which takes a sweep."""
     return sorted({graph[name].stage for name in outputs})
+
+
+def worthwhile(
+    graph: TypedGraph, parts: Sequence[tuple[str, ...]] | None = None, written: Collection[str | None] = ()
+) -> list[tuple[str, ...]]:
+    """The parts that are streamed without being asked for; results `written` elsewhere count as freed."""
+    total = graph.total_bytes()
+    every = streamable_parts(graph) if parts is None else parts
+    return [part for part in every if _is_worthwhile(graph, part, total, written)]
+
+
+def streamable_share(graph: TypedGraph) -> float:
+    """The share of the activations that is streamed without being asked for."""
+    return sum(map(graph.activation_bytes, worthwhile(graph))) / max(1, graph.total_bytes())
+
+
+def parts_before(graph: TypedGraph, every: Sequence[tuple[str, ...]], cut: str | None) -> list[tuple[str, ...]]:
+    """The parts, up to the last node of the module where the user ends the stream."""
+    last = len(graph.nodes) if cut is None else last_node_of(graph, cut)
+    parts = (tuple(name for name in part if graph[name].index <= last) for part in every)
+    return [part for part in parts if part]
+
+
+def _is_worthwhile(graph: TypedGraph, nodes: tuple[str, ...], total: int, written: Collection[str | None]) -> bool:
+    """Whether streaming these nodes frees a good part of their activations."""
+    before = graph.activation_bytes(nodes)
+    inside = set(nodes)
+    outputs = [name for name in nodes if graph.is_output(name, inside) and name not in written]
+    after = graph.activation_bytes(outputs)
+    return before - after > WORTHWHILE * before and before > LEAST_SHARE * total

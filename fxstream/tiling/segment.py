@@ -20,7 +20,10 @@ from fxstream.graph.nodes import TRACED, attributes_of
 from fxstream.graph.typed_graph import TypedGraph, TypedNode
 from fxstream.lowering.whole import WHOLE
 
-__all__ = ["Fusion", "Segment", "isolated", "make_segment", "segment_of", "with_nodes"]
+__all__ = ["Fusion", "Segment", "gradient_sources", "isolated", "make_segment", "segment_of", "with_nodes"]
+
+CONSTANT = {"aten::detach", "aten::zeros_like", "aten::ones_like", "aten::full_like"}
+"""Operators whose result has no gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,3 +187,17 @@ def with_nodes(segment: Segment, changed: Sequence[TypedNode]) -> Segment:
     """The segment with some of its typed nodes replaced."""
     nodes = {**segment.graph.nodes, **{node.name: node for node in changed}}
     return replace(segment, graph=replace(segment.graph, nodes=nodes))
+
+
+def gradient_sources(segment: Segment) -> tuple[frozenset[int], ...]:
+    """For each output, the indices of the inputs that a gradient can flow to: nothing before a detach."""
+    sources: dict[str, frozenset[int]] = {}
+    for index, name in enumerate(segment.inputs):
+        sources[name] = sources.get(name, frozenset()) | {index}
+    for name in segment.nodes:
+        node = segment.graph[name]
+        is_constant = node.verdict is not None and node.verdict.operator in CONSTANT
+        has_gradient = node.is_tuple or (bool(node.values) and node.values[0].has_gradient)
+        inputs = node.inputs if has_gradient and not is_constant else []
+        sources[name] = frozenset().union(*(sources.get(one, frozenset()) for one in inputs))
+    return tuple(sources[output] for output in segment.outputs)

@@ -8,8 +8,8 @@ from torch import nn
 
 import fxstream
 from fxstream.machine.meter import measure
-from fxstream.planning.plan import streamable_share
 from fxstream.report.summary import summarise
+from fxstream.tiling.parts import streamable_share
 
 
 def windows(m, x):
