@@ -142,6 +142,8 @@ def along_dim(call: Call) -> Answer:
     if set(touched) & set(image.dims):
         if call.target._schema.name in SOFTMAXES:
             return NotTileable(Reason.NORMALISES_POSITIONS, image.dims)
+        if call.target._schema.name == "aten::flip":
+            return NotTileable(Reason.MIRRORS_TILED_DIM, image.dims)
         same = call.shape == image.shape
         return NotTileable(Reason.ALONG_TILED_DIM, image.dims if same else (), (touched,))
     return _pass_through(call)
