@@ -21,7 +21,7 @@ def mirrored(m, x):
 
 def zeros(m, x):
     x = torch.cat([x.new_zeros(x.shape[0], x.shape[1], 2, x.shape[3]), x], 2)
-    return torch.cat([x, torch.ones_like(x[..., :1]), m.c.weight[:1, :1, :1].expand(*x.shape[:3], 1)], 3)
+    return torch.cat([x, x.new_ones(*x.shape[:3], 1), m.c.weight[:1, :1, :1].expand(*x.shape[:3], 1)], 3)
 
 
 def network(function):
