@@ -105,6 +105,11 @@ SAMPLES = {
         (X2, lambda x: A.upsample_bicubic2d(x, None, False, [2.0, 4.0])),
         (X2, lambda x: A.upsample_bicubic2d(x, [19, 4], False, None)),
     ],
+    "_upsample_bilinear2d_aa": [
+        (X2, lambda x: A._upsample_bilinear2d_aa(x, [5, 3], False)),
+        (X2, lambda x: A._upsample_bilinear2d_aa(x, [13, 4], False)),
+    ],
+    "_upsample_bicubic2d_aa": [(X2, lambda x: A._upsample_bicubic2d_aa(x, [7, 12], False))],
     "_upsample_nearest_exact1d": [(X1, lambda x: A._upsample_nearest_exact1d(x, None, [2.0]))],
     "_upsample_nearest_exact2d": [(X2, lambda x: A._upsample_nearest_exact2d(x, None, [2.0, 5.0]))],
     "_upsample_nearest_exact3d": [(X3, lambda x: A._upsample_nearest_exact3d(x, None, [2.0, 1.0, 3.0]))],
@@ -314,7 +319,17 @@ def measured_writes(model, image, result, dims, axis, pixel) -> set[int]:
     return changed
 
 
-GAPS = {"conv_transpose1d", "conv_transpose2d", "zeros_like", "argsort", "argmax", "argmin", "sort"}
+GAPS = {
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "zeros_like",
+    "argsort",
+    "argmax",
+    "argmin",
+    "sort",
+}
 
 
 def ends_are_read(model, image, result, dims, axis, claimed, name) -> None:
