@@ -70,6 +70,7 @@ class Reason(enum.Enum):
     ATTENDS = GLOBAL, "attends to all positions"
     TRANSFORMS_MAP = GLOBAL, "transforms the whole map"
     READS_DATA_POSITIONS = GLOBAL, "reads positions that depend on the data"
+    READS_GRID_POSITIONS = GLOBAL, "reads the positions in a grid, which may lie anywhere in the image"
     SHUFFLES_TILED_DIM = GLOBAL, "shuffles a tiled dim"
     CLASSES_ALONG_TILED_DIM = GLOBAL, "its classes or their weights lie along a tiled dim"
     TARGET_DIMS_DIFFER = GLOBAL, "its target has other tiled dims than its input"

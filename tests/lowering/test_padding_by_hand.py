@@ -44,6 +44,13 @@ FAR = {
         lambda m, x: torch.cat([x[:, :, -2:], x, x[:, :, :2]], 2),
     ),
     "mirrors a tiled dim": (lambda m, x: x + x.flip(2), lambda m, x: x * x[:, :, 1:].flip(2).sum()),
+    "reads the positions in a grid": (
+        lambda m, x: F.grid_sample(
+            x,
+            F.affine_grid(torch.eye(2, 3)[None].to(x), (1, *x.shape[1:]), False).expand(x.shape[0], -1, -1, -1),
+            align_corners=False,
+        ),
+    ),
     "pads with pixels of the opposite border": (lambda m, x: F.pad(x, (1, 1, 2, 2), mode="circular"),),
 }
 

@@ -358,3 +358,14 @@ def test_rule_of_the_user():
         unregister_rule("fxstream_test::twice")
     with pytest.raises(fxstream.RuleError, match="namespace::name"):
         register_rule("twice")(fxstream.rules.pointwise)
+
+
+def test_positions_that_depend_on_the_data_are_refused_in_a_sentence():
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    library.define("deform_conv2d(Tensor input, Tensor offset) -> Tensor")
+    library.impl("deform_conv2d", lambda x, offset: x * offset, "CompositeExplicitAutograd")
+    model = Call(lambda x: torch.ops.torchvision.deform_conv2d(x, x.sin()))
+    (barrier,) = fxstream.analyze(model, 16).barriers
+    assert barrier.reason == "reads positions that depend on the data"
+    model = Call(lambda x: nn.functional.grid_sample(x, x[:, :2].movedim(1, 3), align_corners=False))
+    assert fxstream.analyze(model, 16).barriers[0].reason == "reads positions that depend on the data"
