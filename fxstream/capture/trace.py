@@ -32,6 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxstream.capture.constants import ModelValues, constants_folded
 from fxstream.capture.refusals import explained, refuse
 from fxstream.capture.traced_graph import TracedGraph
 from fxstream.graph.captured import CUMULATIVE, Results
@@ -86,16 +87,19 @@ class Trace:
     results: Results | None
     _guards: Any
     _code: Callable[..., Any]
+    _values: ModelValues
 
     def holds(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether a call would be traced the same way, but for the tensors of the call."""
         local = {"model": model, "args": args, "kwargs": dict(kwargs)}
         with _without_modes(), _without_watchers():  # under which tensors, and modules, look different
-            return bool(self._guards.guard_manager.check(local))
+            return bool(self._guards.guard_manager.check(local)) and self._values.hold(model)
 
     def changed(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """The first guard that does not hold for a call."""
         local = {"model": model, "args": args, "kwargs": dict(kwargs)}
+        if not self._values.hold(model):
+            return "a tensor of the model whose value its code has asked for"
         return "; ".join(map(str, self._guards.guard_manager.check_verbose(local).verbose_code_parts))
 
     def run(
@@ -135,7 +139,8 @@ class Tracer:
         hooks = Hooks(guard_filter_fn=lambda entries: [_is_guarded(entry, fakes.ids) for entry in entries])
         with convert_frame.compile_lock, _tracing(model, flat), explained(model, args, kwargs):
             _bind(model, args, kwargs)
-            output = convert_frame.fullgraph_capture(function, (model, fakes.args, fakes.kwargs))
+            with constants_folded(model) as values:
+                output = convert_frame.fullgraph_capture(function, (model, fakes.args, fakes.kwargs))
             captured = output.graph_capture_output
             guards = captured.build_guards(function.__code__, hooks=hooks)
         traced = output.backend_input
@@ -148,7 +153,9 @@ class Tracer:
             else output.forward_callable(compiled_fn=_compute, extra_globals=function.__globals__)
         )
         reads_formats = any(_reads_formats(code) for code in captured.traced_code[1:])
-        return Trace(graph, reads_sizes, reads_formats, _results(captured) if flat else None, guards, code)
+        return Trace(
+            graph, reads_sizes, reads_formats, _results(captured) if flat else None, guards, code, values()
+        )
 
 
 def _copy(function: Any, identity: int) -> types.FunctionType:

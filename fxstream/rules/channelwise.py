@@ -142,6 +142,8 @@ def along_dim(call: Call) -> Answer:
     if set(touched) & set(image.dims):
         if call.target._schema.name in SOFTMAXES:
             return NotTileable(Reason.NORMALISES_POSITIONS, image.dims)
+        if call.target._schema.name == "aten::flip":
+            return NotTileable(Reason.MIRRORS_TILED_DIM, image.dims)
         same = call.shape == image.shape
         return NotTileable(Reason.ALONG_TILED_DIM, image.dims if same else (), (touched,))
     return _pass_through(call)
@@ -185,7 +187,7 @@ def concatenation(call: Call) -> Answer:
     if any(image.dims != dims for image in images):
         return NotTileable(Reason.DIFFERENT_DIMS, (), (sorted({image.dims for image in images}),))
     if dim in dims:
-        return NotTileable(Reason.CONCATENATES_TILED_DIM)
+        return NotTileable(Reason.CONCATENATES_TILED_DIM, dims)
     reads = [aligned_read(call, argument, i, value, dims) for argument, i, value in call.tensors()]
     if refused := [read for read in reads if isinstance(read, NotTileable)]:
         return refused[0]

@@ -47,8 +47,6 @@ MIXING = {
     "_pad_circular": Reason.PADS_OPPOSITE,
     "fft_fft2": Reason.TRANSFORMS_MAP,
     "fft_rfft2": Reason.TRANSFORMS_MAP,
-    "grid_sample": Reason.READS_DATA_POSITIONS,
-    "grid_sampler": Reason.READS_DATA_POSITIONS,
 }
 
 
@@ -56,6 +54,9 @@ def add_rules(table: RuleTable) -> None:
     """One answer per operator, and the product."""
     for name, reason in (REDUCING | MIXING).items():
         table.add(f"aten::{name}", "map-wide", partial(not_tileable, reason))
+    for name in ("grid_sample", "grid_sampler", "grid_sampler_2d", "grid_sampler_3d"):
+        table.add(f"aten::{name}", "map-wide", sampled)
+    table.add("torchvision::deform_conv2d", "map-wide", partial(not_tileable, Reason.READS_DATA_POSITIONS))
     table.add("fxstream::contract", "contraction", contract)
     table.add("fxstream::attention", "contraction", attention)
 
@@ -64,6 +65,12 @@ def not_tileable(reason: Reason, call: Call) -> Answer:
     """The reason; tiled dims survive where the result has the shape of the first input."""
     image = call.tensors()[0][2]
     return NotTileable(reason, image.dims if image.shape == call.shape else ())
+
+
+def sampled(call: Call) -> Answer:
+    """Positions that a tensor holds, which no rule sees."""
+    _, (_, _, grid), *_ = call.tensors()
+    return NotTileable(Reason.READS_DATA_POSITIONS if grid.image else Reason.READS_GRID_POSITIONS)
 
 
 def contract(call: Call) -> Answer:

@@ -3,8 +3,8 @@
 Interpolation is separable: along each axis an output pixel is a weighted sum of a few input pixels. Which ones,
 and with which weights, follows from a source index in floating point, whose rounding differs between types and
 devices. So the table is not computed here but measured: torch's own operator is run along one axis on images
-that mark every eighth pixel, with a one (the weights) or with NaN (the pixels read, be it with weight 0). The
-table then agrees with the plain operator to the last bit, for every mode, scale and device.
+that mark every eighth pixel or fewer, with a one (the weights) or with NaN (the pixels read, be it with weight 0).
+The table then agrees with the plain operator to the last bit, for every mode, scale and device.
 
 NOTE [what is claimed]
 1. Output pixel ``o`` has its source at ``scale * (o + 1/2) - 1/2``, or ``scale * o`` where corners are aligned; in
@@ -34,7 +34,7 @@ from fxstream.machine.device import is_accelerator
 __all__ = ["Resample", "TablePart", "Taps", "resampled_tile"]
 
 CLASSES = 8
-"""Every eighth pixel is marked at once: more than any mode reads, so that taps are told apart."""
+"""At least every eighth pixel is marked at once: so many more than a mode reads, so that taps are told apart."""
 LARGEST_DENOMINATOR = 1024
 """A scale is claimed as a fraction with at most this denominator: a map repeats after so many pixels."""
 ACROSS, WIDE = 2, 129
@@ -92,6 +92,16 @@ class Resample:
             return Fraction(1.0 / self.scale)
         return Fraction(self.extent, self.extent_out)
 
+    @property
+    def antialiased(self) -> bool:
+        """Whether it blends more pixels the more it shrinks; the taps are then a bound."""
+        return self.target._schema.name.endswith("_aa")
+
+    @property
+    def classes(self) -> int:
+        """Pixels from one marked pixel to the next."""
+        return max(CLASSES, 2 * (self.taps[1] - self.taps[0] + 2))
+
     def table(self, device: torch.device) -> Taps:
         """The taps of all output pixels, on `device`."""
         if not self.gathers or not is_accelerator(device):
@@ -104,8 +114,9 @@ class Resample:
         num, den = self.ratio.limit_denominator(LARGEST_DENOMINATOR).as_integer_ratio()
         centre = (num - den * (not self.gathers)) // 2 if self.centred else 0
         indices, start, low, high = self._extremes(num, centre)
-        first = min(centre + den * self.taps[0], int((den * low + den - 1 - start).min()))
-        last = max(centre + den * self.taps[1], int((den * high - start).max()))
+        first, last = int((den * low + den - 1 - start).min()), int((den * high - start).max())
+        if not self.antialiased:
+            first, last = min(centre + den * self.taps[0], first), max(centre + den * self.taps[1], last)
         lows = ((start + first) // den).clamp(0, self.extent - 1)
         highs = ((start + last) // den).clamp(0, self.extent - 1)
         tight = bool((lows >= indices.amin(0)).all() and (highs <= indices.amax(0)).all())
@@ -142,14 +153,14 @@ def _measured_taps(resample: Resample, device: torch.device) -> Taps:
     The lines are a ramp, which tells about where the source is, and per class of pixels a line of ones and zeros
     and one of NaN and zeros. Taps that an output pixel has fewer than others repeat its first one with weight 0.
     """
-    pixels = torch.arange(resample.extent, device=device)
-    classes = torch.arange(CLASSES, device=device).unsqueeze(1)
-    marked = pixels % CLASSES == classes
-    blank = torch.zeros(marked.shape, dtype=resample.dtype, device=device)
-    lines = [pixels.to(resample.dtype)[None], blank.masked_fill(marked, 1), blank.masked_fill(marked, torch.nan)]
-    ramp, weights, poisoned = resample.apply(torch.cat(lines), ACROSS).split([1, CLASSES, CLASSES])
-    source = ramp.round().long()
-    indices = source + (classes - source + CLASSES // 2) % CLASSES - CLASSES // 2
+    count, pixels = resample.classes, torch.arange(resample.extent, device=device)
+    classes = torch.arange(count, device=device).unsqueeze(1)
+    marked = pixels % count == classes
+    ones = marked.to(resample.dtype)
+    lines = [pixels.to(resample.dtype)[None], ones, ones.masked_fill(marked, torch.nan)]
+    source, weights, poisoned = resample.apply(torch.cat(lines), ACROSS).split([1, count, count])
+    source = source.round().long()
+    indices = source + (classes - source + count // 2) % count - count // 2
     is_read = poisoned.isnan()
     order = indices.masked_fill(~is_read, resample.extent).argsort(0)[: int(is_read.sum(0).max())]
     indices, weights, is_read = (table.gather(0, order) for table in (indices, weights, is_read))

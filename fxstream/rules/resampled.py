@@ -1,7 +1,7 @@
 """Operators that yield several output pixels per input pixel.
 
-Depth to space, transposed convolution, and interpolation in every mode but area and antialiased (nearest, linear,
-cubic; by any factor, up and down). On a box: crop the input, call the operator, crop the result to the box.
+Depth to space, transposed convolution, and interpolation (nearest, linear, cubic; by any factor, up and down, also
+antialiased; area is a pooling). On a box: crop the input, call the operator, crop the result to the box.
 
 NOTE [how a box is interpolated]
 1. Enlarged by a whole number along every axis: the operator itself on the crop, cut to the box. Relative to any
@@ -14,7 +14,8 @@ NOTE [how a box is interpolated]
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 
@@ -38,10 +39,14 @@ LARGEST_DENOMINATOR = 1024
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """The first and last pixel read from the floor of a source, which may be counted from centres of pixels."""
+    """The first and last pixel read from the floor of a source, which may be counted from centres of pixels.
+
+    An antialiased one blends pixels up to `radius` pixels of the smaller image away.
+    """
 
     taps: tuple[int, int]
     centred: bool
+    radius: int = 0
 
     @property
     def is_weighted(self) -> bool:
@@ -51,11 +56,17 @@ class Mode:
     @property
     def border(self) -> Border:
         """In linear mode a source before the first pixel is moved onto it, and the next is read with weight 0."""
-        return Border.CLAMPED if self.taps == (0, 1) else Border.CLIPPED
+        return Border.CLAMPED if self.taps == (0, 1) and not self.radius else Border.CLIPPED
+
+    def taps_of(self, ratio: Fraction) -> tuple[int, int]:
+        """The taps where so many pixels become one."""
+        reach = math.ceil(self.radius * max(ratio, Fraction(1)))
+        return (-reach, reach) if self.radius else self.taps
 
 
 NEAREST, NEAREST_EXACT = Mode((0, 0), False), Mode((0, 0), True)
 LINEAR, CUBIC = Mode((0, 1), True), Mode((-1, 2), True)
+SMOOTH_LINEAR, SMOOTH_CUBIC = Mode((0, 1), True, 1), Mode((-1, 2), True, 2)
 
 
 def add_rules(table: RuleTable) -> None:
@@ -69,6 +80,8 @@ def add_rules(table: RuleTable) -> None:
         table.add(f"aten::upsample_nearest{n}d", "resampled", partial(interpolation, n, NEAREST))
         table.add(f"aten::_upsample_nearest_exact{n}d", "resampled", partial(interpolation, n, NEAREST_EXACT))
     table.add("aten::upsample_bicubic2d", "resampled", partial(interpolation, 2, CUBIC))
+    table.add("aten::_upsample_bilinear2d_aa", "resampled", partial(interpolation, 2, SMOOTH_LINEAR))
+    table.add("aten::_upsample_bicubic2d_aa", "resampled", partial(interpolation, 2, SMOOTH_CUBIC))
 
 
 def pixel_shuffle(call: Call) -> Answer:
@@ -169,7 +182,7 @@ def _axis(n: int, mode: Mode, call: Call, image: Value, dim: int) -> Resample:
     place = dim - (len(image.shape) - n)
     aligned = call.arguments.get("align_corners")
     packet = getattr(torch.ops.aten, call.target._schema.name.removeprefix("aten::"))
-    return Resample(
+    resample = Resample(
         packet.default,
         place,
         n,
@@ -181,6 +194,7 @@ def _axis(n: int, mode: Mode, call: Call, image: Value, dim: int) -> Resample:
         _scales(call, n)[place],
         torch.float64 if image.dtype == torch.float64 else torch.float32,
     )
+    return replace(resample, taps=mode.taps_of(resample.ratio))
 
 
 def _scales(call: Call, n: int) -> list[float | None]:
@@ -196,7 +210,13 @@ def _enlarged(mode: Mode, axis: Resample) -> int:
     if factor == 1 and not rest and mode is LINEAR:
         return 1  # copied, whatever the scale
     is_ratio = axis.scale is None or axis.scale == factor
-    if rest or axis.align_corners or not is_ratio or not (mode.is_weighted or _indexes_exactly(axis, factor)):
+    if (
+        mode.radius
+        or rest
+        or axis.align_corners
+        or not is_ratio
+        or not (mode.is_weighted or _indexes_exactly(axis, factor))
+    ):
         return 0
     return factor
 

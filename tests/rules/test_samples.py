@@ -105,6 +105,11 @@ SAMPLES = {
         (X2, lambda x: A.upsample_bicubic2d(x, None, False, [2.0, 4.0])),
         (X2, lambda x: A.upsample_bicubic2d(x, [19, 4], False, None)),
     ],
+    "_upsample_bilinear2d_aa": [
+        (X2, lambda x: A._upsample_bilinear2d_aa(x, [5, 3], False)),
+        (X2, lambda x: A._upsample_bilinear2d_aa(x, [13, 4], False)),
+    ],
+    "_upsample_bicubic2d_aa": [(X2, lambda x: A._upsample_bicubic2d_aa(x, [7, 12], False))],
     "_upsample_nearest_exact1d": [(X1, lambda x: A._upsample_nearest_exact1d(x, None, [2.0]))],
     "_upsample_nearest_exact2d": [(X2, lambda x: A._upsample_nearest_exact2d(x, None, [2.0, 5.0]))],
     "_upsample_nearest_exact3d": [(X3, lambda x: A._upsample_nearest_exact3d(x, None, [2.0, 1.0, 3.0]))],
@@ -314,7 +319,17 @@ def measured_writes(model, image, result, dims, axis, pixel) -> set[int]:
     return changed
 
 
-GAPS = {"conv_transpose1d", "conv_transpose2d", "zeros_like", "argsort", "argmax", "argmin", "sort"}
+GAPS = {
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "zeros_like",
+    "argsort",
+    "argmax",
+    "argmin",
+    "sort",
+}
 
 
 def ends_are_read(model, image, result, dims, axis, claimed, name) -> None:
@@ -343,3 +358,14 @@ def test_rule_of_the_user():
         unregister_rule("fxstream_test::twice")
     with pytest.raises(fxstream.RuleError, match="namespace::name"):
         register_rule("twice")(fxstream.rules.pointwise)
+
+
+def test_positions_that_depend_on_the_data_are_refused_in_a_sentence():
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    library.define("deform_conv2d(Tensor input, Tensor offset) -> Tensor")
+    library.impl("deform_conv2d", lambda x, offset: x * offset, "CompositeExplicitAutograd")
+    model = Call(lambda x: torch.ops.torchvision.deform_conv2d(x, x.sin()))
+    (barrier,) = fxstream.analyze(model, 16).barriers
+    assert barrier.reason == "reads positions that depend on the data"
+    model = Call(lambda x: nn.functional.grid_sample(x, x[:, :2].movedim(1, 3), align_corners=False))
+    assert fxstream.analyze(model, 16).barriers[0].reason == "reads positions that depend on the data"

@@ -56,3 +56,22 @@ def test_repeats_given_by_a_tensor_are_refused_in_a_sentence():
     model = Function(lambda m, x: x.repeat_interleave(torch.tensor([1, 2, 1]), 1, output_size=4))
     (barrier,) = fxstream.analyze(model, 16).barriers
     assert "repeats each position as often as a tensor says" in str(barrier)
+
+
+RESIZED = {
+    "half": lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True),
+    "odd size": lambda x: F.interpolate(x, size=(17, 9), mode="bilinear", antialias=True),
+    "enlarged": lambda x: F.interpolate(x, size=(40, 31), mode="bicubic", antialias=True),
+    "cubic": lambda x: F.interpolate(x, size=(5, 11), mode="bicubic", antialias=True),
+    "area": lambda x: F.interpolate(x, scale_factor=0.5, mode="area"),
+    "area to a size": lambda x: F.interpolate(x, size=(6, 13), mode="area"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(is bound to the size|not probed)")
+@pytest.mark.parametrize("name", RESIZED)
+def test_resizing_streams(name):
+    model = Function(lambda m, x: RESIZED[name](F.relu(m.a(x))), a=nn.Conv2d(2, 4, 3, padding=1))
+    image = torch.randn(2, 2, 24, 26, dtype=torch.float64, requires_grad=True)
+    assert assert_streams(model.double(), image, tile=22, tolerance=1e-12).streamed_share > 0.7
+    assert fxstream.analyze(model.float(), (24, 26), channels=2).barriers == ()
