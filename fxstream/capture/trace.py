@@ -30,14 +30,14 @@ from torch._dynamo.variables.torch_function import torch_function_mode_stack_sta
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _pop_mode, _push_mode
 
 from fxstream.capture.refusals import explained, refuse
 from fxstream.capture.traced_graph import TracedGraph
 from fxstream.graph.captured import CUMULATIVE, Results
 from fxstream.graph.user_code import is_library_file
 
-__all__ = ["FakeInputs", "Trace", "Tracer", "is_capturing"]
+__all__ = ["FakeInputs", "Trace", "Tracer", "is_capturing", "unwatched"]
 
 SIZE_READERS = frozenset({
     "shape", "size", "numel", "nelement", "len", "unbind", "split", "chunk", "tensor_split", "nbytes",
@@ -213,6 +213,18 @@ def _without_modes() -> Iterator[None]:
     has_modes = torch._C._len_torch_dispatch_stack() > 0
     with torch._C._DisableTorchDispatch() if has_modes else contextlib.nullcontext():
         yield
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Without what looks on at operators and calls of modules, as counters do: what runs is not the model's."""
+    modes = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
+    try:
+        with _without_watchers():
+            yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
 
 
 @contextlib.contextmanager

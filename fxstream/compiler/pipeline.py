@@ -20,6 +20,7 @@ from torch import fx
 
 from fxstream.capture.capture import Retrace, capture_graph, still_holds
 from fxstream.capture.casts import without_autocast
+from fxstream.capture.trace import unwatched
 from fxstream.capture.traced_graph import Kind, TracedGraph
 from fxstream.compiler.analysis import Analysis, Earlier, analyse, lowered
 from fxstream.compiler.cache import Cache
@@ -227,9 +228,10 @@ class Pipeline:
         with self._lock:
             if key not in self._sizes:
                 stages = Stages(self.shared.name, self.shared.watch)
-                captured = self._captured(values, stages)
-                with without_autocast(captured.captured):
-                    prepared = self._prepare(captured, values, outside, written, stages)
+                with unwatched():
+                    captured = self._captured(values, stages)
+                    with without_autocast(captured.captured):
+                        prepared = self._prepare(captured, values, outside, written, stages)
                 self._sizes.put(key, prepared)
             last: Prepared = self._sizes.get(key, lambda: None)  # type: ignore[assignment]
         self.shared.last = last
