@@ -25,9 +25,9 @@ from fxstream.graph.effects import (
     UNSTREAMED,
     WAS_IN_PLACE,
     mutated_inputs,
+    returns_storage,
     subgraphs,
     tensor_arguments,
-    updates_statistics,
 )
 from fxstream.graph.nodes import bind, parameters_of, schema_of
 
@@ -88,7 +88,7 @@ def make_functional(graph: fx.Graph) -> None:
         if not mutated:
             _add(aliases, node, [*_viewed_inputs(node), first.setdefault(_storage(node), node)])
         elif (variant := _out_of_place_variant(node)) is None or _is_seen(node, variant, aliases, position):
-            _add(aliases, node, [] if updates_statistics(node) else mutated)
+            _add(aliases, node, mutated if returns_storage(node) else [])
             in_place.append(node)
         else:
             result = _replace(node, variant, position)

@@ -15,7 +15,17 @@ from fxstream.graph.captured import CUMULATIVE, Captured
 from fxstream.graph.effects import UNSTREAMED
 from fxstream.graph.nodes import bind
 from fxstream.graph.typed_graph import TypedGraph
-from fxstream.lowering import flat, losses, normalisations, pooling, products, randomness, reshapes, statistics
+from fxstream.lowering import (
+    flat,
+    losses,
+    normalisations,
+    pooling,
+    products,
+    quantisation,
+    randomness,
+    reshapes,
+    statistics,
+)
 from fxstream.lowering.proxy import Draft, Lowering, Operator, Proxy
 from fxstream.lowering.unflatten import Handler, unflattened
 from fxstream.rules import Tileability
@@ -23,7 +33,7 @@ from fxstream.rules import Tileability
 __all__ = ["lower", "with_positions"]
 
 REDUCTIONS: dict[str, Lowering] = (
-    losses.LOWERINGS | normalisations.LOWERINGS | pooling.LOWERINGS | statistics.LOWERINGS
+    losses.LOWERINGS | normalisations.LOWERINGS | pooling.LOWERINGS | quantisation.LOWERINGS | statistics.LOWERINGS
 )
 """Per operator, what it is rewritten to where it works over space."""
 HANDLERS: dict[str, Handler] = flat.HANDLERS | products.HANDLERS | reshapes.HANDLERS
