@@ -238,11 +238,14 @@ class Pipeline:
         return last
 
     def serves(self, traced: TracedGraph) -> bool:
-        """Whether another trace of the same call, at another size, has the graph that is captured here."""
-        if traced.inputs != self.traced.inputs:
+        """Whether another trace of the same call, at another size, has the graph that is captured here.
+
+        One with numbers of Python has not: each of them is captured from the trace, which has one size.
+        """
+        if traced.inputs != self.traced.inputs or traced.numbers(traced.examples):
             return False
         with self._lock:
-            made = self._cache.get(("capture", self.traced.numbers(traced.examples)), lambda: None)
+            made = self._cache.get(("capture", ()), lambda: None)
             return made is not None and still_holds(made.captured, traced, traced.examples)
 
     def _tensors(self, values: Sequence[Any]) -> list[torch.Tensor]:
