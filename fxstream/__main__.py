@@ -22,16 +22,24 @@ from fxstream.tools.values import check_flags
 
 __all__ = ["main"]
 
-EXAMPLES = """examples:
-  fxstream report torchvision/resnet50 --size 8192
-  fxstream report model.py:build --size 4096x6144 --html report.html
-  fxstream plan timm/convnext_tiny --size 16384 --memory 8GiB
-  fxstream plan "m.py:Net(8)" --input 1x3x64x64 --input 1x1x64x64 --tile 32
-  fxstream check torchvision/resnet18 --size 300x260 --tile 128
-  fxstream predict model.py:build *.svs --weights model.pt --out results
-  fxstream models convnext
+EXAMPLES = {
+    "report": (
+        "report torchvision/resnet50 --size 8192",
+        "report model.py:build --size 4096x6144 --html report.html",
+    ),
+    "plan": (
+        "plan timm/convnext_tiny --size 16384 --memory 8GiB",
+        'plan "m.py:Net(8)" --input 1x3x64x64 --input 1x1x64x64 --tile 32',
+    ),
+    "check": ("check torchvision/resnet18 --size 300x260 --tile 128",),
+    "bench": ("bench torchvision/resnet18 --size 1024 --memory 60%,40%",),
+    "predict": ("predict model.py:build *.svs --weights model.pt --out results",),
+    "models": ("models convnext",),
+    "rules": ("rules",),
+}
+"""Calls of each command."""
 
-TARGET is torchvision/NAME or timm/NAME ("fxstream models" lists them), or
+TARGET = """TARGET is torchvision/NAME or timm/NAME ("fxstream models" lists them), or
 module:callable or file.py:callable. The callable returns the model; arguments
 in brackets are Python literals: "timm/resnet18(num_classes=2)"."""
 
@@ -71,18 +79,26 @@ class _ShowVersion(argparse.Action):
         parser.exit()
 
 
+def _epilog(commands: Sequence[str]) -> str:
+    """Examples of commands, and what a target is where one of them has any."""
+    calls = [f"  fxstream {call}" for command in commands for call in EXAMPLES[command]]
+    has_target = not set(commands) <= {"models", "rules"}
+    return "\n".join(["examples:", *calls, *(["", TARGET] if has_target else [])])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fxstream",
         description="Receptive fields of a network, how it streams, and whether that is exact.",
-        epilog=EXAMPLES,
+        epilog=_epilog(list(EXAMPLES)),
         formatter_class=_Formatter,
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the versions and exit")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text, group in COMMANDS:
-        sub = commands.add_parser(name, help=text, description=text, epilog=EXAMPLES, formatter_class=_Formatter)
+        texts = {"help": text, "description": text, "epilog": _epilog([name])}
+        sub = commands.add_parser(name, **texts, formatter_class=_Formatter)
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         flags.add_flags(sub, group)
     return parser

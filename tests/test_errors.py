@@ -238,3 +238,8 @@ def test_gradients_that_a_stream_does_not_have():
 def test_data_parallel(model):
     with pytest.raises(InputError, match="use DistributedDataParallel"):
         fxstream.compile(model, tile=14)._replicate_for_data_parallel()  # what it calls on several devices
+
+
+def test_a_whole_shape_as_a_size():
+    with pytest.raises(fxstream.InputError, match="size has 4 extents, an image one to 3: batch and channels"):
+        fxstream.plan(nn.Conv2d(3, 2, 3), (2, 3, 64, 64), tile=32)

@@ -1,6 +1,7 @@
 """Imports go downwards, and sympy and rich stay in their files; the check itself is shown to fail."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,13 @@ def test_every_package_has_a_floor():
 @pytest.mark.parametrize("path", files())
 def test_imports_go_downwards(path):
     assert violations(path, (PACKAGE / path).read_text()) == []
+
+
+def test_the_floors_are_those_of_the_page():
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    floors = " < ".join(", ".join(f"`{name}`" for name in names) for names in FLOORS)
+    assert floors in page.replace("\n", " ")
+    assert not re.search(r"^(<{7}|={7}|>{7})", page, re.MULTILINE), "a merge was left open"
 
 
 def test_no_package_is_crowded():

@@ -197,6 +197,28 @@ def test_usage_mistakes_exit_with_2(capsys):
     assert "examples:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["report", "plan", "check", "bench", "predict", "models", "rules"])
+def test_help_has_examples_of_its_command(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    examples = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  fxstream ")]
+    assert {words[1] for words in examples} == {command}
+
+
+PIPED = """
+import os, sys
+reader, writer = os.pipe()
+os.dup2(writer, 1), os.close(writer), os.close(reader)
+from fxstream.__main__ import main
+sys.exit(main(["rules"]))
+"""
+
+
+def test_a_reader_that_has_seen_enough():
+    found = subprocess.run([sys.executable, "-c", PIPED], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
 def test_in_a_pipe_without_colour(model):
     command = [sys.executable, "-m", "fxstream", "report", f"{model}:build", "--size", "64", "--no-probe"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

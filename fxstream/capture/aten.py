@@ -34,7 +34,7 @@ from fxstream.capture.functionalize import CHANGED_TO, MODEL_TENSOR, make_factor
 from fxstream.capture.traced_graph import Kind, TracedGraph, checkpointed, hooked
 from fxstream.errors import CaptureError
 from fxstream.graph.captured import Captured
-from fxstream.graph.effects import UNSTREAMED, mutated_inputs, remove_dead_nodes, updates_statistics
+from fxstream.graph.effects import UNSTREAMED, mutated_inputs, remove_dead_nodes, returns_storage
 from fxstream.graph.shapes import fake_tensor_log_silenced
 
 __all__ = ["OpaqueFunction", "to_aten"]
@@ -322,5 +322,5 @@ def _make_simple(graph: fx.Graph) -> None:
     make_factories(graph)
     remove_dead_nodes(graph)
     for node in graph.nodes:
-        if node.op == "call_function" and mutated_inputs(node) and not updates_statistics(node):
+        if node.op == "call_function" and mutated_inputs(node) and returns_storage(node):
             node.meta.setdefault(UNSTREAMED, "changes a tensor in place")

@@ -27,9 +27,9 @@ from fxstream.graph.effects import (
     UNSTREAMED,
     WAS_IN_PLACE,
     mutated_inputs,
+    returns_storage,
     subgraphs,
     tensor_arguments,
-    updates_statistics,
 )
 from fxstream.graph.nodes import bind, parameters_of, schema_of
 
@@ -104,7 +104,7 @@ def make_functional(graph: fx.Graph) -> None:
         elif (variant := _out_of_place_variant(node)) is None or _is_seen(node, variant, aliases, position):
             tree = _written_tree(node, variant, aliases)
             if tree is None:
-                _add(aliases, node, [] if updates_statistics(node) else mutated)
+                _add(aliases, node, mutated if returns_storage(node) else [])
                 in_place.append(node)
             else:
                 _write_through(node, variant, tree, position)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils import _pytree as pytree
 from fxstream.errors import CaptureError, GraphBreakError
 from fxstream.graph.user_code import is_library_file, last_user_frame
 
-__all__ = ["explained", "refuse"]
+__all__ = ["explained", "hook_of_shards", "is_sharded", "refuse"]
 
 RAISED = re.compile(r"""got \w+\((?P<quote>['"])(?P<reason>.*)(?P=quote)\)$""", re.MULTILINE)
 """What an operator raised, in dynamo's words for it."""
@@ -75,14 +76,25 @@ def _refuse_quantised(model: nn.Module) -> None:
             )
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2's `fully_shard` was applied to a module."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+def hook_of_shards(hook: Any) -> Any:
+    """What FSDP2 keeps of a module, if this is one of its hooks; else None."""
+    state = getattr(inspect.unwrap(hook, stop=lambda f: hasattr(f, "__self__")), "__self__", None)
+    return state if type(state).__name__ == "FSDPState" else None
+
+
 def _refuse_sharded_parts(model: nn.Module) -> None:
-    """Raises `CaptureError` where FSDP2 gathers weights when a module is called: a stream calls operators."""
+    """Raises `CaptureError` where hooks of FSDP2 gather weights when a module is called."""
     for name, module in model.named_modules():
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+        if is_sharded(module) and any(map(hook_of_shards, module._forward_pre_hooks.values())):
             place = f"`{name}`" if name else "the model"
             raise CaptureError(
-                f"{place} is sharded by itself, and a stream would not gather its weights: shard the compiled"
-                " module as a whole, and nothing in it: fully_shard(fxstream.compile(model, ...))"
+                f"{place} is sharded (fully_shard), and only a call of the compiled module, and infer, gather its"
+                " weights: analyze, plan and check the model before it is sharded"
             )
 
 

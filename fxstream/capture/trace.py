@@ -17,6 +17,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +25,14 @@ from torch import nn
 from torch._dynamo import config, convert_frame, mark_static
 from torch._dynamo.functional_export import ExportTracerOutput
 from torch._dynamo.hooks import Hooks
+from torch._dynamo.trace_rules import get_mod_inlinelist
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._dynamo.variables.torch import tracing_state_functions
 from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _pop_mode, _push_mode
 
 from fxstream.capture.constants import ModelValues, constants_folded
 from fxstream.capture.refusals import explained, refuse
@@ -38,7 +40,7 @@ from fxstream.capture.traced_graph import TracedGraph
 from fxstream.graph.captured import CUMULATIVE, Results
 from fxstream.graph.user_code import is_library_file
 
-__all__ = ["FakeInputs", "Trace", "Tracer", "is_capturing"]
+__all__ = ["FakeInputs", "Trace", "Tracer", "is_capturing", "unwatched"]
 
 SIZE_READERS = frozenset({
     "shape", "size", "numel", "nelement", "len", "unbind", "split", "chunk", "tensor_split", "nbytes",
@@ -47,6 +49,8 @@ SIZE_READERS = frozenset({
 """Names in code that may read the size of a tensor, or do as many things as a tensor has rows."""
 FORMAT_READERS = frozenset({"is_contiguous", "stride", "as_strided", "data_ptr", "suggest_memory_format"})
 """Names in code that may read how a tensor lies in memory."""
+OBSERVERS = "torch.ao.quantization"
+"""Modules of fake quantisation, which dynamo does not look into of itself."""
 UNGUARDED = frozenset({"AUTOGRAD_SAVED_TENSORS_HOOKS"})
 """Guards on what no trace depends on."""
 ASKS = (torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling, torch.compiler.is_exporting)
@@ -207,6 +211,7 @@ def _tracing(model: nn.Module, flat: bool) -> Iterator[None]:
             torch_function_mode_stack_state_mgr,
             _cumulative_averages(model),
             _as_in_eager(),
+            _looking_into_observers(model),
             _without_watchers(),
         ):
             yield
@@ -220,6 +225,18 @@ def _without_modes() -> Iterator[None]:
     has_modes = torch._C._len_torch_dispatch_stack() > 0
     with torch._C._DisableTorchDispatch() if has_modes else contextlib.nullcontext():
         yield
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Without what looks on at operators and calls of modules, as counters do: what runs is not the model's."""
+    modes = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
+    try:
+        with _without_watchers():
+            yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
 
 
 @contextlib.contextmanager
@@ -247,6 +264,20 @@ def _as_in_eager() -> Iterator[None]:
         yield
     finally:
         answers.update(before)
+
+
+@contextlib.contextmanager
+def _looking_into_observers(model: nn.Module) -> Iterator[None]:
+    """Dynamo traces the code of observers and fake quantisation, where the model has any."""
+    has_observers = any(type(m).__module__.startswith(OBSERVERS) for m in model.modules())
+    folder = Path(torch.__file__).parent.joinpath(*OBSERVERS.split(".")[1:]).as_posix()
+    traced = get_mod_inlinelist()
+    added = {folder} - traced if has_observers else set()
+    try:
+        traced |= added
+        yield
+    finally:
+        traced -= added
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ Earlier = dict[tuple[Any, ...], TypedGraph]
 """Typed graphs of other sizes, by graph and options."""
 LARGEST = 2**31
 """No extent of an image is larger."""
+MOST_AXES = 3
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -161,8 +162,8 @@ def example_inputs(
     """The positional inputs of the model: one image [batch, channels, *size], or those that `inputs` has.
 
     A shape stands for a tensor of the model's type on its device (of its buffers, where it has no parameters),
-    without memory of its own. Raises `InputError` for both or neither of the two, and for anything but positive
-    ints.
+    without memory of its own. Raises `InputError` for both or neither of the two, for more than three extents, and
+    for anything but positive ints.
     """
     if (size is None) == (inputs is None):
         raise InputError(
@@ -171,6 +172,11 @@ def example_inputs(
     if inputs is not None:
         return [i if isinstance(i, torch.Tensor) else _example(model, "an input", tuple(i)) for i in inputs]
     extents = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(extents) > MOST_AXES:
+        raise InputError(
+            f"size has {len(extents)} extents, an image one to {MOST_AXES}: batch and channels are arguments of"
+            " their own, or give whole shapes as inputs=[...]"
+        )
     return [_example(model, "size, channels and batch", (batch, channels, *extents))]
 
 

@@ -66,7 +66,7 @@ class StreamedModule(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__ or hasattr(type(self), name):  # its hooks, and what replaces a method of a module
-            self.__dict__[name] = value
+            object.__setattr__(self, name, value)
         else:
             setattr(self._fxstream.model, name, value)
 

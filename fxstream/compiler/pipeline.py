@@ -20,6 +20,7 @@ from torch import fx
 
 from fxstream.capture.capture import Retrace, capture_graph, still_holds
 from fxstream.capture.casts import without_autocast
+from fxstream.capture.trace import unwatched
 from fxstream.capture.traced_graph import Kind, TracedGraph
 from fxstream.compiler.analysis import Analysis, Earlier, analyse, lowered
 from fxstream.compiler.cache import Cache
@@ -227,20 +228,24 @@ class Pipeline:
         with self._lock:
             if key not in self._sizes:
                 stages = Stages(self.shared.name, self.shared.watch)
-                captured = self._captured(values, stages)
-                with without_autocast(captured.captured):
-                    prepared = self._prepare(captured, values, outside, written, stages)
+                with unwatched():
+                    captured = self._captured(values, stages)
+                    with without_autocast(captured.captured):
+                        prepared = self._prepare(captured, values, outside, written, stages)
                 self._sizes.put(key, prepared)
             last: Prepared = self._sizes.get(key, lambda: None)  # type: ignore[assignment]
         self.shared.last = last
         return last
 
     def serves(self, traced: TracedGraph) -> bool:
-        """Whether another trace of the same call, at another size, has the graph that is captured here."""
-        if traced.inputs != self.traced.inputs:
+        """Whether another trace of the same call, at another size, has the graph that is captured here.
+
+        One with numbers of Python has not: each of them is captured from the trace, which has one size.
+        """
+        if traced.inputs != self.traced.inputs or traced.numbers(traced.examples):
             return False
         with self._lock:
-            made = self._cache.get(("capture", self.traced.numbers(traced.examples)), lambda: None)
+            made = self._cache.get(("capture", ()), lambda: None)
             return made is not None and still_holds(made.captured, traced, traced.examples)
 
     def _tensors(self, values: Sequence[Any]) -> list[torch.Tensor]:

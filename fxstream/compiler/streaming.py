@@ -18,6 +18,7 @@ from fxstream.capture.input_key import input_formats, input_key
 from fxstream.capture.trace import FakeInputs, Trace, Tracer
 from fxstream.compiler.parts import Parts
 from fxstream.compiler.pipeline import Options, Pipeline, Prepared, Shared
+from fxstream.compiler.sharded import gathered
 from fxstream.errors import CaptureError, GraphBreakError, InputError
 from fxstream.graph.typed_graph import Verdict
 from fxstream.io.inputs import Inputs, inputs_of
@@ -134,6 +135,9 @@ class Streaming:
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the model returns for these arguments."""
         refuse_transforms()
+        return gathered(self.model.modules(), lambda: self._run(args, kwargs))
+
+    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         inputs = inputs_of(self.model, args, kwargs)
         try:
             call = self.call(inputs)

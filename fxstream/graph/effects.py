@@ -21,6 +21,7 @@ __all__ = [
     "ordered_chains",
     "ordered_nodes",
     "remove_dead_nodes",
+    "returns_storage",
     "subgraphs",
     "tensor_arguments",
     "updates_statistics",
@@ -71,6 +72,12 @@ def mutated_inputs(node: fx.Node) -> list[fx.Node]:
     if any(mutated_inputs(inner) for inner in _inner_nodes(node)):
         return [tensor for tensor in node.all_input_nodes if tensor.op != "get_attr"]
     return [tensor for tensor, alias in tensor_arguments(node) if alias is not None and alias.is_write]
+
+
+def returns_storage(node: fx.Node) -> bool:
+    """Whether a result of a node that changes tensors may share the storage of one: by its schema."""
+    schema = schema_of(node)
+    return schema is None or any(result.alias_info is not None for result in schema.returns)
 
 
 def updates_statistics(node: fx.Node) -> bool:

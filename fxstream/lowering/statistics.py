@@ -1,4 +1,4 @@
-"""Variances, standard deviations, norms and softmax over space."""
+"""Variances, standard deviations, norms and softmax over space; observers of quantisation."""
 
 from __future__ import annotations
 
@@ -85,10 +85,27 @@ def _softmax(op: Operator) -> Proxy:
     return softmax(op, op.self, [op.dim])
 
 
+def _observed(op: Operator) -> Proxy | None:
+    """Fake quantisation with an observer: extremes of the map, the operator on these, and a map of each pixel.
+
+    The operator moves the range in its buffers towards the extremes of its input, and takes scale and zero point
+    from that range. Of the extremes alone it makes the same, to the bit. None where each entry of the batch has a
+    range of its own, as rows of weights have.
+    """
+    if op.per_row_fake_quant:
+        return None
+    values = op.self.detach()
+    op.again(self=op.call("stack", [values.amin(), values.amax()]))
+    scale, zero_point = op.scale.clone(), op.zero_point.clone()  # as they are now
+    quantised = op.self.fake_quantize_per_tensor_affine(scale, zero_point, op.quant_min, op.quant_max)
+    return op.call("where", op.fake_quant_on.ne(0), quantised, op.self)
+
+
 LOWERINGS: dict[str, Lowering] = {
     **{f"aten::{name}": _variance for name in ("var", "std", "var_mean", "std_mean")},
     "aten::norm": _norm,
     "aten::softmax": _softmax,
     "aten::log_softmax": _softmax,
+    "aten::fused_moving_avg_obs_fake_quant": _observed,
 }
 """Per operator, what it is rewritten to."""

@@ -5,7 +5,8 @@ NOTE [the kernels]
    reads each format as it is), in at least 32 bits. On the CPU that operator is slow where channels are not the
    innermost dim: there it is a mean and a mean of squared distances.
 2. The backward of moments is an affine map of the input per channel: the batch norm kernel with statistics given.
-3. Between tiles means and variances are combined with the term between them (Chan, Golub, LeVeque, "Updating
+3. That operator has no form for tensors without values, by which shapes are found.
+4. Between tiles means and variances are combined with the term between them (Chan, Golub, LeVeque, "Updating
    formulae and a pairwise algorithm for computing sample variances", 1979).
 """
 
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fxstream.machine.operators import operator, untraced, wide
+from fxstream.machine.device import HOST
+from fxstream.machine.operators import has_values, operator, untraced, wide
 
 __all__ = ["affine", "combined_moments", "mean_variance", "moments", "normalise", "update_statistics_"]
 
@@ -31,10 +33,9 @@ def _mean_variance(tensor: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor,
 
     On the CPU these are two passes, but of channels that are the innermost dim.
     """
-    is_host, channels = tensor.device.type == "cpu", [1, -1, *[1] * (tensor.ndim - 2)]
-    if _is_per_channel(tensor, dims) and (
-        not is_host or (_is_channels_last(tensor) and tensor.dtype.itemsize > 2)
-    ):
+    is_host, channels = tensor.device.type in HOST, [1, -1, *[1] * (tensor.ndim - 2)]
+    is_fast = not is_host or (_is_channels_last(tensor) and tensor.dtype.itemsize > 2)
+    if is_fast and _is_per_channel(tensor, dims) and has_values(tensor):
         mean, variance = torch.ops.aten.batch_norm_update_stats(tensor, None, None, 0.0)
         return mean.view(channels), variance.view(channels)
     tensor = wide(tensor)

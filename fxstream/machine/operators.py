@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["operator", "overload", "untraced", "wide"]
+__all__ = ["has_values", "operator", "overload", "untraced", "wide"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -35,6 +36,11 @@ def overload(name: str) -> torch._ops.OpOverload:
     """The operator of this name."""
     packet: torch._ops.OpOverloadPacket = getattr(torch.ops.fxstream, name)
     return packet.default
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is more than a shape: no fake one, and none of the meta device."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,14 @@ def _model(options: Options, weights: bool) -> nn.Module:
     return freeze_batch_norm(model) if options.freeze_batch_norm else model
 
 
+class Output(Console):
+    """Standard output."""
+
+    def on_broken_pipe(self) -> None:
+        """Whoever reads has seen enough, as `head` has: no failure of the command."""
+        raise BrokenPipeError
+
+
 def _analysis(options: Options, freeze: bool = False) -> Analysis:
     """The analysed network; with `freeze` BatchNorm is frozen whatever the flags say."""
     for weights in (False, True):  # with weights for code that looks at their values
@@ -126,13 +134,17 @@ def _summary(options: Options, probes: bool) -> Summary:
     return summarise(analysis, options.target, training=mode, plan=plan, frozen=frozen, probe=reports)
 
 
+def _title(options: Options) -> str:
+    return title_of(options.target, shapes_of(options), is_training(options), options.freeze_batch_norm)
+
+
 def _report(options: Options) -> int:
     html, plot = (writable(path) if path else None for path in (options.html, options.plot))
     summary = _summary(options, not options.no_probe)
     if options.json:
         _print_json(as_json(summary))
     elif html is None and plot is None:
-        show(summary, Console(), None if options.all else options.depth)
+        show(summary, Output(), _title(options), None if options.all else options.depth)
     if html is not None:
         page = html_page(summary, options.depth)
         write(html, lambda path: path.write_text(page, encoding="utf-8"))
@@ -147,7 +159,7 @@ def _plan(options: Options) -> int:
     if options.json:
         _print_json(plan_json(summary.plan, summary.name, summary.training))
     else:
-        show_plan(summary, Console())
+        show_plan(summary, Output(), _title(options))
     return 0
 
 
@@ -160,8 +172,7 @@ def _check(options: Options) -> int:
     if options.json:
         _print_json(as_json(report))
     else:
-        title = title_of(options.target, shapes_of(options), is_training(options), options.freeze_batch_norm)
-        show_check(report, Console(), title)
+        show_check(report, Output(), _title(options))
     return 0 if report.ok else 1
 
 
@@ -175,7 +186,7 @@ def _bench(options: Options) -> int:
     if options.json:
         _print_json(bench_json(workload, rows))
     else:
-        show_bench(workload, rows, Console())
+        show_bench(workload, rows, Output())
     if plot is not None:
         write(plot, lambda path: save_pareto(workload, rows, path))
     return 0
@@ -242,7 +253,7 @@ def _mesh(device: str) -> Iterator[Any]:
 
 
 def _rules(options: Options) -> int:
-    show_rules(rules(), Console())
+    show_rules(rules(), Output())
     return 0
 
 

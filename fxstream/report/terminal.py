@@ -112,9 +112,9 @@ def _layer_table(summary: Summary, depth: int | None, width: int) -> Table:
     return table
 
 
-def show(summary: Summary, console: Console, depth: int | None = 1) -> None:
+def show(summary: Summary, console: Console, title: str, depth: int | None = 1) -> None:
     """The whole report: layers grouped to a depth of the module path, regions, cuts, tiles, memory, probe."""
-    console.print(Text(title_line(summary), style="bold"))
+    console.print(Text(title, style="bold"))
     console.print(
         f"{len(summary.layers)} operators, {macs_text(summary.macs)}MACs, activations"
         f" {bytes_text(summary.bytes)}, {summary.streamed_share:.1%} of them can be streamed",
@@ -126,12 +126,6 @@ def show(summary: Summary, console: Console, depth: int | None = 1) -> None:
         console.print()
         for line in paragraph:
             console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
-
-
-def title_line(summary: Summary) -> str:
-    """What the report is of: network, image and mode."""
-    image = "x".join(map(str, summary.image))
-    return f"{summary.name}, image {image}, {'train' if summary.training else 'eval'} mode"
 
 
 def region_lines(summary: Summary) -> list[str]:
@@ -212,9 +206,9 @@ def probe_lines(summary: Summary) -> list[str]:
     ]
 
 
-def show_plan(summary: Summary, console: Console) -> None:
+def show_plan(summary: Summary, console: Console, title: str) -> None:
     """The plan with its predicted memory, below a line that says of what."""
-    console.print(Text(title_line(summary), style="bold"))
+    console.print(Text(title, style="bold"))
     for line in tile_lines(summary):
         console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
@@ -246,8 +240,9 @@ def show_bench(workload: Workload, rows: Sequence[Row], console: Console) -> Non
     for row in rows:
         if row.failure:
             console.print(f"{row.method.label}: {row.failure}", highlight=False, markup=False)
+    threads = torch.get_num_threads()
     console.print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of processes by turns",
+        f"torch {torch.__version__}, {threads} thread{'s' * (threads > 1)}, medians of processes by turns",
         highlight=False,
     )
 

@@ -36,6 +36,7 @@ REDUCING = {
     "group_norm": Reason.NORMALISES_GROUPS,
     "native_group_norm": Reason.NORMALISES_GROUPS,
     "instance_norm": Reason.NORMALISES_CHANNELS,
+    "fused_moving_avg_obs_fake_quant": Reason.OBSERVES_RANGE,
 }
 MIXING = {
     "bmm": Reason.MIXES_POSITIONS,

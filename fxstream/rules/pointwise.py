@@ -39,6 +39,7 @@ ADDITIONS = (
     "__or__",
     "__rshift__",
     "divide",
+    "fake_quantize_per_tensor_affine",
     "hardswish",
     "leaky_relu",
     "log_sigmoid",
@@ -63,6 +64,7 @@ def add_rules(table: RuleTable) -> None:
     table.add("aten::prelu", "pointwise", with_operands)
     table.add("fxstream::normalise", "pointwise", with_operands)
     table.add("aten::rrelu", "pointwise", rrelu)
+    table.add("aten::fake_quantize_per_channel_affine", "pointwise", along_channels)
 
 
 def pointwise(call: Call) -> Answer:
@@ -119,6 +121,14 @@ def batch_norm(call: Call) -> Answer:
 def with_operands(call: Call) -> Answer:
     """Operands per channel."""
     return per_channel(call, call["self"])
+
+
+def along_channels(call: Call) -> Answer:
+    """Operands per channel, where channels are the second dim."""
+    image: Value = call["self"]
+    if call["axis"] % len(image.shape) != 1:
+        return NotTileable(Reason.OPERAND_ALONG_TILED_DIM, image.dims)
+    return per_channel(call, image)
 
 
 def per_channel(call: Call, image: Value) -> Answer:

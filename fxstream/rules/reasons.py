@@ -38,6 +38,7 @@ class Reason(enum.Enum):
     NO_IMAGE = SMALL, "does not depend on an image"
     # Reductions over space.
     BATCH_STATISTICS = REDUCTION, "uses batch statistics: every output pixel needs the whole map"
+    OBSERVES_RANGE = REDUCTION, "quantises by the range of the whole map"
     NORMALISES_SPACE = REDUCTION, "normalises over space: every output pixel needs the whole map"
     NORMALISES_GROUPS = REDUCTION, "normalises each group over the whole map"
     NORMALISES_CHANNELS = REDUCTION, "normalises each channel over the whole map"

@@ -53,8 +53,8 @@ MODEL: Group = (
         metavar="SHAPE",
     ),
     (
-        switch("--train", "training mode; the default for a training step"),
-        switch("--eval", "evaluation mode; the default without one (report, --no-grad)"),
+        switch("--train", "training mode: the default for a training step"),
+        switch("--eval", "evaluation mode: the default of a report without --tile and --memory, and of --no-grad"),
     ),
     switch("--freeze-batch-norm", "running statistics in training mode, too; faster"),
     switch("--json", "plain data on standard output"),

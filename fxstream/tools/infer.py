@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 
 from fxstream.compiler.module import StreamedModule, inspect
 from fxstream.compiler.pipeline import Pipeline, Prepared
+from fxstream.compiler.sharded import gathered
+from fxstream.compiler.streaming import Streaming
 from fxstream.errors import InputError, StreamingWarning
 from fxstream.graph.captured import Results
 from fxstream.graph.shapes import Shape
@@ -64,26 +66,39 @@ def infer(
     """
     if not isinstance(module, StreamedModule):
         raise InputError(f"infer needs a module made by fxstream.compile, found {type(module).__name__}")
-    streaming = inspect(module)
+    modules = (module, *inspect(module).model.modules())
     with torch.no_grad():
-        inputs = inputs_of(streaming.model, args, kwargs)
-        call = streaming.call(inputs, flat=True)
-        results = call.trace.results
-        assert results is not None
-        arrays = _paired(results.spec, out)
-        writing = _Writing(results, arrays, saturate, streaming.shared.ranks)
-        with together(writing.ranks):
-            _refuse_shared(inputs, arrays)
-            _refuse_copies(arrays, journal is not None, writing.ranks)
-        with contextlib.ExitStack() as opened:
-            if journal is not None:
+        return gathered(modules, lambda: _written(inspect(module), args, kwargs, out, journal, restart, saturate))
 
-                def log(shapes: Sequence[Shape]) -> Journal:
-                    description = _description(streaming.model, inputs, shapes, arrays)
-                    return opened.enter_context(_opened(journal, description, restart, writing.ranks))
 
-                writing.journal = log
-            flat = call.run(streaming.model, inputs, writing.run).flat_args
+def _written(
+    streaming: Streaming,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    out: Any,
+    journal: str | os.PathLike[str] | None,
+    restart: bool,
+    saturate: bool,
+) -> Any:
+    """What `infer` returns."""
+    inputs = inputs_of(streaming.model, args, kwargs)
+    call = streaming.call(inputs, flat=True)
+    results = call.trace.results
+    assert results is not None
+    arrays = _paired(results.spec, out)
+    writing = _Writing(results, arrays, saturate, streaming.shared.ranks)
+    with together(writing.ranks):
+        _refuse_shared(inputs, arrays)
+        _refuse_copies(arrays, journal is not None, writing.ranks)
+    with contextlib.ExitStack() as opened:
+        if journal is not None:
+
+            def log(shapes: Sequence[Shape]) -> Journal:
+                description = _description(streaming.model, inputs, shapes, arrays)
+                return opened.enter_context(_opened(journal, description, restart, writing.ranks))
+
+            writing.journal = log
+        flat = call.run(streaming.model, inputs, writing.run).flat_args
     written = [arrays.get(i, tensor) for i, tensor in enumerate(flat)]
     return written[0] if len(written) == 1 and out is written[0] else pytree.tree_unflatten(written, results.spec)
 

@@ -517,3 +517,29 @@ def test_a_hook_on_the_gradient_of_what_the_model_computes():
     module, _, _ = same(Net(tripled))
     module(torch.randn(LARGE).double())
     assert any("hook_1" in str(node.target) for node in module.graph.nodes)
+
+
+class ScaledDraws(nn.Module):
+    """A number of Python, beside an operator whose size is that of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.count = nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 3), 0
+
+    def forward(self, x):
+        drawn = torch.rand(x.shape[0], 3, 1, 1, dtype=x.dtype)
+        return self.last(torch.relu(self.first(x)) * drawn * (1 + self.count))
+
+
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+def test_a_number_that_changes_is_captured_at_the_size_of_its_call():
+    torch.manual_seed(0)
+    model = ScaledDraws().double()
+    plain, module = copy.deepcopy(model), fxstream.compile(model, tile=12, verify=False)
+    for batch, count in [(2, 0), (2, 1), (2, 2), (1, 1), (1, 2), (2, 2), (1, 3), (2, 3)]:
+        model.count = plain.count = count
+        image, results = torch.randn(batch, 2, 18, 20).double(), []
+        for one in (module, plain):
+            torch.manual_seed(count)
+            results.append(one(image))
+        torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)

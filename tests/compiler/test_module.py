@@ -395,23 +395,6 @@ def test_a_compiled_module_as_a_part_of_another_one():
     assert not streamed.plan.is_trivial
 
 
-class FSDPModule:
-    """Stands for the class that `fully_shard` gives to a module, which needs a process group."""
-
-
-class ShardedConvolution(FSDPModule, nn.Conv2d):
-    pass
-
-
-def test_blocks_that_are_sharded_by_themselves():
-    model, x = nn.Sequential(nn.ReLU(), ShardedConvolution(2, 2, 3)), torch.randn(1, 2, 40, 40)
-    message = r" is sharded by itself.*: fully_shard\(fxstream\.compile\(model, \.\.\.\)\)"
-    with pytest.raises(fxstream.CaptureError, match=f"`1`{message}"):
-        fxstream.compile(model, tile=16)(x)
-    with pytest.raises(fxstream.CaptureError, match=f"the model{message}"):
-        fxstream.compile(model[1], tile=16)(x)
-
-
 def test_properties_of_the_last_call_before_the_first():
     module = compiled(frozen())
     assert not hasattr(module, "plan")

@@ -1,5 +1,6 @@
 """Statistics, norms and adaptive poolings over space: streamed as reductions, equal to the plain network."""
 
+import functools
 import math
 
 import pytest
@@ -200,3 +201,15 @@ def test_normalisations_in_a_row():
 def test_a_reduction_that_only_its_own_map_reads():
     model = around(lambda h: 1 / (1 + h.abs().sum(SPACE, keepdim=True)))
     assert_streams(model, torch.randn(2, 2, 20, 19).double().requires_grad_(), tile=9, segments=1)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, functools.partial(nn.GroupNorm, 2), nn.InstanceNorm2d])
+def test_a_model_without_memory_is_planned_as_one_with(norm, layout):
+    plans = []
+    for device in ("cpu", "meta"):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), norm(8), nn.ReLU()).to(device).to(memory_format=layout)
+        image = torch.empty(1, 3, 64, 64, device=device).to(memory_format=layout)
+        plans.append(str(fxstream.plan(model, inputs=[image], tile=32)))
+    assert "100% of the activations" in plans[0]
+    assert plans[0] == plans[1]

@@ -332,3 +332,17 @@ def test_torchs_counter_of_operations_works_around_a_step():
     with FlopCounterMode(display=False) as streamed:
         module(image).sum().backward()
     assert plain.get_total_flops() < streamed.get_total_flops() < 2 * plain.get_total_flops()
+
+
+def test_torchs_counter_of_operations_counts_none_of_the_preparation():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layers = [nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 2, 3)]
+    module, image = fxstream.compile(nn.Sequential(*layers), tile=12), torch.randn(1, 2, 20, 20)
+    counts = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(image)
+        counts.append(counter.get_total_flops())
+    assert module.probe
+    assert counts[0] == counts[1] > 0

@@ -67,7 +67,7 @@ def test_several_inputs_and_arguments(model, capsys):
     spec = f"{model}:Two(4, bias=False)"
     code, out, _ = run(capsys, "plan", spec, *TWO, "--tile", 24)
     assert code == 0
-    assert "image 1x3x70x64, train mode" in out
+    assert "image 1x3x70x64 and 1x1x70x64, train mode" in out
     assert "largest read 19x23 of `image` and 1 more" in out
     code, out, _ = run(capsys, "check", spec, *TWO, "--tile", 24, "--json")
     names = {row["name"] for row in json.loads(out)["differences"]}

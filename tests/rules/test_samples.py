@@ -35,6 +35,12 @@ class Call(nn.Module):
 
 X1, X2, X3 = (1, 2, 14), (1, 2, 10, 9), (1, 2, 6, 5, 6)
 C4 = (1, 4, 6, 5)
+
+
+def quantised_channels(x):
+    return A.fake_quantize_per_channel_affine(x, G.abs() * 1e-4, torch.zeros(4), 1, -(2**20), 2**20)
+
+
 SAMPLES = {
     "conv1d": [(X1, lambda x: A.conv1d(x, W1, None, [2], [1], [2]))],
     "conv2d": [
@@ -118,6 +124,10 @@ SAMPLES = {
     "conv_transpose3d": [(X3, lambda x: A.conv_transpose3d(x, W3.transpose(0, 1), None, [2]))],
     "batch_norm": [(C4, lambda x: A.batch_norm(x, G, G, G, G.abs() + 1, False, 0.1, 1e-5, False))],
     "prelu": [(C4, lambda x: A.prelu(x - 3, G))],
+    "fake_quantize_per_tensor_affine": [
+        (X2, lambda x: A.fake_quantize_per_tensor_affine(x, 1e-4, 0, -(2**20), 2**20))
+    ],
+    "fake_quantize_per_channel_affine": [(C4, quantised_channels)],
     "fxstream::normalise": [(C4, lambda x: torch.ops.fxstream.normalise(x, G[None], *[G.abs()[None] + 1] * 3))],
     "rrelu": [(X2, lambda x: A.rrelu(x, 0.1, 0.3, False))],
     "dropout": [(X2, lambda x: A.dropout(x, 0.5, False))],
