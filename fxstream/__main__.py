@@ -97,8 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text, group in COMMANDS:
-        texts = {"help": text, "description": text, "epilog": _epilog([name])}
-        sub = commands.add_parser(name, **texts, formatter_class=_Formatter)
+        sub = commands.add_parser(
+            name, help=text, description=text, epilog=_epilog([name]), formatter_class=_Formatter
+        )
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         flags.add_flags(sub, group)
     return parser

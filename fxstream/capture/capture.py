@@ -168,10 +168,10 @@ def still_holds(captured: Captured, traced: TracedGraph, values: Sequence[Any]) 
     if not _same_constants(other.constants, captured.constants):
         return False
     try:
-        metas = shapes_at(captured.module, captured.arguments(fakes)).metas
+        metas, others = (shapes_at(one.module, one.arguments(fakes)).metas for one in (captured, other))
     except InputError:
         return False
-    return _calls(captured.graph, metas) == _calls(other.graph, {})
+    return _calls(captured.graph, metas) == _calls(other.graph, others)
 
 
 def _calls(graph: fx.Graph, metas: Mapping[str, Meta]) -> list[tuple[Any, ...]]:
