@@ -27,7 +27,7 @@ from torch import fx
 
 from fxstream.compiler.compile import compile, options_of
 from fxstream.compiler.parts import streamed_part
-from fxstream.compiler.pipeline import Shared
+from fxstream.compiler.shared import Shared
 from fxstream.errors import InputError
 
 __all__ = ["NAME", "backend", "register"]

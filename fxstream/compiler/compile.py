@@ -11,7 +11,7 @@ from torch import nn
 from fxstream.compiler.analysis import analyze
 from fxstream.compiler.module import StreamedModule
 from fxstream.compiler.options import RequestOptions, request_of
-from fxstream.compiler.pipeline import Options
+from fxstream.compiler.shared import Options
 from fxstream.errors import InputError
 from fxstream.machine import heap
 from fxstream.planning.decision import Decision

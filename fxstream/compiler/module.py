@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxstream.capture.trace import is_capturing
-from fxstream.compiler.pipeline import Options
+from fxstream.compiler.shared import Options
 from fxstream.compiler.streaming import Streaming
 from fxstream.errors import InputError
 

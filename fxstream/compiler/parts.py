@@ -12,7 +12,8 @@ import torch
 from torch import fx, nn
 
 from fxstream.capture.traced_graph import Kind, TracedGraph
-from fxstream.compiler.pipeline import Pipeline, Shared
+from fxstream.compiler.pipeline import Pipeline
+from fxstream.compiler.shared import Shared
 from fxstream.graph.shapes import is_image
 
 __all__ = ["Parts", "streamed_part"]

@@ -10,13 +10,11 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
 
 from fxstream.capture.capture import Retrace, capture_graph, still_holds
 from fxstream.capture.casts import without_autocast
@@ -24,153 +22,35 @@ from fxstream.capture.trace import unwatched
 from fxstream.capture.traced_graph import Kind, TracedGraph
 from fxstream.compiler.analysis import Analysis, Earlier, analyse, lowered
 from fxstream.compiler.cache import Cache
+from fxstream.compiler.prepared import CapturedModel, Prepared
+from fxstream.compiler.shared import Shared
 from fxstream.compiler.stages import Stages
-from fxstream.errors import CaptureError, StreamError, StreamingWarning
+from fxstream.errors import CaptureError
 from fxstream.graph.autograd_saves import saves_of
 from fxstream.graph.captured import Captured
 from fxstream.graph.effects import is_random
-from fxstream.graph.shapes import Shape
-from fxstream.graph.typed_graph import Saves
 from fxstream.io.inputs import whole
 from fxstream.io.source import Source
 from fxstream.machine.device import budget_of
-from fxstream.machine.progress import Bar
-from fxstream.planning.decision import Decision
 from fxstream.planning.plan import Plan, make_plan
 from fxstream.probe.probe import MOST_BYTES, ProbeReport, probe
-from fxstream.rules import Reason
-from fxstream.runtime.ranks import Ranks, digest, fingerprint
-from fxstream.runtime.rewrite import StreamedSegment, read_whole, rewrite
+from fxstream.runtime.ranks import digest, fingerprint
+from fxstream.runtime.rewrite import rewrite
 from fxstream.tiling.parts import streamable_parts
 from fxstream.tiling.request import Request
 from fxstream.tiling.reuse import reuse_memory
-from fxstream.tiling.templates import Memo
 
-__all__ = ["CapturedModel", "Options", "Pipeline", "Prepared", "Shared"]
+__all__ = ["Pipeline"]
 
 logger = logging.getLogger("fxstream")
 logger.addHandler(logging.NullHandler())
 
-SMALL_SHARE = 0.5
-"""Below this share of streamed activations a warning says what stands in the way."""
-MOST_NAMED = 3
-"""Stretches that a warning names."""
 MOST_ENTRIES = 64
 """Captures, and image sizes with their plans and tiles, that are kept."""
 MOST_BYTES_OF_SIZES = 2**27
 """What they may take, by the estimate of `Prepared.bytes`."""
-BYTES_OF_NODE, BYTES_OF_TILE = 2**11, 2**10
-"""About what a node of a graph takes at one size, with programs of this size alone, and what a tile does."""
 LEAST_OF_PROBE = 2**26
 """Bytes that the probe may take however small the budget is."""
-MOST_PROBES = 256
-"""Parts of one capture whose reports are kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """All that `compile` is asked for."""
-
-    request: Request
-    verify: bool = True
-    compile_tiles: bool = False
-    mesh: Any = None
-    progress: bool = False
-    plan: Decision | None = None
-
-
-class Retained(threading.local):
-    """The bytes that the parts of a model which have run keep for their backward, in this call of this thread."""
-
-    bytes = 0
-
-
-class Shared:
-    """What the graphs of one model have in common: its options, what was warned of, and what ran last."""
-
-    def __init__(self, name: str, options: Options) -> None:
-        self.name, self.options = name, options
-        self.last: Prepared | None = None
-        self.warned: set[str] = set()
-        """The topics that the user was warned about, or that are not worth a warning."""
-        self.retained = Retained()
-        self.ranks = None if options.mesh is None else Ranks(options.mesh)
-        self.watch = Bar() if options.progress else None
-
-    def warn_once(self, topic: str, message: str) -> None:
-        """A warning, the first time that something is to be said about a topic."""
-        if topic not in self.warned:
-            self.warned.add(topic)
-            warnings.warn(message, StreamingWarning, stacklevel=2)
-
-
-@dataclass(frozen=True, slots=True)
-class CapturedModel:
-    """Everything that is made once per capture: its graph, lowered, what autograd saves, the probe's reports."""
-
-    captured: Captured
-    lowered: Captured
-    saves: dict[str, Saves]
-    probes: Cache = field(default_factory=lambda: Cache(MOST_PROBES))
-    memo: Memo = field(default_factory=Memo)
-    typed: Earlier = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A graph made ready for one image size; `streamed` is None where the plain path does the same."""
-
-    analysis: Analysis
-    plan: Plan
-    probe: tuple[ProbeReport, ...]
-    streamed: fx.GraphModule | None
-
-    @property
-    def plan_as_run(self) -> Plan:
-        """The plan, and what of it the last call did not compute."""
-        modules = () if self.streamed is None else self.streamed.children()
-        streams = [module.stream for module in modules if isinstance(module, StreamedSegment)]
-        repeated = tuple(text for stream in streams if (text := stream.repeated_text))
-        return replace(self.plan, repeated=repeated) if repeated else self.plan
-
-    @property
-    def bytes(self) -> int:
-        """About what it takes in memory."""
-        segments = self.plan.segments
-        nodes = len(self.analysis.graph.nodes) + sum(len(part.segment.nodes) for part in segments)
-        return BYTES_OF_NODE * nodes + BYTES_OF_TILE * sum(part.tile_count for part in segments)
-
-    @property
-    def graph(self) -> fx.Graph:
-        """The rewritten graph; the captured one where the plain path is taken."""
-        return self.analysis.captured.graph if self.streamed is None else self.streamed.graph
-
-    @property
-    def kept(self) -> int:
-        """The bytes that are kept from its forward to its backward, as predicted: boundaries, graphs, outputs."""
-        if not self.plan.prediction.training:
-            return 0
-        if self.plan.is_trivial:
-            return self.plan.prediction.bytes
-        metas = (self.analysis.graph.metas.get(name or "") for name in self.analysis.captured.outputs)
-        outputs = sum(meta.bytes for meta in metas if isinstance(meta, Shape))
-        return int(outputs + self.plan.prediction.peak.boundaries + self.plan.prediction.peak.kept)
-
-    def run(self, values: Sequence[Any], outside: Mapping[int, Any]) -> list[Any]:
-        """What the streamed graph returns; images from outside are read whole where it needs them whole."""
-        assert self.streamed is not None
-        captured = self.analysis.captured
-        in_whole, names = read_whole(self.streamed), ("",) * len(captured.tensors) + captured.inputs
-        arguments = captured.arguments(values)
-        for k, (place, name) in enumerate(zip(captured.places, names, strict=True)):
-            if place in outside:
-                real = outside[place]  # type: ignore[index]
-                arguments[k] = whole(real, values[place].device) if name in in_whole else real  # type: ignore[index]
-        with without_autocast(captured):
-            outputs: list[Any] = self.streamed(*arguments)
-        for place in reversed(captured.changed):
-            _change(values[place], outputs.pop(), place in outside)
-        return outputs
 
 
 class Pipeline:
@@ -314,8 +194,8 @@ class Pipeline:
         """The stages of one image size."""
         with stages("plan"):
             analysis, plan = self._planned(captured, values, outside, written)
-        self._warn_what_stops_the_stream(analysis, plan, self._tensors(values)[0].device)
-        self._warn_what_runs_whole(plan)
+        self.shared.warn_what_stops_the_stream(analysis, plan, self._tensors(values)[0].device)
+        self.shared.warn_what_runs_whole(plan)
         reports: tuple[ProbeReport, ...] = ()
         streamed = None
         if not plan.is_trivial:
@@ -404,42 +284,6 @@ class Pipeline:
                 return report
         self.shared.warn_once(report.part, f"{report}; it is streamed by its rules alone")
         return report
-
-    def _warn_what_stops_the_stream(self, analysis: Analysis, plan: Plan, device: torch.device) -> None:
-        barriers, request = analysis.barriers, self.shared.options.request
-        fits = request.tile is None and plan.prediction.plain_bytes <= budget_of(request.memory, device)
-        if plan.streamed_share >= SMALL_SHARE or request.cut is not None or fits or not barriers:
-            return
-        first, advice = f": {barriers[0]}", ""
-        statistics = [v for v in barriers if v.not_tileable_for(Reason.BATCH_STATISTICS)]
-        if statistics:
-            first += f" ({len(statistics)} BatchNorm layers use batch statistics)"
-            advice = ". fxstream.freeze_batch_norm(model) makes them local"
-        name = self.shared.name
-        self.shared.warn_once(
-            "share", f"{plan.streamed_share:.0%} of the activations of {name} are streamed{first}{advice}"
-        )
-
-    def _warn_what_runs_whole(self, plan: Plan) -> None:
-        if plan.untiled:
-            more = len(plan.untiled) - MOST_NAMED
-            listed = ", ".join(plan.untiled[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
-            self.shared.warn_once(
-                "untiled",
-                f"tile={self.shared.options.request.tile} is too small for {listed}: these run whole. A larger"
-                " tile, or a memory, bounds them too",
-            )
-
-
-def _change(tensor: torch.Tensor, became: torch.Tensor, is_outside: bool) -> None:
-    """Do to a tensor of the call what the model does in place. Raises `StreamError` where that cannot be done."""
-    if is_outside or tensor.requires_grad:
-        why = "it is read from outside of the device's memory" if is_outside else "it has a gradient"
-        raise StreamError(
-            f"the model changes the image in place, and {why}: let it work on a copy (x = x - mean, not x -= mean)"
-        )
-    with torch.no_grad():
-        tensor.copy_(became)
 
 
 def _common(prepared: Prepared) -> dict[str, str]:

@@ -17,8 +17,10 @@ from fxstream.capture.capture import retracing
 from fxstream.capture.input_key import input_formats, input_key
 from fxstream.capture.trace import FakeInputs, Trace, Tracer
 from fxstream.compiler.parts import Parts
-from fxstream.compiler.pipeline import Options, Pipeline, Prepared, Shared
+from fxstream.compiler.pipeline import Pipeline
+from fxstream.compiler.prepared import Prepared
 from fxstream.compiler.sharded import gathered
+from fxstream.compiler.shared import Options, Shared
 from fxstream.errors import CaptureError, GraphBreakError, InputError
 from fxstream.graph.typed_graph import Verdict
 from fxstream.io.inputs import Inputs, inputs_of

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fxstream.compiler.pipeline import Prepared
+from fxstream.compiler.prepared import Prepared
 from fxstream.compiler.streaming import Ready
 from fxstream.errors import InputError
 from fxstream.graph.fields import main_image, receptive_fields

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxstream.compiler.module import StreamedModule, inspect
-from fxstream.compiler.pipeline import Pipeline, Prepared
+from fxstream.compiler.pipeline import Pipeline
+from fxstream.compiler.prepared import Prepared
 from fxstream.compiler.sharded import gathered
 from fxstream.compiler.streaming import Streaming
 from fxstream.errors import InputError, StreamingWarning
