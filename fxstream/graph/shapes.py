@@ -107,6 +107,130 @@ class _Walk:
             return tuple(self._argument(one) for one in argument)
         return argument
 
+<<<<<<< HEAD
+=======
+    def _result(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, int]:
+        """What an operator returns, and its multiply-accumulates: by its formula, or as torch finds them."""
+        formula = _formula(target)
+        kind = (self._state, target, *_kinds(target, args), *kwargs.items())
+        dtype = AGREED.get(kind) if formula is not None else None
+        if dtype is not None:
+            shapes = _shapes_in(args)
+            shape = formula(*shapes)
+            if shape is not None:
+                return Shape(shape, dtype), work(target._schema.name, shape, shapes)
+        exact = (self._state, target, args, *kwargs.items())
+        if exact not in RESULTS:
+            _make_room(RESULTS)
+            RESULTS[exact] = _run(target, args, kwargs, self._device)
+        value, macs = RESULTS[exact]
+        if formula is not None and kind not in AGREED:
+            _make_room(AGREED)
+            shapes = _shapes_in(args)
+            shape = formula(*shapes)
+            agrees = isinstance(value, Shape) and shape == value.shape
+            agrees = agrees and work(target._schema.name, shape, shapes) == macs
+            AGREED[kind] = value.dtype if agrees else None
+        return value, macs
+
+
+MOST_RESULTS = 2**14
+"""Results of operators that are remembered, by their arguments."""
+RESULTS: dict[Any, tuple[Any, int]] = {}
+AGREED: dict[Any, torch.dtype | None] = {}
+"""The type of the result by the kind of the arguments, where the formula was right; None where it was not."""
+SIZED = {f"aten::{name}" for name in ("view", "reshape", "_unsafe_view", "expand")}
+"""Operators that are told the size of their result."""
+
+
+def _make_room(results: dict[Any, Any]) -> None:
+    if len(results) >= MOST_RESULTS:
+        results.clear()
+
+
+@functools.cache
+def _formula(target: torch._ops.OpOverload) -> Any:
+    formula = FORMULAS.get(target._schema.name)
+    if formula is not None:
+        return None if target._overloadname == "dtype" else formula  # a view as another type
+    tensors = [one for one in target._schema.arguments if isinstance(one.type, torch.TensorType)]
+    return _of_pointwise if torch.Tag.pointwise in target.tags and tensors else None
+
+
+def _of_pointwise(*args: Any) -> Any:
+    shapes = [one for one in args if isinstance(one, _Dims)]
+    return broadcast(*shapes) if shapes else None
+
+
+class _Dims(tuple[int, ...]):
+    """The shape of a tensor among arguments that may be tuples too."""
+
+
+def _shapes_in(args: Any) -> Any:
+    """The arguments with shapes alone in place of tensors."""
+    return tuple(
+        _Dims(one.shape) if isinstance(one, Shape) else _shapes_in(one) if isinstance(one, tuple) else one
+        for one in args
+    )
+
+
+def _kinds(target: torch._ops.OpOverload, args: Any) -> Any:
+    """What the type of the result depends on, and whether the formula holds: not the sizes of tensors."""
+    if target._schema.name in SIZED and isinstance(args[1], (tuple, list)):
+        return args[0].dtype, len(args[0].shape), len(args[1])
+    return tuple(
+        (one.dtype, len(one.shape))
+        if isinstance(one, Shape)
+        else _kinds_in(one)
+        if isinstance(one, tuple)
+        else (type(one), one)
+        for one in args
+    )
+
+
+def _kinds_in(args: tuple[Any, ...]) -> Any:
+    return tuple((one.dtype, len(one.shape)) if isinstance(one, Shape) else one for one in args)
+
+
+def _run(target: Any, args: Any, kwargs: dict[str, Any], device: torch.device) -> tuple[Any, int]:
+    """What an operator returns on fake tensors, and its multiply-accumulates; a FLOP of torch's is half of one."""
+    with FakeTensorMode(), torch.no_grad():
+        fakes = pytree.tree_map_only(
+            Shape, lambda one: torch.empty(one.shape, dtype=one.dtype, device=device), (list(args), kwargs)
+        )
+        with _Flops() as counter:
+            result = target(*fakes[0], **fakes[1])
+    return _value(result), counter.flops // 2
+
+
+class _Flops(TorchDispatchMode):
+    """Counts FLOPs by torch's formulas. Torch's own counter hooks every module of the process, of all threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, formula = kwargs or {}, flop_registry.get(func._overloadpacket)
+        result = NotImplemented
+        if formula is None and func.namespace == "aten":
+            with self:
+                result = func.decompose(*args, **kwargs)
+        if result is NotImplemented:
+            result = func(*args, **kwargs)
+        self.flops += 0 if formula is None else formula(*args, **kwargs, out_val=result)
+        return result
+
+
+def _value(value: Any) -> Any:
+    """A shape in place of every tensor."""
+    if isinstance(value, torch.Tensor):
+        return Shape(tuple(value.shape), value.dtype)
+    return tuple(map(_value, value)) if isinstance(value, (list, tuple)) else value
+
+>>>>>>> w21a
 
 def _refusal(node: fx.Node, error: Exception) -> InputError:
     line = source_line(node)
