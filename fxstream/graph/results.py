@@ -99,7 +99,7 @@ def _make_room(results: dict[Any, Any]) -> None:
 def _formula(target: torch._ops.OpOverload) -> Any:
     formula = FORMULAS.get(target._schema.name)
     if formula is not None:
-        return formula
+        return None if target._overloadname == "dtype" else formula  # a view as another type
     tensors = [one for one in target._schema.arguments if isinstance(one.type, torch.TensorType)]
     return _of_pointwise if torch.Tag.pointwise in target.tags and tensors else None
 
@@ -123,7 +123,7 @@ def _shapes_in(args: Any) -> Any:
 
 def _kinds(target: torch._ops.OpOverload, args: Any) -> Any:
     """What the type of the result depends on, and whether the formula holds: not the sizes of tensors."""
-    if target._schema.name in SIZED:
+    if target._schema.name in SIZED and isinstance(args[1], (tuple, list)):
         return args[0].dtype, len(args[0].shape), len(args[1])
     return tuple(
         (one.dtype, len(one.shape))
