@@ -114,7 +114,8 @@ def _pooling(axes: int) -> Formula:
     def of(
         image: Dims, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil: bool = False
     ) -> Dims | None:
-        if len(image) != axes + 2:
+        largest = kernel if isinstance(kernel, int) else max(kernel)
+        if len(image) != axes + 2 or min(image[2:]) < largest:  # which torch may refuse
             return None
         extents = _windows(image[2:], kernel, stride or kernel, padding, dilation, ceil)
         return None if extents is None else (*image[:2], *extents)

@@ -73,7 +73,7 @@ def result_of_call(
     if dtype is not None:
         shapes = _shapes_in(args)
         shape = formula(*shapes)
-        if shape is not None:
+        if shape is not None and min(shape, default=1) > 0:  # else torch may refuse it
             return Shape(shape, dtype), work(target._schema.name, shape, shapes)
     exact = (state, target, args, *kwargs.items())
     if exact not in RESULTS:

@@ -85,7 +85,8 @@ def _taken_apart(op: FlatOperator, dims: tuple[int, ...], sizes: Sequence[Any]) 
     is_axis = [dim in free or _is_extent(op, sizes[dim], axis) for axis, dim in enumerate(dims)]
     if source is None or len(free) > 1 or not all(is_axis):
         return None
-    image = source.tensor.reshape(sizes)
+    extents = {dim: source.tensor.size(before) for dim, before in zip(dims, source.dims, strict=True)}
+    image = source.tensor.reshape([extents.get(dim, size) for dim, size in enumerate(sizes)])
     op.draft.values[image.node] = replace(op.value, dims=dims)
     return image
 

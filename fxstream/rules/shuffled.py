@@ -94,16 +94,22 @@ def reshape(call: Call) -> Answer:
 def flatten(call: Call) -> Answer:
     """Joins dims, one tiled dim with dims after it at most."""
     image: Value = call["self"]
-    rank = len(image.shape)
-    first, last = (call[name] % rank for name in ("start_dim", "end_dim"))
-    if not set(range(first + 1, last + 1)) & set(image.dims):
-        pixels = math.prod(image.shape[first + 1 : last + 1])
-        dims = tuple(d - (last - first) * (d > last) for d in image.dims)
-        return _resized(call, dims, (AxisMap(1, pixels, 0, 0), OutputSpan(pixels, 0, pixels)), first)
-    if set(range(first, last + 1)) & set(image.dims) == {last}:
-        dims = tuple(d - (last - first) * (d >= last) for d in image.dims)
-        return NotTileable(Reason.JOINS_TILED_DIM, dims, (list(image.shape), list(call.shape)))
-    return reshape(call)
+    first, last = (call[name] % len(image.shape) for name in ("start_dim", "end_dim"))
+    joined, dims = set(range(first, last + 1)) & set(image.dims), _after_join(image.dims, first, last)
+    if joined == {first}:
+        pixels = [math.prod(image.shape[first + 1 : last + 1]) if d == first else 1 for d in image.dims]
+        read = Read("self", image, image.dims, tuple(AxisMap(1, p, 0, 0) for p in pixels))
+        spans, extents = (OutputSpan(p, 0, p) for p in pixels), (AxisExtent(p, 1, 0) for p in pixels)
+        return Resampled(dims, (read,), tuple(spans), tuple(extents))
+    answer = reshape(call)
+    if isinstance(answer, Moved):
+        return replace(answer, size=None)
+    return replace(answer, dims=dims) if joined == {last} and isinstance(answer, NotTileable) else answer
+
+
+def _after_join(dims: tuple[int, ...], first: int, last: int) -> tuple[int, ...]:
+    """Where dims are once `first` to `last` are one."""
+    return tuple(d if d <= first else max(first, d - (last - first)) for d in dims)
 
 
 def unflatten(call: Call) -> Answer:
@@ -111,26 +117,14 @@ def unflatten(call: Call) -> Answer:
     image: Value = call["self"]
     dim, (windows, *sizes) = call["dim"] % len(image.shape), call["sizes"]
     dims = tuple(d + len(sizes) * (d > dim) for d in image.dims)
-    if dim in image.dims and windows != -1:
-        is_free = sizes[-1:] == [-1]
-        dims = tuple(d + len(sizes) * (d == dim) for d in dims)
-        return NotTileable(Reason.SPLITS_TILED_DIM, dims if is_free else ())
-    pixels = math.prod(sizes)
-    return _resized(call, dims, (AxisMap(pixels, 1, 0, pixels - 1), None), dim)
-
-
-def _resized(call: Call, dims: tuple[int, ...], changed: tuple[AxisMap, OutputSpan | None], dim: int) -> Answer:
-    """The pattern of an operator that changes dim `dim` as `changed` says, if it is tiled, and moves others."""
-    image: Value = call["self"]
-    axis_map, span = changed
-    maps = tuple(axis_map if d == dim else IDENTITY for d in image.dims)
     if dim not in image.dims:
         return moved(call, image, dims)
-    read = Read("self", image, image.dims, maps)
-    if span is None:
-        return Windowed(dims, (read,), tuple(AxisExtent(m.den, m.num, 0) for m in maps))
-    spans = tuple(span if d == dim else OutputSpan(1, 0, 1) for d in image.dims)
-    return Resampled(dims, (read,), spans, tuple(AxisExtent(m.den, m.num, 0) for m in maps))
+    if windows != -1:
+        dims = tuple(d + len(sizes) * (d == dim) for d in dims)
+        return NotTileable(Reason.SPLITS_TILED_DIM, dims if sizes[-1:] == [-1] else ())
+    pixels = [math.prod(sizes) if d == dim else 1 for d in image.dims]
+    read = Read("self", image, image.dims, tuple(AxisMap(p, 1, 0, p - 1) for p in pixels))
+    return Windowed(dims, (read,), tuple(AxisExtent(1, p, 0) for p in pixels))
 
 
 def unsqueeze(call: Call) -> Answer:

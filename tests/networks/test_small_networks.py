@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_streams, integer_image, make_integer
+from compare import assert_streams, integer_image, make_integer, streams
 from small_networks import CASES, Function, channels_last, conv, squeeze_excite
 from torch import nn
 
@@ -173,8 +173,8 @@ def test_tiles_with_other_tables_share_programs():
     model = nn.Sequential(conv(2, 3), nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), conv(3, 2))
     compiled = fxstream.compile(model, tile=12, segments=1)
     compiled(torch.randn(1, 2, 90, 90))
-    (segment,) = [module for module in compiled.graph.owning_module.modules() if hasattr(module, "stream")]
-    assert len(segment.stream.schedule.programs) < len(segment.stream.schedule.tasks) // 4
+    (stream,) = streams(compiled)
+    assert len(stream.schedule.programs) < len(stream.schedule.tasks) // 4
 
 
 PLAINLY = {

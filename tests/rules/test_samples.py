@@ -18,6 +18,7 @@ from fxstream.rules import Tileability, register_rule, rules, unregister_rule
 
 A = torch.ops.aten
 class_weights, contract = torch.ops.fxstream.class_weights, torch.ops.fxstream.contract
+attention = torch.ops.fxstream.attention
 W1, W2, W3 = (torch.randn(4, 2, *k) for k in ((3,), (3, 2), (2, 3, 2)))
 G = torch.randn(4)
 
@@ -144,8 +145,12 @@ SAMPLES = {
     "view": [(C4, lambda x: A.view(x, [1, 2, 2, 6, 5]))],
     "reshape": [(C4, lambda x: A.reshape(x, [2, 2, 6, 5]))],
     "_unsafe_view": [(C4, lambda x: A._unsafe_view(x, [1, 2, 2, 6, 5]))],
-    "flatten": [((2, 1, 6, 5), lambda x: A.flatten(x, 0, 1)), ((1, 1, 6, 5), lambda x: A.flatten(x, 1, 2))],
-    "unflatten": [(C4, lambda x: A.unflatten(x, 1, [2, -1]))],
+    "flatten": [
+        ((2, 1, 6, 5), lambda x: A.flatten(x, 0, 1)),
+        ((1, 1, 6, 5), lambda x: A.flatten(x, 1, 2)),
+        (X2, lambda x: A.flatten(x.permute(0, 2, 3, 1), 2, 3)),
+    ],
+    "unflatten": [(C4, lambda x: A.unflatten(x, 1, [2, -1])), (X2, lambda x: A.unflatten(x, 3, [-1, 3]))],
     "squeeze": [((1, 1, 6, 5), lambda x: A.squeeze(x, 1)), ((1, 1, 6, 5), lambda x: A.squeeze(x))],
     "unsqueeze": [(X2, lambda x: A.unsqueeze(x, -3))],
     "expand": [((1, 1, 6, 5), lambda x: A.expand(x, [2, 3, -1, -1]))],
@@ -213,6 +218,9 @@ SAMPLES = {
     "nll_loss_nd": [(X2, lambda x: A.nll_loss_nd(x, (x[:, 0] > 1).long(), None, 0))],
     "fxstream::class_weights": [
         (X2, lambda x: class_weights(x[:, 0].long().clamp(0, 3), G, 9, dtype=torch.double))
+    ],
+    "fxstream::attention": [
+        (X2, lambda x: attention(x.permute(0, 2, 3, 1), *(w[None].to(x) for w in W1.unbind(2)[:2]), None, 2, None))
     ],
     "fxstream::contract": [(X2, lambda x: contract("nchw,kc->nkhw", x, W1[:, :, 0].to(x)))],
     "hinge_embedding_loss": [(X2, lambda x: A.hinge_embedding_loss(x, x.sign(), 1.0, 0))],
