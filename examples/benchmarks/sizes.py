@@ -7,6 +7,7 @@ repeats.
 
 import argparse
 import itertools
+import random
 import statistics
 import time
 import warnings
@@ -19,6 +20,8 @@ from torch import nn
 import fxstream
 from fxstream.io.inputs import inputs_of
 from fxstream.machine.units import parse_bytes
+from fxstream.planning.plan import make_plan
+from fxstream.tiling.request import Request
 from fxstream.tools.zoo import build
 
 
@@ -82,16 +85,44 @@ def calls(make, shapes, memory):
     return seconds, prepared
 
 
+def many(make, shape, memory, count):
+    """Over `count` sizes with one compiled module: the largest share of the memory that a plan is predicted to take.
+
+    And the largest time over that of a search for the size alone, and how many plans take over 1.05 of it.
+    """
+    model, draw = make(), random.Random(0)
+    module = fxstream.compile(model, memory=memory, verify=False)
+    shares, ratios = [], []
+    for _ in range(count):
+        extents = [8 * round(pixels / 8 * draw.uniform(0.5, 1.2)) for pixels in shape[2:]]
+        image = torch.zeros(1).expand(*shape[:2], *extents)
+        prepared = fxstream.inspect(module).ready(inputs_of(model, (image,), {})).prepared
+        alone = make_plan(prepared.analysis.graph, Request(memory=memory))
+        shares.append(prepared.plan.prediction.bytes / memory)
+        ratios.append(prepared.plan.prediction.seconds / alone.prediction.seconds)
+    return max(shares), max(ratios), sum(ratio > 1.05 for ratio in ratios)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--memory", default="4GiB")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--many", type=int, default=0, help="compare so many sizes with searches instead")
     parser.add_argument("--shape", type=int, nargs="+", help="one more shape, the last")
     options = parser.parse_args()
     warnings.simplefilter("ignore", fxstream.StreamingWarning)
     torch.set_num_threads(1)
     fxstream.compile(nn.Conv2d(3, 4, 3), memory=options.memory)(torch.zeros(1, 3, 64, 64))  # loads what all need
+    if options.many:
+        table = Table("network", "largest share of the memory", "largest time over a search's", "above 1.05")
+        for name in options.networks:
+            title, make, shapes = NETWORKS[name]
+            memory = (1 + (name == "fcn")) * parse_bytes(options.memory)
+            share, ratio, above = many(make, shapes[0], memory, options.many)
+            table.add_row(title, f"{share:.3f}", f"{ratio:.3f}", f"{above} of {options.many}")
+        Console().print(table)
+        return
     table = Table("network", "first call", "of these", "further sizes", "segments", "time")
     console = Console()
     for name in options.networks:
