@@ -86,7 +86,7 @@ def calls(make, shapes, memory):
 
 
 def many(make, shape, memory, count):
-    """Over `count` sizes with one compiled module: the largest share of the memory that a plan is predicted to take.
+    """Over `count` sizes with one compiled module: the largest share of the memory that a plan should take.
 
     And the largest time over that of a search for the size alone, and how many plans take over 1.05 of it.
     """
