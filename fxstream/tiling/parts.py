@@ -80,10 +80,13 @@ def sweeps(graph: TypedGraph, name: str, nodes: Sequence[str]) -> Iterator[Segme
 
 
 def whole_segment(graph: TypedGraph, name: str, nodes: Sequence[str]) -> Segment | None:
-    """The segment that runs a span whole (rule 4); None where an effect or a random draw lies in between."""
+    """The segment that runs a span whole (rule 4); None where what lies in between is more than small operators.
+
+    That is an effect, a random draw, or nodes of another part, which has segments of its own.
+    """
     between = _between(graph, nodes)
     ordered = {node.name for node in ordered_nodes(graph.graph)}
-    if not ordered.isdisjoint(between):
+    if not ordered.isdisjoint(between) or any(graph[one].is_local for one in between):
         return None
     inside = {*nodes, *between}
     all_nodes = tuple(sorted(inside, key=lambda one: graph[one].index))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_streams, captures, integer_image, make_integer
+from compare import assert_same, assert_streams, captures, integer_image, make_integer, step
 from small_networks import Function, conv
 from torch import nn
 
@@ -103,6 +103,16 @@ def test_one_capture_serves_every_multiple_of_the_window():
         assert torch.allclose(compiled(x), model(x), atol=1e-12)
         assert compiled.plan.streamed_share > 0.9
     assert captures(compiled) == 1
+
+
+@pytest.mark.parametrize("share", [0.4, 0.7])
+def test_within_a_memory(share):
+    """Blocks before and after a shift read the same map; neither runs whole with what is shifted in between."""
+    model, x = Windowed(Attention(3), Attention(3, 1), Attention(3)).double(), image(1, 3, 48, 48)
+    memory = int(share * fxstream.plan(model, inputs=[x], memory=2**40).prediction.plain_bytes)
+    compiled = fxstream.compile(model, memory=memory, verify=False)
+    assert_same(step(compiled, model, [x]), step(model, model, [x]), 1e-10)
+    assert compiled.plan.prediction.bytes <= memory
 
 
 def test_windows_of_a_volume():
