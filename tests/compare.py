@@ -80,8 +80,8 @@ def streams(module):
 
 def captures(module):
     """How many captures a compiled module keeps."""
-    pipelines = {id(call.pipeline): call.pipeline for call in fxstream.inspect(module).calls}
-    return sum(key[0] == "capture" for pipeline in pipelines.values() for key in pipeline._cache._entries)
+    caches = {id(call.pipeline._cache): call.pipeline._cache for call in fxstream.inspect(module).calls}
+    return sum(key[0] == "capture" for cache in caches.values() for key in cache._entries)
 
 
 def replan(module, plan):

@@ -7,6 +7,7 @@ A graph is captured and probed once; everything else is per image size. All of i
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import threading
@@ -127,6 +128,15 @@ class Pipeline:
         with self._lock:
             made = self._cache.get(("capture", ()), lambda: None)
             return made is not None and still_holds(made.captured, traced, traced.examples)
+
+    def of(self, traced: TracedGraph) -> Pipeline:
+        """The same captures and sizes for another trace that they serve, which the plain path runs.
+
+        Both have the same captured graph, but sizes of their own in what the capture leaves out, as a slice of all.
+        """
+        other = copy.copy(self)
+        other.traced, other._retrace = traced, None
+        return other
 
     def _tensors(self, values: Sequence[Any]) -> list[torch.Tensor]:
         """The tensors of the call."""

@@ -214,7 +214,8 @@ class Streaming:
         pipeline = None
         if trace.graph is not None:
             pipelines = [other.pipeline for other in others if other.pipeline is not None]
-            pipeline = next((one for one in pipelines if trace.reads_sizes and one.serves(trace.graph)), None)
+            serving = (one for one in pipelines if trace.reads_sizes and one.serves(trace.graph))
+            pipeline = next((one.of(trace.graph) for one in serving), None)
             if pipeline is None:
                 fakes = FakeInputs(inputs.args, inputs.kwargs)
                 again = retracing(self._tracer, model, fakes) if trace.reads_sizes else None
