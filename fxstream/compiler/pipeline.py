@@ -135,7 +135,7 @@ class Pipeline:
         Both have the same captured graph, but sizes of their own in what the capture leaves out, as a slice of all.
         """
         other = copy.copy(self)
-        other.traced, other._retrace = traced, None
+        other.traced = traced
         return other
 
     def _tensors(self, values: Sequence[Any]) -> list[torch.Tensor]:

@@ -196,6 +196,12 @@ def test_corpus(case):
     assert run(*case)
 
 
+def test_a_crop_to_all_of_a_map_is_that_of_its_own_size():
+    """Traces that are the same once captured, each with its size in it: the plain path runs its own."""
+    graph = (("total", 0), ("join", 6, 6, True), ("total", 0), ("up", 0, (1, 1)), ("join", 2, 1, False))
+    run_at_sizes(graph, (4, 4), 9, 1)
+
+
 @pytest.mark.parametrize("case", UNTILED)
 @pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 def test_corpus_of_trivial_cases(case):
