@@ -36,7 +36,7 @@ from fxstream.capture.traced_graph import Kind, TracedGraph
 from fxstream.errors import CaptureError, InputError
 from fxstream.graph.captured import Captured
 from fxstream.graph.effects import subgraphs
-from fxstream.graph.shapes import Meta, fold_integers, shapes_at, stream_dims
+from fxstream.graph.shapes import Meta, fake_tensor_log_silenced, fold_integers, shapes_at, stream_dims
 
 __all__ = ["Retrace", "capture", "capture_graph", "retracing", "still_holds"]
 
@@ -114,7 +114,8 @@ def _make_independent(
 
     def at(shift: Sequence[int]) -> Captured | None:
         try:
-            return to_aten(*_shifted_graph(traced, values, retrace, shift), autocast)
+            with fake_tensor_log_silenced():
+                return to_aten(*_shifted_graph(traced, values, retrace, shift), autocast)
         except Exception:  # whatever an operator raises at a size that is only tried
             return None
 

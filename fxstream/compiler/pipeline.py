@@ -132,7 +132,7 @@ class Pipeline:
     def of(self, traced: TracedGraph) -> Pipeline:
         """The same captures and sizes for another trace that they serve, which the plain path runs.
 
-        Both have the same captured graph, but sizes of their own in what the capture leaves out, as a slice of all.
+        Both have the same captured graph, but sizes of their own in what the capture leaves out, a slice of all.
         """
         other = copy.copy(self)
         other.traced = traced

@@ -86,6 +86,8 @@ def _taken_apart(op: FlatOperator, dims: tuple[int, ...], sizes: Sequence[Any]) 
     if source is None or len(free) > 1 or not all(is_axis):
         return None
     extents = {dim: source.tensor.size(before) for dim, before in zip(dims, source.dims, strict=True)}
+    if source.place and isinstance(sizes[0], Size) and op.self.shape[0] == op.value.shape[0]:
+        extents[0] = source.tensor.size(0)
     image = source.tensor.reshape([extents.get(dim, size) for dim, size in enumerate(sizes)])
     op.draft.values[image.node] = replace(op.value, dims=dims)
     return image

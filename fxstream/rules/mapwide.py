@@ -13,10 +13,10 @@ from functools import partial
 
 import torch
 
-from fxstream.geometry.receptive_field import BROADCAST, IDENTITY
+from fxstream.geometry.receptive_field import BROADCAST, IDENTITY, AxisExtent, AxisMap
 from fxstream.machine.operators import wide
 from fxstream.rules.access import Read, Value
-from fxstream.rules.patterns import Pointwise
+from fxstream.rules.patterns import Pointwise, Windowed
 from fxstream.rules.pointwise import aligned_read
 from fxstream.rules.reasons import NotTileable, Reason
 from fxstream.rules.reductions import reduced, sums_of_tiles
@@ -25,11 +25,9 @@ from fxstream.rules.rule import Answer, Call, RuleTable
 __all__ = ["add_rules"]
 
 ARGUMENTS = ("self", "other")
+MANY_WINDOWS, SMALL_WINDOW = 16, 4
+"""Windows along an axis of an adaptive pooling, and pixels of one, of which a tile can hold whole ones."""
 REDUCING = {
-    "adaptive_avg_pool1d": Reason.POOLS_MAP,
-    "adaptive_avg_pool2d": Reason.POOLS_MAP,
-    "adaptive_avg_pool3d": Reason.POOLS_MAP,
-    "_adaptive_avg_pool2d": Reason.POOLS_MAP,
     "adaptive_max_pool1d": Reason.POOLS_MAP,
     "adaptive_max_pool2d": Reason.POOLS_MAP,
     "adaptive_max_pool3d": Reason.POOLS_MAP,
@@ -53,6 +51,8 @@ MIXING = {
 
 def add_rules(table: RuleTable) -> None:
     """One answer per operator, and the product."""
+    for name in ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d"):
+        table.add(f"aten::{name}", "map-wide", adaptive_mean)
     for name, reason in (REDUCING | MIXING).items():
         table.add(f"aten::{name}", "map-wide", partial(not_tileable, reason))
     for name in ("grid_sample", "grid_sampler", "grid_sampler_2d", "grid_sampler_3d"):
@@ -60,6 +60,19 @@ def add_rules(table: RuleTable) -> None:
     table.add("torchvision::deform_conv2d", "map-wide", partial(not_tileable, Reason.READS_DATA_POSITIONS))
     table.add("fxstream::contract", "contraction", contract)
     table.add("fxstream::attention", "contraction", attention)
+
+
+def adaptive_mean(call: Call) -> Answer:
+    """A mean of windows: local where these are many, or small, and all of one size; else a reduction."""
+    image: Value = call["self"]
+    sizes = [(image.shape[dim], call.shape[dim]) for dim in image.dims]
+    last = tuple(range(len(image.shape) - len(call["output_size"]), len(image.shape)))
+    is_local = all(w > 1 and p % w == 0 and (w > MANY_WINDOWS or p // w <= SMALL_WINDOW) for p, w in sizes)
+    if set(image.dims) != set(last) or not is_local:
+        return not_tileable(Reason.POOLS_MAP, call)
+    maps = tuple(AxisMap.window(pixels // windows, pixels // windows, 0) for pixels, windows in sizes)
+    extents = tuple(AxisExtent(1, pixels // windows, 0) for pixels, windows in sizes)
+    return Windowed(image.dims, (Read("self", image, image.dims, maps),), extents, size="output_size")
 
 
 def not_tileable(reason: Reason, call: Call) -> Answer:
