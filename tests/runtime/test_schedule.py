@@ -154,8 +154,8 @@ def test_halves_are_remembered_and_told_once(monkeypatch):
 
 
 def test_nothing_smaller_is_an_error(monkeypatch):
-    model, image = local(), integer_image(1, 2, 15, 13)
-    module = fxstream.compile(model, tile=(12, 11), segments=1, verify=False)
+    model, image = local(), integer_image(1, 2, 12, 11)
+    module = fxstream.compile(model, tile=(11, 10), segments=1, verify=False)
     module(image)
     with (
         failing(monkeypatch, 10, times=10**9),
