@@ -74,11 +74,11 @@ def test_segmentation_learns_within_its_memory(capsys, monkeypatch, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_a_volume_is_learned_within_its_memory(capsys, tmp_path):
     picture = tmp_path / "volume.png"
-    volume.main(["--size", "32", "--memory", "8MiB", "--steps", "3", "--width", "4", "--plot", str(picture)])
+    volume.main(["--size", "32", "--memory", "8MiB", "--steps", "4", "--width", "4", "--plot", str(picture)])
     assert picture.stat().st_size > 5_000
     text = capsys.readouterr().out
     losses = numbers(r"loss ([\d.]+)", text)
-    assert len(losses) == 3
-    assert losses[-1] < 0.9 * losses[0]
+    assert len(losses) == 4
+    assert losses[-1] < 0.85 * losses[0]
     assert max(numbers(r"plain by (\S+)", text)) < 1e-10
     assert numbers(r"Dice ([\d.]+)", text)[0] > 0.3

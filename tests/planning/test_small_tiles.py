@@ -75,7 +75,7 @@ def plan_with_a_small_tile(seed):
         assert fxstream.plan(model, size, tile=tile).segments, (name, size, tile)
 
 
-@pytest.mark.parametrize("seed", [0])
+@pytest.mark.parametrize("seed", [0, 2])
 def test_no_tile_is_refused_that_the_first_operator_fits_in(seed):
     plan_with_a_small_tile(seed)
 

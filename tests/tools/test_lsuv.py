@@ -75,7 +75,7 @@ CASES = {
         13,
     ),
     "1-D": lambda: axes_case(nn.Conv1d, nn.ConvTranspose1d, 40),
-    "3-D": lambda: axes_case(nn.Conv3d, nn.ConvTranspose3d, 8, 7, 9),
+    "3-D": lambda: axes_case(nn.Conv3d, nn.ConvTranspose3d, 9, 8, 11),
     "normalised": lambda: (
         nn.Sequential(
             nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3)
@@ -88,7 +88,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    "name, center", [("branches", False), ("1-D", True), ("3-D", False), ("normalised", True)]
+    "name, center", [("branches", False), ("branches", True), ("1-D", True), ("3-D", False), ("normalised", True)]
 )
 def test_equals_the_definition_on_whole_images(name, center):
     model, order, batches, tile = CASES[name]()
