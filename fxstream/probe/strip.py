@@ -228,9 +228,9 @@ def _strips(claims: _Claims, weights: Mapping[str, torch.Tensor], whole_windows:
                 if refused == MOST_REFUSALS:
                     break
                 continue
-            batch = _batch_dims(part, segment, extents)
             fields = _fields_at(claims, segment, extents, margin, whole_windows)
             if fields is not None:
+                batch = _batch_dims(part, segment, extents)
                 yield Strip(part, claims.axis, segment, extents, fields, tiles, claims.main, weights, batch)
                 break
 
