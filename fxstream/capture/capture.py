@@ -7,12 +7,14 @@ constants that depend on the size are replaced by size arithmetic (`size_symbols
 NOTE [size independence]
 1. The first capture is at the size of the call, so that it is right for this call whatever follows.
 2. A second capture, at another batch size and at spatial sizes of other residues, shows which constants differ. A
-   model whose code reads sizes is traced again for it.
+   model whose code reads sizes is traced again for it, unless it was traced with symbols and their guards hold.
 3. Only if some differ, a third capture confirms their explanation.
 4. If no other size can be captured, or a difference cannot be explained, the capture is `bound`, that is
    specialised to its size: another size is captured again.
-5. A model whose code reads sizes may branch on them: at each new size one more trace confirms that path and
-   constants are the captured ones (`still_holds`), or else this size gets a capture of its own.
+5. A model whose code reads sizes may branch on them. A trace with symbols for the sizes has guards for that; where
+   they hold, and operators get sizes as they are, the capture holds as well. Where the model's code computes with
+   sizes, the traced graph is written down at each new size to confirm that its constants are those of the capture
+   (`that_holds`), or else this size gets a capture of its own. Without symbols each new size is traced for that.
 """
 
 from __future__ import annotations
@@ -29,16 +31,17 @@ from torch.utils import _pytree as pytree
 
 from fxstream.capture.aten import to_aten
 from fxstream.capture.casts import ambient_autocast
+from fxstream.capture.input_key import FakeInputs
 from fxstream.capture.refusals import explained
 from fxstream.capture.size_symbols import explain_sizes, size_dependent_constants
-from fxstream.capture.trace import FakeInputs, Tracer
+from fxstream.capture.trace import Trace, Tracer
 from fxstream.capture.traced_graph import Kind, TracedGraph
 from fxstream.errors import CaptureError, InputError
 from fxstream.graph.captured import Captured
 from fxstream.graph.effects import subgraphs
 from fxstream.graph.shapes import Meta, fake_tensor_log_silenced, fold_integers, shapes_at, stream_dims
 
-__all__ = ["Retrace", "capture", "capture_graph", "retracing", "still_holds"]
+__all__ = ["Retrace", "capture", "capture_graph", "retracing", "that_holds"]
 
 SHIFTS = ((33, 97, 161), (32, 64, 96), (224, 448, 672), (768, 1536, 2304), (10080, 20160, 30240))
 """Pixels added per axis for the second capture, in order of preference: odd first, then multiples of a stride.
@@ -48,8 +51,8 @@ multiples of windows of 7, 8, 12 and most other sizes, at a stride.
 """
 TIMES = (3, 2, 4)
 """What the shift of each axis is multiplied by for the third: not the same, or what is equal by chance stays."""
-Retrace = Callable[[Sequence[int]], TracedGraph]
-"""Traces the call again with an image more, and that many pixels per axis."""
+Retrace = Callable[[Sequence[Any], Sequence[int]], tuple[TracedGraph, list[Any]]]
+"""The graph of a call with values like these and so many pixels more per axis, an image more; values for it."""
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Captured, list[Any]]:
@@ -61,34 +64,41 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     trace = tracer.trace(model, args, kwargs)
     if trace.graph is None:
         raise CaptureError(f"{type(model).__name__} computes nothing with the tensors of the call")
-    retrace = retracing(tracer, model, FakeInputs(args, kwargs)) if trace.reads_sizes else None
+    retrace = retracing(tracer, model, FakeInputs(args, kwargs), trace) if trace.reads_sizes else None
     with explained(model, args, kwargs):
         captured = capture_graph(trace.graph, trace.graph.examples, retrace)
     return captured, trace.graph.values_at(trace.graph.examples, {})
 
 
-def retracing(tracer: Tracer, model: nn.Module, inputs: FakeInputs) -> Retrace:
-    """What traces the same call at another size."""
+def retracing(tracer: Tracer, model: nn.Module, inputs: FakeInputs, trace: Trace) -> Retrace:
+    """What traces a call with such inputs at another size, where this trace does not serve it."""
     leaves, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
-    def retrace(shift: Sequence[int]) -> TracedGraph:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            others = iter(
-                [
-                    torch.empty(shape, dtype=tensor.dtype, device=tensor.device).requires_grad_(
-                        tensor.requires_grad
-                    )
-                    for tensor, shape in zip(tensors, _shifted(tensors, shift), strict=True)
-                ]
-            )
+    def retrace(values: Sequence[Any], shift: Sequence[int]) -> tuple[TracedGraph, list[Any]]:
+        assert trace.graph is not None
+        places = trace.graph.tensors_in(inputs.args, inputs.kwargs)
+        known = {id(tensor): values[i].shape for i, tensor in places.items()}
+        shapes = _shifted([known.get(id(tensor), tensor.shape) for tensor in tensors], shift)
+        others = iter(map(_fake, tensors, shapes))
         replaced = [next(others) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        traced = tracer.trace(model, *pytree.tree_unflatten(replaced, spec)).graph
+        args, kwargs = pytree.tree_unflatten(replaced, spec)
+        serves = trace.sizes is not None and trace.holds(model, args, kwargs)
+        traced = (trace if serves else tracer.trace(model, args, kwargs, at_this_size=True)).graph
         if traced is None:
             raise CaptureError("at another size it computes nothing")
-        return traced
+        if traced.inputs != trace.graph.inputs:
+            raise CaptureError("at another size it reads other tensors")
+        shifted = {i: tensor.shape for i, tensor in traced.tensors_in(args, kwargs).items()}
+        return traced, traced.values_at(values, shifted)
 
     return retrace
+
+
+def _fake(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor of a call with another shape."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return torch.empty(shape, dtype=tensor.dtype, device=tensor.device).requires_grad_(tensor.requires_grad)
 
 
 def capture_graph(traced: TracedGraph, values: Sequence[Any], retrace: Retrace | None = None) -> Captured:
@@ -139,16 +149,11 @@ def _shifted_graph(
     traced: TracedGraph, values: Sequence[Any], retrace: Retrace | None, shift: Sequence[int]
 ) -> tuple[TracedGraph, list[Any]]:
     """The graph at another size, and values for it."""
-    if retrace is None:
-        places = traced.indices(Kind.ARGUMENT)
-        shapes = dict(zip(places, _shifted([values[i] for i in places], shift), strict=True))
-        return traced, traced.values_at(values, shapes)
-    again = retrace(shift)
-    if again.inputs != traced.inputs:
-        raise CaptureError("at another size it reads other tensors")
-    pairs = zip(again.examples, values, strict=True)
-    others = [one if isinstance(one, torch.Tensor) else value for one, value in pairs]
-    return again, again.values_at(others, {})
+    if retrace is not None:
+        return retrace(values, shift)
+    places = traced.indices(Kind.ARGUMENT)
+    shapes = dict(zip(places, _shifted([values[i].shape for i in places], shift), strict=True))
+    return traced, traced.values_at(values, shapes)
 
 
 def _same_constants(constants: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
@@ -160,10 +165,15 @@ def _same_constants(constants: Mapping[str, Any], others: Mapping[str, Any]) -> 
     )
 
 
-def still_holds(captured: Captured, traced: TracedGraph, values: Sequence[Any]) -> bool:
-    """Whether a trace at another size takes the captured path, with the captured constants (rule 5)."""
+def that_holds(captures: Sequence[Captured], traced: TracedGraph, values: Sequence[Any]) -> Captured | None:
+    """The first capture whose path and constants are those of a trace at another size (rule 5)."""
     fakes = traced.values_at(values, {})
     other = to_aten(traced, fakes, ambient_autocast(values))
+    return next((captured for captured in captures if _still_holds(captured, other, fakes)), None)
+
+
+def _still_holds(captured: Captured, other: Captured, fakes: Sequence[Any]) -> bool:
+    """Whether a capture holds for these values, for which the other one was made."""
     if (other.tensors, other.inputs, other.places) != (captured.tensors, captured.inputs, captured.places):
         return False
     if not _same_constants(other.constants, captured.constants):
@@ -198,13 +208,13 @@ def _calls(graph: fx.Graph, metas: Mapping[str, Meta]) -> list[tuple[Any, ...]]:
     return calls
 
 
-def _shifted(tensors: Sequence[torch.Tensor], shift: Sequence[int]) -> list[list[int]]:
+def _shifted(shapes: Sequence[Sequence[int]], shift: Sequence[int]) -> list[list[int]]:
     """The shapes at another size: one image more, and the shift scaled to each input's resolution.
 
     The shift holds for the largest input; an input at half of its resolution gets half as many pixels more.
     """
-    shapes = [list(tensor.shape) for tensor in tensors]
-    inputs = list(zip(shapes, stream_dims(shapes), strict=True))
+    shifted = [list(shape) for shape in shapes]
+    inputs = list(zip(shifted, stream_dims(shifted), strict=True))
     largest, dims_of_largest = max(inputs, key=lambda i: (len(i[1]), math.prod(i[0])), default=([0], ()))
     batch, extents = largest[0], [largest[dim] for dim in dims_of_largest]
     for shape, dims in inputs:
@@ -213,7 +223,7 @@ def _shifted(tensors: Sequence[torch.Tensor], shift: Sequence[int]) -> list[list
         if len(dims) == len(extents):
             for dim, pixels, extent in zip(dims, shift, extents, strict=False):
                 shape[dim] = _scaled(shape[dim], extent, pixels)
-    return shapes
+    return shifted
 
 
 def _scaled(size: int, extent: int, pixels: int) -> int:

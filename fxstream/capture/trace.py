@@ -10,37 +10,34 @@ tensors of the call, since a graph shall serve all sizes; `input_key` takes its 
 from __future__ import annotations
 
 import builtins
-import contextlib
 import inspect
 import operator
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import config, convert_frame, mark_static
+from torch._dynamo import convert_frame
 from torch._dynamo.functional_export import ExportTracerOutput
 from torch._dynamo.hooks import Hooks
-from torch._dynamo.trace_rules import get_mod_inlinelist
-from torch._dynamo.utils import dynamo_timed, get_metrics_context
-from torch._dynamo.variables.torch import tracing_state_functions
-from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.fx.experimental import _config
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes, _pop_mode, _push_mode
 
 from fxstream.capture.constants import ModelValues, constants_folded
+from fxstream.capture.input_key import FakeInputs
 from fxstream.capture.refusals import explained, refuse
+from fxstream.capture.size_guards import SizeGuards, size_guards
 from fxstream.capture.traced_graph import TracedGraph
+from fxstream.capture.tracing import tracing, without_modes, without_watchers
 from fxstream.graph.captured import CUMULATIVE, Results
+from fxstream.graph.shapes import fake_tensor_log_silenced
 from fxstream.graph.user_code import is_library_file
 
-__all__ = ["FakeInputs", "Trace", "Tracer", "is_capturing", "unwatched"]
+__all__ = ["Trace", "Tracer"]
 
 SIZE_READERS = frozenset({
     "shape", "size", "numel", "nelement", "len", "unbind", "split", "chunk", "tensor_split", "nbytes",
@@ -49,22 +46,17 @@ SIZE_READERS = frozenset({
 """Names in code that may read the size of a tensor, or do as many things as a tensor has rows."""
 FORMAT_READERS = frozenset({"is_contiguous", "stride", "as_strided", "data_ptr", "suggest_memory_format"})
 """Names in code that may read how a tensor lies in memory."""
-OBSERVERS = "torch.ao.quantization"
-"""Modules of fake quantisation, which dynamo does not look into of itself."""
 UNGUARDED = frozenset({"AUTOGRAD_SAVED_TENSORS_HOOKS"})
 """Guards on what no trace depends on."""
-ASKS = (torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling, torch.compiler.is_exporting)
-GLOBAL_HOOKS = (
-    torch.nn.modules.module._global_forward_pre_hooks,
-    torch.nn.modules.module._global_forward_hooks,
-)
+OF_SYMBOLS = frozenset({"SHAPE_ENV"})
+"""Guards on symbols, which `SizeGuards` has where sizes are among these."""
+MOST_GUARDS = 16
+"""Guards on one size beyond which the first trace with symbols ends: a trace with many takes very long."""
+PATIENCE = 4
+"""Traces at one size each after which one with symbols may take as long as it needs."""
+MOST_WITH_SYMBOLS = 8
+"""Traces of a model with symbols; a model whose code takes that many paths has others at other sizes."""
 _CALLS = threading.local()
-_CAPTURES = threading.local()
-
-
-def is_capturing() -> bool:
-    """Whether this thread traces a model."""
-    return getattr(_CAPTURES, "depth", 0) > 0
 
 
 def _call(model: Any, args: Any, kwargs: Any) -> Any:
@@ -80,13 +72,14 @@ def _flat_call(model: Any, args: Any, kwargs: Any) -> Any:
 class Trace:
     """One traced call: its graph, and the code around it.
 
-    `reads_sizes` says that the model's code may have read sizes: another size may take another path;
-    `reads_formats` the same of how tensors lie in memory. `graph` is None where the call computes nothing with
-    tensors.
+    `reads_sizes` says that the model's code may have read sizes: another size may take another path, unless
+    `sizes` are the guards on them. `reads_formats` says the same of how tensors lie in memory. `graph` is None
+    where the call computes nothing with tensors.
     """
 
     graph: TracedGraph | None
     reads_sizes: bool
+    sizes: SizeGuards | None
     reads_formats: bool
     results: Results | None
     _guards: Any
@@ -96,12 +89,16 @@ class Trace:
     def holds(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether a call would be traced the same way, but for the tensors of the call."""
         local = {"model": model, "args": args, "kwargs": dict(kwargs)}
-        with _without_modes(), _without_watchers():  # under which tensors, and modules, look different
+        if self.sizes is not None and not self.sizes.hold(local):
+            return False
+        with without_modes(), without_watchers():  # under which tensors, and modules, look different
             return bool(self._guards.guard_manager.check(local)) and self._values.hold(model)
 
     def changed(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """The first guard that does not hold for a call."""
         local = {"model": model, "args": args, "kwargs": dict(kwargs)}
+        if self.sizes is not None and not self.sizes.hold(local):
+            return "a size that its code, or an operator, compares"
         if not self._values.hold(model):
             return "a tensor of the model whose value its code has asked for"
         return "; ".join(map(str, self._guards.guard_manager.check_verbose(local).verbose_code_parts))
@@ -118,9 +115,9 @@ class Trace:
             stack.pop()
 
 
-def _compute(*values: Any) -> Any:
-    """What dynamo's code calls for the graph: the computation of the innermost call of this thread."""
-    return _CALLS.stack[-1](*values)
+def _compute(graph: TracedGraph) -> Callable[..., Any]:
+    """What dynamo's code calls for a graph: the computation of the innermost call of this thread."""
+    return lambda *values: _CALLS.stack[-1](*graph.taken(values))
 
 
 class Tracer:
@@ -128,38 +125,103 @@ class Tracer:
 
     def __init__(self) -> None:
         self._functions = {function: _copy(function, id(self)) for function in (_call, _flat_call)}
+        self._with_symbols, self._without = 0, 0
 
     def trace(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], flat: bool = False
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        flat: bool = False,
+        at_this_size: bool = False,
     ) -> Trace:
         """Trace a call; only shapes and types of its tensors matter. With `flat` the results are known.
 
-        One thread traces at a time. Raises `GraphBreakError` where the model is not one graph, and `CaptureError`
-        where it cannot run on such inputs, with the user's line.
+        Where the model's code reads sizes, it is traced once more with symbols for them, unless `at_this_size`; a
+        trace with symbols has guards on them, and serves all sizes for which these hold. One thread traces at a
+        time. Raises `GraphBreakError` where the model is not one graph, and `CaptureError` where it cannot run on
+        such inputs, with the user's line.
         """
         refuse(model)
         function = self._functions[_flat_call if flat else _call]
-        fakes = FakeInputs(args, kwargs)
-        hooks = Hooks(guard_filter_fn=lambda entries: [_is_guarded(entry, fakes.ids) for entry in entries])
-        with convert_frame.compile_lock, _tracing(model, flat), explained(model, args, kwargs):
+        with convert_frame.compile_lock, tracing(model, flat), explained(model, args, kwargs):
             _bind(model, args, kwargs)
-            with constants_folded(model) as values:
-                output = convert_frame.fullgraph_capture(function, (model, fakes.args, fakes.kwargs))
-            captured = output.graph_capture_output
-            guards = captured.build_guards(function.__code__, hooks=hooks)
-        traced = output.backend_input
-        graph = None if traced is None else TracedGraph(traced.graph_module, _parameters(model))
-        names = frozenset().union(*map(_names, captured.traced_code[1:]))
-        reads_sizes = bool(names & SIZE_READERS) or (graph is not None and _takes_rows(graph))
+            call = (model, args, kwargs, flat)
+            read_sizes = self._with_symbols > 0 and not at_this_size
+            trace = self._traced_with_symbols(*call) if read_sizes else None
+            if trace is not None:
+                return trace
+            run = _Run(function, model, FakeInputs(args, kwargs), flat)
+            if run.reads_sizes and not at_this_size and not read_sizes:
+                trace = self._traced_with_symbols(*call)
+            return trace or run.trace()
+
+    def _traced_with_symbols(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], flat: bool
+    ) -> Trace | None:
+        """The trace of a call with symbols for its sizes, where it has one and is worth the time."""
+        is_tried = self._without in (0, PATIENCE) and self._with_symbols < MOST_WITH_SYMBOLS
+        inputs, function = FakeInputs(args, kwargs, symbols=True), self._functions[_flat_call if flat else _call]
+        limit = MOST_GUARDS if self._without == 0 else None
+        trace = _traced_with_symbols(function, model, inputs, flat, limit) if is_tried else None
+        self._with_symbols += trace is not None
+        self._without += trace is None
+        return trace
+
+
+def _traced_with_symbols(
+    function: types.FunctionType, model: nn.Module, inputs: FakeInputs, flat: bool, most_guards: int | None
+) -> Trace | None:
+    """The trace of a call with symbols for its sizes; None where the model's code needs a size as a number."""
+    options = {
+        "use_duck_shape": False,
+        "backed_size_oblivious": True,
+        "symbol_guard_limit_before_specialize": most_guards,
+    }
+    try:
+        with _config.patch(options), fake_tensor_log_silenced():  # type: ignore[attr-defined]
+            run = _Run(function, model, inputs, flat)
+            sizes = size_guards(run.shapes)
+            return None if sizes is None else run.trace(sizes)
+    except Exception:  # whatever dynamo raises where it needs a number
+        return None
+
+
+class _Run:
+    """One run of dynamo over a call, before its guards are built."""
+
+    def __init__(self, function: types.FunctionType, model: nn.Module, inputs: FakeInputs, flat: bool) -> None:
+        self._function, self._model, self._inputs, self._flat = function, model, inputs, flat
+        with constants_folded(model) as values:
+            self._output = convert_frame.fullgraph_capture(function, (model, inputs.args, inputs.kwargs))
+        self._values = values()
+        traced = self._output.backend_input
+        self._graph = None if traced is None else TracedGraph(traced.graph_module, _parameters(model))
+        self._code = self._output.graph_capture_output.traced_code[1:]
+        names = frozenset().union(*map(_names, self._code))
+        self.reads_sizes = bool(names & SIZE_READERS) or (self._graph is not None and _takes_rows(self._graph))
+
+    @property
+    def shapes(self) -> ShapeEnv:
+        """Where dynamo notes what it assumes of sizes."""
+        shapes: ShapeEnv = self._output.graph_capture_output.output_graph.shape_env
+        return shapes
+
+    def trace(self, sizes: SizeGuards | None = None) -> Trace:
+        """The trace, with guards on everything but the tensors of the call, and these on their sizes."""
+        function, fakes, captured = self._function, self._inputs.ids, self._output.graph_capture_output
+        dropped = UNGUARDED if sizes is None else UNGUARDED | OF_SYMBOLS
+        hooks = Hooks(guard_filter_fn=lambda entries: [_is_guarded(one, fakes, dropped) for one in entries])
+        guards = captured.build_guards(function.__code__, hooks=hooks)
+        graph = self._graph
         code = (
             (lambda *call: function(*call))
-            if traced is None
-            else output.forward_callable(compiled_fn=_compute, extra_globals=function.__globals__)
+            if graph is None
+            else self._output.forward_callable(compiled_fn=_compute(graph), extra_globals=function.__globals__)
         )
-        reads_formats = any(_reads_formats(code) for code in captured.traced_code[1:])
-        return Trace(
-            graph, reads_sizes, reads_formats, _results(captured) if flat else None, guards, code, values()
-        )
+        formats = any(map(_reads_formats, self._code))
+        results = _results(captured) if self._flat else None
+        return Trace(graph, self.reads_sizes, sizes, formats, results, guards, code, self._values)
 
 
 def _copy(function: Any, identity: int) -> types.FunctionType:
@@ -169,137 +231,10 @@ def _copy(function: Any, identity: int) -> types.FunctionType:
     return types.FunctionType(code, {"__builtins__": builtins, "__name__": "fxstream", **names})
 
 
-class FakeInputs:
-    """Arguments with fake tensors in the place of tensors; `ids` are those of the fake ones.
-
-    A tensor of a class of the user's stays, and with it the guards on its size.
-    """
-
-    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._fakes: dict[int, torch.Tensor] = {}
-        self.args, self.kwargs = pytree.tree_map(self._fake, (args, dict(kwargs)))
-        self.ids = frozenset(map(id, self._fakes.values()))
-
-    def _fake(self, value: Any) -> Any:
-        if type(value) not in (torch.Tensor, nn.Parameter, FakeTensor) or value.layout != torch.strided:
-            return value
-        if id(value) not in self._fakes:
-            stands_in = 0 in value.stride() and value.numel() > 1
-            strides = torch.empty(value.shape, device="meta").stride() if stands_in else value.stride()
-            with self._mode:
-                fake = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
-            mark_static(fake)
-            self._fakes[id(value)] = fake.requires_grad_(value.requires_grad)
-        return self._fakes[id(value)]
-
-
-@contextlib.contextmanager
-def _tracing(model: nn.Module, flat: bool) -> Iterator[None]:
-    options = {
-        "allow_unspec_int_on_nn_module": True,
-        "skip_nnmodule_hook_guards": False,
-        "log_graph_in_out_metadata": flat,
-    }
-    _CAPTURES.depth = getattr(_CAPTURES, "depth", 0) + 1
-    try:
-        with (
-            config.patch(options),
-            _disable_current_modes(),
-            get_metrics_context(),
-            dynamo_timed("fxstream"),
-            torch_function_mode_stack_state_mgr,
-            _cumulative_averages(model),
-            _as_in_eager(),
-            _looking_into_observers(model),
-            _without_watchers(),
-        ):
-            yield
-    finally:
-        _CAPTURES.depth -= 1
-
-
-@contextlib.contextmanager
-def _without_modes() -> Iterator[None]:
-    """Without the modes of this thread. (Torch's function for that takes those of other threads too.)"""
-    has_modes = torch._C._len_torch_dispatch_stack() > 0
-    with torch._C._DisableTorchDispatch() if has_modes else contextlib.nullcontext():
-        yield
-
-
-@contextlib.contextmanager
-def unwatched() -> Iterator[None]:
-    """Without what looks on at operators and calls of modules, as counters do: what runs is not the model's."""
-    modes = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
-    try:
-        with _without_watchers():
-            yield
-    finally:
-        for mode in reversed(modes):
-            _push_mode(mode)
-
-
-@contextlib.contextmanager
-def _without_watchers() -> Iterator[None]:
-    """Without the hooks on all modules by which torch itself looks on, as for a count of operations."""
-    removed = []
-    for hooks in GLOBAL_HOOKS:
-        for key, hook in list(hooks.items()) if hooks else ():
-            if getattr(hook, "__module__", "").startswith("torch."):
-                removed.append((hooks, key, hooks.pop(key)))
-    try:
-        yield
-    finally:
-        for hooks, key, hook in removed:
-            hooks[key] = hook
-
-
-@contextlib.contextmanager
-def _as_in_eager() -> Iterator[None]:
-    """The model's code, which may ask whether it is compiled, is told that it is not."""
-    answers = tracing_state_functions()
-    before = dict(answers)
-    try:
-        answers.update({function: False for function in ASKS if function in answers})
-        yield
-    finally:
-        answers.update(before)
-
-
-@contextlib.contextmanager
-def _looking_into_observers(model: nn.Module) -> Iterator[None]:
-    """Dynamo traces the code of observers and fake quantisation, where the model has any."""
-    has_observers = any(type(m).__module__.startswith(OBSERVERS) for m in model.modules())
-    folder = Path(torch.__file__).parent.joinpath(*OBSERVERS.split(".")[1:]).as_posix()
-    traced = get_mod_inlinelist()
-    added = {folder} - traced if has_observers else set()
-    try:
-        traced |= added
-        yield
-    finally:
-        traced -= added
-
-
-@contextlib.contextmanager
-def _cumulative_averages(model: nn.Module) -> Iterator[None]:
-    """`CUMULATIVE` as the momentum of every BatchNorm that has None.
-
-    With None it would read the number of batches so far, which has no value while a model is traced.
-    """
-    modules = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.momentum is None]
-    try:
-        for module in modules:
-            module.momentum = CUMULATIVE
-        yield
-    finally:
-        for module in modules:
-            module.momentum = None
-
-
-def _is_guarded(entry: Any, fakes: frozenset[int]) -> bool:
+def _is_guarded(entry: Any, fakes: frozenset[int], dropped: frozenset[str]) -> bool:
     """Whether a guard of dynamo is kept: all but those on tensors of the call, and on `CUMULATIVE`."""
     is_replaced = entry.name.endswith(".momentum") and entry.value == CUMULATIVE
-    return id(entry.value) not in fakes and entry.guard_type not in UNGUARDED and not is_replaced
+    return id(entry.value) not in fakes and entry.guard_type not in dropped and not is_replaced
 
 
 def _names(code: types.CodeType) -> frozenset[str]:

@@ -4,7 +4,7 @@ NOTE [inputs of the graph]
 1. Parameters and buffers are inputs, next to the images. Where a graph is traced from a call of the model, an
    input belongs to the call if its source is an argument; in a part of a program, dynamo marks the model's
    tensors, and what a convolution takes as its weight is one in any case.
-2. A size that dynamo keeps symbolic is an input too. It is read from the tensor that has it.
+2. A size that dynamo keeps as a symbol is an input of its graph. Here it is read from the tensor that has it.
 3. Any other number is an input too, if it was seen to change (a counter, an argument). What is computed of numbers
    alone is computed in every call; where it enters an operator on tensors it is a constant: another value is
    captured anew.
@@ -30,7 +30,8 @@ CONVOLUTIONS = tuple(getattr(torch, f"conv{kind}{rank}d") for kind in ("", "_tra
 ARGUMENTS = re.compile(r"L\['(args|kwargs)'\]")
 PART = re.compile(r"\['?(.+?)'?\]|([^.\[\]]+)")
 REGISTRIES = ("__dict__", "_modules", "_parameters", "_buffers")
-NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+NUMBERS = (int, float, *SYMBOLS)
 
 
 class Kind(Enum):
@@ -38,21 +39,19 @@ class Kind(Enum):
 
     ARGUMENT = "a tensor of the call"
     WEIGHT = "a tensor of the model"
-    SIZE = "a size of a tensor of the call"
     NUMBER = "a number"
 
 
 @dataclass(frozen=True, slots=True)
 class GraphInput:
-    """An input of a traced graph: its kind, its name for the user, and for a size which dim of which input."""
+    """An input of a traced graph: its kind, and its name for the user."""
 
     kind: Kind
     name: str
-    size_of: tuple[int, int] | None = None
 
 
 class TracedGraph:
-    """A graph of dynamo; `module` takes the values of its inputs in order.
+    """A graph of dynamo; `module` takes the values of its inputs in order, of which no size is one (`taken`).
 
     `parameters` are the names of the model's positional parameters, where the graph is that of a call of the
     model; without them it is a part of a program.
@@ -60,17 +59,15 @@ class TracedGraph:
 
     def __init__(self, module: fx.GraphModule, parameters: Sequence[str] | None = None) -> None:
         self.module = module
-        nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
-        self.examples = [_example(node) for node in nodes]
+        self._taken, nodes = _read_sizes(module.graph, parameters is not None)
+        self._fake_mode, self.examples = _examples(nodes)
         """For each input a fake tensor, or a number, as it was when the graph was traced."""
-        is_call = parameters is not None
-        kinds = [_kind(node, example, is_call) for node, example in zip(nodes, self.examples, strict=True)]
-        sizes = [_size_of(example, kinds, self.examples) for example in self.examples]
+        kinds = [_kind(node, parameters is not None) for node in nodes]
         names = _names(nodes, parameters or ())
-        self.inputs = tuple(
-            GraphInput(kind if size is None else Kind.SIZE, name, size)
-            for kind, name, size in zip(kinds, names, sizes, strict=True)
-        )
+        self.inputs = tuple(map(GraphInput, kinds, names))
+        self._sources = list(map(_source, nodes))
+        self.computes_sizes = _computes_sizes(module.graph)
+        """Whether operators get sizes that the model's code computes, and not only sizes as they are."""
         for node in nodes:
             _take_number(node)
         self._placeholders = nodes
@@ -84,15 +81,23 @@ class TracedGraph:
         numbers = set(self.indices(Kind.NUMBER))
         return self.module(*(_number(value) if i in numbers else value for i, value in enumerate(values)))
 
+    def taken(self, values: Sequence[Any]) -> list[Any]:
+        """Of what dynamo's code has for the graph, the values of its inputs."""
+        return [values[i] for i in self._taken]
+
     @property
     def fake_mode(self) -> FakeTensorMode:
         """The mode of its examples."""
-        tensors = (one for one in self.examples if isinstance(one, FakeTensor))
-        return next((tensor.fake_mode for tensor in tensors), FakeTensorMode(allow_non_fake_inputs=True))
+        return self._fake_mode
 
     def indices(self, kind: Kind) -> list[int]:
         """The inputs of a kind."""
         return [i for i, one in enumerate(self.inputs) if one.kind is kind]
+
+    def tensors_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
+        """By input, the tensors of a call with these arguments."""
+        local = {"L": {"args": args, "kwargs": dict(kwargs)}}
+        return {i: eval(self._sources[i], local) for i in self.indices(Kind.ARGUMENT)}
 
     def numbers(self, values: Sequence[Any]) -> tuple[Any, ...]:
         """The numbers that enter operators on tensors, each with its type."""
@@ -125,11 +130,8 @@ class TracedGraph:
         """Fake tensors like the values of a call, those of the call with other shapes."""
         with self.fake_mode:
             fakes = [_fake_like(value, shapes.get(i)) for i, value in enumerate(values)]
-        for i, one in enumerate(self.inputs):
-            if one.size_of is not None:
-                fakes[i] = fakes[one.size_of[0]].shape[one.size_of[1]]
-            elif one.kind is Kind.NUMBER:
-                fakes[i] = _number(values[i])
+        for i in self.indices(Kind.NUMBER):
+            fakes[i] = _number(values[i])
         return fakes
 
 
@@ -141,7 +143,7 @@ def _number(value: Any) -> Any:
     """The number that a value is; of a symbolic one the number that it was traced with."""
     if isinstance(value, torch.Tensor):
         value = value.item()
-    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
+    return value.node.hint if isinstance(value, SYMBOLS) else value
 
 
 def _numbers(graph: fx.Graph, inputs: Sequence[fx.Node]) -> list[fx.Node]:
@@ -179,7 +181,8 @@ def _fake_like(value: Any, shape: Sequence[int] | None) -> Any:
     return fake.requires_grad_(value.requires_grad)
 
 
-def _kind(node: fx.Node, example: Any, is_call: bool) -> Kind:
+def _kind(node: fx.Node, is_call: bool) -> Kind:
+    example = _example(node)
     if not isinstance(example, torch.Tensor) or _is_number(node):
         return Kind.NUMBER
     if is_call:
@@ -213,16 +216,70 @@ def _take_number(node: fx.Node) -> None:
         node.graph.erase_node(user)
 
 
-def _size_of(example: Any, kinds: Sequence[Kind], examples: Sequence[Any]) -> tuple[int, int] | None:
-    """The input and the dim of it that a symbolic size is of."""
+def _read_sizes(graph: fx.Graph, is_call: bool) -> tuple[list[int], list[fx.Node]]:
+    """Read the inputs of a graph that are sizes from the tensors that have them, in place.
+
+    Returns the other inputs, and their indices.
+    """
+    inputs = graph.find_nodes(op="placeholder")
+    images = [node for node in inputs if _kind(node, is_call) is Kind.ARGUMENT]
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    taken = []
+    for i, node in enumerate(inputs):
+        size = _size_of(_example(node), images)
+        if size is None:
+            taken.append(i)
+            continue
+        with graph.inserting_before(first):
+            read = graph.call_method("size", size)
+        read.meta = {"example_value": _example(node)}
+        node.replace_all_uses_with(read)
+        graph.erase_node(node)
+    graph.eliminate_dead_code(_is_impure)
+    return taken, [inputs[i] for i in taken]
+
+
+def _is_impure(node: fx.Node) -> bool:
+    """Whether a node stays though nothing reads it: all but computations of sizes."""
+    return not isinstance(node.meta.get("example_value"), SYMBOLS)
+
+
+def _size_of(example: Any, images: Sequence[fx.Node]) -> tuple[fx.Node, int] | None:
+    """The image and the dim of it that a size is of."""
     if not isinstance(example, torch.SymInt):
         return None
-    for i, tensor in enumerate(examples):
-        if kinds[i] is Kind.ARGUMENT and isinstance(tensor, torch.Tensor):
-            for dim, size in enumerate(tensor.shape):
-                if isinstance(size, torch.SymInt) and size.node.expr == example.node.expr:
-                    return i, dim
+    for node in images:
+        for dim, size in enumerate(_example(node).shape):
+            if isinstance(size, torch.SymInt) and size.node.expr == example.node.expr:
+                return node, dim
     return None
+
+
+def _computes_sizes(graph: fx.Graph) -> bool:
+    numbers = [node for node in graph.nodes if isinstance(node.meta.get("example_value"), SYMBOLS)]
+    return any(node.op == "call_function" for node in numbers)
+
+
+def _examples(inputs: Sequence[fx.Node]) -> tuple[FakeTensorMode, list[Any]]:
+    """The examples of inputs, and the mode of them; with the sizes that they had where these were symbols."""
+    examples = [_example(node) for node in inputs]
+    tensors = [one for one in examples if isinstance(one, FakeTensor)]
+    symbols = (size for tensor in tensors for size in tensor.shape if isinstance(size, torch.SymInt))
+    mode = tensors[0].fake_mode if tensors else FakeTensorMode(allow_non_fake_inputs=True)
+    if next(symbols, None) is None:
+        return mode, examples
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        return mode, [_example(node) if _is_number(node) else _without_symbols(_example(node)) for node in inputs]
+
+
+def _without_symbols(tensor: Any) -> Any:
+    """A fake tensor like one, with the sizes that its symbols had; anything else as it is."""
+    if not isinstance(tensor, torch.Tensor):
+        return tensor
+    shape, stride = ([_number(size) for size in sizes] for sizes in (tensor.shape, tensor.stride()))
+    like = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device)
+    return like.requires_grad_(tensor.requires_grad)
 
 
 def user_path(source: str) -> tuple[str, ...]:

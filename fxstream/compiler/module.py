@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxstream.capture.trace import is_capturing
+from fxstream.capture.tracing import is_capturing
 from fxstream.compiler.shared import Options
 from fxstream.compiler.streaming import Streaming
 from fxstream.errors import InputError

@@ -24,11 +24,11 @@ def streamed_part(module: fx.GraphModule, shared: Shared) -> Callable[..., Any]:
     traced = TracedGraph(module)
     arguments = [traced.examples[i] for i in traced.indices(Kind.ARGUMENT)]
     if not any(is_image(tensor) for tensor in arguments):
-        return lambda *values: traced(values)
+        return lambda *values: traced(traced.taken(values))
     # Dynamo traces each size that it does not keep symbolic: that such a graph is bound to it is no news.
     shared.warned.add("bound")
     pipeline = Pipeline(traced, shared)
-    return lambda *values: pipeline.run(values, {})
+    return lambda *values: pipeline.run(traced.taken(values), {})
 
 
 class Parts:

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from fxstream.capture.capture import Retrace, capture_graph, still_holds
+from fxstream.capture.capture import Retrace, capture_graph, that_holds
 from fxstream.capture.casts import without_autocast
-from fxstream.capture.trace import unwatched
 from fxstream.capture.traced_graph import Kind, TracedGraph
+from fxstream.capture.tracing import unwatched
 from fxstream.compiler.analysis import Analysis, Earlier, analyse, lowered
 from fxstream.compiler.cache import Cache
 from fxstream.compiler.prepared import CapturedModel, Prepared
@@ -48,6 +48,8 @@ logger.addHandler(logging.NullHandler())
 
 MOST_ENTRIES = 64
 """Captures, and image sizes with their plans and tiles, that are kept."""
+MOST_CAPTURES = 8
+"""Captures of one traced graph, whose constants differ in more ways than a size explains, that are kept."""
 MOST_BYTES_OF_SIZES = 2**27
 """What they may take, by the estimate of `Prepared.bytes`."""
 LEAST_OF_PROBE = 2**26
@@ -126,16 +128,15 @@ class Pipeline:
         if traced.inputs != self.traced.inputs or traced.numbers(traced.examples):
             return False
         with self._lock:
-            made = self._cache.get(("capture", ()), lambda: None)
-            return made is not None and still_holds(made.captured, traced, traced.examples)
+            return self._that_holds(self._captures(()), traced, traced.examples) is not None
 
-    def of(self, traced: TracedGraph) -> Pipeline:
+    def of(self, traced: TracedGraph, retrace: Retrace | None) -> Pipeline:
         """The same captures and sizes for another trace that they serve, which the plain path runs.
 
         Both have the same captured graph, but sizes of their own in what the capture leaves out, a slice of all.
         """
         other = copy.copy(self)
-        other.traced = traced
+        other.traced, other._retrace = traced, retrace
         return other
 
     def _tensors(self, values: Sequence[Any]) -> list[torch.Tensor]:
@@ -158,13 +159,14 @@ class Pipeline:
 
     def _captured(self, values: Sequence[Any], stages: Stages) -> CapturedModel:
         """The capture; one that is bound to its size is not kept for other sizes."""
-        key = ("capture", self.traced.numbers(values))
-        cached = self._cache.get(key, lambda: None) if key in self._cache else None
-        if isinstance(cached, CapturedModel):
-            return cached
+        numbers = self.traced.numbers(values)
+        captures = self._captures(numbers)
         with stages("capture"):
+            made = captures[0] if captures and not self.traced.computes_sizes else None
+            made = made or self._that_holds(captures, self.traced, values)
+            if made is not None:
+                return made
             captured = self._capture(values)
-        self._retrace = None
         with stages("analysis"), without_autocast(captured):
             made = self._made(captured, values)
         if captured.bound:
@@ -174,8 +176,20 @@ class Pipeline:
                 " anew",
             )
         else:
-            self._cache.put(key, made)
+            self._cache.put(("captures", numbers), (made, *captures[: MOST_CAPTURES - 1]))
         return made
+
+    def _captures(self, numbers: Any) -> tuple[CapturedModel, ...]:
+        """The captures for these numbers that are kept; the newest first."""
+        captures: tuple[CapturedModel, ...] = self._cache.get(("captures", numbers), tuple)
+        return captures
+
+    def _that_holds(
+        self, captures: Sequence[CapturedModel], traced: TracedGraph, values: Sequence[Any]
+    ) -> CapturedModel | None:
+        """The capture with the path and the constants that a trace has at this size."""
+        captured = that_holds([one.captured for one in captures], traced, values) if captures else None
+        return next((one for one in captures if one.captured is captured), None)
 
     def _capture(self, values: Sequence[Any]) -> Captured:
         """The ATen graph. Raises `CaptureError` where an operator that runs cannot be captured."""

@@ -14,8 +14,8 @@ from typing import Any
 from torch import fx, nn
 
 from fxstream.capture.capture import retracing
-from fxstream.capture.input_key import input_formats, input_key
-from fxstream.capture.trace import FakeInputs, Trace, Tracer
+from fxstream.capture.input_key import FakeInputs, input_formats, input_key
+from fxstream.capture.trace import Trace, Tracer
 from fxstream.compiler.parts import Parts
 from fxstream.compiler.pipeline import Pipeline
 from fxstream.compiler.prepared import Prepared
@@ -207,21 +207,22 @@ class Streaming:
         return None
 
     def _traced(self, key: Any, shapes: Any, inputs: Inputs, flat: bool) -> TracedCall:
-        """A new trace; a model that reads sizes is traced at each, and its pipeline serves all that it fits."""
+        """A new trace; where it is for one size, or checked at each, pipelines serve all traces that they fit."""
         model, others = self.model, [call for call in self._calls if call.key == key]
         self._warn_of_changes(others, inputs)
         trace = self._tracer.trace(model, inputs.args, inputs.kwargs, flat)
+        is_of_one_size = trace.reads_sizes and trace.sizes is None
         pipeline = None
         if trace.graph is not None:
+            fakes = FakeInputs(inputs.args, inputs.kwargs)
+            again = retracing(self._tracer, model, fakes, trace) if trace.reads_sizes else None
             pipelines = [other.pipeline for other in others if other.pipeline is not None]
-            serving = (one for one in pipelines if trace.reads_sizes and one.serves(trace.graph))
-            pipeline = next((one.of(trace.graph) for one in serving), None)
-            if pipeline is None:
-                fakes = FakeInputs(inputs.args, inputs.kwargs)
-                again = retracing(self._tracer, model, fakes) if trace.reads_sizes else None
-                pipeline = Pipeline(trace.graph, self.shared, again)
+            is_checked = is_of_one_size or trace.graph.computes_sizes
+            serving = (one for one in pipelines if is_checked and one.serves(trace.graph))
+            pipeline = next((one.of(trace.graph, again) for one in serving), None)
+            pipeline = pipeline or Pipeline(trace.graph, self.shared, again)
         formats = input_formats(inputs.tensors) if trace.reads_formats else None
-        call = TracedCall(key, shapes if trace.reads_sizes else None, formats, trace, pipeline)
+        call = TracedCall(key, shapes if is_of_one_size else None, formats, trace, pipeline)
         self._calls = [call, *self._calls][:MOST_TRACES]
         return call
 

@@ -501,7 +501,9 @@ def test_what_is_not_one_graph_is_traced_once(monkeypatch):
     model, image, traced = InParts(), torch.randn(1, 2, 30, 30), []
     module = fxstream.compile(model, tile=16, verify=False)
     original = fxstream.inspect(module)._tracer.trace
-    monkeypatch.setattr(fxstream.inspect(module)._tracer, "trace", lambda *a: traced.append(1) or original(*a))
+    monkeypatch.setattr(
+        fxstream.inspect(module)._tracer, "trace", lambda *a, **k: traced.append(1) or original(*a, **k)
+    )
     for _ in range(3):
         assert torch.allclose(module(image), model(image), rtol=1e-4, atol=1e-5)
     assert traced == [1]

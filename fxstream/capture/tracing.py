@@ -1,0 +1,142 @@
+"""The state of torch and dynamo while a model is traced, and while what is not the model's runs.
+
+Each is a block that leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._dynamo import config
+from torch._dynamo.trace_rules import get_mod_inlinelist
+from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch._dynamo.variables.torch import tracing_state_functions
+from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import _disable_current_modes, _pop_mode, _push_mode
+
+from fxstream.graph.captured import CUMULATIVE
+
+__all__ = ["is_capturing", "tracing", "unwatched", "without_modes", "without_watchers"]
+
+OBSERVERS = "torch.ao.quantization"
+"""Modules of fake quantisation, which dynamo does not look into of itself."""
+ASKS = (torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling, torch.compiler.is_exporting)
+GLOBAL_HOOKS = (
+    torch.nn.modules.module._global_forward_pre_hooks,
+    torch.nn.modules.module._global_forward_hooks,
+)
+_CAPTURES = threading.local()
+
+
+def is_capturing() -> bool:
+    """Whether this thread traces a model."""
+    return getattr(_CAPTURES, "depth", 0) > 0
+
+
+@contextlib.contextmanager
+def tracing(model: nn.Module, flat: bool) -> Iterator[None]:
+    """What dynamo needs around it to trace a call of the model as in eager; with `flat` it notes the results."""
+    options = {
+        "allow_unspec_int_on_nn_module": True,
+        "skip_nnmodule_hook_guards": False,
+        "log_graph_in_out_metadata": flat,
+    }
+    _CAPTURES.depth = getattr(_CAPTURES, "depth", 0) + 1
+    try:
+        with (
+            config.patch(options),
+            _disable_current_modes(),
+            get_metrics_context(),
+            dynamo_timed("fxstream"),
+            torch_function_mode_stack_state_mgr,
+            _cumulative_averages(model),
+            _as_in_eager(),
+            _looking_into_observers(model),
+            without_watchers(),
+        ):
+            yield
+    finally:
+        _CAPTURES.depth -= 1
+
+
+@contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    """Without the modes of this thread. (Torch's function for that takes those of other threads too.)"""
+    has_modes = torch._C._len_torch_dispatch_stack() > 0
+    with torch._C._DisableTorchDispatch() if has_modes else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Without what looks on at operators and calls of modules, as counters do: what runs is not the model's."""
+    modes = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
+    try:
+        with without_watchers():
+            yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
+
+
+@contextlib.contextmanager
+def without_watchers() -> Iterator[None]:
+    """Without the hooks on all modules by which torch itself looks on, as for a count of operations."""
+    removed = []
+    for hooks in GLOBAL_HOOKS:
+        for key, hook in list(hooks.items()) if hooks else ():
+            if getattr(hook, "__module__", "").startswith("torch."):
+                removed.append((hooks, key, hooks.pop(key)))
+    try:
+        yield
+    finally:
+        for hooks, key, hook in removed:
+            hooks[key] = hook
+
+
+@contextlib.contextmanager
+def _as_in_eager() -> Iterator[None]:
+    """The model's code, which may ask whether it is compiled, is told that it is not."""
+    answers = tracing_state_functions()
+    before = dict(answers)
+    try:
+        answers.update({function: False for function in ASKS if function in answers})
+        yield
+    finally:
+        answers.update(before)
+
+
+@contextlib.contextmanager
+def _looking_into_observers(model: nn.Module) -> Iterator[None]:
+    """Dynamo traces the code of observers and fake quantisation, where the model has any."""
+    has_observers = any(type(m).__module__.startswith(OBSERVERS) for m in model.modules())
+    folder = Path(torch.__file__).parent.joinpath(*OBSERVERS.split(".")[1:]).as_posix()
+    traced = get_mod_inlinelist()
+    added = {folder} - traced if has_observers else set()
+    try:
+        traced |= added
+        yield
+    finally:
+        traced -= added
+
+
+@contextlib.contextmanager
+def _cumulative_averages(model: nn.Module) -> Iterator[None]:
+    """`CUMULATIVE` as the momentum of every BatchNorm that has None.
+
+    With None it would read the number of batches so far, which has no value while a model is traced.
+    """
+    modules = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.momentum is None]
+    try:
+        for module in modules:
+            module.momentum = CUMULATIVE
+        yield
+    finally:
+        for module in modules:
+            module.momentum = None

@@ -1,0 +1,136 @@
+"""Traces with symbols for the sizes: one serves all sizes at which the comparisons of the code come out alike."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import assert_same, integer_image, make_integer, step
+from torch import nn
+
+import fxstream
+from fxstream.capture import trace as tracing
+
+
+class Reading(nn.Module):
+    """Two convolutions, and between them a function that reads sizes."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.b, self.function = nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 3), function
+        self.seen = {}
+
+    def forward(self, x):
+        return self.b(self.function(self, F.relu(self.a(x))))
+
+
+def batch(m, x):
+    return x * torch.ones([x.shape[0], *[1] * (x.ndim - 1)], dtype=x.dtype)
+
+
+def branch(m, x):
+    return -x if x.shape[2] * x.shape[3] > 800 else x
+
+
+def pad(m, x):
+    return F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
+
+
+def crop(m, x):
+    return x[:, :, : min(x.shape[2], 30)]
+
+
+def half(m, x):
+    return F.interpolate(x, (x.shape[2] // 2, x.shape[3] // 2)) if x.shape[2] % 2 == 0 else x
+
+
+def transposed(m, x):
+    return m.function.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+transposed.norm = nn.LayerNorm(3).double()
+
+
+def cached(m, x):
+    return x * m.seen.setdefault(x.shape[2:], float(x.shape[3]))
+
+
+def listed(m, x):
+    return x * sum(torch.linspace(0, 1, x.shape[2]).tolist())
+
+
+def fixed(m, x):
+    return x + float(str(x.shape[2]))
+
+
+SIZES = [(1, 2, 20, 24), (1, 2, 33, 21), (2, 2, 26, 31), (3, 2, 41, 18), (1, 2, 50, 37)]
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """For every run of dynamo whether it had symbols."""
+    runs, original = [], tracing._Run
+
+    def run(function, model, inputs, flat):
+        made = original(function, model, inputs, flat)
+        runs.append(any(hasattr(tensor, "_dynamo_weak_dynamic_indices") for tensor in inputs.args))
+        return made
+
+    monkeypatch.setattr(tracing, "_Run", run)
+    return runs
+
+
+def compare(function, sizes=SIZES):
+    model = make_integer(Reading(function))
+    module = fxstream.compile(model, tile=12, verify=False)
+    for size in sizes:
+        image = integer_image(*size)
+        assert_same(step(module, model, [image]), step(model, model, [image]), 1e-12)
+    return fxstream.inspect(module)
+
+
+@pytest.mark.parametrize("function", [batch, pad])
+def test_one_trace_serves_every_size(traces, function):
+    streaming = compare(function)
+    assert len(streaming.calls) == 1
+    assert traces == [False, True]
+
+
+@pytest.mark.filterwarnings("ignore:.*bound to the size")
+def test_a_trace_serves_the_sizes_of_one_branch():
+    streaming = compare(branch, [(1, 2, 20, 24), (1, 2, 21, 27), (1, 2, 40, 44), (2, 2, 44, 40), (1, 2, 25, 25)])
+    assert [call.trace.sizes is None for call in streaming.calls] == [False, False]
+
+
+@pytest.mark.filterwarnings("ignore:.*bound to the size")
+@pytest.mark.parametrize("function", [crop, half, transposed])
+def test_what_is_computed_of_sizes_is_seen_at_each(function):
+    compare(function)
+
+
+@pytest.mark.filterwarnings("ignore:.*bound to the size", "ignore:.*is captured for the")
+@pytest.mark.parametrize("function", [cached, listed, fixed])
+def test_code_that_needs_a_size_as_a_number_is_traced_at_each(function):
+    streaming = compare(function)
+    assert all(call.trace.sizes is None for call in streaming.calls)
+    assert len(streaming.calls) == len({size[2:] for size in SIZES})
+
+
+def test_another_mode_is_traced_with_symbols_at_once(traces):
+    model = make_integer(Reading(lambda m, x: batch(m, x) if m.training else x + x.shape[0]))
+    module = fxstream.compile(model, tile=12, verify=False)
+    for mode in (True, False):
+        model.train(mode)
+        for size in SIZES[:2]:
+            image = integer_image(*size)
+            assert_same(step(module, model, [image]), step(model, model, [image]), 1e-12)
+    assert traces == [False, True, True]
+
+
+@pytest.mark.filterwarnings("ignore:.*bound to the size")
+def test_guards_on_sizes_name_the_size_that_has_changed():
+    model = Reading(branch).double()
+    module = fxstream.compile(model, tile=12, verify=False)
+    module(torch.randn(1, 2, 20, 24, dtype=torch.double))
+    (call,) = fxstream.inspect(module).calls
+    large = (torch.randn(1, 2, 40, 44, dtype=torch.double),)
+    assert not call.trace.holds(model, large, {})
+    assert "size" in call.trace.changed(model, large, {})
