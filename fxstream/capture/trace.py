@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._dynamo import convert_frame
 from torch._dynamo.functional_export import ExportTracerOutput
 from torch._dynamo.hooks import Hooks
@@ -172,7 +172,7 @@ class Tracer:
 def _traced_with_symbols(
     function: types.FunctionType, model: nn.Module, inputs: FakeInputs, flat: bool, most_guards: int | None
 ) -> Trace | None:
-    """The trace of a call with symbols for its sizes; None where the model's code needs a size as a number."""
+    """The trace of a call with symbols for its sizes; None where it has blocks, or needs a size as a number."""
     options = {
         "use_duck_shape": False,
         "backed_size_oblivious": True,
@@ -181,7 +181,7 @@ def _traced_with_symbols(
     try:
         with _config.patch(options), fake_tensor_log_silenced():  # type: ignore[attr-defined]
             run = _Run(function, model, inputs, flat)
-            sizes = size_guards(run.shapes)
+            sizes = None if run.has_blocks else size_guards(run.shapes)
             return None if sizes is None else run.trace(sizes)
     except Exception:  # whatever dynamo raises where it needs a number
         return None
@@ -200,6 +200,13 @@ class _Run:
         self._code = self._output.graph_capture_output.traced_code[1:]
         names = frozenset().union(*map(_names, self._code))
         self.reads_sizes = bool(names & SIZE_READERS) or (self._graph is not None and _takes_rows(self._graph))
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether there are graphs within the graph: what is in a checkpoint, functions with a backward."""
+        return self._graph is not None and any(
+            isinstance(m, fx.GraphModule) for m in self._graph.module.children()
+        )
 
     @property
     def shapes(self) -> ShapeEnv:

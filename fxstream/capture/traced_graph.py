@@ -60,8 +60,8 @@ class TracedGraph:
     def __init__(self, module: fx.GraphModule, parameters: Sequence[str] | None = None) -> None:
         self.module = module
         self._taken, nodes = _read_sizes(module.graph, parameters is not None)
-        self._fake_mode, self.examples = _examples(nodes)
-        """For each input a fake tensor, or a number, as it was when the graph was traced."""
+        self.fake_mode, self.examples = _examples(nodes)
+        """For each input a fake tensor of this mode, or a number, as it was when the graph was traced."""
         kinds = [_kind(node, parameters is not None) for node in nodes]
         names = _names(nodes, parameters or ())
         self.inputs = tuple(map(GraphInput, kinds, names))
@@ -84,11 +84,6 @@ class TracedGraph:
     def taken(self, values: Sequence[Any]) -> list[Any]:
         """Of what dynamo's code has for the graph, the values of its inputs."""
         return [values[i] for i in self._taken]
-
-    @property
-    def fake_mode(self) -> FakeTensorMode:
-        """The mode of its examples."""
-        return self._fake_mode
 
     def indices(self, kind: Kind) -> list[int]:
         """The inputs of a kind."""
@@ -235,13 +230,10 @@ def _read_sizes(graph: fx.Graph, is_call: bool) -> tuple[list[int], list[fx.Node
         read.meta = {"example_value": _example(node)}
         node.replace_all_uses_with(read)
         graph.erase_node(node)
-    graph.eliminate_dead_code(_is_impure)
+    for node in reversed(graph.nodes):
+        if node.op != "placeholder" and _is_symbol(node) and not node.users:
+            graph.erase_node(node)
     return taken, [inputs[i] for i in taken]
-
-
-def _is_impure(node: fx.Node) -> bool:
-    """Whether a node stays though nothing reads it: all but computations of sizes."""
-    return not isinstance(node.meta.get("example_value"), SYMBOLS)
 
 
 def _size_of(example: Any, images: Sequence[fx.Node]) -> tuple[fx.Node, int] | None:
@@ -256,8 +248,11 @@ def _size_of(example: Any, images: Sequence[fx.Node]) -> tuple[fx.Node, int] | N
 
 
 def _computes_sizes(graph: fx.Graph) -> bool:
-    numbers = [node for node in graph.nodes if isinstance(node.meta.get("example_value"), SYMBOLS)]
-    return any(node.op == "call_function" for node in numbers)
+    return any(node.op == "call_function" and _is_symbol(node) for node in graph.nodes)
+
+
+def _is_symbol(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("example_value"), SYMBOLS)
 
 
 def _examples(inputs: Sequence[fx.Node]) -> tuple[FakeTensorMode, list[Any]]:

@@ -21,7 +21,7 @@ __all__ = ["Parts", "streamed_part"]
 
 def streamed_part(module: fx.GraphModule, shared: Shared) -> Callable[..., Any]:
     """A graph of dynamo as a function that streams, if there is an image among its inputs."""
-    traced = TracedGraph(module)
+    traced = TracedGraph(_copied(module))
     arguments = [traced.examples[i] for i in traced.indices(Kind.ARGUMENT)]
     if not any(is_image(tensor) for tensor in arguments):
         return lambda *values: traced(traced.taken(values))
@@ -29,6 +29,15 @@ def streamed_part(module: fx.GraphModule, shared: Shared) -> Callable[..., Any]:
     shared.warned.add("bound")
     pipeline = Pipeline(traced, shared)
     return lambda *values: pipeline.run(traced.taken(values), {})
+
+
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
+    """The module with a graph of its own, for dynamo reads the inputs of its graph again."""
+    graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph.output(graph.graph_copy(module.graph, nodes))
+    for node in module.graph.find_nodes(op="placeholder"):
+        nodes[node]._dynamo_source = node._dynamo_source
+    return fx.GraphModule(module, graph)
 
 
 class Parts:

@@ -161,9 +161,10 @@ class Pipeline:
         """The capture; one that is bound to its size is not kept for other sizes."""
         numbers = self.traced.numbers(values)
         captures = self._captures(numbers)
+        if captures and not self.traced.computes_sizes:
+            return captures[0]
         with stages("capture"):
-            made = captures[0] if captures and not self.traced.computes_sizes else None
-            made = made or self._that_holds(captures, self.traced, values)
+            made = self._that_holds(captures, self.traced, values)
             if made is not None:
                 return made
             captured = self._capture(values)

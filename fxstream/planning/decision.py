@@ -4,8 +4,9 @@ A decision says where the network is cut into spans, which of them run whole, an
 tile of each other has. It is made once per network, mode, budget and device by the search; at another size the
 grids, boxes, predicted bytes and seconds follow by arithmetic.
 
-It holds at a size where it fits the budget and costs about as much per pixel as what the search chose at one of
-the nearest sizes (`Yardstick`). Otherwise the search runs, and its choice becomes a decision too.
+It holds at a size where it fits the budget and costs about as much per pixel as what the search chose at the
+nearest size that is hardly larger (`Yardstick`): with less pixels more of the network may run whole within a
+budget. Otherwise the search runs, and its choice becomes a decision too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ TOLERANCE = 1.04
 """Predicted seconds per pixel over those of the best choice nearby that a decision may have."""
 NEAR = 2.0
 """Sizes within this factor along each axis are near."""
+HARDLY_LARGER = 1.15
+"""Pixels over those of a size up to which a size says what the best choice for it may cost per pixel."""
 MOST_DECISIONS = 8
 """Decisions that are kept; each is tried in turn."""
 MOST_YARDSTICKS = 64
@@ -101,6 +104,11 @@ class Yardstick:
     extents: tuple[int, ...]
     seconds: float
 
+    @property
+    def pixels(self) -> int:
+        """How many pixels an image of that size has."""
+        return math.prod(self.extents)
+
     def distance(self, extents: Sequence[int]) -> float:
         """The largest factor between these extents along any axis."""
         return max((max(a / b, b / a) for a, b in zip(self.extents, extents, strict=True)), default=1.0)
@@ -122,8 +130,10 @@ class Decisions:
         """Whether a decision that is predicted to take so long at a size may be taken there without a search."""
         if decision is self.saved:
             return True
-        near = [(one.distance(extents), one.seconds) for one in self.yardsticks]
-        return bool(near) and min(near)[0] <= NEAR and seconds / math.prod(extents) <= TOLERANCE * min(near)[1]
+        pixels = math.prod(extents)
+        comparable = [one for one in self.yardsticks if one.pixels <= HARDLY_LARGER * pixels]
+        near = [(one.distance(extents), one.seconds) for one in comparable]
+        return bool(near) and min(near)[0] <= NEAR and seconds / pixels <= TOLERANCE * min(near)[1]
 
     def add(self, decision: Decision, extents: Sequence[int], seconds: float) -> None:
         """Remember a choice; it is the first that will be tried."""

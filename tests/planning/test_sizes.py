@@ -117,6 +117,8 @@ def test_a_decision_holds_near_what_was_searched_and_no_dearer():
     assert not decisions.holds(decision, (100, 100), 1.1)
     assert decisions.holds(decision, (150, 120), 1.8)
     assert not decisions.holds(decision, (250, 100), 2.5)
+    assert decisions.holds(decision, (90, 98), 0.9)
+    assert not decisions.holds(decision, (70, 80), 0.56)  # with less pixels more may run whole
     saved = Decisions(saved=dataclasses.replace(decision))
     assert saved.holds(saved.saved, (250, 100), 99.0)
     assert list(saved) == [decision]
