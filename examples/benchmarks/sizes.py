@@ -19,9 +19,11 @@ from torch import nn
 
 import fxstream
 from fxstream.io.inputs import inputs_of
+from fxstream.machine.meter import measure
 from fxstream.machine.units import parse_bytes
 from fxstream.planning.plan import make_plan
 from fxstream.tiling.request import Request
+from fxstream.tools.benchmark import one_step
 from fxstream.tools.zoo import build
 
 
@@ -103,12 +105,31 @@ def many(make, shape, memory, count):
     return max(shares), max(ratios), sum(ratio > 1.05 for ratio in ratios)
 
 
+def peaks(make, shape, share, count):
+    """Over `count` sizes with one compiled module that run: predicted and measured peaks over the memory."""
+    model, draw = make(), random.Random(0)
+    shapes = [(*shape[:2], *(8 * round(n / 8 * draw.uniform(0.8, 1.1)) for n in shape[2:])) for _ in range(count)]
+    memory = int(share * fxstream.plan(model, inputs=[shape], memory=2**40).prediction.plain_bytes)
+    module = fxstream.compile(model, memory=memory, verify=False)
+    ratios = []
+    for of_call in shapes:
+        images = [torch.randn(of_call)]
+        one_step(module, model, images)
+        measured = measure(lambda images=images: one_step(module, model, images)).peak_bytes
+        ratios.append((module.plan.prediction.bytes / memory, measured / memory, len(module.plan.segments)))
+    return memory, ratios
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--memory", default="4GiB")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--many", type=int, default=0, help="compare so many sizes with searches instead")
+    parser.add_argument("--peaks", type=int, default=0, help="run so many sizes near --shape and measure instead")
+    parser.add_argument(
+        "--share", type=float, default=0.4, help="memory of --peaks, over that of the plain network"
+    )
     parser.add_argument("--shape", type=int, nargs="+", help="one more shape, the last")
     options = parser.parse_args()
     warnings.simplefilter("ignore", fxstream.StreamingWarning)
@@ -121,6 +142,16 @@ def main() -> None:
             memory = (1 + (name == "fcn")) * parse_bytes(options.memory)
             share, ratio, above = many(make, shapes[0], memory, options.many)
             table.add_row(title, f"{share:.3f}", f"{ratio:.3f}", f"{above} of {options.many}")
+        Console().print(table)
+        return
+    if options.peaks:
+        table = Table("network", "memory", "predicted", "measured", "segments", title="peaks over the memory")
+        for name in options.networks:
+            title, make, shapes = NETWORKS[name]
+            memory, ratios = peaks(make, tuple(options.shape or shapes[0]), options.share, options.peaks)
+            columns = [*zip(*ratios)]
+            listed = [", ".join(f"{one:.3f}" for one in column) for column in columns[:2]]
+            table.add_row(title, f"{memory / 2**20:.0f} MiB", *listed, ", ".join(map(str, columns[2])))
         Console().print(table)
         return
     table = Table("network", "first call", "of these", "further sizes", "segments", "time")
