@@ -78,13 +78,13 @@ def retracing(tracer: Tracer, model: nn.Module, inputs: FakeInputs, trace: Trace
     def retrace(values: Sequence[Any], shift: Sequence[int]) -> tuple[TracedGraph, list[Any]]:
         assert trace.graph is not None
         places = trace.graph.tensors_in(inputs.args, inputs.kwargs)
-        known = {id(tensor): values[i].shape for i, tensor in places.items()}
-        shapes = _shifted([known.get(id(tensor), tensor.shape) for tensor in tensors], shift)
+        of_call = {id(tensor): values[i].shape for i, tensor in places.items()}
+        shapes = _shifted([of_call.get(id(tensor), tensor.shape) for tensor in tensors], shift)
         others = iter(map(_fake, tensors, shapes))
         replaced = [next(others) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(replaced, spec)
         serves = trace.sizes is not None and trace.holds(model, args, kwargs)
-        traced = (trace if serves else tracer.trace(model, args, kwargs, at_this_size=True)).graph
+        traced = trace.graph if serves else tracer.graph(model, args, kwargs)
         if traced is None:
             raise CaptureError("at another size it computes nothing")
         if traced.inputs != trace.graph.inputs:

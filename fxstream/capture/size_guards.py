@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.printers import PythonPrinter
 
-__all__ = ["SizeGuards", "size_guards"]
+__all__ = ["SizeGuards", "size_guards", "source_name"]
 
 NAMES = {"math": math, "torch": torch}
 """What the text of a guard may name, besides the sizes."""
@@ -43,7 +42,7 @@ def size_guards(shapes: ShapeEnv) -> SizeGuards | None:
     conditions = [guard.expr for guard in shapes.guards]
     symbols = sorted(set().union(*(condition.free_symbols for condition in conditions)), key=str)
     names = [_place(shapes, symbol) for symbol in symbols]
-    fixed = [symbol for symbol, value in shapes.replacements.items() if isinstance(value, sympy.Integer)]
+    fixed = [symbol for symbol, value in shapes.replacements.items() if value.is_Integer]
     if not all(name.startswith("L[") for name in names) or any(".size()[" in _place(shapes, s) for s in fixed):
         return None
     printed = PythonPrinter().doprint
@@ -52,8 +51,12 @@ def size_guards(shapes: ShapeEnv) -> SizeGuards | None:
     return SizeGuards(check, tuple(compile(name, "<size>", "eval") for name in names))
 
 
-def _place(shapes: ShapeEnv, symbol: sympy.Symbol) -> str:
+def _place(shapes: ShapeEnv, symbol: Any) -> str:
     """Where the call or the model has a symbol, as an expression of the traced function's locals; else empty."""
     sources = shapes.var_to_sources.get(symbol)
-    name = sources[0].name if sources else ""
-    return name if isinstance(name, str) else str(name())
+    return source_name(sources[0]) if sources else ""
+
+
+def source_name(source: Any) -> str:
+    """Where dynamo has something from, as an expression of the traced function's locals, `L`, and globals, `G`."""
+    return source.name if isinstance(source.name, str) else str(source.name())

@@ -10,11 +10,12 @@ tensors of the call, since a graph shall serve all sizes; `input_key` takes its 
 from __future__ import annotations
 
 import builtins
+import contextlib
 import inspect
 import operator
 import threading
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch.utils import _pytree as pytree
 from fxstream.capture.constants import ModelValues, constants_folded
 from fxstream.capture.input_key import FakeInputs
 from fxstream.capture.refusals import explained, refuse
-from fxstream.capture.size_guards import SizeGuards, size_guards
+from fxstream.capture.size_guards import SizeGuards, size_guards, source_name
 from fxstream.capture.traced_graph import TracedGraph
 from fxstream.capture.tracing import tracing, without_modes, without_watchers
 from fxstream.graph.captured import CUMULATIVE, Results
@@ -128,45 +129,53 @@ class Tracer:
         self._with_symbols, self._without = 0, 0
 
     def trace(
-        self,
-        model: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        flat: bool = False,
-        at_this_size: bool = False,
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], flat: bool = False
     ) -> Trace:
         """Trace a call; only shapes and types of its tensors matter. With `flat` the results are known.
 
-        Where the model's code reads sizes, it is traced once more with symbols for them, unless `at_this_size`; a
-        trace with symbols has guards on them, and serves all sizes for which these hold. One thread traces at a
-        time. Raises `GraphBreakError` where the model is not one graph, and `CaptureError` where it cannot run on
-        such inputs, with the user's line.
+        Where the model's code reads sizes, it is traced once more with symbols for them; a trace with symbols has
+        guards on them, and serves all sizes for which these hold. One thread traces at a time. Raises
+        `GraphBreakError` where the model is not one graph, and `CaptureError` where it cannot run on such inputs,
+        with the user's line.
         """
-        refuse(model)
-        function = self._functions[_flat_call if flat else _call]
-        with convert_frame.compile_lock, tracing(model, flat), explained(model, args, kwargs):
-            _bind(model, args, kwargs)
-            call = (model, args, kwargs, flat)
-            read_sizes = self._with_symbols > 0 and not at_this_size
-            trace = self._traced_with_symbols(*call) if read_sizes else None
+        with _tracing(model, args, kwargs, flat):
+            read_sizes = self._with_symbols > 0
+            trace = self._traced_with_symbols(model, args, kwargs, flat) if read_sizes else None
             if trace is not None:
                 return trace
-            run = _Run(function, model, FakeInputs(args, kwargs), flat)
-            if run.reads_sizes and not at_this_size and not read_sizes:
-                trace = self._traced_with_symbols(*call)
+            run = _Run(self._function(flat), model, FakeInputs(args, kwargs), flat)
+            if run.reads_sizes and not read_sizes:
+                trace = self._traced_with_symbols(model, args, kwargs, flat)
             return trace or run.trace()
+
+    def graph(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TracedGraph | None:
+        """The graph of a call at its size alone, without what is needed to run it. Raises what `trace` raises."""
+        with _tracing(model, args, kwargs, flat=False):
+            return _Run(self._function(flat=False), model, FakeInputs(args, kwargs), flat=False).graph
+
+    def _function(self, flat: bool) -> types.FunctionType:
+        return self._functions[_flat_call if flat else _call]
 
     def _traced_with_symbols(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], flat: bool
     ) -> Trace | None:
         """The trace of a call with symbols for its sizes, where it has one and is worth the time."""
         is_tried = self._without in (0, PATIENCE) and self._with_symbols < MOST_WITH_SYMBOLS
-        inputs, function = FakeInputs(args, kwargs, symbols=True), self._functions[_flat_call if flat else _call]
+        inputs, function = FakeInputs(args, kwargs, symbols=True), self._function(flat)
         limit = MOST_GUARDS if self._without == 0 else None
         trace = _traced_with_symbols(function, model, inputs, flat, limit) if is_tried else None
         self._with_symbols += trace is not None
         self._without += trace is None
         return trace
+
+
+@contextlib.contextmanager
+def _tracing(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], flat: bool) -> Iterator[None]:
+    """What holds while a call is traced: its errors are explained, and no other thread traces."""
+    refuse(model)
+    with convert_frame.compile_lock, tracing(model, flat), explained(model, args, kwargs):
+        _bind(model, args, kwargs)
+        yield
 
 
 def _traced_with_symbols(
@@ -196,17 +205,15 @@ class _Run:
             self._output = convert_frame.fullgraph_capture(function, (model, inputs.args, inputs.kwargs))
         self._values = values()
         traced = self._output.backend_input
-        self._graph = None if traced is None else TracedGraph(traced.graph_module, _parameters(model))
+        self.graph = None if traced is None else TracedGraph(traced.graph_module, _parameters(model))
         self._code = self._output.graph_capture_output.traced_code[1:]
         names = frozenset().union(*map(_names, self._code))
-        self.reads_sizes = bool(names & SIZE_READERS) or (self._graph is not None and _takes_rows(self._graph))
+        self.reads_sizes = bool(names & SIZE_READERS) or (self.graph is not None and _takes_rows(self.graph))
 
     @property
     def has_blocks(self) -> bool:
         """Whether there are graphs within the graph: what is in a checkpoint, functions with a backward."""
-        return self._graph is not None and any(
-            isinstance(m, fx.GraphModule) for m in self._graph.module.children()
-        )
+        return self.graph is not None and any(isinstance(m, fx.GraphModule) for m in self.graph.module.children())
 
     @property
     def shapes(self) -> ShapeEnv:
@@ -216,11 +223,10 @@ class _Run:
 
     def trace(self, sizes: SizeGuards | None = None) -> Trace:
         """The trace, with guards on everything but the tensors of the call, and these on their sizes."""
-        function, fakes, captured = self._function, self._inputs.ids, self._output.graph_capture_output
+        function, captured, graph = self._function, self._output.graph_capture_output, self.graph
         dropped = UNGUARDED if sizes is None else UNGUARDED | OF_SYMBOLS
-        hooks = Hooks(guard_filter_fn=lambda entries: [_is_guarded(one, fakes, dropped) for one in entries])
-        guards = captured.build_guards(function.__code__, hooks=hooks)
-        graph = self._graph
+        _drop_guards(captured.output_graph, self._inputs.ids, dropped)
+        guards = captured.build_guards(function.__code__, hooks=Hooks())
         code = (
             (lambda *call: function(*call))
             if graph is None
@@ -238,10 +244,30 @@ def _copy(function: Any, identity: int) -> types.FunctionType:
     return types.FunctionType(code, {"__builtins__": builtins, "__name__": "fxstream", **names})
 
 
-def _is_guarded(entry: Any, fakes: frozenset[int], dropped: frozenset[str]) -> bool:
-    """Whether a guard of dynamo is kept: all but those on tensors of the call, and on `CUMULATIVE`."""
-    is_replaced = entry.name.endswith(".momentum") and entry.value == CUMULATIVE
-    return id(entry.value) not in fakes and entry.guard_type not in dropped and not is_replaced
+def _drop_guards(output_graph: Any, fakes: frozenset[int], dropped: frozenset[str]) -> None:
+    """Remove guards of some types, those on tensors of the call, and those on `CUMULATIVE`.
+
+    (A filter of dynamo's does the same once all guards were built, which are then built again.)
+    """
+    guards, local = output_graph.guards, {"L": output_graph.local_scope}
+
+    def is_kept(guard: Any) -> bool:
+        name = source_name(guard.originating_source)
+        if guard.create_fn_name() in dropped:
+            return False
+        if name.startswith(("L['args']", "L['kwargs']")):
+            return id(_value(name, local)) not in fakes
+        return not (name.endswith(".momentum") and _value(name, local) == CUMULATIVE)
+
+    guards.inner = type(guards.inner)(filter(is_kept, guards.inner))
+
+
+def _value(name: str, scope: Mapping[str, Any]) -> Any:
+    """What a guard is on; None where that does not exist, as in "has no such attribute"."""
+    try:
+        return eval(name, dict(scope))
+    except Exception:  # whatever the model's objects raise
+        return None
 
 
 def _names(code: types.CodeType) -> frozenset[str]:

@@ -24,6 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 from torch.utils.checkpoint import checkpoint
 
+from fxstream.capture.size_guards import source_name
+
 __all__ = ["GraphInput", "Kind", "TracedGraph", "checkpointed", "hooked", "user_path"]
 
 CONVOLUTIONS = tuple(getattr(torch, f"conv{kind}{rank}d") for kind in ("", "_transpose") for rank in (1, 2, 3))
@@ -193,8 +195,7 @@ def _kind(node: fx.Node, is_call: bool) -> Kind:
 
 def _source(node: fx.Node) -> str:
     """Where dynamo found an input, as an expression of the traced function's locals."""
-    source = node._dynamo_source  # type: ignore[attr-defined]
-    return source.name if isinstance(source.name, str) else source.name()
+    return source_name(node._dynamo_source)  # type: ignore[attr-defined]
 
 
 def _is_number(node: fx.Node) -> bool:

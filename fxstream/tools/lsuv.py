@@ -174,7 +174,7 @@ def _advice(path: str) -> str:
 
 def _order(model: nn.Module, layers: dict[str, Layer], args: tuple[Any, ...]) -> list[str]:
     """The paths of the layers in the order in which they run. Raises `InputError` unless each runs once."""
-    graph = Tracer().trace(model, args, {}).graph  # on tensors without values
+    graph = Tracer().graph(model, args, {})  # on tensors without values
     stacks = [node.meta.get("nn_module_stack", {}) for node in graph.module.graph.nodes] if graph else []
     calls = dict.fromkeys((path, call) for stack in stacks for call, (path, _) in list(stack.items())[-1:])
     ran = [path for path, _ in calls if path in layers]
