@@ -97,14 +97,14 @@ class Trace:
         """Whether a call would be traced the same way, but for the tensors of the call."""
         local = {"model": model, "args": args, "kwargs": dict(kwargs)}
         with _without_modes(), _without_watchers():  # under which tensors, and modules, look different
-            return bool(self._guards.guard_manager.check(local)) and self._values.hold(model)
+            return bool(self._guards.check(local)) and self._values.hold(model)
 
     def changed(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """The first guard that does not hold for a call."""
         local = {"model": model, "args": args, "kwargs": dict(kwargs)}
         if not self._values.hold(model):
             return "a tensor of the model whose value its code has asked for"
-        return "; ".join(map(str, self._guards.guard_manager.check_verbose(local).verbose_code_parts))
+        return "; ".join(map(str, self._guards.check_verbose(local).verbose_code_parts))
 
     def run(
         self, compute: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -146,7 +146,7 @@ class Tracer:
             with constants_folded(model) as values:
                 output = convert_frame.fullgraph_capture(function, (model, fakes.args, fakes.kwargs))
             captured = output.graph_capture_output
-            guards = captured.build_guards(function.__code__, hooks=hooks)
+            guards = _held_by_nothing(captured.build_guards(function.__code__, hooks=hooks))
         traced = output.backend_input
         graph = None if traced is None else TracedGraph(traced.graph_module, _parameters(model))
         names = frozenset().union(*map(_names, captured.traced_code[1:]))
@@ -160,6 +160,17 @@ class Tracer:
         return Trace(
             graph, reads_sizes, reads_formats, _results(captured) if flat else None, guards, code, values()
         )
+
+
+def _held_by_nothing(built: Any) -> Any:
+    """The guards that torch has built, which no longer refers to them.
+
+    Classes and functions that are guarded hold what built them, for as long as they live, to invalidate an entry
+    of a cache that guards of ours are not in: with it they would hold every model's graph.
+    """
+    guards = built.guard_manager
+    vars(built).clear()
+    return guards
 
 
 def _copy(function: Any, identity: int) -> types.FunctionType:
