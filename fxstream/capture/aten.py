@@ -247,9 +247,22 @@ def to_aten(traced: TracedGraph, fakes: Sequence[Any], autocast: Sequence[tuple[
 
 @contextlib.contextmanager
 def _saved_as_they_are() -> Iterator[None]:
-    """What a trace saves for backward must not reach the hooks of a checkpoint around the call."""
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-        yield
+    """What a trace saves for backward must not reach the hooks of a checkpoint around the call.
+
+    An operator that saves its own result would hold itself, and all that was computed before, for good, if the
+    hook returned the tensor; so it returns a number.
+    """
+    saved: list[torch.Tensor] = []
+
+    def number(tensor: torch.Tensor) -> int:
+        saved.append(tensor)
+        return len(saved) - 1
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(number, saved.__getitem__):
+            yield
+    finally:
+        saved.clear()
 
 
 def _captured(

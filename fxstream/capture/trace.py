@@ -93,7 +93,7 @@ class Trace:
         if self.sizes is not None and not self.sizes.hold(local):
             return False
         with without_modes(), without_watchers():  # under which tensors, and modules, look different
-            return bool(self._guards.guard_manager.check(local)) and self._values.hold(model)
+            return bool(self._guards.check(local)) and self._values.hold(model)
 
     def changed(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """The first guard that does not hold for a call."""
@@ -102,7 +102,7 @@ class Trace:
             return "a size that its code, or an operator, compares"
         if not self._values.hold(model):
             return "a tensor of the model whose value its code has asked for"
-        return "; ".join(map(str, self._guards.guard_manager.check_verbose(local).verbose_code_parts))
+        return "; ".join(map(str, self._guards.check_verbose(local).verbose_code_parts))
 
     def run(
         self, compute: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -226,7 +226,7 @@ class _Run:
         function, captured, graph = self._function, self._output.graph_capture_output, self.graph
         dropped = UNGUARDED if sizes is None else UNGUARDED | OF_SYMBOLS
         _drop_guards(captured.output_graph, self._inputs.ids, dropped)
-        guards = captured.build_guards(function.__code__, hooks=Hooks())
+        guards = _held_by_nothing(captured.build_guards(function.__code__, hooks=Hooks()))
         code = (
             (lambda *call: function(*call))
             if graph is None
@@ -235,6 +235,17 @@ class _Run:
         formats = any(map(_reads_formats, self._code))
         results = _results(captured) if self._flat else None
         return Trace(graph, self.reads_sizes, sizes, formats, results, guards, code, self._values)
+
+
+def _held_by_nothing(built: Any) -> Any:
+    """The guards that torch has built, which no longer refers to them.
+
+    Classes and functions that are guarded hold what built them, for as long as they live, to invalidate an entry
+    of a cache that guards of ours are not in: with it they would hold every model's graph.
+    """
+    guards = built.guard_manager
+    vars(built).clear()
+    return guards
 
 
 def _copy(function: Any, identity: int) -> types.FunctionType:

@@ -69,13 +69,12 @@ def _ask(graph: TypedGraph, node: fx.Node) -> Saves:
         statistic.requires_grad_(False)
     packed: list[torch.Tensor] = []
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: torch.Tensor) -> None:  # a result that holds itself would never be freed
         packed.append(tensor.detach())
-        return tensor
 
     assert callable(node.target)
     try:
-        with mode, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with mode, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
             results = [r for r in pytree.tree_leaves(node.target(*args, **kwargs)) if isinstance(r, torch.Tensor)]
     except Exception:  # whatever an operator without a meta kernel raises
         return every

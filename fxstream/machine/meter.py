@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ try:
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = ["Measured", "PeakMemory", "measure", "resident_bytes"]
+__all__ = ["Measured", "PeakMemory", "measure", "resident_bytes", "resident_now"]
+
+STATM = Path("/proc/self/statm")
+"""Pages of this process, on Linux."""
 
 
 class PeakMemory(TorchDispatchMode):
@@ -103,3 +107,11 @@ def resident_bytes() -> int:
     if resource is None:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def resident_now() -> int:
+    """The resident memory of this process; the largest so far where the system is not Linux."""
+    try:
+        return int(STATM.read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    except OSError:
+        return resident_bytes()

@@ -9,12 +9,14 @@ import torch
 
 from fxstream.machine.calibration import LARGE, rates_of
 from fxstream.machine.device import free_bytes, is_accelerator, is_present
-from fxstream.machine.heap import REUSED, largest_reused, malloc_remaps
+from fxstream.machine.heap import REUSED, largest_reused, loaded_bytes, malloc_remaps
 
 __all__ = ["LARGE", "Machine"]
 
 CALIBRATION = 2**31
 """Bytes that have to be free for it to be measured."""
+SMALL = 8
+"""No more than this part of a memory is left for what is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,8 @@ class Machine:
 
     `fresh` are bytes per second of newly mapped pages: every allocation of more than `reused` bytes. `host` are
     bytes per second between the device and host memory. `wide_macs` is the rate in 32 bits, that of all types
-    where it is None. An operator on `LARGE` elements or more takes `beyond` times as long.
+    where it is None. An operator on `LARGE` elements or more takes `beyond` times as long. `loaded` are bytes of a
+    memory that are not for tensors.
     """
 
     macs: float
@@ -35,6 +38,7 @@ class Machine:
     reused: int = REUSED
     wide_macs: float | None = None
     beyond: float = 1.0
+    loaded: int = 0
 
     @classmethod
     def of(cls, device: torch.device, is_shared: bool = False) -> Machine:
@@ -51,11 +55,20 @@ class Machine:
             return replace(typical, **asdict(rates_of(device)))
         threads = torch.get_num_threads()
         fresh = 1.25e9 * threads if malloc_remaps() else math.inf
-        return cls(5e10 * threads, 1.25e10 * threads, 1e-5, fresh=fresh, reused=largest_reused())
+        rates = 5e10 * threads, 1.25e10 * threads, 1e-5
+        return cls(*rates, fresh=fresh, reused=largest_reused(), loaded=loaded_bytes())
 
     def rate(self, dtype: torch.dtype) -> float:
         """Multiply-accumulates per second with results of a type."""
         return self.wide_macs if self.wide_macs is not None and dtype.itemsize >= 4 else self.macs
+
+    def for_tensors(self, memory: int) -> int:
+        """Bytes that tensors may take of a memory; a small one is all theirs but for an eighth."""
+        return memory - min(self.loaded, memory // SMALL)
+
+    def around_tensors(self, tensors: int) -> int:
+        """The memory of which tensors may take so many bytes: the inverse of `for_tensors`."""
+        return tensors + min(self.loaded, -(-tensors // (SMALL - 1)))
 
     def writing(self, count: float) -> float:
         """Seconds to fill a buffer of `count` bytes."""

@@ -136,7 +136,7 @@ def make_plan(
     context = CostContext(graph, machine, *modes, of_structure)
     decisions = of_structure.get(("decisions", request, machine, *modes), lambda: Decisions(saved=saved))
     if request.tile is None:
-        return _fastest(context, request, budget_of(request.memory, device), decisions)
+        return _fastest(context, request, machine.for_tensors(budget_of(request.memory, device)), decisions)
     return _within_tile(context, request, decisions)
 
 
@@ -258,7 +258,7 @@ def _within_memory(context: CostContext, request: Request, memory: int) -> Ran:
             return ran
         least = ran.prediction.bytes
         least = least if request.segments is not None else min(plain.prediction.bytes, least)
-        error = _too_little(context.graph, memory, least, smallest.binding)
+        error = _too_little(context, memory, least, smallest.binding)
     raise error
 
 
@@ -274,12 +274,13 @@ def _predicted(context: CostContext, request: Request, state: State) -> Ran:
     return Ran(tuple(state.spans), segments, predict(context, segments))
 
 
-def _too_little(graph: TypedGraph, memory: int, least: int, binding: str) -> PlanError:
-    """The error on a memory that not even the smallest plan fits into, whose peak is at the node `binding`.
+def _too_little(context: CostContext, memory: int, least: int, binding: str) -> PlanError:
+    """The error on a memory for tensors that not even the smallest plan fits into, whose peak is at `binding`.
 
     That plan needs `least` bytes.
     """
-    verdict = graph.verdicts[binding]
+    verdict = context.graph.verdicts[binding]
+    memory, least = context.machine.around_tensors(memory), context.machine.around_tensors(least)
     source = f" ({verdict.source})" if verdict.source else ""
     message = (
         f"no plan fits into {bytes_text(memory)}: the least that works is {bytes_text(least, up=True)}, which"

@@ -1,24 +1,29 @@
 """A segment as a module that runs on the CPU, at any size of its inputs.
 
 Its spatial and whole inputs are placeholders; integers that follow from sizes inside stay size arithmetic, all
-others are folded. Every floating type becomes one type and every device the CPU, so that it runs there whatever
-the model's precision and device are. Node names are kept.
+others are folded. A result whose size is folded (an upsampling to the size of a map outside) is as many times
+larger than its input as in the model, so that it is small where its input is. Every floating type becomes one type
+and every device the CPU, so that it runs there whatever the model's precision and device are. Node names are kept.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxstream.geometry.receptive_field import BROADCAST
 from fxstream.graph.shapes import shapes_at
 from fxstream.graph.type_graph import type_graph
-from fxstream.graph.typed_graph import TypedGraph
+from fxstream.graph.typed_graph import TypedGraph, TypedNode
+from fxstream.rules import Value
 from fxstream.tiling.segment import Segment, isolated
 
 __all__ = ["Subgraph", "subgraph"]
@@ -102,5 +107,63 @@ def subgraph(segment: Segment, dtype: torch.dtype) -> Subgraph:
             return IN_PLACE_OF_NAN
         return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
 
-    alone = isolated(segment, adapt)
+    alone = _in_proportion(isolated(segment, adapt))
     return Subgraph(fx.GraphModule({}, alone.graph.graph, "Subgraph"), alone, dtype, segment.graph)
+
+
+def _in_proportion(segment: Segment) -> Segment:
+    """The isolated segment with every result of a fixed size as a multiple of the input that it reads."""
+    nodes: dict[str, TypedNode] = {}
+    for name, typed in segment.graph.nodes.items():
+        if name in segment.nodes and typed.values and not typed.pattern.reduces:
+            for added in _sizes_followed(segment.graph, typed):
+                nodes[added.name] = replace(added, index=len(nodes))
+        nodes[name] = replace(typed, index=len(nodes))
+    return segment.with_graph(replace(segment.graph, nodes=nodes))
+
+
+def _sizes_followed(graph: TypedGraph, typed: TypedNode) -> list[TypedNode]:
+    """Writes size arithmetic in place of the numbers that are a result's tiled extents; the nodes of that.
+
+    An axis along which its input has one pixel, or none is read, keeps its number.
+    """
+    value, read, added = typed.values[0], typed.pattern.reads[0], list[TypedNode]()
+    sizes = {}
+    for k, axis_map in enumerate(read.maps):
+        if read.extents[k] > 1 and axis_map != BROADCAST:
+            sizes[k] = (value.extents[k], read.extents[k], read.dims[k])
+    for i, argument in enumerate(typed.node.args):
+        axes = _axes_of(argument, value)
+        if not any(k in sizes for k in axes.values()):
+            continue
+        numbers = list(argument)  # type: ignore[arg-type]
+        for place, k in axes.items():
+            if k in sizes and isinstance(numbers[place], int):
+                made = _multiple(graph, typed.node, read.value.name, *sizes[k])
+                numbers[place] = made[-1].node
+                added += made
+        typed.node.update_arg(i, numbers)
+    return added
+
+
+def _axes_of(argument: Any, value: Value) -> dict[int, int]:
+    """Which tiled axis each place of a list of sizes is, as ``output_size`` or as the whole shape; else empty."""
+    if not isinstance(argument, (list, tuple)):
+        return {}
+    if len(argument) == len(value.dims) and tuple(argument) == value.extents:
+        return {k: k for k in range(len(value.dims))}
+    if len(argument) == len(value.shape) and all(argument[d] == value.shape[d] for d in value.dims):
+        return {d: k for k, d in enumerate(value.dims)}
+    return {}
+
+
+def _multiple(graph: TypedGraph, before: fx.Node, source: str, extent: int, of: int, dim: int) -> list[TypedNode]:
+    """The nodes, in front of another, of a size of `source` times ``extent / of``."""
+    with graph.graph.inserting_before(before):
+        size = graph.graph.call_function(torch.ops.aten.sym_size.int, (graph[source].node, dim))
+        nodes, ratio = [TypedNode(size, 0, integer=of)], Fraction(extent, of)
+        if ratio != 1:
+            product = graph.graph.call_function(operator.mul, (size, ratio.numerator))
+            whole = graph.graph.call_function(operator.floordiv, (product, ratio.denominator))
+            nodes += [TypedNode(product, 0, integer=of * ratio.numerator), TypedNode(whole, 0, integer=extent)]
+    return nodes

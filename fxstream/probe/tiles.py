@@ -23,7 +23,7 @@ from fxstream.tiling.segment import Segment, make_segment
 __all__ = ["compare_reductions", "compare_values"]
 
 SIZES = (9, 12, 16, 33, 64, 128)
-"""Extents at which torch's own operators are compared, whose rules have their own tests: the first that works."""
+"""Extents at which torch's operators and the package's are compared, which have tests: the first that works."""
 LARGE_SIZES = (160, 128, 64, 33, 16, 12, 9)
 """The same for operators of others, whose rules may be wrong about pixels far away."""
 MOST_POSITIONS = 2**15
@@ -61,7 +61,7 @@ def _compare_tiles(graph: TypedGraph, names: tuple[str, ...], findings: Findings
     if segment is None or not all(segment.graph[n].is_local for n in names):
         return
     inputs, whole = _drawn(part, segment)
-    whole = [tensor if tensor.dtype == torch.bool else tensor.abs() + 1 for tensor in whole]
+    whole = [tensor if tensor.dtype == torch.bool else tensor.abs_().add_(1) for tensor in whole]
     with torch.no_grad():
         plain = part.module(*inputs, *whole)
     for third in range(3):
@@ -189,10 +189,10 @@ def _is_position(value: Value) -> bool:
 def _at_small_size(part: Subgraph) -> Segment | None:
     """The segment at a small size at which the operator yields a few pixels; None if it refuses all."""
     target = part.graph[part.segment.nodes[0]].node.target
-    is_torchs = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
+    is_tested = isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "fxstream")
     real = {name: part.segment.input_extents(name) for name, _ in part.segment.spatial}
     axes = len(next(iter(real.values())))
-    for extent in SIZES if is_torchs else LARGE_SIZES:
+    for extent in SIZES if is_tested else LARGE_SIZES:
         if extent**axes > MOST_POSITIONS:
             continue
         segment = typed_at(part, extents_at(real, [extent] * axes))
@@ -206,10 +206,11 @@ def _integers(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Gener
 
     Of classes the first two.
     """
-    drawn = torch.randint(-4, 5, shape, generator=generator)
+    drawn_as = dtype if dtype.is_floating_point else torch.int64
+    drawn = torch.randint(-4, 5, shape, generator=generator, dtype=drawn_as)
     half = max(1, shape[0] // 2) if shape else 0
     if shape:
-        drawn[:half] = -drawn[:half].abs() - 1
+        drawn[:half].abs_().neg_().sub_(1)
     if dtype == torch.int64:
         drawn %= 2
     return drawn.to(dtype)

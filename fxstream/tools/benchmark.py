@@ -28,7 +28,7 @@ from fxstream.compiler.compile import compile
 from fxstream.compiler.module import StreamedModule
 from fxstream.compiler.options import RequestOptions
 from fxstream.machine.device import synchronize
-from fxstream.machine.meter import measure, resident_bytes
+from fxstream.machine.meter import measure, resident_bytes, resident_now
 from fxstream.tools.freeze import freeze_batch_norm
 from fxstream.tools.inputs import drawn_inputs
 from fxstream.tools.model_spec import load
@@ -153,7 +153,7 @@ def _measured(workload: Workload, method: Method) -> dict[str, Any]:
         freeze_batch_norm(model)
     module = _by_method(model, method, workload.options)
     step = partial(one_step, module, model, drawn_inputs(model, workload.inputs))
-    before = resident_bytes()
+    before = resident_now()
     step()
     peak, grown = measure(step, device).peak_bytes, resident_bytes() - before
     start = time.perf_counter()

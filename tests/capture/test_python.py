@@ -7,6 +7,7 @@ between, and return the same, keep the same, and have the same gradients.
 import copy
 import dataclasses
 import enum
+import gc
 import random
 import types
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import fxstream
 
@@ -398,6 +400,24 @@ def test_traces_are_freed(monkeypatch):
     for i in range(5):
         module(torch.randn(LARGE), f"slide {i}")
     assert len(fxstream.inspect(module).calls) == 3
+
+
+def test_captures_are_freed_with_the_model():
+    """Torch's finalizers on what is guarded, and results that are saved for backward, once held every graph."""
+
+    def alive(model, steps):
+        for step in steps:
+            step(model)
+        del model
+        gc.collect()
+        return sum(type(o) in (torch.fx.Graph, FakeTensor) for o in gc.get_objects())
+
+    steps = (
+        lambda model: fxstream.plan(model, 64, tile=32, channels=2),
+        lambda model: fxstream.compile(model, tile=40)(torch.randn(LARGE)).square().mean().backward(),
+    )
+    counts = [alive(Net(lambda m, y: y.sigmoid() * y.sin()), steps) for _ in range(4)]
+    assert counts[1] == counts[3]
 
 
 @dataclasses.dataclass

@@ -76,6 +76,36 @@ def test_a_tile_has_the_memory_of_the_one_before_and_the_system_behind_the_pass_
     assert behind < pages / 10
 
 
+LEAST = """
+import torch, fxstream
+from fxstream.machine.speeds import Machine
+
+model = torch.nn.Sequential(*[torch.nn.Conv2d(8, 8, 5, padding=2) for _ in range(6)])
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), model)
+fxstream.compile(model, memory="8GiB", return_freed=True)
+machine = Machine.of(torch.device("cpu"))
+print(machine.for_tensors(2**31) - 2**31, machine.for_tensors(800) - 800, machine.around_tensors(700))
+plan = fxstream.plan(model, 512, memory="24MiB")
+try:
+    fxstream.plan(model, 512, memory="1KiB")
+except fxstream.PlanError as error:
+    least = error.least_bytes
+    fxstream.plan(model, 512, memory=least)
+    print(plan.prediction.bytes / 2**20, "into 1.00 KiB" in str(error))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of the C library of Linux")
+def test_a_memory_of_the_process_leaves_some_for_what_is_no_tensor():
+    """Also the least memory that an error names is one of the process, and works."""
+    done = subprocess.run([sys.executable, "-c", LEAST], capture_output=True, text=True, check=True)
+    machine, plan = done.stdout.splitlines()
+    assert machine == f"{-64 * 2**20} -100 800"
+    predicted, names_the_budget = plan.split()
+    assert float(predicted) <= 21
+    assert names_the_budget == "True"
+
+
 NETWORK = """
 import sys
 from pathlib import Path

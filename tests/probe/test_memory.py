@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 import fxstream
+from fxstream.machine.meter import PeakMemory
 from fxstream.probe import probe as probing
 from fxstream.probe.probe import probe
 from fxstream.probe.strip import make_strip
+from fxstream.tiling.parts import streamable_parts
 
 
 @pytest.fixture
@@ -84,3 +86,59 @@ def test_a_part_is_probed_once_whatever_of_it_streams(monkeypatch):
         covered.add(frozenset(n for s in compiled.plan.segments for n in s.segment.covers))
     assert len(covered) > 1
     assert probed == [8]
+
+
+def peak_of(analysis, memory, monkeypatch):
+    """Bytes of the tensors at the peak of the probe of all parts."""
+    peaks = []
+    inside = probing._probe
+
+    def counted(*args):
+        with PeakMemory() as memory:
+            report = inside(*args)
+        peaks.append(memory.peak)
+        return report
+
+    monkeypatch.setattr(probing, "_probe", counted)
+    for part in streamable_parts(analysis.graph):
+        report = probe(analysis.graph, part, memory=memory)
+        assert report.agrees, report
+        assert report.measured == report.nodes
+    monkeypatch.setattr(probing, "_probe", inside)
+    return max(peaks)
+
+
+class Decoder(nn.Module):
+    """Down and up again, to the size of the map before."""
+
+    def __init__(self, upsampled):
+        super().__init__()
+        self.upsampled = upsampled
+        self.fine, self.coarse = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 64, 3, 2, 1)
+        self.last = nn.Conv2d(72, 2, 3, padding=1)
+
+    def forward(self, x):
+        fine = self.fine(x).relu()
+        return self.last(torch.cat([fine, self.upsampled(self.coarse(fine).relu(), fine.shape[2:])], 1))
+
+
+UPSAMPLED = {
+    "nearest": lambda x, size: nn.functional.interpolate(x, size=size),
+    "bilinear": lambda x, size: nn.functional.interpolate(x, size=size, mode="bilinear"),
+}
+
+
+@pytest.mark.parametrize("how", UPSAMPLED)
+@pytest.mark.parametrize("memory", [2**16, 2**30])
+def test_a_size_from_elsewhere_does_not_make_the_probe_as_large_as_the_image(how, memory, monkeypatch):
+    decoder = Decoder(UPSAMPLED[how])
+    small = peak_of(fxstream.analyze(decoder, 128), memory, monkeypatch)
+    assert peak_of(fxstream.analyze(decoder, 2048), memory, monkeypatch) <= 1.5 * small
+    assert small < 2**22
+
+
+def test_operators_are_compared_in_little_more_than_their_weights(monkeypatch):
+    """Means over windows are combined on few positions, and kernels in float64 are drawn once."""
+    layers = nn.Sequential(nn.Conv2d(3, 512, 1), nn.Conv2d(512, 512, 3, padding=1), nn.AdaptiveAvgPool2d(7))
+    weights = sum(weight.nbytes for weight in layers.parameters())
+    assert peak_of(fxstream.analyze(layers, 1024), 2**24, monkeypatch) < 4 * weights
