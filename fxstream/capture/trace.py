@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _pop_mode, _pus
 
 from fxstream.capture.constants import ModelValues, constants_folded
 from fxstream.capture.refusals import explained, refuse
+from fxstream.capture.spellings import spellings_traced
 from fxstream.capture.traced_graph import TracedGraph
 from fxstream.graph.captured import CUMULATIVE, Results
 from fxstream.graph.user_code import is_library_file
@@ -103,7 +104,7 @@ class Trace:
         """The first guard that does not hold for a call."""
         local = {"model": model, "args": args, "kwargs": dict(kwargs)}
         if not self._values.hold(model):
-            return "a tensor of the model whose value its code has asked for"
+            return "a tensor of the model, or a context variable, whose value its code has asked for"
         return "; ".join(map(str, self._guards.guard_manager.check_verbose(local).verbose_code_parts))
 
     def run(
@@ -211,6 +212,7 @@ def _tracing(model: nn.Module, flat: bool) -> Iterator[None]:
             torch_function_mode_stack_state_mgr,
             _cumulative_averages(model),
             _as_in_eager(),
+            spellings_traced(),
             _looking_into_observers(model),
             _without_watchers(),
         ):
