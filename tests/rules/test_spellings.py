@@ -39,8 +39,6 @@ LOCAL = {
     "bitwise of numbers": lambda m, x: x * ((x.int() & 3) | 4 ^ (x.int() << 1)),
     "where with a number": lambda m, x: torch.where(x > 1, x, -1.0) + torch.where(x > 2, 3.0, x),
     "where with numbers": lambda m, x: x * torch.where(x > 1, 2.0, -1.0),
-        0, 3, 1, 2
-    ),
     "type_as": lambda m, x: x + m.k.type_as(x),
     "to another's type": lambda m, x: x + m.k.to(x),
     "type of a larger map": lambda m, x: x * x.mean((2, 3), keepdim=True).float().type_as(x).sign(),
