@@ -1,9 +1,15 @@
 """How much of every torchvision classifier and of one network per timm family streams, and does the probe agree?
 
+    python examples/networks.py [NAME ...] [--packages [LIST.py]]
+
 Networks are built on the meta device with frozen BatchNorm: no weights, no memory. Per network one row: whether it
 could be captured, the share of the activations in streamable regions, what ends the first region, its receptive
 field and stride, and how many nodes the probe measured. Writes the rows to a JSON file as it goes and prints a
 table and a summary at the end. All networks take about an hour on two cores; name some to run only those.
+
+With `--packages` the networks are those of `package_networks.py`, or of another file that has such a list, small
+and with random weights, each in a process of its own; a row also says whether a training step within 30% of the
+memory of plain, or the least that works, has its results and gradients. That takes two hours on one core.
 """
 
 import argparse
@@ -12,8 +18,11 @@ import json
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
+import package_table
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -171,44 +180,67 @@ COLUMNS = [
 ]
 
 
-def write_csv(rows: list[dict[str, object]], path: Path) -> None:
-    """The table as text, a line per network; the receptive field is the one along the first axis."""
+def cells_of(row: dict[str, object]) -> dict[str, object]:
+    """A row of the table as text; the receptive field is the one along the first axis."""
+    cells = {"network": row["network"], "failure": row.get("failure", "")}
+    if "failure" not in row:
+        cells |= {"size": row["size"], "bound_to_size": row["bound"], "parts": row["parts"]}
+        cells |= {"streamed_share": round(row["streamed"], 4), "first_cut": row["cut"]}
+        cells |= {"nodes": row["nodes"], "measured": row["measured"]}
+        cells |= {"mismatches": len(row["mismatches"]), "not_probed": "; ".join(row["unprobed"])}
+    if row.get("field"):
+        size, stride, before, after = row["field"][0]
+        cells |= {"receptive_field": size, "stride": stride, "halo": f"{before}+{after}"}
+    return cells
+
+
+def write_csv(rows: Iterable[dict[str, object]], columns: list[str], path: Path) -> None:
+    """The table as text, a line per network."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
+        writer = csv.DictWriter(file, columns, lineterminator="\n", restval="")
         writer.writeheader()
-        for row in rows:
-            cells = {"network": row["network"], "failure": row.get("failure", "")}
-            if "failure" not in row:
-                cells |= {"size": row["size"], "bound_to_size": row["bound"], "parts": row["parts"]}
-                cells |= {"streamed_share": round(row["streamed"], 4), "first_cut": row["cut"]}
-                cells |= {"nodes": row["nodes"], "measured": row["measured"]}
-                cells |= {"mismatches": len(row["mismatches"]), "not_probed": "; ".join(row["unprobed"])}
-            if row.get("field"):
-                size, stride, before, after = row["field"][0]
-                cells |= {"receptive_field": size, "stride": stride, "halo": f"{before}+{after}"}
-            writer.writerow(cells)
+        writer.writerows(rows)
 
 
-def main() -> None:
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("networks", nargs="*", help="torchvision/NAME or timm/NAME; all if none is named")
-    parser.add_argument(
-        "--json", type=Path, default=Path("networks.json"), help="where the rows go, and are continued"
-    )
+    parser.add_argument("--json", type=Path, help="where the rows go, and are continued")
     parser.add_argument("--csv", type=Path, help="where the table goes as text")
     parser.add_argument("--global-ops", choices=("auto", "cut"), default="auto", help="as in compile")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--packages",
+        nargs="?",
+        type=Path,
+        const=package_table.LIST,
+        metavar="LIST.py",
+        help="networks of packages",
+    )
+    parser.add_argument("--seconds", type=float, default=package_table.SECONDS, help="for each of --packages")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = options_of(arguments)
     warnings.simplefilter("ignore")
-    rows = json.loads(options.json.read_text()) if options.json.exists() else []  # a run that was cut off goes on
-    known = {row["network"] for row in rows}
     console = Console()
-    for target in track(options.networks or every_network(), "networks", console=Console(stderr=True)):
-        if target not in known:
-            rows.append(row_of(target, options.global_ops))
-            options.json.write_text(json.dumps(rows, indent=1))
-    show(rows, console)
+    if options.packages:
+        names = package_table.names_of(options.packages, options.networks, console)
+        ask = partial(package_table.row_of, path=options.packages, seconds=options.seconds)
+        show_rows, cells, columns = package_table.show, package_table.cells_of, package_table.COLUMNS
+    else:
+        names, ask = options.networks or every_network(), partial(row_of, global_ops=options.global_ops)
+        show_rows, cells, columns = show, cells_of, COLUMNS
+    target = options.json or Path("package_networks.json" if options.packages else "networks.json")
+    rows = json.loads(target.read_text()) if target.exists() else []  # a run that was cut off goes on
+    known = {row["network"] for row in rows}
+    for name in track(names, "networks", console=Console(stderr=True)):
+        if name not in known:
+            rows.append(ask(name))
+            target.write_text(json.dumps(rows, indent=1))
+    show_rows(rows, console)
     if options.csv:
-        write_csv(rows, options.csv)
+        write_csv(map(cells, rows), columns, options.csv)
 
 
 if __name__ == "__main__":

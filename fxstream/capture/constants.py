@@ -7,7 +7,8 @@ NOTE [constants]
 1. Dynamo's graph is replayed up to the place where the value is asked for: all that reads tensors of the model and
    constants alone, writes in place included. A tensor that anything else may write to is no constant; neither is a
    random draw, nor what has more than a few thousand entries.
-2. The trace holds as long as the tensors of the model that were read have the same values (`ModelValues`).
+2. The trace holds as long as the tensors of the model that were read have the same values (`ModelValues`), and so
+   do context variables.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from torch._dynamo.variables.tensor import TensorVariable
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
+
+from fxstream.capture.context_values import ContextValues, context_values_traced
 
 __all__ = ["ModelValues", "constants_folded"]
 
@@ -54,13 +57,14 @@ JUMPS = tuple(name for name in dis.opmap if name.startswith("POP_JUMP") and name
 
 @dataclass(frozen=True, slots=True)
 class ModelValues:
-    """Tensors of the model that a trace has the values of: by the path in the model, or the tensor itself."""
+    """What a trace has the values of: tensors of the model, by the path or as such, and context variables."""
 
     tensors: tuple[tuple[str | torch.Tensor, torch.Tensor], ...]
+    contexts: ContextValues
 
     def hold(self, model: nn.Module) -> bool:
         """Whether they have these values now."""
-        return all(_is_equal(_now(model, one), value) for one, value in self.tensors)
+        return self.contexts.hold() and all(_is_equal(_now(model, one), value) for one, value in self.tensors)
 
 
 def _now(model: nn.Module, one: str | torch.Tensor) -> Any:
@@ -201,7 +205,7 @@ def constants_folded(model: nn.Module) -> Iterator[Callable[[], ModelValues]]:
     def values() -> ModelValues:
         names = {id(tensor): name for name, tensor in _tensors(model).items()}
         read = [pair for replay in replays.values() for pair in replay.read]
-        return ModelValues(tuple((names.get(id(one), one), value) for one, value in read))
+        return ModelValues(tuple((names.get(id(one), one), value) for one, value in read), contexts())
 
     methods, tables = _methods(folded), [InstructionTranslator.dispatch_table]
     tables.append(InliningInstructionTranslator.dispatch_table)
@@ -212,7 +216,8 @@ def constants_folded(model: nn.Module) -> Iterator[Callable[[], ModelValues]]:
         for table in tables:
             for name in JUMPS:
                 table[dis.opmap[name]] = _jump(folded, table[dis.opmap[name]])
-        yield values
+        with context_values_traced() as contexts:
+            yield values
     finally:
         for name, method in before[0].items():
             setattr(TensorVariable, name, method)

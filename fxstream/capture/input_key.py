@@ -1,4 +1,8 @@
-"""The tensors of a call as a trace sees them: stand-ins for them, and what it depends on in them, as a key.
+"""The tensors of a call as a trace sees them: stand-ins for them, and what it depends on in them.
+
+Where sizes were symbols while a model was traced, dynamo notes each comparison that its code, or an operator on
+shapes, makes of them. Sizes for which all of these come out as in the trace take the same path (`SizeGuards`). A
+number of the model that changes is a symbol too.
 
 The key has all but batch and image size. It takes the place of dynamo's guards on these tensors: types, devices,
 channels, whether gradients are asked for, and which of them are the same tensor. How they lie in memory matters
@@ -7,19 +11,25 @@ only to a model that asks for it (`input_formats`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo import mark_static, maybe_mark_dynamic
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.printers import PythonPrinter
 
 from fxstream.graph.shapes import stream_dims
 
-__all__ = ["FakeInputs", "input_formats", "input_key"]
+__all__ = ["FakeInputs", "SizeGuards", "input_formats", "input_key", "size_guards", "source_name"]
 
+NAMES = {"math": math, "torch": torch}
+"""What the text of a guard may name, besides the sizes."""
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -87,3 +97,43 @@ class FakeInputs:
                 fake = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
             self._fakes[id(value)] = fake.requires_grad_(value.requires_grad)
         return self._fakes[id(value)]
+
+
+@dataclass(frozen=True, slots=True)
+class SizeGuards:
+    """The comparisons of a trace, as a function of its symbols; the expression of each symbol in the call."""
+
+    _check: Callable[..., bool]
+    _sizes: tuple[Any, ...]
+
+    def hold(self, local: Mapping[str, Any]) -> bool:
+        """Whether a call takes the path of the trace; `local` has its `args`, `kwargs` and `model`."""
+        try:
+            return self._check(*(eval(size, {"L": local}) for size in self._sizes))
+        except ZeroDivisionError:
+            return False
+
+
+def size_guards(shapes: ShapeEnv) -> SizeGuards | None:
+    """The guards of a trace on its symbols; None where a size is fixed, or one is no part of call or model."""
+    conditions = [guard.expr for guard in shapes.guards]
+    symbols = sorted(set().union(*(condition.free_symbols for condition in conditions)), key=str)
+    names = [_place(shapes, symbol) for symbol in symbols]
+    fixed = [symbol for symbol, value in shapes.replacements.items() if value.is_Integer]
+    if not all(name.startswith("L[") for name in names) or any(".size()[" in _place(shapes, s) for s in fixed):
+        return None
+    printed = PythonPrinter().doprint
+    text = " and ".join(f"({printed(condition)})" for condition in conditions) or "True"
+    check = eval(f"lambda {', '.join(map(str, symbols))}: {text}", dict(NAMES))
+    return SizeGuards(check, tuple(compile(name, "<size>", "eval") for name in names))
+
+
+def _place(shapes: ShapeEnv, symbol: Any) -> str:
+    """Where the call or the model has a symbol, as an expression of the traced function's locals; else empty."""
+    sources = shapes.var_to_sources.get(symbol)
+    return source_name(sources[0]) if sources else ""
+
+
+def source_name(source: Any) -> str:
+    """Where dynamo has something from, as an expression of the traced function's locals, `L`, and globals, `G`."""
+    return source.name if isinstance(source.name, str) else str(source.name())

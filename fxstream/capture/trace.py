@@ -29,9 +29,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from fxstream.capture.constants import ModelValues, constants_folded
-from fxstream.capture.input_key import FakeInputs
+from fxstream.capture.input_key import FakeInputs, SizeGuards, size_guards, source_name
 from fxstream.capture.refusals import explained, refuse
-from fxstream.capture.size_guards import SizeGuards, size_guards, source_name
 from fxstream.capture.traced_graph import TracedGraph
 from fxstream.capture.tracing import tracing, without_modes, without_watchers
 from fxstream.graph.captured import CUMULATIVE, Results
@@ -101,7 +100,7 @@ class Trace:
         if self.sizes is not None and not self.sizes.hold(local):
             return "a size that its code, or an operator, compares"
         if not self._values.hold(model):
-            return "a tensor of the model whose value its code has asked for"
+            return "a tensor of the model, or a context variable, whose value its code has asked for"
         return "; ".join(map(str, self._guards.check_verbose(local).verbose_code_parts))
 
     def run(

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 from torch.utils.checkpoint import checkpoint
 
-from fxstream.capture.size_guards import source_name
+from fxstream.capture.input_key import source_name
 
 __all__ = ["GraphInput", "Kind", "TracedGraph", "checkpointed", "hooked", "user_path"]
 

@@ -1,20 +1,30 @@
 """The state of torch and dynamo while a model is traced, and while what is not the model's runs.
 
 Each is a block that leaves everything as it was.
+
+NOTE [spellings]
+``torch.jit.isinstance(x, torch.Tensor)``, in code that is scripted too, is traced as `isinstance`;
+``ctx.saved_variables``, in autograd functions from before torch 0.4, as ``ctx.saved_tensors``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
+import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo import config
 from torch._dynamo.trace_rules import get_mod_inlinelist
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.functions import SkipFunctionVariable
+from torch._dynamo.variables.misc import AutogradFunctionContextVariable
 from torch._dynamo.variables.torch import tracing_state_functions
 from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -32,6 +42,8 @@ GLOBAL_HOOKS = (
     torch.nn.modules.module._global_forward_hooks,
 )
 _CAPTURES = threading.local()
+call_skipped = SkipFunctionVariable.call_function
+attribute_of_context = AutogradFunctionContextVariable.var_getattr
 
 
 def is_capturing() -> bool:
@@ -57,6 +69,7 @@ def tracing(model: nn.Module, flat: bool) -> Iterator[None]:
             torch_function_mode_stack_state_mgr,
             _cumulative_averages(model),
             _as_in_eager(),
+            _spellings_traced(),
             _looking_into_observers(model),
             without_watchers(),
         ):
@@ -140,3 +153,33 @@ def _cumulative_averages(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.momentum = None
+
+
+@functools.wraps(call_skipped)
+def _call_function(self: SkipFunctionVariable, tx: Any, args: Any, kwargs: Any) -> Any:
+    if self.value is torch.jit.isinstance and len(args) == 2 and not kwargs and _is_class(args[1]):
+        return VariableTracker.build(tx, isinstance).call_function(tx, args, kwargs)
+    return call_skipped(self, tx, args, kwargs)
+
+
+def _is_class(variable: VariableTracker) -> bool:
+    """Whether it is a class; of ``List[int]`` torch looks into the list."""
+    value = variable.as_python_constant() if variable.is_python_constant() else None
+    return isinstance(value, type) and typing.get_origin(value) is None
+
+
+@functools.wraps(attribute_of_context)
+def _var_getattr(self: AutogradFunctionContextVariable, tx: Any, name: str) -> Any:
+    return attribute_of_context(self, tx, "saved_tensors" if name == "saved_variables" else name)
+
+
+@contextlib.contextmanager
+def _spellings_traced() -> Iterator[None]:
+    """Dynamo takes these spellings for those that it traces."""
+    SkipFunctionVariable.call_function = _call_function  # type: ignore[method-assign]
+    AutogradFunctionContextVariable.var_getattr = _var_getattr  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        SkipFunctionVariable.call_function = call_skipped  # type: ignore[method-assign]
+        AutogradFunctionContextVariable.var_getattr = attribute_of_context  # type: ignore[method-assign]

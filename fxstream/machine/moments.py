@@ -211,14 +211,17 @@ def normalise(
     """``(tensor - centre) * scale + shift`` with operands [N, C], by the batch norm kernel wherever that can be.
 
     `unit` is the variance, of ones, that this kernel takes. One sample broadcasts against the operands of several.
+    A channels_last map of one sample whose batch dim has a stride below its size, as `reshape` and `unsqueeze`
+    leave it, does not go through the kernel: torch's backward takes its gradient for one in the other format.
 
     >>> one = torch.ones(1, 1)
     >>> normalise(torch.tensor([[[1.0, 3.0]]]), one, one, 2 * one, one)
     tensor([[[0., 2.]]])
     """
-    if len(tensor) == len(scale) and (len(tensor) == 1 or tensor.is_contiguous()):
+    is_one = len(tensor) == 1 and tensor.stride(0) >= tensor.numel()
+    if len(tensor) == len(scale) and (is_one or tensor.is_contiguous()):
         flat = [operand.flatten() for operand in (scale, shift, centre, unit)]
-        rows = tensor.reshape(1, -1, *tensor.shape[2:])
+        rows = tensor if is_one else tensor.view(1, -1, *tensor.shape[2:])
         result: torch.Tensor = torch.ops.aten.batch_norm(rows, *flat, False, 0.0, 0.0, False)
         return result.view_as(tensor)
     axes = [1] * (tensor.ndim - 2)

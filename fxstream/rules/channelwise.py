@@ -109,6 +109,7 @@ def add_rules(table: RuleTable) -> None:
     table.add("aten::one_hot", "classes", one_hot)
     table.add("aten::index_put", "classes", index_put)
     table.add("aten::gather", "classes", gather)
+    table.add("aten::embedding", "classes", embedding)
     table.add("fxstream::class_weights", "classes", class_weights)
 
 
@@ -300,6 +301,16 @@ def gather(call: Call) -> Answer:
     if index.dims not in ((), dims) or any(image.shape[d] != index.shape[d] for d in dims):
         return NotTileable(Reason.GATHERS_POSITIONS)
     return _looked_up(call, dims, (("self", image, dims), ("index", index, dims)))
+
+
+def embedding(call: Call) -> Answer:
+    """The vector of the class of each pixel, in a last dim more."""
+    indices: Value = call["indices"]
+    if _depends_on_position(call["weight"]):
+        return NotTileable(Reason.WEIGHTS_POSITIONAL)
+    if call["scale_grad_by_freq"] or call["sparse"]:
+        return NotTileable(Reason.COUNTS_CLASSES, indices.dims)
+    return _looked_up(call, indices.dims, (("indices", indices, indices.dims),))
 
 
 def class_weights(call: Call) -> Answer:

@@ -45,6 +45,7 @@ ADDITIONS = (
     "log_sigmoid",
     "multiply",
     "subtract",
+    "where",
 )
 BROADCASTS = ("broadcast_tensors", "expand_as")
 """Operators that read of some operands only the shape."""

@@ -213,3 +213,17 @@ def test_a_model_without_memory_is_planned_as_one_with(norm, layout):
         plans.append(str(fxstream.plan(model, inputs=[image], tile=32)))
     assert "100% of the activations" in plans[0]
     assert plans[0] == plans[1]
+
+
+def tokens_normalised(m, x):
+    tokens = m.a(x).flatten(2).transpose(1, 2)
+    return torch.einsum("btn,bnc->btc", m.norm(m.scores(tokens).transpose(1, 2)), tokens)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_instance_norm_of_transposed_tokens(batch):
+    """The channels are the innermost dim of what is normalised, in tiles of one image too."""
+    parts = {"scores": nn.Linear(4, 5), "norm": nn.InstanceNorm1d(5, affine=True)}
+    model = Function(tokens_normalised, **two_convolutions(), **parts).double()
+    image = torch.randn(batch, 2, 17, 14, dtype=torch.double, requires_grad=True)
+    assert_reduced(model, image, tile=9, segments=1)

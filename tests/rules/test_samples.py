@@ -213,6 +213,12 @@ SAMPLES = {
     "broadcast_tensors": [(X2, lambda x: A.broadcast_tensors([x, x[:, :1]])[1] * x)],
     "expand_as": [(X2, lambda x: A.expand_as(x[:, :1], x))],
     "one_hot": [(X2, lambda x: A.one_hot(x.long().clamp(0, 2), 3))],
+    "embedding": [(X2, lambda x: A.embedding(torch.eye(3, dtype=torch.double), x.long().clamp(0, 2)))],
+    "where": [
+        (X2, lambda x: A.where(x > 1, x, x * 2)),
+        (X2, lambda x: A.where(x > 1, x, 0.5)),
+        (X2, lambda x: A.where(x > 1, 2.0, x)),
+    ],
     "gather": [(X2, lambda x: A.gather(x, 1, (x > 1).long()))],
     "cross_entropy_loss": [(X2, lambda x: A.cross_entropy_loss(x, (x[:, 0] > 1).long(), None, 0))],
     "nll_loss_nd": [(X2, lambda x: A.nll_loss_nd(x, (x[:, 0] > 1).long(), None, 0))],
@@ -272,7 +278,6 @@ TAGGED = {
     "add": lambda x: A.add(x, x),
     "mul broadcast": lambda x: A.mul(x, x[:, :1]),
     "clamp_min": lambda x: A.clamp_min(x, 0.1),
-    "where": lambda x: A.where(x > 0, x, x * 2),
     "pow": lambda x: A.pow(x, 2),
 }
 LOCAL_FAMILIES = {row.operator for row in rules() if row.family not in ("map-wide", "reduction")}

@@ -37,6 +37,8 @@ LOCAL = {
     "logical_xor": lambda m, x: x * x.logical_xor(x > 1),
     "bitwise": lambda m, x: x * torch.bitwise_or(x > 2, torch.bitwise_and(x > 0, torch.bitwise_not(x > 1))),
     "bitwise of numbers": lambda m, x: x * ((x.int() & 3) | 4 ^ (x.int() << 1)),
+    "where with a number": lambda m, x: torch.where(x > 1, x, -1.0) + torch.where(x > 2, 3.0, x),
+    "where with numbers": lambda m, x: x * torch.where(x > 1, 2.0, -1.0),
     "type_as": lambda m, x: x + m.k.type_as(x),
     "to another's type": lambda m, x: x + m.k.to(x),
     "type of a larger map": lambda m, x: x * x.mean((2, 3), keepdim=True).float().type_as(x).sign(),
@@ -75,3 +77,18 @@ def test_resizing_streams(name):
     image = torch.randn(2, 2, 24, 26, dtype=torch.float64, requires_grad=True)
     assert assert_streams(model.double(), image, tile=22, tolerance=1e-12).streamed_share > 0.7
     assert fxstream.analyze(model.float(), (24, 26), channels=2).barriers == ()
+
+
+def test_a_codebook_has_its_gradient():
+    """The rows of a codebook nearest to each pixel: what is looked up, and the gradient of every row."""
+
+    def forward(m, x):
+        features = m.a(x).permute(0, 2, 3, 1)
+        apart = features.pow(2).sum(-1, True) - 2 * features @ m.book.weight.t() + m.book.weight.pow(2).sum(1)
+        nearest = m.book(apart.argmin(-1))
+        return m.b((nearest + features - features.detach()).permute(0, 3, 1, 2)), nearest - features.detach()
+
+    parts = {"a": nn.Conv2d(2, 4, 3, padding=1), "book": nn.Embedding(5, 4), "b": nn.Conv2d(4, 3, 3)}
+    model = Function(forward, **parts).double()
+    assert_streams(model, torch.randn(2, 2, 21, 18, dtype=torch.double, requires_grad=True), tile=10)
+    assert fxstream.analyze(model.float(), (21, 18), channels=2).barriers == ()
