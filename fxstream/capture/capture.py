@@ -9,16 +9,19 @@ NOTE [size independence]
 2. A second capture, at another batch size and at spatial sizes of other residues, shows which constants differ. A
    model whose code reads sizes is traced again for it, unless it was traced with symbols and their guards hold.
 3. Only if some differ, a third capture confirms their explanation.
-4. If no other size can be captured, or a difference cannot be explained, the capture is `bound`, that is
-   specialised to its size: another size is captured again.
+4. Where the batch size cannot be another, the others are at the same, and the capture is for that `batch`. If no
+   other size can be captured, or a difference cannot be explained, it is `bound`, that is specialised to its size:
+   another size is captured again.
 5. A model whose code reads sizes may branch on them. A trace with symbols for the sizes has guards for that; where
-   they hold, and operators get sizes as they are, the capture holds as well. Where the model's code computes with
-   sizes, the traced graph is written down at each new size to confirm that its constants are those of the capture
-   (`that_holds`), or else this size gets a capture of its own. Without symbols each new size is traced for that.
+   they hold, and operators get sizes as they are, a capture that was confirmed at such sizes holds as well. Where
+   the model's code computes with sizes, the traced graph is written down at each new size to confirm that its
+   constants are those of a capture (`that_holds`), or else this size gets a capture of its own. Without symbols
+   each new size is traced for that.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -41,7 +44,7 @@ from fxstream.graph.captured import Captured
 from fxstream.graph.effects import subgraphs
 from fxstream.graph.shapes import Meta, fake_tensor_log_silenced, fold_integers, shapes_at, stream_dims
 
-__all__ = ["Retrace", "capture", "capture_graph", "retracing", "that_holds"]
+__all__ = ["Retrace", "batch_size", "capture", "capture_graph", "retracing", "that_holds"]
 
 SHIFTS = ((33, 97, 161), (32, 64, 96), (224, 448, 672), (768, 1536, 2304), (10080, 20160, 30240))
 """Pixels added per axis for the second capture, in order of preference: odd first, then multiples of a stride.
@@ -51,8 +54,8 @@ multiples of windows of 7, 8, 12 and most other sizes, at a stride.
 """
 TIMES = (3, 2, 4)
 """What the shift of each axis is multiplied by for the third: not the same, or what is equal by chance stays."""
-Retrace = Callable[[Sequence[Any], Sequence[int]], tuple[TracedGraph, list[Any]]]
-"""The graph of a call with values like these and so many pixels more per axis, an image more; values for it."""
+Retrace = Callable[[Sequence[Any], Sequence[int], int], tuple[TracedGraph, list[Any]]]
+"""The graph of a call with values like these, so many pixels more per axis and so many images; values for it."""
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Captured, list[Any]]:
@@ -75,15 +78,17 @@ def retracing(tracer: Tracer, model: nn.Module, inputs: FakeInputs, trace: Trace
     leaves, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
-    def retrace(values: Sequence[Any], shift: Sequence[int]) -> tuple[TracedGraph, list[Any]]:
+    def retrace(values: Sequence[Any], shift: Sequence[int], images: int) -> tuple[TracedGraph, list[Any]]:
         assert trace.graph is not None
         places = trace.graph.tensors_in(inputs.args, inputs.kwargs)
         of_call = {id(tensor): values[i].shape for i, tensor in places.items()}
-        shapes = _shifted([of_call.get(id(tensor), tensor.shape) for tensor in tensors], shift)
+        shapes = _shifted([of_call.get(id(tensor), tensor.shape) for tensor in tensors], shift, images)
         others = iter(map(_fake, tensors, shapes))
         replaced = [next(others) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(replaced, spec)
         serves = trace.sizes is not None and trace.holds(model, args, kwargs)
+        if trace.sizes is not None and not serves and not trace.graph.computes_sizes:
+            raise CaptureError("at another size its code does other things")
         traced = trace.graph if serves else tracer.graph(model, args, kwargs)
         if traced is None:
             raise CaptureError("at another size it computes nothing")
@@ -108,51 +113,54 @@ def capture_graph(traced: TracedGraph, values: Sequence[Any], retrace: Retrace |
     """
     autocast = ambient_autocast(values)
     captured = to_aten(traced, traced.values_at(values, {}), autocast)
-    independent = _make_independent(captured, traced, values, retrace, autocast)
+    images = _images_more(captured, traced, values, retrace, autocast)
     captured.module.recompile()
-    return replace(captured, bound=not independent)
+    batch = batch_size(_arguments(traced, values)) if images == 0 else None
+    return replace(captured, bound=images is None, batch=batch)
 
 
-def _make_independent(
+def _arguments(traced: TracedGraph, values: Sequence[Any]) -> list[Any]:
+    return [values[i] for i in traced.indices(Kind.ARGUMENT)]
+
+
+def _images_more(
     captured: Captured,
     traced: TracedGraph,
     values: Sequence[Any],
     retrace: Retrace | None,
     autocast: Sequence[tuple[Any, ...]],
-) -> bool:
-    """Rules 2 to 4 of the NOTE; False if the graph is specialised."""
+) -> int | None:
+    """Rules 2 to 4 of the NOTE: how many images more the other captures had; None if the graph is specialised."""
 
-    def at(shift: Sequence[int]) -> Captured | None:
+    def at(shift: Sequence[int], images: int) -> Captured | None:
         try:
             with fake_tensor_log_silenced():
-                return to_aten(*_shifted_graph(traced, values, retrace, shift), autocast)
+                return to_aten(*_shifted_graph(traced, values, retrace, shift, images), autocast)
         except Exception:  # whatever an operator raises at a size that is only tried
             return None
 
-    for shift in SHIFTS:
-        second = at(shift)
-        if second is None:
-            continue
-        if not _same_constants(captured.constants, second.constants):
+    for images, shift in itertools.product((1, 0), SHIFTS):
+        second = at(shift, images)
+        if second is None or not _same_constants(captured.constants, second.constants):
             continue
         graphs = [captured.graph, second.graph]
         constants = size_dependent_constants(graphs)
         if constants == []:
-            return True
-        third = at([times * pixels for times, pixels in zip(TIMES, shift)]) if constants else None
+            return images
+        third = at([times * pixels for times, pixels in zip(TIMES, shift)], images) if constants else None
         if third is not None and explain_sizes([*graphs, third.graph]):
-            return True
-    return False
+            return images
+    return None
 
 
 def _shifted_graph(
-    traced: TracedGraph, values: Sequence[Any], retrace: Retrace | None, shift: Sequence[int]
+    traced: TracedGraph, values: Sequence[Any], retrace: Retrace | None, shift: Sequence[int], images: int
 ) -> tuple[TracedGraph, list[Any]]:
     """The graph at another size, and values for it."""
     if retrace is not None:
-        return retrace(values, shift)
+        return retrace(values, shift, images)
     places = traced.indices(Kind.ARGUMENT)
-    shapes = dict(zip(places, _shifted([values[i].shape for i in places], shift), strict=True))
+    shapes = dict(zip(places, _shifted([values[i].shape for i in places], shift, images), strict=True))
     return traced, traced.values_at(values, shapes)
 
 
@@ -208,18 +216,29 @@ def _calls(graph: fx.Graph, metas: Mapping[str, Meta]) -> list[tuple[Any, ...]]:
     return calls
 
 
-def _shifted(shapes: Sequence[Sequence[int]], shift: Sequence[int]) -> list[list[int]]:
-    """The shapes at another size: one image more, and the shift scaled to each input's resolution.
+def batch_size(tensors: Sequence[torch.Tensor]) -> int:
+    """The images of a call: of its largest tensor."""
+    batch, _ = _largest([tensor.shape for tensor in tensors])
+    return batch
+
+
+def _largest(shapes: Sequence[Sequence[int]]) -> tuple[int, list[int]]:
+    """The images and the extents of the largest input."""
+    inputs = zip(shapes, stream_dims(shapes), strict=True)
+    shape, dims = max(inputs, key=lambda i: (len(i[1]), math.prod(i[0])), default=([0], ()))
+    return shape[0], [shape[dim] for dim in dims]
+
+
+def _shifted(shapes: Sequence[Sequence[int]], shift: Sequence[int], images: int) -> list[list[int]]:
+    """The shapes at another size: so many images more, and the shift scaled to each input's resolution.
 
     The shift holds for the largest input; an input at half of its resolution gets half as many pixels more.
     """
     shifted = [list(shape) for shape in shapes]
-    inputs = list(zip(shifted, stream_dims(shifted), strict=True))
-    largest, dims_of_largest = max(inputs, key=lambda i: (len(i[1]), math.prod(i[0])), default=([0], ()))
-    batch, extents = largest[0], [largest[dim] for dim in dims_of_largest]
-    for shape, dims in inputs:
+    batch, extents = _largest(shapes)
+    for shape, dims in zip(shifted, stream_dims(shapes), strict=True):
         if shape and shape[0] == batch:
-            shape[0] += 1
+            shape[0] += images
         if len(dims) == len(extents):
             for dim, pixels, extent in zip(dims, shift, extents, strict=False):
                 shape[dim] = _scaled(shape[dim], extent, pixels)

@@ -35,11 +35,15 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def input_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """The key of the tensors of a call, and of what autograd does around it."""
-    tensors = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
+    tensors = _tensors(args, kwargs)
     first = {id(tensor): i for i, tensor in reversed(list(enumerate(tensors)))}
     dims = stream_dims([tensor.shape for tensor in tensors])
     keys = (_tensor_key(*pair) for pair in zip(tensors, dims, strict=True))
     return torch.is_inference_mode_enabled(), *((first[id(t)], key) for t, key in zip(tensors, keys, strict=True))
+
+
+def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
 
 
 def _tensor_key(tensor: torch.Tensor, dims: tuple[int, ...]) -> tuple[Any, ...]:
@@ -72,7 +76,8 @@ class FakeInputs:
     """Arguments with fake tensors in the place of tensors; `ids` are those of the fake ones.
 
     A tensor of a class of the user's stays, and with it the guards on its size. With `symbols` the sizes that
-    differ from call to call, batch and pixels, are symbols for the trace.
+    differ from call to call, batch and pixels, are symbols for the trace, but for those of 0 and 1, by which
+    operators on shapes do other things: these are `fixed`, as (index of the tensor, dim, size).
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], symbols: bool = False) -> None:
@@ -81,11 +86,16 @@ class FakeInputs:
         self.args, self.kwargs = pytree.tree_map(self._fake, (args, dict(kwargs)))
         fakes = list(self._fakes.values())
         self.ids = frozenset(map(id, fakes))
+        self.fixed: list[tuple[int, int, int]] = []
+        index = {id(leaf): i for i, leaf in reversed(list(enumerate(_tensors(self.args, self.kwargs))))}
         for fake, dims in zip(fakes, stream_dims([fake.shape for fake in fakes]), strict=True):
-            if symbols and fake.ndim:
-                maybe_mark_dynamic(fake, (0, *dims))
-            else:
-                mark_static(fake)
+            mark_static(fake)
+            for dim in sorted({0, *dims}) if symbols and fake.ndim else ():
+                if fake.shape[dim] > 1:
+                    fake._dynamo_static_indices.discard(dim)  # type: ignore[attr-defined]
+                    maybe_mark_dynamic(fake, dim)
+                else:
+                    self.fixed.append((index[id(fake)], dim, fake.shape[dim]))
 
     def _fake(self, value: Any) -> Any:
         if type(value) not in (torch.Tensor, nn.Parameter, FakeTensor) or value.layout != torch.strided:
@@ -101,36 +111,46 @@ class FakeInputs:
 
 @dataclass(frozen=True, slots=True)
 class SizeGuards:
-    """The comparisons of a trace, as a function of its symbols; the expression of each symbol in the call."""
+    """The comparisons of a trace, as a function of its symbols; the expression of each symbol in the call.
+
+    `fixed` are those of its `FakeInputs`.
+    """
 
     _check: Callable[..., bool]
     _sizes: tuple[Any, ...]
+    _fixed: tuple[tuple[int, int, int], ...]
 
     def hold(self, local: Mapping[str, Any]) -> bool:
         """Whether a call takes the path of the trace; `local` has its `args`, `kwargs` and `model`."""
+        tensors = _tensors(local["args"], local["kwargs"])
+        if any(tensors[i].shape[dim] != size for i, dim, size in self._fixed):
+            return False
         try:
             return self._check(*(eval(size, {"L": local}) for size in self._sizes))
         except ZeroDivisionError:
             return False
 
 
-def size_guards(shapes: ShapeEnv) -> SizeGuards | None:
+def size_guards(shapes: ShapeEnv, inputs: FakeInputs) -> SizeGuards | None:
     """The guards of a trace on its symbols; None where a size is fixed, or one is no part of call or model."""
     conditions = [guard.expr for guard in shapes.guards]
-    symbols = sorted(set().union(*(condition.free_symbols for condition in conditions)), key=str)
-    names = [_place(shapes, symbol) for symbol in symbols]
-    fixed = [symbol for symbol, value in shapes.replacements.items() if value.is_Integer]
-    if not all(name.startswith("L[") for name in names) or any(".size()[" in _place(shapes, s) for s in fixed):
+    places = {symbol: _place(shapes, symbol) for symbol in shapes.var_to_sources}
+    sizes = {symbol for symbol, place in places.items() if ".size()[" in place}
+    symbols = sorted(sizes.union(*(condition.free_symbols for condition in conditions)), key=str)
+    names = [places.get(symbol, "") for symbol in symbols]
+    fixed = {symbol for symbol, value in shapes.replacements.items() if value.is_Integer}
+    if not all(name.startswith("L[") for name in names) or not fixed.isdisjoint(sizes):
         return None
+    conditions += [symbol >= 2 for symbol in sizes]
     printed = PythonPrinter().doprint
     text = " and ".join(f"({printed(condition)})" for condition in conditions) or "True"
     check = eval(f"lambda {', '.join(map(str, symbols))}: {text}", dict(NAMES))
-    return SizeGuards(check, tuple(compile(name, "<size>", "eval") for name in names))
+    return SizeGuards(check, tuple(compile(name, "<size>", "eval") for name in names), tuple(inputs.fixed))
 
 
 def _place(shapes: ShapeEnv, symbol: Any) -> str:
     """Where the call or the model has a symbol, as an expression of the traced function's locals; else empty."""
-    sources = shapes.var_to_sources.get(symbol)
+    sources = shapes.var_to_sources[symbol]
     return source_name(sources[0]) if sources else ""
 
 

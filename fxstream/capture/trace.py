@@ -42,8 +42,9 @@ __all__ = ["Trace", "Tracer"]
 SIZE_READERS = frozenset({
     "shape", "size", "numel", "nelement", "len", "unbind", "split", "chunk", "tensor_split", "nbytes",
     "untyped_storage", "storage", "hsplit", "vsplit", "dsplit", "split_with_sizes", "tolist", "itemsize",
+    "squeeze", "squeeze_",
 })  # fmt: skip
-"""Names in code that may read the size of a tensor, or do as many things as a tensor has rows."""
+"""Names in code that may read a size of a tensor, do as many things as it has rows, or drop dims of one."""
 FORMAT_READERS = frozenset({"is_contiguous", "stride", "as_strided", "data_ptr", "suggest_memory_format"})
 """Names in code that may read how a tensor lies in memory."""
 UNGUARDED = frozenset({"AUTOGRAD_SAVED_TENSORS_HOOKS"})
@@ -183,13 +184,12 @@ def _traced_with_symbols(
     """The trace of a call with symbols for its sizes; None where it has blocks, or needs a size as a number."""
     options = {
         "use_duck_shape": False,
-        "backed_size_oblivious": True,
         "symbol_guard_limit_before_specialize": most_guards,
     }
     try:
         with _config.patch(options), fake_tensor_log_silenced():  # type: ignore[attr-defined]
             run = _Run(function, model, inputs, flat)
-            sizes = None if run.has_blocks else size_guards(run.shapes)
+            sizes = None if run.has_blocks else size_guards(run.shapes, inputs)
             return None if sizes is None else run.trace(sizes)
     except Exception:  # whatever dynamo raises where it needs a number
         return None
@@ -207,7 +207,9 @@ class _Run:
         self.graph = None if traced is None else TracedGraph(traced.graph_module, _parameters(model))
         self._code = self._output.graph_capture_output.traced_code[1:]
         names = frozenset().union(*map(_names, self._code))
-        self.reads_sizes = bool(names & SIZE_READERS) or (self.graph is not None and _takes_rows(self.graph))
+        self.reads_formats = any(map(_reads_formats, self._code))
+        takes_rows = self.graph is not None and _takes_rows(self.graph)
+        self.reads_sizes = bool(names & SIZE_READERS) or self.reads_formats or takes_rows
 
     @property
     def has_blocks(self) -> bool:
@@ -231,9 +233,8 @@ class _Run:
             if graph is None
             else self._output.forward_callable(compiled_fn=_compute(graph), extra_globals=function.__globals__)
         )
-        formats = any(map(_reads_formats, self._code))
         results = _results(captured) if self._flat else None
-        return Trace(graph, self.reads_sizes, sizes, formats, results, guards, code, self._values)
+        return Trace(graph, self.reads_sizes, sizes, self.reads_formats, results, guards, code, self._values)
 
 
 def _held_by_nothing(built: Any) -> Any:

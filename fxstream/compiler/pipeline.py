@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fxstream.capture.capture import Retrace, capture_graph, that_holds
+from fxstream.capture.capture import Retrace, batch_size, capture_graph, that_holds
 from fxstream.capture.casts import without_autocast
 from fxstream.capture.traced_graph import Kind, TracedGraph
 from fxstream.capture.tracing import unwatched
@@ -33,6 +33,7 @@ from fxstream.graph.effects import is_random
 from fxstream.io.inputs import whole
 from fxstream.io.source import Source
 from fxstream.machine.device import budget_of
+from fxstream.machine.heap import give_back
 from fxstream.planning.plan import Plan, make_plan
 from fxstream.probe.probe import MOST_BYTES, ProbeReport, probe
 from fxstream.runtime.ranks import digest, fingerprint
@@ -116,6 +117,7 @@ class Pipeline:
                     with without_autocast(captured.captured):
                         prepared = self._prepare(captured, values, outside, written, stages)
                 self._sizes.put(key, prepared)
+                give_back(self._tensors(values)[0].device)
             last: Prepared = self._sizes.get(key, lambda: None)  # type: ignore[assignment]
         self.shared.last = last
         return last
@@ -160,7 +162,9 @@ class Pipeline:
     def _captured(self, values: Sequence[Any], stages: Stages) -> CapturedModel:
         """The capture; one that is bound to its size is not kept for other sizes."""
         numbers = self.traced.numbers(values)
-        captures = self._captures(numbers)
+        kept = self._captures(numbers)
+        batch = batch_size(self._tensors(values))
+        captures = [one for one in kept if one.captured.batch in (None, batch)]
         if captures and not self.traced.computes_sizes:
             return captures[0]
         with stages("capture"):
@@ -177,7 +181,7 @@ class Pipeline:
                 " anew",
             )
         else:
-            self._cache.put(("captures", numbers), (made, *captures[: MOST_CAPTURES - 1]))
+            self._cache.put(("captures", numbers), (made, *kept[: MOST_CAPTURES - 1]))
         return made
 
     def _captures(self, numbers: Any) -> tuple[CapturedModel, ...]:

@@ -61,7 +61,60 @@ def fixed(m, x):
     return x + float(str(x.shape[2]))
 
 
+def squeezed(m, x):
+    return x * 2 if x.mean((2, 3)).squeeze(0).ndim == 1 else x * 3
+
+
+def contiguous(m, x):
+    return x * 2 if x.transpose(0, 1).is_contiguous() else x
+
+
+def one_image(m, x):
+    return x * 2 if x.shape[0] == 1 else x
+
+
+def broadcast(m, x):
+    first = x[:1] * torch.ones(x.shape[0], 1, 1, 1, dtype=x.dtype)
+    return x * first.shape[0]
+
+
+def parity(m, x):
+    return x * [2, 3][x.shape[2] % 2]
+
+
+def member(m, x):
+    return x * (2 if x.shape[2] in (18, 24) else 3)
+
+
+def looped(m, x):
+    for i in range(x.shape[2] // 8):
+        x = x + i
+    return x
+
+
+def square(m, x):
+    return x * (2 if x.shape[2] == x.shape[3] else 3)
+
+
+def divided(m, x):
+    return x * (2 if x.shape[2] % x.shape[0] == 0 else 3)
+
+
+def merged(m, x):
+    batch = x.shape[0]
+    return (x.reshape(batch * 3, *x.shape[2:]) if batch > 1 else x[0]).reshape(x.shape)
+
+
 SIZES = [(1, 2, 20, 24), (1, 2, 33, 21), (2, 2, 26, 31), (3, 2, 41, 18), (1, 2, 50, 37)]
+MANY = [
+    (1, 2, 20, 24),
+    (2, 2, 20, 24),
+    (1, 2, 33, 21),
+    (3, 2, 26, 26),
+    (1, 2, 20, 20),
+    (4, 2, 21, 37),
+    (1, 2, 41, 18),
+]
 
 
 @pytest.fixture
@@ -88,15 +141,21 @@ def compare(function, sizes=SIZES):
 
 
 @pytest.mark.parametrize("function", [batch, pad])
-def test_one_trace_serves_every_size(traces, function):
-    streaming = compare(function)
+def test_one_trace_serves_every_size_of_several_images(traces, function):
+    streaming = compare(function, [(batch + 1, *size) for batch, *size in SIZES])
     assert len(streaming.calls) == 1
     assert traces == [False, True]
 
 
+def test_one_image_has_a_trace_of_its_own(traces):
+    streaming = compare(batch)
+    assert len(streaming.calls) == 2
+    assert traces == [False, True, True]
+
+
 @pytest.mark.filterwarnings("ignore:.*bound to the size")
 def test_a_trace_serves_the_sizes_of_one_branch():
-    streaming = compare(branch, [(1, 2, 20, 24), (1, 2, 21, 27), (1, 2, 40, 44), (2, 2, 44, 40), (1, 2, 25, 25)])
+    streaming = compare(branch, [(2, 2, 20, 24), (2, 2, 21, 27), (2, 2, 40, 44), (3, 2, 44, 40), (4, 2, 25, 25)])
     assert [call.trace.sizes is None for call in streaming.calls] == [False, False]
 
 
@@ -134,3 +193,12 @@ def test_guards_on_sizes_name_the_size_that_has_changed():
     large = (torch.randn(1, 2, 40, 44, dtype=torch.double),)
     assert not call.trace.holds(model, large, {})
     assert "size" in call.trace.changed(model, large, {})
+
+
+@pytest.mark.filterwarnings("ignore:.*bound to the size", "ignore:.*is captured for the")
+@pytest.mark.parametrize(
+    "function",
+    [squeezed, contiguous, one_image, broadcast, parity, member, looped, square, divided, merged],
+)
+def test_constants_and_dims_that_hold_for_some_sizes(function):
+    compare(function, MANY)
