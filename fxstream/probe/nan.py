@@ -17,6 +17,7 @@ from fxstream.geometry.receptive_field import ReceptiveField
 from fxstream.graph.typed_graph import TypedNode
 from fxstream.probe.findings import Findings
 from fxstream.probe.strip import Strip
+from fxstream.probe.subgraph import NaNs
 from fxstream.tiling.bounds import BoundsPass
 
 __all__ = ["poison_backward", "poison_forward"]
@@ -43,7 +44,18 @@ class _Runner(fx.Interpreter):
             self._findings.blurred_forward.add(n.name)
         elif n.name in self._nodes:
             _compare_forward(self._strip, n, value, self._findings)
+            return self._spread(n.name, value)
         return value
+
+    def _spread(self, name: str, value: Any) -> Any:
+        """The value with NaN in every channel of a pixel that has it in one, for a claim is about all channels.
+
+        Those of a window are pixels, and what keeps them apart would seem to read less than is claimed.
+        """
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        dim, batch = self._strip.graph.value(name).dims[self._strip.axis], self._strip.batch[name]
+        return _whole_box(value, _poisoned(value, batch, dim), batch, dim)
 
 
 @torch.no_grad()
@@ -52,7 +64,7 @@ def poison_forward(strip: Strip, findings: Findings) -> None:
     before = len(findings.mismatches)
     _Runner(strip, findings).run(*_inputs(strip, math.nan), *strip.weights.values())
     if suspected := findings.mismatches[before:]:
-        unpoisoned = _NaNs(strip.part.module)
+        unpoisoned = NaNs(strip.part.module)
         unpoisoned.run(*_inputs(strip, 1.0), *strip.weights.values())
         findings.mismatches[before:] = [one for one in suspected if one.node not in unpoisoned.nodes]
 
@@ -71,22 +83,6 @@ def _inputs(strip: Strip, around: float) -> list[torch.Tensor]:
             image[entry].narrow(dims[strip.axis] - 1, shown.start, len(shown)).fill_(1.0)
         inputs.append(image)
     return inputs
-
-
-class _NaNs(fx.Interpreter):
-    """Runs a subgraph and collects the `nodes` whose values are NaN anywhere, as of a logarithm of less than 0."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.extra_traceback = False
-        self.nodes: set[str] = set()
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-        if any(bool(leaf.isnan().any()) for leaf in leaves):
-            self.nodes.add(n.name)
-        return value
 
 
 def _compare_forward(strip: Strip, node: fx.Node, value: Any, findings: Findings) -> None:
@@ -272,7 +268,7 @@ def _compare_backward(
 
 
 def _whole_box(gradient: torch.Tensor, poisoned: torch.Tensor, batch: int, dim: int) -> torch.Tensor:
-    """The gradient with NaN in every channel of a pixel that has it in one: tiles hold whole boxes."""
+    """A value or gradient with NaN in every channel of a pixel that has it in one: tiles hold whole boxes."""
     entries = gradient.unflatten(batch, (2, -1)).movedim(batch, 0)
     shape = [extent if d in (0, dim + 1) else 1 for d, extent in enumerate(entries.shape)]
     whole: torch.Tensor = entries.masked_fill(poisoned.view(shape), math.nan).movedim(0, batch)

@@ -98,3 +98,37 @@ def test_a_wrong_rule_shows_beside_nan_of_the_model(monkeypatch):
 
 def test_a_constant_that_is_not_a_number_does_not_bind_a_model_to_its_size():
     assert not fxstream.analyze(network(median), 48).captured.bound
+
+
+class Windows(nn.Module):
+    """Windows of 4 x 4 pixels as channels, a function of them, and pixels again between two convolutions."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.function = function
+
+    def forward(self, x):
+        y = self.a(x).permute(0, 2, 3, 1)
+        b, h, w, c = y.shape
+        y = y.view(b, h // 4, 4, w // 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, c)
+        y = self.function(y).view(b, h // 4, w // 4, 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)
+        return self.b(y.permute(0, 3, 1, 2))
+
+
+OF_WINDOWS = {
+    "every pixel": torch.sin,
+    "sorted": lambda y: y.sort(1).values,
+    "summed up": lambda y: y.cumsum(1),
+    "in another order": lambda y: y.index_select(1, torch.arange(15, -1, -1)),
+    "halves": lambda y: torch.cat([y[:, 8:], y[:, :8]], 1),
+    "mixed": lambda y: y.softmax(1),
+}
+
+
+@pytest.mark.parametrize("name", OF_WINDOWS)
+def test_pixels_that_are_channels_of_a_window(name):
+    analysis = fxstream.analyze(Windows(OF_WINDOWS[name]), 64)
+    report = probe(analysis.graph, analysis.regions[0].nodes)
+    assert report.agrees, report
+    assert report.measured == report.nodes
