@@ -20,10 +20,11 @@ from torch.utils import _pytree as pytree
 
 from fxstream.graph.nodes import bind_to
 from fxstream.graph.typed_graph import Saves, TypedGraph, TypedNode
+from fxstream.rules.ops import overload
 
 __all__ = ["in_place_variant", "may_reuse", "saves_of"]
 
-OF_DEVICE = (torch.ops.aten.scaled_dot_product_attention.default,)
+OF_DEVICE = (torch.ops.aten.scaled_dot_product_attention.default, overload("attention"))
 """Operators of which each device has kernels that save other things."""
 
 

@@ -35,8 +35,8 @@ class Captured:
     whose placeholders are `inputs`. `places` has, for each of these placeholders, the index among the values that
     the call comes with, or the name of one of the `constants`. It returns a list of outputs, of which the last are
     what the values at the indices `changed` became, which the model changes in place. With `bound` the graph is
-    specialised to its size, with a `batch` to that batch size. With `is_cast` it holds the casts of autocast, which
-    must then be off when it runs.
+    specialised to its size, with a `batch` to that batch size. With `is_cast` it holds the casts of autocast,
+    which must then be off when it runs.
     """
 
     module: fx.GraphModule

@@ -59,7 +59,7 @@ def _reduce(op: FlatOperator) -> Result:
     if dim is not None and source.place not in dims:
         return _along(op)
     result = op.again() if dim is None else op.again(dim=source.apart(dims))
-    return result.flatten(source.joined[0], source.joined[-1]) if op.arguments.get("keepdim") else result
+    return result.flatten(*source.ends) if op.arguments.get("keepdim") else result
 
 
 def _last_dims(op: FlatOperator) -> Result:

@@ -36,9 +36,11 @@ def _einsum(op: FlatOperator) -> Result:
 
 
 def _contract(op: FlatOperator, terms: Terms, output: str) -> Result:
-    sources = [(source, letters) for tensor, letters in terms if (source := op.source(tensor)) is not None]
+    if all(op.source(tensor) is None for tensor, _ in terms) and (maps := _contract_maps(op, terms, output)):
+        return maps
+    sources = [(source, letters) for tensor, letters in terms if (source := op.positions(tensor)) is not None]
     if not sources:
-        return _contract_maps(op, terms, output)
+        return None
     first, position = _positions(sources, output)
     is_alike = all(source.fits(first) for source, letters in sources if letters[source.place] == position)
     if not is_alike or (position not in output and not all(position in letters for _, letters in terms)):
@@ -47,7 +49,8 @@ def _contract(op: FlatOperator, terms: Terms, output: str) -> Result:
     axes, apart = "".join(unused[: len(first.extents)]), []
     for tensor, letters in terms:
         is_wide = position in letters
-        operand = adapted(op, tensor, first, letters.index(position) - len(letters)) if is_wide else tensor
+        place = letters.index(position) - len(letters) if is_wide else 0
+        operand = adapted(op, tensor, first, place) if is_wide else op.whole(tensor)
         if operand is None:
             return None
         apart.append((operand, letters.replace(position, axes)))
@@ -62,16 +65,20 @@ def _positions(sources: list[tuple[Unflattened, str]], output: str) -> tuple[Unf
 
 
 def _attention(op: FlatOperator) -> Result:
-    """Attention, each position's to all keys, or inside windows."""
-    query, rank = op.source(op.query), op.query.ndim
-    if query is None or op.dropout_p or op.is_causal or op.arguments.get("enable_gqa"):
+    """Attention, each position's to all keys, inside windows, or of a few queries to all positions."""
+    query, rank = op.positions(op.query), op.query.ndim
+    if op.dropout_p or op.is_causal or op.arguments.get("enable_gqa"):
         return None
+    if query is None:
+        return _pooled(op)
     rows, others = len(query.extents), [op.key, op.arguments["value"]]
     if query.place < rank - 2:
-        sources = [source for tensor in others if (source := op.source(tensor)) is not None]
-        if len(sources) < len(others) or not all(query.fits(one) and query.place == one.place for one in sources):
+        sources = _keys_and_values(op)
+        if not sources or not query.fits(sources[0]) or query.place != sources[0].place:
             return None
         rows, others = 1, [source.tensor for source in sources]
+    else:
+        others = [op.whole(tensor) for tensor in others]
     mask = op.attn_mask
     if mask is not None:
         source = op.source(mask)
@@ -79,6 +86,31 @@ def _attention(op: FlatOperator) -> Result:
         if mask is None:
             return None
     return query.at(op.call("fxstream::attention", query.tensor, *others, mask, rows, op.scale))
+
+
+def _keys_and_values(op: FlatOperator) -> tuple[Unflattened, Unflattened] | None:
+    """The sources of both, where they have the same positions."""
+    key, value = op.positions(op.key), op.positions(op.arguments["value"])
+    if key is None or value is None or not key.fits(value) or key.place != value.place:
+        return None
+    return key, value
+
+
+def _pooled(op: FlatOperator) -> Result:
+    """Attention of a few queries, whose weights are no more than the keys: sums over positions (rule 4)."""
+    queries, channels = op.query.shape[-2:]
+    key, value = _keys_and_values(op) or (None, None)
+    if key is None or value is None or key.place != op.query.ndim - 2:
+        return None
+    if op.attn_mask is not None or op.query.dims or queries > channels:
+        return None
+    batch, axes = LETTERS[: key.place], LETTERS[key.place : key.place + len(key.extents)]
+    query = op.query * (channels**-0.5 if op.scale is None else op.scale)
+    scores = _product(op, [(query, f"{batch}xy"), (key.tensor, f"{batch}{axes}y")], f"{batch}x{axes}")
+    if op.value.dtype != op.wide:
+        scores = scores.to(op.wide)
+    weights = (scores - scores.logsumexp([dim + 1 for dim in key.joined], True)).exp()
+    return _product(op, [(op.narrow(weights), f"{batch}x{axes}"), (value.tensor, f"{batch}{axes}z")], f"{batch}xz")
 
 
 def _contract_maps(op: FlatOperator, terms: Terms, output: str) -> Proxy | None:

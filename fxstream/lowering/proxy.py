@@ -51,6 +51,12 @@ class Draft:
         weights = [n for n in graph.nodes if n.op == "placeholder" and n.name not in captured.inputs]
         return cls(graph, values, dict(zip(captured.tensors, weights, strict=True)))
 
+    @property
+    def axes(self) -> int:
+        """The stream axes of the image with most of them."""
+        images = [value for node, value in self.values.items() if node.op == "placeholder"]
+        return max((len(value.dims) for value in images if isinstance(value, Value)), default=0)
+
     def replace(self, node: fx.Node, result: Proxy) -> None:
         """Put a result in the place of a node that computes the same."""
         self.values.setdefault(result.node, self.values[node])

@@ -66,6 +66,8 @@ def _reshape(op: FlatOperator, sizes: Sequence[Any]) -> Result:
     shape = source.shape(op.self.shape)
     groups = [group for group in align(shape, op.value.shape) if set(group[0]) & set(source.dims)]
     if all(len(before) == len(after) == 1 for before, after in groups):
+        if _loses_batch_of_one(op, groups[0][1][0]):
+            return _with_batch_of_one(op, groups[0][1][0], sizes)
         where = {before[0]: after[0] for before, after in groups}
         return _taken_apart(op, tuple(where[dim] for dim in source.dims), sizes)
     if op.source(op.self) is None and (windows := _windows(op, groups, sizes)) is not None:
@@ -76,6 +78,20 @@ def _reshape(op: FlatOperator, sizes: Sequence[Any]) -> Result:
     extents = [source.tensor.size(dim) for dim in joined]
     tensor = source.tensor.reshape([*sizes[:place], *extents, *sizes[place + 1 :]])
     return Unflattened(tensor, place, tuple(shape[d] for d in joined), tuple(d - joined[0] for d in source.dims))
+
+
+def _loses_batch_of_one(op: FlatOperator, place: int) -> bool:
+    """Whether a reshape joins the only axis and a batch of one, [T, 1, C] to [T, C], as a larger batch."""
+    is_line = op.bound and op.source(op.self) is None and len(op.self.dims) == 1
+    is_lost = len(op.value.shape) < op.self.ndim and op.value.shape[place + 1 : place + 2] != (1,)
+    return is_line and is_lost and op.self.shape[op.self.dims[0] + 1 :][:1] == (1,)
+
+
+def _with_batch_of_one(op: FlatOperator, place: int, sizes: Sequence[Any]) -> Unflattened:
+    """Rule 1 for both."""
+    pair = range(op.self.dims[0], op.self.dims[0] + 2)
+    tensor = op.self.reshape([*sizes[:place], *map(op.self.size, pair), *sizes[place + 1 :]])
+    return Unflattened(tensor, place, op.self.shape[pair[0] : pair[-1] + 1], (0,))
 
 
 def _taken_apart(op: FlatOperator, dims: tuple[int, ...], sizes: Sequence[Any]) -> Proxy | None:
@@ -94,8 +110,10 @@ def _taken_apart(op: FlatOperator, dims: tuple[int, ...], sizes: Sequence[Any]) 
 
 
 def _windows(op: FlatOperator, groups: Sequence[tuple[range, range]], sizes: Sequence[Any]) -> Proxy | None:
-    """Rule 6: the tensor with each stream axis kept, split, or joined with dims beside it."""
+    """Rule 6: the tensor with each stream axis kept, split, or joined with dims after it."""
     result, dims = op.self, {}
+    if _is_of_a_map(op, groups):
+        return None
     for before, after in groups[::-1]:
         axes = [axis for axis, dim in enumerate(op.self.dims) if dim in before]
         free = next((dim for dim in after if _may_be_extent(op, sizes[dim], axes[0])), None)
@@ -112,6 +130,13 @@ def _windows(op: FlatOperator, groups: Sequence[tuple[range, range]], sizes: Seq
     image = result if all(len(one) == len(other) == 1 for one, other in rest) else result.reshape(sizes)
     op.draft.values[image.node] = replace(op.value, dims=tuple(dims[axis] for axis in range(len(dims))))
     return image
+
+
+def _is_of_a_map(op: FlatOperator, groups: Sequence[tuple[range, range]]) -> bool:
+    """Whether the only axis is joined to the batch before it, or is of all positions of a map, and no line."""
+    joined, parts = groups[0]
+    is_after_batch = len(parts) == 1 and joined[0] not in op.self.dims
+    return len(op.self.dims) == 1 and (is_after_batch or op.draft.axes > 1)
 
 
 def _may_be_extent(op: FlatOperator, number: Any, axis: int) -> bool:

@@ -18,6 +18,8 @@ NOTE [positions]
    rewritten again, until nothing changes.
 8. Where two tensors of a product are flat in different dims, as queries and keys of attention, the positions of
    one stay apart, and the other is read whole, as it is.
+9. Positions that cannot be followed, as beside a token of another kind, are one stream axis of their own from the
+   flatten on: a tensor with one stream axis is its own source.
 """
 
 from __future__ import annotations
@@ -64,6 +66,11 @@ class Unflattened:
         return list(range(self.place, self.place + len(self.extents)))
 
     @property
+    def ends(self) -> tuple[int, int]:
+        """The first and the last of them."""
+        return self.joined[0], self.joined[-1]
+
+    @property
     def dims(self) -> tuple[int, ...]:
         """The stream dims."""
         return tuple(self.place + offset for offset in self.space)
@@ -100,6 +107,18 @@ class FlatOperator(Operator):
         """What a tensor was before it was flattened; None if it is not flat."""
         source = self.sources.get(tensor.node)
         return source and source.at(Proxy(source.tensor.node, self))
+
+    def positions(self, tensor: Proxy) -> Unflattened | None:
+        """The source of a tensor, the tensor itself where it has one stream axis (rule 9)."""
+        source = self.source(tensor)
+        if source is not None or len(tensor.dims) != 1:
+            return source
+        return Unflattened(tensor, tensor.dims[0], (tensor.shape[tensor.dims[0]],), (0,))
+
+    def whole(self, tensor: Proxy) -> Proxy:
+        """The tensor at all positions (rule 8)."""
+        source = self.positions(tensor)
+        return tensor if source is None else self.call("fxstream::whole", source.tensor, *source.ends)
 
     def only(self, argument: str) -> Unflattened | None:
         """The source of a tensor, or of the first of a list with the same positions, if no other input is flat."""
@@ -185,7 +204,7 @@ def _rewrite(handler: Handler, op: FlatOperator) -> bool:
             if is_view or isinstance(op.draft.values[op.node], tuple):
                 op.sources[op.node] = result
                 return False
-            flat = result.tensor.flatten(result.joined[0], result.joined[-1])
+            flat = result.tensor.flatten(*result.ends)
             op.sources[flat.node] = result
             result = flat
     if result is not None:

@@ -1,4 +1,4 @@
-"""Maps that are put together along a stream axis, as a choice between maps, pixel by pixel.
+"""Maps that are put together along a stream axis, as a choice between maps, pixel by pixel; one position of a map.
 
 What is written to a slice is padded to the extent of the map (after its pixels are repeated, where the slice has a
 step), and a mask of the positions says which of both is taken. So are the parts of a concatenation, and a few rows
@@ -133,7 +133,16 @@ def _rows_of_slice(node: fx.Node | None, dim: int, rank: int) -> int:
     return end - start if isinstance(end, int) and (start < 0) == (end < 0) else 0
 
 
+def _position(op: Operator) -> Proxy | None:
+    """One position along a stream axis, of a map of that alone: what no other part needs is not computed."""
+    dim, index = op.dim % op.self.ndim, op.index
+    if not isinstance(index, int) or op.self.shape[dim] == 1:
+        return None
+    return op.self.slice(dim, index, index + 1 or None).select(dim, 0)
+
+
 LOWERINGS: dict[str, Lowering] = {
+    "aten::select": _position,
     "aten::slice_scatter": _slice,
     "aten::select_scatter": _index,
     **dict.fromkeys(("aten::cat", "aten::concat", "aten::concatenate"), _concatenation),

@@ -123,8 +123,8 @@ class _Claims:
     def of(cls, part: Subgraph, axis: int) -> _Claims:
         names = [name for name, _ in part.segment.spatial]
         real = {name: part.segment.input_extents(name) for name in names}
-        main = max(real, key=lambda name: math.prod(real[name]))
         graph, nodes = part.segment.graph, part.segment.nodes
+        main = max(real, key=lambda name: (graph.value(name).image, math.prod(real[name])))
         fields = {name: receptive_fields(graph, nodes, name) for name in names}
         chains = {name: extent_chains(graph, nodes, name) for name in names}
         return cls(part, axis, real, main, fields, chains)

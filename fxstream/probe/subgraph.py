@@ -2,8 +2,10 @@
 
 Its spatial and whole inputs are placeholders; integers that follow from sizes inside stay size arithmetic, all
 others are folded. A result whose size is folded (an upsampling to the size of a map outside) is as many times
-larger than its input as in the model, so that it is small where its input is. Every floating type becomes one type
-and every device the CPU, so that it runs there whatever the model's precision and device are. Node names are kept.
+larger than its input as in the model, so that it is small where its input is. Where a reshape has the extent of a
+tiled dim as a number, it is that of its input, and the first other dim has what is left: the batch. Every floating
+type becomes one type and every device the CPU, so that it runs there whatever the model's precision and device are.
+Node names are kept.
 """
 
 from __future__ import annotations
@@ -21,15 +23,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fxstream.geometry.receptive_field import BROADCAST
+from fxstream.graph.nodes import name_of
 from fxstream.graph.shapes import shapes_at
 from fxstream.graph.type_graph import type_graph
 from fxstream.graph.typed_graph import TypedGraph, TypedNode
 from fxstream.rules import Value
-from fxstream.tiling.segment import Segment, isolated
+from fxstream.tiling.segment import Segment, isolated, with_nodes
 
 __all__ = ["NaNs", "Subgraph", "subgraph"]
 
 
+RESHAPES = ("view", "reshape", "_unsafe_view")
 IN_PLACE_OF_NAN = 0.5
 """A constant of the model that is NaN would be taken for what the probe puts around its tiles."""
 
@@ -65,11 +69,14 @@ class Subgraph:
         return (batch, *value.shape[1:]) if follows else value.shape
 
     def _is_sized(self, name: str) -> bool:
-        """Whether an integer of the graph goes into a whole input, as into a random draw per sample."""
+        """Whether an integer of the graph goes into a whole input, as into a random draw per sample.
+
+        Or it is expanded, to a number where the graph is bound to its size.
+        """
         reached = [name]
         for one in reached:
             reached += [source for source in self.graph[one].inputs if source not in reached]
-        return any(self.graph.is_integer(one) for one in reached)
+        return any(self.graph.is_integer(one) or name_of(self.graph[one].node) == "expand" for one in reached)
 
     def type_of(self, name: str) -> torch.dtype:
         """The type in which an input is given: the one floating type also for images of integers; else its own.
@@ -108,8 +115,31 @@ def subgraph(segment: Segment, dtype: torch.dtype) -> Subgraph:
             return IN_PLACE_OF_NAN
         return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
 
-    alone = _in_proportion(isolated(segment, adapt))
+    alone = _in_proportion(_sized(isolated(segment, adapt)))
     return Subgraph(fx.GraphModule({}, alone.graph.graph, "Subgraph"), alone, dtype, segment.graph)
+
+
+def _sized(segment: Segment) -> Segment:
+    """The segment, with numbers among the sizes of reshapes replaced where they are extents or the batch."""
+    reshapes = (segment.graph[name] for name in segment.nodes if name_of(segment.graph[name].node) in RESHAPES)
+    return with_nodes(segment, [size for typed in reshapes for size in _extents(segment.graph.graph, typed)])
+
+
+def _extents(graph: fx.Graph, typed: TypedNode) -> list[TypedNode]:
+    """The extents that take the place of numbers in one reshape."""
+    node, pattern, extents = typed.node, typed.pattern, list[TypedNode]()
+    sizes = list(node.args[1])  # type: ignore[arg-type]
+    for dim, before in zip(pattern.dims, pattern.reads[0].dims, strict=True):
+        if isinstance(sizes[dim], int) and sizes[dim] >= 0:
+            with graph.inserting_before(node):
+                size = graph.call_function(torch.ops.aten.sym_size.int, (node.args[0], before))
+            extents.append(TypedNode(size, typed.index, integer=sizes[dim]))
+            sizes[dim] = size
+    others = [dim for dim in range(len(sizes)) if dim not in pattern.dims]
+    if others and -1 not in sizes:
+        sizes[others[0]] = -1
+    node.update_arg(1, sizes)
+    return extents
 
 
 def _in_proportion(segment: Segment) -> Segment:

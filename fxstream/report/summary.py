@@ -222,7 +222,7 @@ def _region(
         for read in graph.pattern(name).reads
         if read.value.name not in inside
     }
-    source = max(inputs, key=inputs.__getitem__)
+    source = max(inputs, key=lambda name: (graph.value(name).image, inputs[name]))
     fields = receptive_fields(graph, nodes, source)
     return RegionSummary(
         first=first,

@@ -4,7 +4,8 @@ They end a streamed region. Where the result has the shape of the input, it keep
 may start again after it. `fxstream::contract` is an einsum of two operands whose positions are dims of their own:
 where all tiled dims are summed it is a reduction over space (attention pooling); where they stay, and one operand
 has none, it is local (attention of each position to a few tokens). Partial sums have 32 bits at least.
-`fxstream::attention` is local in its queries where keys and values are whole, or in the same windows.
+`fxstream::attention` is local in its queries where keys and values are whole (`fxstream::whole`), or in the same
+windows.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def add_rules(table: RuleTable) -> None:
     table.add("torchvision::deform_conv2d", "map-wide", partial(not_tileable, Reason.READS_DATA_POSITIONS))
     table.add("fxstream::contract", "contraction", contract)
     table.add("fxstream::attention", "contraction", attention)
+    table.add("fxstream::whole", "map-wide", lambda call: NotTileable(Reason.READ_WHOLE))
 
 
 def adaptive_mean(call: Call) -> Answer:

@@ -23,6 +23,7 @@ __all__ = [
     "overload",
     "placed",
     "positions",
+    "whole",
     "wide",
     "window_maxima",
     "window_sums",
@@ -105,6 +106,16 @@ def positions(shape: list[int], dim: int, *, device: torch.device | None = None)
     """
     line = torch.arange(shape[dim], device=device) * math.prod(shape[dim + 1 :])
     return line.view([-1 if d == dim else 1 for d in range(len(shape))])
+
+
+@operator("whole(Tensor(a) self, int start, int end) -> Tensor(a)")
+def whole(tensor: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """The positions in dims `start` to `end` in one dim, for an operator that reads all of them.
+
+    >>> whole(torch.ones(2, 3, 4, 5), 1, 2).shape
+    torch.Size([2, 12, 5])
+    """
+    return tensor.flatten(start, end)
 
 
 @operator("windows(int count, int extent, int axis, int axes, *, Device? device=None) -> Tensor")

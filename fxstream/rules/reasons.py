@@ -69,6 +69,7 @@ class Reason(enum.Enum):
     MIXES_POSITIONS = GLOBAL, "multiplies matrices that mix positions"
     CONTRACTS_POSITIONS = GLOBAL, "contracts dims that may be positions"
     ATTENDS = GLOBAL, "attends to all positions"
+    READ_WHOLE = GLOBAL, "is read at all positions, as keys and values are"
     TRANSFORMS_MAP = GLOBAL, "transforms the whole map"
     READS_DATA_POSITIONS = GLOBAL, "reads positions that depend on the data"
     READS_GRID_POSITIONS = GLOBAL, "reads the positions in a grid, which may lie anywhere in the image"

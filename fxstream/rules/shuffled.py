@@ -4,7 +4,8 @@ They are local as long as every tiled dim stays a dim of its own. Size arguments
 also split a tiled dim in windows of a few pixels each, [.., 28, ..] to [.., 4, 7, ..], of which the first is
 tiled, and `flatten` may join them again; `lowering.reshapes` makes these two of other reshapes. Where it is split
 in a few parts, and the second dim is tiled, pixels beside each other in the result are far apart in the input:
-that is no local operator, but a region may start after it.
+that is no local operator, but a region may start after it. So it may after a reshape that joins all tiled dims:
+the positions of a map in one dim, as tokens, are one tiled dim.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def reshape(call: Call) -> Answer:
         return NotTileable(Reason.READS_BITS)
     dims = _follow_dims(image.shape, call.shape, image.dims)
     if dims is None:
-        return NotTileable(Reason.JOINS_TILED_DIM, (), (list(image.shape), list(call.shape)))
+        left = _of_positions(image.shape, call.shape, image.dims)
+        return NotTileable(Reason.JOINS_TILED_DIM, left, (list(image.shape), list(call.shape)))
     return moved(call, image, dims, "size" if "size" in call.arguments else "shape")
 
 
@@ -160,6 +162,18 @@ def _follow_dims(before: Sequence[int], after: Sequence[int], dims: tuple[int, .
     groups = align([before[d] for d in old], [after[d] for d in new])
     where = {old[one[0]]: new[other[0]] for one, other in groups if len(one) == len(other) == 1}
     return tuple(where[d] for d in dims) if all(d in where for d in dims) else None
+
+
+def _of_positions(before: Sequence[int], after: Sequence[int], dims: tuple[int, ...]) -> tuple[int, ...]:
+    """The dims of a reshaped tensor that positions lie along; none where they lie along channels too.
+
+    >>> _of_positions((2, 12, 5, 7), (2, 12, 35), (2, 3)), _of_positions((2, 12, 5, 7), (2, 420), (2, 3))
+    ((2,), ())
+    """
+    groups = [group for group in align(before, after) if set(group[0]) & set(dims)]
+    joined = [dim for group, _ in groups for dim in group]
+    positions = (dim for _, group in groups for dim in group if after[dim] != 1)
+    return tuple(positions) if set(joined) == set(dims) else ()
 
 
 def align(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, range]]:

@@ -266,6 +266,23 @@ def test_once_per_capture(monkeypatch):
     assert module.probe == ()
 
 
+def test_sizes_of_a_reshape_that_are_numbers_are_those_of_a_strip():
+    class Bound(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.position = nn.Parameter(torch.randn(1, 4, 30, 30))
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x):
+            x = (self.conv(x) + self.position).reshape(1, 4, 30, 30)
+            return x.permute(0, 2, 3, 1).reshape(1, 30, 30, 2, 2)
+
+    analysis = fxstream.analyze(Bound(), 30)
+    assert analysis.captured.bound
+    report = probe(analysis.graph, analysis.regions[0].nodes, "part")
+    assert (report.measured, report.unprobed, report.mismatches) == (5, "", ())
+
+
 def test_what_cannot_be_measured_is_said():
     class Bound(nn.Module):
         def __init__(self):
@@ -274,7 +291,7 @@ def test_what_cannot_be_measured_is_said():
             self.conv = nn.Conv2d(3, 4, 3, padding=1)
 
         def forward(self, x):
-            return (self.conv(x) + self.position).reshape(1, 4, 30, 30)
+            return (self.conv(x) + self.position).expand(1, 4, 30, 30)
 
     analysis = fxstream.analyze(Bound(), 30)
     report = probe(analysis.graph, analysis.regions[0].nodes, "part")
