@@ -83,14 +83,21 @@ def analysed(analysis: fxstream.Analysis, mode: str) -> None:
     say(**{f"first_barrier_{mode}": barriers[0] if barriers else "", f"barriers_{mode}": "; ".join(counts)})
 
 
-def is_random(model: nn.Module, image: torch.Tensor) -> bool:
-    """Whether two calls in training mode differ: a stream draws other numbers than a plain call."""
+def trains_alike(model: nn.Module, image: torch.Tensor) -> bool:
+    """Whether two calls in training mode agree: a stream draws other numbers than a plain call.
+
+    They do not where there is no such call, as of a BatchNorm over one value.
+    """
     results = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        with torch.no_grad():
-            results.append(pytree.tree_leaves(copy.deepcopy(model).train()(image)))
-    return any(not torch.equal(one, other) for one, other in zip(*results, strict=True))
+        try:
+            with torch.no_grad():
+                leaves = pytree.tree_leaves(copy.deepcopy(model).train()(image))
+            results.append([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+        except (RuntimeError, ValueError):
+            return False
+    return not any(not torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def in_float64(model: nn.Module, shape: tuple[int, ...]) -> tuple[nn.Module, torch.Tensor]:
@@ -121,7 +128,7 @@ def within(model: nn.Module, image: torch.Tensor, memory: int) -> tuple[int, Any
 def compared(model: nn.Module, shape: tuple[int, ...]) -> None:
     """Say how far a step within a share of plain's memory is from plain's, and how much memory that was."""
     model, image = in_float64(model, shape)
-    model.train(not is_random(model, image))
+    model.train(trains_alike(model, image))
     mode = "training" if model.training else "eval"
     say(compared_in=f"{mode} {str(image.dtype).removeprefix('torch.')}")
     original = copy.deepcopy(model)

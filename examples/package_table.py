@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -27,6 +28,8 @@ COLUMNS = [
     "reason",
 ]  # fmt: skip
 MOST_REASONS = 12
+SHAPES = re.compile(r"\[[\d, ]+\]")
+"""In barriers, which are counted whatever the sizes."""
 
 
 def names_of(path: Path, chosen: Sequence[str], console: Console) -> list[str]:
@@ -133,9 +136,11 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
             f"{sum(share >= least for share in shares)} at least {least:.0%}" for least in (0.99, 0.9, 0.5)
         )
         yield f"  of the activations in {mode} mode stream: {counts}"
-    within = sum(row["memory_share"] <= 0.3 for row in rows if row.get("exact"))
-    others = verdicts["exact"] - within
+    exact = [row for row in rows if row.get("exact")]
+    within = sum(row["memory_share"] <= 0.3 for row in exact)
+    others = len(exact) - within
     yield f"  exact within 30% of plain's memory: {within}, within the least that works: {others}"
-    reasons = Counter(row["first_barrier_eval"] for row in captured if row["first_barrier_eval"])
+    firsts = (SHAPES.sub("[..]", row["first_barrier_eval"]) for row in captured)
+    reasons = Counter(filter(None, firsts))
     for text, count in reasons.most_common(MOST_REASONS):
         yield f"  {count} first end at {text}"

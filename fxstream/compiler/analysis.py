@@ -23,7 +23,8 @@ from fxstream.graph.shapes import Meta, Shape, Shapes, shapes_at, stream_dims
 from fxstream.graph.type_graph import type_graph
 from fxstream.graph.typed_graph import Region, TypedGraph, Verdict
 from fxstream.lowering import lower, with_positions
-from fxstream.rules import Reason
+from fxstream.rules import NotTileable, Reason
+from fxstream.tiling.parts import streamable_share
 
 __all__ = ["Analysis", "analyse", "analyze", "example_inputs", "image_dims", "lowered"]
 
@@ -35,6 +36,10 @@ Earlier = dict[tuple[Any, ...], TypedGraph]
 LARGEST = 2**31
 """No extent of an image is larger."""
 MOST_AXES = 3
+CROSSING = frozenset({Reason.PADS_OPPOSITE, Reason.MIRRORS_TILED_DIM, Reason.ALONG_TILED_DIM})
+"""Reasons whose first detail are the dims that an operator works along."""
+LEAST_GAIN = 0.1
+"""So much more has to stream where an axis is left whole, which makes the smallest tile larger."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -104,17 +109,41 @@ def _typed(
     """The typed graph with the first tiled dims of images left whole where more can be tiled then.
 
     That is so where windows slide along the others alone, as over frames [N, T, C, H, W] as a batch or along rows,
-    and where the bands of a volume become channels.
+    and where the bands of a volume become channels. Axes from one end of which operators read the other are left
+    whole where clearly more streams then, as the width of a panorama that is padded circularly.
     """
     earlier = {} if earlier is None else earlier
     key = (graph, tuple(dims.items()), combines)
     typed = earlier[key] = type_graph(graph, shapes, dims, combines, earlier.get(key))
     most = max(map(len, dims.values()), default=0)
+    if 0 < len(crossed := _crossed_axes(typed, most)) < most:
+        fewer = {name: _without(of, crossed) if len(of) == most else of for name, of in dims.items()}
+        whole = _typed(graph, shapes, fewer, combines, earlier)
+        return whole if streamable_share(whole) > streamable_share(typed) + LEAST_GAIN else typed
     reasons = [Reason.SLIDES_ALONG_OTHER_DIMS] * (most > 1) + [Reason.JOINS_TILED_DIM] * (most > 2)
     if not any(verdict.not_tileable_for(reason) for verdict in typed.barriers() for reason in reasons):
         return typed
     fewer = {name: of[1:] if len(of) == most else of for name, of in dims.items()}
     return max(typed, _typed(graph, shapes, fewer, combines, earlier), key=_tileable_bytes)
+
+
+def _crossed_axes(graph: TypedGraph, most: int) -> set[int]:
+    """The axes along which some operator needs pixels from far away, or all of them, of maps of that many axes."""
+    answers = (barrier.answer for barrier in graph.barriers())
+    crossing = (one for one in answers if isinstance(one, NotTileable) and one.reason in CROSSING)
+    return {
+        one.dims.index(dim)
+        for one in crossing
+        if len(one.dims) == most
+        for touched in one.details
+        if isinstance(touched, list)
+        for dim in touched
+        if dim in one.dims
+    }
+
+
+def _without(dims: tuple[int, ...], axes: set[int]) -> tuple[int, ...]:
+    return tuple(dim for axis, dim in enumerate(dims) if axis not in axes)
 
 
 def _tileable_bytes(graph: TypedGraph) -> int:

@@ -144,7 +144,7 @@ def along_dim(call: Call) -> Answer:
         if call.target._schema.name in SOFTMAXES:
             return NotTileable(Reason.NORMALISES_POSITIONS, image.dims)
         if call.target._schema.name == "aten::flip":
-            return NotTileable(Reason.MIRRORS_TILED_DIM, image.dims)
+            return NotTileable(Reason.MIRRORS_TILED_DIM, image.dims, (touched,))
         same = call.shape == image.shape
         return NotTileable(Reason.ALONG_TILED_DIM, image.dims if same else (), (touched,))
     return _pass_through(call)

@@ -204,7 +204,7 @@ def border_pad(mode: str, call: Call) -> Answer:
     pads = list(call["pad" if "pad" in call.arguments else "padding"])
     along, remaining = _pads_along(image, pads)
     if mode == "circular":
-        return NotTileable(Reason.PADS_OPPOSITE, image.dims)
+        return _circular_pad(image, along, remaining)
     padded = set(range(len(image.shape) - len(pads) // 2, len(image.shape)))
     if any(remaining) or padded != set(image.dims):
         return NotTileable(Reason.PADS_OTHER_DIMS, image.dims, (sorted(padded), mode, image.dims))
@@ -215,6 +215,15 @@ def border_pad(mode: str, call: Call) -> Answer:
         tuple(OutputSpan(1, before, 1) for before, _ in along),
         tuple(AxisExtent.changed(before + after) for before, after in along),
     )
+
+
+def _circular_pad(image: Value, along: list[tuple[int, int]], remaining: list[int]) -> Answer:
+    """Padding with pixels of the opposite border, along dims that are not tiled."""
+    touched = [dim for dim, pads in zip(image.dims, along, strict=True) if any(pads)]
+    if touched:
+        return NotTileable(Reason.PADS_OPPOSITE, image.dims, (touched,))
+    reads = (Read("self", image, image.dims, (IDENTITY,) * len(image.dims)),)
+    return Windowed(image.dims, reads, (AxisExtent.changed(0),) * len(image.dims), {"pad": remaining})
 
 
 def _pads_along(image: Value, pads: list[int]) -> tuple[list[tuple[int, int]], list[int]]:

@@ -1,0 +1,64 @@
+"""Operators that read the far end of one axis: that axis is left whole, and tiles are cut along the others."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import assert_streams
+from small_networks import Function
+from torch import nn
+
+import fxstream
+
+
+def panorama(m, x):
+    for layer in (m.a, m.b, m.c):
+        x = layer(F.pad(F.relu(x), (1, 1, 0, 0), mode="circular"))
+    return x
+
+
+def network(forward, padding=1, last=None) -> nn.Module:
+    channels = ((2, 4), (4, 4), (4, last or 4))
+    parts = dict(zip("abc", (nn.Conv2d(i, o, 3, padding=padding) for i, o in channels), strict=True))
+    return Function(forward, **parts).double()
+
+
+ALONG_ONE = {
+    "circular padding": (panorama, (1, 0), (2,)),
+    "roll of rows": (lambda m, x: m.c(m.b(torch.roll(m.a(x), 5, 2))), 1, (3,)),
+    "roll of columns": (lambda m, x: m.c(m.b(torch.roll(m.a(x), -3, -1))), 1, (2,)),
+    "flip": (lambda m, x: m.c(m.b(torch.flip(m.a(x), (3,)))), 1, (2,)),
+    "running sum": (lambda m, x: m.c(m.b(m.a(x).cumsum(2))), 1, (3,)),
+}
+
+
+@pytest.mark.parametrize("name", ALONG_ONE)
+def test_the_other_axis_is_tiled(name):
+    forward, padding, dims = ALONG_ONE[name]
+    model = network(forward, padding)
+    plan = assert_streams(model, torch.randn(2, 2, 27, 31, dtype=torch.double, requires_grad=True), tile=12)
+    assert plan.streamed_share > 0.9
+    analysis = fxstream.analyze(model, (27, 31), channels=2)
+    assert analysis.barriers == ()
+    assert analysis.graph.value("conv2d").dims == dims
+
+
+def test_along_both_axes_nothing_is_left_to_tile():
+    model = network(lambda m, x: m.c(torch.roll(m.b(torch.roll(m.a(x), 5, 2)), 3, 3)))
+    analysis = fxstream.analyze(model, (27, 31), channels=2)
+    assert len(analysis.barriers) == 2
+    assert analysis.graph.value("conv2d").dims == (2, 3)
+    image = torch.randn(1, 2, 27, 31, dtype=torch.double, requires_grad=True)
+    with pytest.warns(fxstream.StreamingWarning, match="0% of the activations"):
+        assert_streams(model, image, tile=12, at_least_tiles=1)
+
+
+def test_both_axes_are_tiled_where_one_operator_keeps_little_from_streaming():
+    """Smaller tiles are worth more than the stretch before a small map is mirrored."""
+
+    def forward(m, x):
+        y = m.b(F.relu(m.b(F.relu(m.b(F.relu(m.a(x)))))))
+        return m.c(torch.flip(F.max_pool2d(y, 4), (2,)))
+
+    analysis = fxstream.analyze(network(forward, last=1), (64, 64), channels=2)
+    assert [barrier.operator for barrier in analysis.barriers] == ["aten::flip"]
+    assert analysis.graph.value("conv2d").dims == (2, 3)
