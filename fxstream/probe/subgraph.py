@@ -4,8 +4,8 @@ Its spatial and whole inputs are placeholders; integers that follow from sizes i
 others are folded. A result whose size is folded (an upsampling to the size of a map outside) is as many times
 larger than its input as in the model, so that it is small where its input is. Where a reshape has the extent of a
 tiled dim as a number, it is that of its input, and the first other dim has what is left: the batch. Every floating
-type becomes one type and every device the CPU, so that it runs there whatever the model's precision and device are.
-Node names are kept.
+type becomes one type and every device the CPU, so that it runs there whatever the model's precision and device
+are. Node names are kept.
 """
 
 from __future__ import annotations
