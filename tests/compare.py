@@ -81,7 +81,8 @@ def streams(module):
 def captures(module):
     """How many captures a compiled module keeps."""
     caches = {id(call.pipeline._cache): call.pipeline._cache for call in fxstream.inspect(module).calls}
-    return sum(key[0] == "capture" for cache in caches.values() for key in cache._entries)
+    kept = [cache.get(key, tuple) for cache in caches.values() for key in list(cache._entries)]
+    return len({id(one.captured) for captures in kept for one in captures})
 
 
 def replan(module, plan):

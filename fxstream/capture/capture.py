@@ -7,7 +7,8 @@ constants that depend on the size are replaced by size arithmetic (`size_symbols
 NOTE [size independence]
 1. The first capture is at the size of the call, so that it is right for this call whatever follows.
 2. A second capture, at another batch size and at spatial sizes of other residues, shows which constants differ. A
-   model whose code reads sizes is traced again for it, unless it was traced with symbols and their guards hold.
+   model whose code reads sizes is traced again for it, unless it was traced with symbols, and either nothing is
+   computed with these or their guards hold: the graph is the same, even where the code would not take this path.
 3. Only if some differ, a third capture confirms their explanation.
 4. Where the batch size cannot be another, the others are at the same, and the capture is for that `batch`. If no
    other size can be captured, or a difference cannot be explained, it is `bound`, that is specialised to its size:
@@ -86,9 +87,8 @@ def retracing(tracer: Tracer, model: nn.Module, inputs: FakeInputs, trace: Trace
         others = iter(map(_fake, tensors, shapes))
         replaced = [next(others) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(replaced, spec)
-        serves = trace.sizes is not None and trace.holds(model, args, kwargs)
-        if trace.sizes is not None and not serves and not trace.graph.computes_sizes:
-            raise CaptureError("at another size its code does other things")
+        has_symbols = trace.sizes is not None
+        serves = has_symbols and (not trace.graph.computes_sizes or trace.holds(model, args, kwargs))
         traced = trace.graph if serves else tracer.graph(model, args, kwargs)
         if traced is None:
             raise CaptureError("at another size it computes nothing")

@@ -160,8 +160,10 @@ class Tracer:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], flat: bool
     ) -> Trace | None:
         """The trace of a call with symbols for its sizes, where it has one and is worth the time."""
-        is_tried = self._without in (0, PATIENCE) and self._with_symbols < MOST_WITH_SYMBOLS
         inputs, function = FakeInputs(args, kwargs, symbols=True), self._function(flat)
+        if any(dim > 0 for _, dim, _ in inputs.fixed):  # an axis of one pixel, which is no axis to some operators
+            return None
+        is_tried = self._without in (0, PATIENCE) and self._with_symbols < MOST_WITH_SYMBOLS
         limit = MOST_GUARDS if self._without == 0 else None
         trace = _traced_with_symbols(function, model, inputs, flat, limit) if is_tried else None
         self._with_symbols += trace is not None

@@ -41,7 +41,7 @@ def receptive_fields(graph: TypedGraph, nodes: Sequence[str], source: str) -> Fi
     What `nodes` leave out, other inputs of a region and whole tensors, has no influence; a global operator among
     them takes the field away from all that depends on it.
     """
-    axes = _axes(graph, nodes)
+    axes = _axes(graph, nodes, source)
     fields: dict[str, tuple[ReceptiveField, ...]] = {source: (ReceptiveField.of_map(IDENTITY),) * axes}
     lost: set[str] = set()
     for name in nodes:
@@ -63,9 +63,11 @@ def _pattern(graph: TypedGraph, name: str) -> AccessPattern | None:
     return graph.pattern(name) if graph[name].is_local else None
 
 
-def _axes(graph: TypedGraph, nodes: Sequence[str]) -> int:
-    """How many tiled dims the local ones of these nodes have."""
-    return max((len(graph.pattern(name).dims) for name in nodes if graph[name].is_local), default=0)
+def _axes(graph: TypedGraph, nodes: Sequence[str], source: str) -> int:
+    """How many axes the first local one of these nodes that reads the source has."""
+    patterns = filter(None, (_pattern(graph, name) for name in nodes))
+    reads = (read for pattern in patterns for read in pattern.reads if read.value.name == source)
+    return next((len(read.maps) for read in reads), 0)
 
 
 def _hull_over(
@@ -107,7 +109,7 @@ def _hulls(
 
 def extent_chains(graph: TypedGraph, nodes: Sequence[str], source: str) -> dict[str, tuple[ExtentChain, ...]]:
     """Along each axis, the formulas that lead from the source's extent to each node's."""
-    axes = _axes(graph, nodes)
+    axes = _axes(graph, nodes, source)
     fields: dict[str, tuple[ExtentChain, ...]] = {source: ((),) * axes}
     for name in nodes:
         pattern = _pattern(graph, name)

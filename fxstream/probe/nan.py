@@ -268,11 +268,14 @@ def _compare_backward(
 
 
 def _whole_box(gradient: torch.Tensor, poisoned: torch.Tensor, batch: int, dim: int) -> torch.Tensor:
-    """A value or gradient with NaN in every channel of a pixel that has it in one: tiles hold whole boxes."""
+    """A value or gradient with NaN in every channel of a pixel that has it in one: tiles hold whole boxes.
+
+    It lies in memory as before, for there are operators that take a view of it.
+    """
     entries = gradient.unflatten(batch, (2, -1)).movedim(batch, 0)
     shape = [extent if d in (0, dim + 1) else 1 for d, extent in enumerate(entries.shape)]
-    whole: torch.Tensor = entries.masked_fill(poisoned.view(shape), math.nan).movedim(0, batch)
-    return whole.flatten(batch, batch + 1)
+    mask = poisoned.view(shape).expand(entries.shape).movedim(0, batch).flatten(batch, batch + 1)
+    return gradient.masked_fill(mask, math.nan)
 
 
 def _summed(total: Any, sent: Any) -> Any:

@@ -34,6 +34,8 @@ __all__ = ["NaNs", "Subgraph", "subgraph"]
 
 
 RESHAPES = ("view", "reshape", "_unsafe_view")
+SIZES = ("output_size", "size", "shape")
+"""Parameters of operators that are the sizes of the result."""
 IN_PLACE_OF_NAN = 0.5
 """A constant of the model that is NaN would be taken for what the probe puts around its tiles."""
 
@@ -163,11 +165,11 @@ def _sizes_followed(graph: TypedGraph, typed: TypedNode) -> list[TypedNode]:
     for k, axis_map in enumerate(read.maps):
         if read.extents[k] > 1 and axis_map != BROADCAST:
             sizes[k] = (value.extents[k], read.extents[k], read.dims[k])
-    for i, argument in enumerate(typed.node.args):
+    for i, argument in _sizes_of(typed.node):
         axes = _axes_of(argument, value)
         if not any(k in sizes for k in axes.values()):
             continue
-        numbers = list(argument)  # type: ignore[arg-type]
+        numbers = list(argument)
         for place, k in axes.items():
             if k in sizes and isinstance(numbers[place], int):
                 made = _multiple(graph, typed.node, read.value.name, *sizes[k])
@@ -175,6 +177,14 @@ def _sizes_followed(graph: TypedGraph, typed: TypedNode) -> list[TypedNode]:
                 added += made
         typed.node.update_arg(i, numbers)
     return added
+
+
+def _sizes_of(node: fx.Node) -> list[tuple[int, Any]]:
+    """The arguments, by index, that are sizes of the result; those of reshapes follow as in `_sized`."""
+    if not isinstance(node.target, torch._ops.OpOverload) or name_of(node) in RESHAPES:
+        return []
+    parameters = node.target._schema.arguments
+    return [(i, argument) for i, argument in enumerate(node.args) if parameters[i].name in SIZES]
 
 
 def _axes_of(argument: Any, value: Value) -> dict[int, int]:

@@ -61,7 +61,7 @@ def _compare_tiles(graph: TypedGraph, names: tuple[str, ...], findings: Findings
     if segment is None or not all(segment.graph[n].is_local for n in names):
         return
     inputs, whole = _drawn(part, segment)
-    whole = [tensor if tensor.dtype == torch.bool else tensor.abs_().add_(1) for tensor in whole]
+    whole = [tensor if tensor.dtype == torch.bool else tensor.abs().add(1).to(tensor.dtype) for tensor in whole]
     with torch.no_grad():
         plain = part.module(*inputs, *whole)
     for third in range(3):

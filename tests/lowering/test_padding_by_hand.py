@@ -43,7 +43,10 @@ FAR = {
         lambda m, x: torch.cat([x, x * 2], 3),
         lambda m, x: torch.cat([x[:, :, -2:], x, x[:, :, :2]], 2),
     ),
-    "mirrors a tiled dim": (lambda m, x: x + x.flip(2), lambda m, x: x * x[:, :, 1:].flip(2).sum()),
+    "mirrors a tiled dim": (
+        lambda m, x: x + x.flip(2, 3),
+        lambda m, x: x * x[:, :, 1:].flip(2, 3).sum(),
+    ),
     "reads the positions in a grid": (
         lambda m, x: F.grid_sample(
             x,

@@ -21,8 +21,8 @@ def windows(m, x):
 
 
 def tokens(m, x):
-    """An MLP of sorted patches."""
-    y = F.relu(m.a(x)).flatten(2).transpose(1, 2).sort(1).values
+    """An MLP of sorted patches, which are no positions in groups of 16."""
+    y = F.relu(m.a(x)).flatten(2).transpose(1, 2).sort(1).values.reshape(-1, 16, 8)
     return m.c(F.gelu(m.b(y)))
 
 
@@ -33,9 +33,9 @@ def of_windows():
 
 
 def of_tokens():
-    """In maps of 8 channels: convolution, relu and channels last are streamed; flat, sorted; 4 and 4; result."""
+    """In maps of 8 channels: convolution, relu and channels last are streamed; flat, sorted, groups; 4 and 4; result."""
     parts = {"a": nn.Conv2d(3, 8, 4, 4), "b": nn.Linear(8, 32), "c": nn.Linear(32, 8)}
-    return Function(tokens, **parts), 3, 14
+    return Function(tokens, **parts), 3, 15
 
 
 @pytest.mark.filterwarnings("ignore:.*is bound to the size")

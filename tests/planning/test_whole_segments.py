@@ -100,13 +100,13 @@ def test_an_image_on_disk_is_read_by_a_stretch_that_runs_whole(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 def test_the_share_of_activations_counts_what_has_no_tiled_dims():
-    """Half of the work is on pixels that were sorted, as tokens without an order in space."""
+    """Half of the work is on windows of pixels that were sorted, without an order in space."""
     layers = [layer for _ in range(4) for layer in (nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())]
     tokens = [layer for _ in range(4) for layer in (nn.Linear(4, 4), nn.ReLU())]
 
     def forward(m, x):
         y = m.b(m.a(x))
-        return m.c(y.permute(0, 2, 3, 1).reshape(y.shape[0], -1, 4).sort(1).values)
+        return m.c(y.permute(0, 2, 3, 1).reshape(y.shape[0], -1, 4).sort(1).values.reshape(-1, 16, 4))
 
     model = Function(forward, a=nn.Conv2d(3, 4, 3, padding=1), b=nn.Sequential(*layers), c=nn.Sequential(*tokens))
     assert fxstream.plan(model, 64, tile=32).streamed_share < 0.6
