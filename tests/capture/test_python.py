@@ -417,7 +417,7 @@ def test_captures_are_freed_with_the_model():
         lambda model: fxstream.compile(model, tile=40)(torch.randn(LARGE)).square().mean().backward(),
     )
     counts = [alive(Net(lambda m, y: y.sigmoid() * y.sin()), steps) for _ in range(4)]
-    assert counts[1] == counts[3]
+    assert counts[3] <= counts[1]  # what other tests have left behind may be freed meanwhile
 
 
 @dataclasses.dataclass

@@ -33,7 +33,7 @@ def of_windows():
 
 
 def of_tokens():
-    """In maps of 8 channels: convolution, relu and channels last are streamed; flat, sorted, groups; 4 and 4; result."""
+    """In maps of 8 channels: convolution, relu, channels last are streamed; flat, sorted, groups; 4, 4; result."""
     parts = {"a": nn.Conv2d(3, 8, 4, 4), "b": nn.Linear(8, 32), "c": nn.Linear(32, 8)}
     return Function(tokens, **parts), 3, 15
 
