@@ -61,7 +61,7 @@ def _compare_tiles(graph: TypedGraph, names: tuple[str, ...], findings: Findings
     if segment is None or not all(segment.graph[n].is_local for n in names):
         return
     inputs, whole = _drawn(part, segment)
-    whole = [tensor if tensor.dtype == torch.bool else tensor.abs().add(1).to(tensor.dtype) for tensor in whole]
+    whole = [_at_least_one(tensor) for tensor in whole]
     with torch.no_grad():
         plain = part.module(*inputs, *whole)
     for third in range(3):
@@ -214,6 +214,13 @@ def _integers(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Gener
     if dtype == torch.int64:
         drawn %= 2
     return drawn.to(dtype)
+
+
+def _at_least_one(tensor: torch.Tensor) -> torch.Tensor:
+    """The absolute values and one more, in place where that can be; a mask as it is."""
+    if tensor.dtype == torch.bool:
+        return tensor
+    return tensor.abs().add(1).to(tensor.dtype) if tensor.is_complex() else tensor.abs_().add_(1)
 
 
 def _third(graph: TypedGraph, output: str, axis: int, third: int) -> Interval:
