@@ -35,7 +35,7 @@ from fxstream.capture.traced_graph import TracedGraph
 from fxstream.capture.tracing import tracing, without_modes, without_watchers
 from fxstream.graph.captured import CUMULATIVE, Results
 from fxstream.graph.shapes import fake_tensor_log_silenced
-from fxstream.graph.user_code import is_library_file
+from fxstream.graph.user_code import is_library_file, names_in, names_in_calls
 
 __all__ = ["Trace", "Tracer"]
 
@@ -51,9 +51,9 @@ UNGUARDED = frozenset({"AUTOGRAD_SAVED_TENSORS_HOOKS"})
 """Guards on what no trace depends on."""
 OF_SYMBOLS = frozenset({"SHAPE_ENV"})
 """Guards on symbols, which `SizeGuards` has where sizes are among these."""
-MOST_GUARDS = 16
+MOST_GUARDS = 64
 """Guards on one size beyond which the first trace with symbols ends: a trace with many takes very long."""
-PATIENCE = 4
+PATIENCE = 16
 """Traces at one size each after which one with symbols may take as long as it needs."""
 MOST_WITH_SYMBOLS = 8
 """Traces of a model with symbols; a model whose code takes that many paths has others at other sizes."""
@@ -133,18 +133,19 @@ class Tracer:
     ) -> Trace:
         """Trace a call; only shapes and types of its tensors matter. With `flat` the results are known.
 
-        Where the model's code reads sizes, it is traced once more with symbols for them; a trace with symbols has
-        guards on them, and serves all sizes for which these hold. One thread traces at a time. Raises
+        Where the model's code reads sizes, it is traced with symbols for them, first or again; a trace with
+        symbols has guards on them, and serves all sizes for which these hold. One thread traces at a time. Raises
         `GraphBreakError` where the model is not one graph, and `CaptureError` where it cannot run on such inputs,
         with the user's line.
         """
         with _tracing(model, args, kwargs, flat):
-            read_sizes = self._with_symbols > 0
-            trace = self._traced_with_symbols(model, args, kwargs, flat) if read_sizes else None
+            names = names_in_calls(model) - {"len"}  # mostly of lists of modules
+            may_read_sizes = self._with_symbols > 0 or not SIZE_READERS.isdisjoint(names)
+            trace = self._traced_with_symbols(model, args, kwargs, flat) if may_read_sizes else None
             if trace is not None:
                 return trace
             run = _Run(self._function(flat), model, FakeInputs(args, kwargs), flat)
-            if run.reads_sizes and not read_sizes:
+            if run.reads_sizes and not may_read_sizes:
                 trace = self._traced_with_symbols(model, args, kwargs, flat)
             return trace or run.trace()
 
@@ -208,7 +209,7 @@ class _Run:
         traced = self._output.backend_input
         self.graph = None if traced is None else TracedGraph(traced.graph_module, _parameters(model))
         self._code = self._output.graph_capture_output.traced_code[1:]
-        names = frozenset().union(*map(_names, self._code))
+        names = frozenset().union(*map(names_in, self._code))
         self.reads_formats = any(map(_reads_formats, self._code))
         takes_rows = self.graph is not None and _takes_rows(self.graph)
         self.reads_sizes = bool(names & SIZE_READERS) or self.reads_formats or takes_rows
@@ -283,18 +284,9 @@ def _value(name: str, scope: Mapping[str, Any]) -> Any:
         return None
 
 
-def _names(code: types.CodeType) -> frozenset[str]:
-    """The names of attributes and globals in code, and the texts, which may be names too.
-
-    Torch's own code calls `len` for arguments and hooks, not for tensors.
-    """
-    names = frozenset(code.co_names).union(constant for constant in code.co_consts if isinstance(constant, str))
-    return names - {"len"} if is_library_file(code.co_filename) else names
-
-
 def _reads_formats(code: types.CodeType) -> bool:
     """Whether code of the user's reads how a tensor lies in memory; torch's modules have a `stride` too."""
-    return not is_library_file(code.co_filename) and not FORMAT_READERS.isdisjoint(_names(code))
+    return not is_library_file(code.co_filename) and not FORMAT_READERS.isdisjoint(names_in(code))
 
 
 def _takes_rows(graph: TracedGraph) -> bool:

@@ -1,17 +1,28 @@
-"""Where in the user's own code something happens: the line and the module of a node, of an error, of a call."""
+"""The user's own code: the line and the module of a node, of an error, of a call; the names in what a model runs."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import sys
 import traceback
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import fx
+from torch import fx, nn
 
-__all__ = ["called_by_user", "is_library_file", "last_user_frame", "module_path", "source_line"]
+__all__ = [
+    "called_by_user",
+    "is_library_file",
+    "last_user_frame",
+    "module_path",
+    "names_in",
+    "names_in_calls",
+    "source_line",
+]
 
 FRAME = re.compile(r'^\s*File "([^"]*)", line (\d+)', re.MULTILINE)
 LIBRARIES = (f"{torch.__path__[0]}/", f"{Path(__file__).parent.parent}/", "<")
@@ -56,3 +67,39 @@ def called_by_user() -> bool:
     ):
         frame = frame.f_back
     return not is_library_file(frame.f_code.co_filename)
+
+
+def names_in(code: types.CodeType) -> frozenset[str]:
+    """The names of attributes and globals in code, and the texts, which may be names too.
+
+    Torch's own code calls `len` for arguments and hooks, not for tensors.
+    """
+    names = frozenset(code.co_names).union(constant for constant in code.co_consts if isinstance(constant, str))
+    return names - {"len"} if is_library_file(code.co_filename) else names
+
+
+def names_in_calls(model: nn.Module) -> frozenset[str]:
+    """The names in the code that calls of a model may run, as far as names lead, outside of torch.
+
+    More than runs, where only one branch does; less, where a function is handed on as a value.
+    """
+    waiting = [(type(module), type(module).forward) for module in model.modules()]
+    seen: set[types.CodeType] = set()
+    names: set[str] = set()
+    for owner, function in waiting:
+        unwrapped = inspect.unwrap(function)
+        code = getattr(unwrapped, "__code__", None)
+        if code is None or code in seen or is_library_file(code.co_filename):
+            continue
+        seen.add(code)
+        names |= names_in(code)
+        waiting += [(owner, called) for called in _called(owner, unwrapped, code)]
+    return frozenset(names)
+
+
+def _called(owner: type, function: types.FunctionType, code: types.CodeType) -> Iterator[types.FunctionType]:
+    """The functions that names in a method's code stand for: methods, globals, and members of global modules."""
+    named = [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+    scopes = [owner, *(value for value in named if isinstance(value, types.ModuleType))]
+    named += [getattr(scope, name, None) for scope in scopes for name in code.co_names]
+    return (value for value in named if inspect.isfunction(value))
