@@ -1,4 +1,4 @@
-"""The user's own code: the line and the module of a node, of an error, of a call; the names in what a model runs."""
+"""The user's own code: the line and module of a node, of an error, of a call; the names in what a model runs."""
 
 from __future__ import annotations
 
