@@ -1,8 +1,7 @@
 """CPU seconds to make networks ready for the first image, and for each further image of another size.
 
 Training steps within a memory (FCN needs twice of it), one thread; nothing is run, for images are stand-ins that
-hold one element. Of the first call also its stages, in seconds. Medians over as many compiled modules as there are
-repeats.
+hold one element. Medians over as many compiled modules as there are repeats.
 """
 
 import argparse
@@ -73,6 +72,8 @@ NETWORKS = {
     "convnext": ("ConvNeXt-T", lambda: build("torchvision/convnext_tiny").train(), PLANES),
 }
 
+STAGES = ("trace", "capture", "plan", "probe")
+
 
 def calls(make, shapes, memory):
     """CPU seconds to prepare each shape with one compiled module, the last stages and the first ones' seconds."""
@@ -85,6 +86,13 @@ def calls(make, shapes, memory):
         prepared.append(fxstream.inspect(module).ready(inputs_of(model, (image,), {})).prepared)
         seconds.append(time.process_time() - start)
     return seconds, prepared
+
+
+def of_stages(seconds, plan):
+    """Seconds of each of `STAGES` of a first call that took so many; tracing is what is left."""
+    of_plan = dict(plan.prepared)
+    made = [of_plan["capture"] + of_plan["analysis"], of_plan["plan"], of_plan["probe"]]
+    return [seconds - sum(of_plan.values()), *made]
 
 
 def many(make, shape, memory, count):
@@ -154,7 +162,7 @@ def main() -> None:
             table.add_row(title, f"{memory / 2**20:.0f} MiB", *listed, ", ".join(map(str, columns[2])))
         Console().print(table)
         return
-    table = Table("network", "first call", "of these", "further sizes", "segments", "time")
+    table = Table("network", "first call", *STAGES, "further sizes", "segments", "time")
     console = Console()
     for name in options.networks:
         title, make, shapes = NETWORKS[name]
@@ -163,14 +171,14 @@ def main() -> None:
         runs = [calls(make, shapes, memory) for _ in range(options.repeats)]
         medians = [statistics.median(of_call) for of_call in zip(*(seconds for seconds, _ in runs))]
         prepared = runs[-1][1]
-        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in prepared[0].plan.prepared)
+        stages = [of_stages(seconds[0], prepared[0].plan) for seconds, prepared in runs]
         table.add_row(
             title,
             f"{medians[0]:.1f}",
-            stages,
+            *(f"{statistics.median(column):.1f}" for column in zip(*stages)),
             ", ".join(f"{one:.2f}" for one in medians[1:]),
-            ", ".join(str(len(one.plan.segments)) for one in prepared),
-            ", ".join(f"{one.plan.prediction.time_ratio:.2f}x" for one in prepared),
+            str(len(prepared[0].plan.segments)),
+            f"{prepared[0].plan.prediction.time_ratio:.2f}x",
         )
     console.print(table)
     console.print(f"torch {torch.__version__}, one thread, {options.memory}, medians of {options.repeats}")
