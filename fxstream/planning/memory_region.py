@@ -30,15 +30,22 @@ __all__ = ["MemoryRegion", "memory_searches"]
 
 MOST_POSITIONS = 16
 """Positions considered per region; their pairs are what planning time goes into."""
+MOST_SPANS_JOINED = 2
+"""Spans of another size that may be one."""
 
 
 def memory_searches(
-    context: CostContext, parts: Sequence[tuple[str, ...]], request: Request, most_sweeps: Sequence[int]
+    context: CostContext,
+    parts: Sequence[tuple[str, ...]],
+    request: Request,
+    most_sweeps: Sequence[int],
+    near: Sequence[Span] = (),
 ) -> Iterator[Search]:
     """The searches of one network at one image size, for any budget in bytes.
 
     `parts` are the nodes of the regions, in the order of the graph; `most_sweeps` is how often a span may be run
-    forward for the reductions on its way, in each search. They share what is computed.
+    forward for the reductions on its way, in each search. They share what is computed. With the spans of another
+    size, `near`, only cuts where these have some are considered, and spans of one or two of theirs.
     """
     graph = context.graph
     inside = {name for part in parts for name in part}
@@ -50,7 +57,7 @@ def memory_searches(
             dense[sum(start < index[name] for start in starts)].append(name)
     regions: list[Region] = [DenseRun(context, dense[0])] if dense[0] else []
     for part, after in zip(parts, dense[1:], strict=True):
-        regions.append(MemoryRegion(context, part, request, most_sweeps[0]))
+        regions.append(MemoryRegion(context, part, request, most_sweeps[0], near))
         regions += [DenseRun(context, after)] if after else []
     results = (name for name in graph.costed if graph.is_result(name) and name not in context.written)
     count = request.segments if isinstance(request.segments, int) else None
@@ -80,14 +87,23 @@ class _Around:
 class MemoryRegion:
     """A region with all ways to run its spans, in bytes and seconds."""
 
-    def __init__(self, context: CostContext, nodes: tuple[str, ...], request: Request, most_sweeps: int) -> None:
+    def __init__(
+        self,
+        context: CostContext,
+        nodes: tuple[str, ...],
+        request: Request,
+        most_sweeps: int,
+        near: Sequence[Span] = (),
+    ) -> None:
         graph = context.graph
         self._context, self._graph, self._training = context, graph, context.training
         self._sizes: dict[str, int] = {}
         self._costs = costs = RegionCosts(context, nodes)
         self._most_sweeps = most_sweeps
         self._all_checkpoint = self._training and whole_segment(graph, "", nodes) is not None
-        self.ends = sorted({*_considered(costs, request), len(nodes) - 1})
+        considered = _ends_of(costs, near) if near else _considered(costs, request)
+        self.ends = sorted({*considered, len(nodes) - 1})
+        self._most_starts = MOST_SPANS_JOINED if near else len(self.ends)
         live = costs.positions.live()
         live[-1] = list(make_segment(graph, "", nodes).outputs)
         self._live = {end: live[end] for end in self.ends} | {-1: []}
@@ -100,7 +116,7 @@ class MemoryRegion:
 
     def starts(self, end: int) -> list[int]:
         """The positions where a span up to `end` may start."""
-        return self._costs.positions.starts(end, self.ends, self._most_sweeps)
+        return self._costs.positions.starts(end, self.ends, self._most_sweeps)[-self._most_starts :]
 
     def allowing(self, most_sweeps: int) -> MemoryRegion:
         """The same region, with what is computed of it, whose spans may have so many sweeps."""
@@ -278,6 +294,13 @@ def _considered(costs: RegionCosts, request: Request) -> list[int]:
     if request.segments == 1:
         return []
     return list(costs.positions.candidates(MOST_POSITIONS + costs.positions.reductions))
+
+
+def _ends_of(costs: RegionCosts, spans: Sequence[Span]) -> set[int]:
+    """The positions in a region at which these spans, or what lies between them, end."""
+    inside = [span.nodes for span in spans if span.nodes[0] in costs.index]
+    ends = {costs.index[nodes[-1]] for nodes in inside} | {costs.index[nodes[0]] - 1 for nodes in inside}
+    return ends - {-1}
 
 
 def _options(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -207,6 +207,11 @@ def _fastest(context: CostContext, request: Request, memory: int, decisions: Dec
             decisions.prefer(decision)
             return _plan_of(context, ran, decision)
         fitting += [ran] if ran is not None else []
+    for ran in _near(context, request, memory, decisions):
+        if decisions.holds(ran.decision(), extents, ran.prediction.seconds):
+            decisions.prefer(ran.decision())
+            return _plan_of(context, ran, ran.decision())
+        fitting.append(ran)
     try:
         fitting.append(_searched(context, request, memory))
     except PlanError:
@@ -223,31 +228,41 @@ def _plan_of(context: CostContext, ran: Ran, decision: Decision) -> Plan:
     return replace(_plan(context, ran.segments, ran.prediction, is_trivial, is_away), decision=decision)
 
 
+def _near(context: CostContext, request: Request, memory: int, decisions: Decisions) -> Iterator[Ran]:
+    """What a search among the cuts of the last decision finds, if there is one."""
+    decision = next(iter(decisions), Decision(()))
+    spans = decided_spans(_parts(context, request), decision) if decision.spans else None
+    if spans:
+        with contextlib.suppress(PlanError):
+            yield _within_memory(replace(context, offload=decision.offload), request, memory, spans)
+
+
 def _searched(context: CostContext, request: Request, memory: int) -> Ran:
     """The fastest plan within the memory; boundaries are offloaded where that is faster, or where it must be."""
     if not context.offload:
         return _within_memory(context, request, memory)
     try:
-        near = _within_memory(replace(context, offload=False), request, memory)
+        here = _within_memory(replace(context, offload=False), request, memory)
     except PlanError:
         return _within_memory(context, request, memory)
     try:
-        return min(near, _within_memory(context, request, memory), key=lambda ran: ran.prediction.seconds)
+        return min(here, _within_memory(context, request, memory), key=lambda ran: ran.prediction.seconds)
     except PlanError:
-        return near
+        return here
 
 
-def _within_memory(context: CostContext, request: Request, memory: int) -> Ran:
+def _within_memory(context: CostContext, request: Request, memory: int, near: Sequence[Span] = ()) -> Ran:
     """The fastest segments within the memory, by the search and then by the exact tiles, and their prediction.
 
-    The search estimates a little; where its plan needs too much it is asked for less, a few times.
+    The search, of all cuts or of those of spans that are `near`, estimates a little; where its plan needs too much
+    it is asked for less, a few times.
     """
     plain = Ran((), (), predict(context, ()))
     fits = plain.prediction.bytes <= memory and request.segments is None
     if fits and not _may_be_faster(context, plain.prediction):
         return plain
     parts = _parts(context, request)
-    for search in memory_searches(context, parts, request, _most_sweeps(context.graph)):
+    for search in memory_searches(context, parts, request, _most_sweeps(context.graph), near):
         fitting = _fitting(context, search, request, memory)
         if fitting is not None:
             return plain if fits and fitting.prediction.seconds >= FASTER * plain.prediction.seconds else fitting

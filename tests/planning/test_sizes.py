@@ -136,3 +136,17 @@ def test_a_wide_image_is_planned_as_fast_as_a_small_one():
     prepared(10**6, 6 * 10**5)
     assert prepared(10**6, 10**6) < 0.2
     assert module.plan.segments[0].tile_count > 50000
+
+
+def test_a_little_larger_image_is_searched_among_the_cuts_of_the_decision(searches):
+    model = deep()
+    module = compiled_within(model, integer_image(1, 2, 128, 128), 0.5)
+    memory = fxstream.inspect(module).options.request.memory
+    for size in ((128, 128), (132, 128), (136, 132)):
+        searches.clear()
+        image = integer_image(1, 2, *size)
+        assert_same(step(module, model, [image]), step(model, model, [image]), 0.0)
+        assert len(searches) == (size == (128, 128))
+        assert module.plan.prediction.bytes <= memory
+        alone = fxstream.plan(model, inputs=[image], memory=memory)
+        assert module.plan.prediction.seconds <= 1.05 * alone.prediction.seconds
