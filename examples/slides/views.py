@@ -5,6 +5,8 @@ image looks like in an epoch depends on the seed, the epoch and its place in the
 resumed sees what an uninterrupted one sees.
 """
 
+import itertools
+import os
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +38,15 @@ class View:
         self._columns = range(array.shape[1]) if columns is None else columns
         lengths = (len(self._rows), len(self._columns))
         self.shape = (*(lengths[::-1] if swaps else lengths), array.shape[2])
+
+    @property
+    def chunks(self) -> tuple[tuple[int, ...], ...] | None:
+        """How many pixels are seen of every chunk along each axis, as dask tells it; None without chunks."""
+        sizes = getattr(self.array, "chunks", None)
+        if sizes is None:
+            return None
+        lengths = tuple(map(_lengths, (self._rows, self._columns), sizes))
+        return (*(lengths[::-1] if self._swaps else lengths), _lengths(range(self.shape[2]), sizes[2]))
 
     def __getitem__(self, index: tuple[slice, slice, slice]) -> np.ndarray:
         first, second = index[1::-1] if self._swaps else index[:2]
@@ -69,6 +80,11 @@ def _hull(pixels: range) -> slice:
     return slice(min(pixels), max(pixels) + 1) if pixels else slice(0, 0)
 
 
+def _lengths(pixels: range, size: int) -> tuple[int, ...]:
+    """How many of these pixels lie in each chunk of so many, in the order in which they are seen."""
+    return tuple(len(list(inside)) for _, inside in itertools.groupby(pixels, lambda pixel: pixel // size))
+
+
 class SlideSources(Dataset):
     """Sources [1, 3, H, W] of bytes and labels; H and W are those of each slide at the spacing.
 
@@ -97,7 +113,8 @@ class SlideSources(Dataset):
             spare = view.shape[0] - height, view.shape[1] - width
             top, left = (int(random.integers(pixels + 1)) for pixels in spare)
             view = view.cropped(top, left, height, width)
-        return fxstream.source(view, layout="HWC"), torch.tensor([row.label])
+        readers = min(8, os.cpu_count() or 1)  # zarr and tifffile let threads read at once
+        return fxstream.source(view, layout="HWC", readers=readers), torch.tensor([row.label])
 
 
 def loader_of(images: SlideSources, replicas: int = 1, replica: int = 0) -> DataLoader:

@@ -61,6 +61,27 @@ def test_views_are_what_numpy_makes(slides):
     assert set(view.array.read) == {12}  # the box and nothing else
 
 
+def test_chunks_of_a_view_are_those_of_its_array(slides):
+    """Each lies in one chunk, and neighbours in two, or some chunks would be decoded twice."""
+    zarr = pytest.importorskip("zarr")
+    array = zarr.create_array({}, shape=(13, 9, 3), dtype="u1", chunks=(4, 3, 3))
+    places = np.stack([*np.divmod(np.arange(117).reshape(13, 9), 9), np.zeros((13, 9), int)], -1)
+    array[:] = places // (4, 3, 1)
+    view = slides.views.View(array)
+    for seen in (view, view.mirrored(), view.turned(1), view.turned(3).cropped(2, 1, 6, 11).mirrored()):
+        edges = [np.cumsum([0, *lengths]) for lengths in seen.chunks]
+        assert [along[-1] for along in edges] == list(seen.shape)
+        pieces = [
+            {tuple(pixel) for pixel in seen[top:down, left:right, 0:3].reshape(-1, 3).tolist()}
+            for top, down in zip(edges[0], edges[0][1:])
+            for left, right in zip(edges[1], edges[1][1:])
+        ]
+        assert all(len(piece) == 1 for piece in pieces)
+        assert len({min(piece) for piece in pieces}) == len(pieces)
+    assert view.turned(1).chunks == ((3, 3, 3), (4, 4, 4, 1), (3,))
+    assert slides.views.View(np.zeros((4, 4, 3))).chunks is None
+
+
 def test_sources_have_the_size_of_their_slide_and_repeat(slides, labels):
     rows = slides.data.read_rows(labels)
     images = slides.views.SlideSources(rows, 1.0, train=True)
