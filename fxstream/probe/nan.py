@@ -37,6 +37,7 @@ class _Runner(fx.Interpreter):
         self._strip, self._findings = strip, findings
         self._nodes = set(strip.part.segment.nodes)
         self._unclaimed = strip.unclaimed()
+        self._separates = strip.part.separates_channels()
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -48,11 +49,8 @@ class _Runner(fx.Interpreter):
         return value
 
     def _spread(self, name: str, value: Any) -> Any:
-        """The value with NaN in every channel of a pixel that has it in one, for a claim is about all channels.
-
-        Those of a window are pixels, and what keeps them apart would seem to read less than is claimed.
-        """
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        """The value with NaN in every channel of a pixel that has it in one, where these are taken apart later."""
+        if not self._separates or not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
         dim, batch = self._strip.graph.value(name).dims[self._strip.axis], self._strip.batch[name]
         return _whole_box(value, _poisoned(value, batch, dim), batch, dim)
@@ -193,6 +191,7 @@ def poison_backward(strip: Strip, findings: Findings) -> None:
     half and falls.
     """
     segment, claims, blurred = strip.part.segment, _claimed_of_halves(strip), set[str]()
+    separates = strip.part.separates_channels()
     gradients: dict[str, Any] = {output: _half_poisoned(strip, output) for output in segment.outputs}
     inputs = {name for name, _ in segment.spatial}
     for node in reversed(strip.part.module.graph.nodes):
@@ -206,7 +205,7 @@ def poison_backward(strip: Strip, findings: Findings) -> None:
             claimed, batch = [claim.get(node.name, EMPTY) for claim in claims], strip.batch[node.name]
             poisoned = _poisoned(gradient, batch, dim)
             _compare_backward(strip, node.name, poisoned, claimed, blurred, findings)
-            gradient = _whole_box(gradient, poisoned, batch, dim)
+            gradient = _whole_box(gradient, poisoned, batch, dim) if separates else gradient
         if node.name not in inputs:
             _send(strip, typed, gradient, gradients, blurred)
     findings.blurred_backward |= blurred & set(segment.nodes)
@@ -234,11 +233,12 @@ def _send(strip: Strip, node: TypedNode, gradient: Any, gradients: dict[str, Any
     sent = _pulled_back(strip, node.node, gradient) if gradient is not None else {}
     # Tiles hold the same box of every result of an operator: more than each of them needs.
     is_loose = node.is_tuple or node.name in blurred or not node.pattern.is_tight
+    is_poisoned = not is_loose and _is_poisoned(gradient)
     for name in node.inputs:
         if name in sent:
             gradients[name] = _summed(gradients.get(name), sent[name])
-        if is_loose or name not in sent or _is_closed(gradient, sent[name]):
-            blurred.add(name)
+        if is_loose or name not in sent or (is_poisoned and not _is_poisoned(sent[name])):
+            blurred.add(name)  # nothing passed, as at a gate that no range of values opens
 
 
 def _compare_backward(
@@ -326,10 +326,10 @@ def _pulled_back(strip: Strip, node: fx.Node, gradient: Any) -> dict[str, Any]:
     return sent
 
 
-def _is_closed(gradient: Any, sent: Any) -> bool:
-    """Whether nothing of a NaN gradient passed to an input, as at a gate that no range of values opens."""
-    part, passed = ([t for t in (g if isinstance(g, list) else [g]) if t is not None] for g in (gradient, sent))
-    return any(bool(t.sum().isnan()) for t in part) and not any(bool(t.sum().isnan()) for t in passed)
+def _is_poisoned(gradient: Any) -> bool:
+    """Whether a gradient, of one tensor or of several, has a NaN."""
+    parts = gradient if isinstance(gradient, list) else [gradient]
+    return any(bool(part.sum().isnan()) for part in parts if part is not None)
 
 
 def _is_spatial(strip: Strip, name: str) -> bool:

@@ -28,12 +28,15 @@ from fxstream.graph.shapes import shapes_at
 from fxstream.graph.type_graph import type_graph
 from fxstream.graph.typed_graph import TypedGraph, TypedNode
 from fxstream.rules import Value
+from fxstream.rules.patterns import Moved, Pointwise
 from fxstream.tiling.segment import Segment, isolated, with_nodes
 
 __all__ = ["NaNs", "Subgraph", "subgraph"]
 
 
 RESHAPES = ("view", "reshape", "_unsafe_view")
+TOGETHER = ("linear", "conv", "max_pool", "avg_pool", "upsample")
+"""Operators that read channels of a pixel together, or each alike."""
 SIZES = ("output_size", "size", "shape")
 """Parameters of operators that are the sizes of the result."""
 IN_PLACE_OF_NAN = 0.5
@@ -91,6 +94,13 @@ class Subgraph:
         is_image = name in dict(self.segment.spatial) and not is_classes
         return self.dtype if dtype.is_floating_point or is_image else dtype
 
+    def separates_channels(self) -> bool:
+        """Whether some operator takes the channels of a pixel apart: as pixels of a window, or leaves some out.
+
+        Without one a NaN in one channel of a pixel does as much as a NaN in every channel.
+        """
+        return any(_takes_apart(self.segment.graph[name]) for name in self.segment.nodes)
+
     def at(self, shapes: Mapping[str, tuple[int, ...]]) -> Segment:
         """The segment, typed by the same rules, at other shapes of the spatial inputs.
 
@@ -105,6 +115,17 @@ class Subgraph:
         spatial = dict(self.segment.spatial)
         graph = type_graph(self.module.graph, shapes_at(self.module, tensors), spatial)
         return self.segment.with_graph(graph)
+
+
+def _takes_apart(node: TypedNode) -> bool:
+    """Whether an operator has other pixels than it reads, or less channels, and is none of `TOGETHER`."""
+    if name_of(node.node).startswith(TOGETHER):
+        return False
+    if node.is_tuple or not isinstance(node.pattern, (Pointwise, Moved)):
+        return True
+    pixels, elements = math.prod(node.values[0].extents), node.values[0].elements
+    reads = (read for read in node.pattern.reads if BROADCAST not in read.maps)
+    return any(math.prod(read.extents) != pixels or read.value.elements > elements for read in reads)
 
 
 def subgraph(segment: Segment, dtype: torch.dtype) -> Subgraph:
