@@ -65,22 +65,14 @@ def test_a_bias_of_every_pair_of_positions(fused):
     assert plan.streamed_share > 0.85, plan
 
 
-def test_one_capture_serves_every_size():
+@pytest.mark.parametrize("batches", [(2, 3, 4), (1, 1, 1)])
+def test_one_capture_serves_every_size(batches):
     model = Attention(reduction=4).double()
     compiled = fxstream.compile(model, tile=8)
-    for shape in ((2, 3, 16, 20), (3, 3, 24, 16), (4, 3, 28, 36)):
-        x = image(*shape)
+    for batch, extents in zip(batches, ((16, 20), (24, 16), (28, 36)), strict=True):
+        x = image(batch, 3, *extents)
         assert torch.allclose(compiled(x), model(x), atol=1e-12)
         assert compiled.plan.streamed_share > 0.9
-    assert captures(compiled) == 1
-
-
-def test_one_capture_serves_every_size_of_one_image():
-    model = Attention(reduction=4).double()
-    compiled = fxstream.compile(model, tile=8)
-    for shape in ((1, 3, 16, 20), (1, 3, 24, 16), (1, 3, 28, 36)):
-        x = image(*shape)
-        assert torch.allclose(compiled(x), model(x), atol=1e-12)
     assert captures(compiled) == 1
 
 
