@@ -24,7 +24,7 @@ TOLERANCE = 1.04
 """Predicted seconds per pixel over those of the best choice nearby that a decision may have."""
 NEAR = 2.0
 """Sizes within this factor along each axis are near."""
-HARDLY_LARGER = 1.15
+HARDLY_LARGER = 1.05
 """Pixels over those of a size up to which a size says what the best choice for it may cost per pixel."""
 MOST_DECISIONS = 8
 """Decisions that are kept; each is tried in turn."""

@@ -47,7 +47,7 @@ def compiled_within(model, image, share, **options):
     return fxstream.compile(model, memory=int(share * whole), verify=False, **options)
 
 
-SIZES = [(64, 64), (60, 66), (58, 62), (63, 61)]
+SIZES = [(64, 64), (62, 66), (60, 66), (61, 65)]
 
 
 def test_a_decision_is_exact_at_other_sizes_within_a_memory(searches, monkeypatch):
@@ -117,7 +117,7 @@ def test_a_decision_holds_near_what_was_searched_and_no_dearer():
     assert not decisions.holds(decision, (100, 100), 1.1)
     assert decisions.holds(decision, (150, 120), 1.8)
     assert not decisions.holds(decision, (250, 100), 2.5)
-    assert decisions.holds(decision, (90, 98), 0.9)
+    assert decisions.holds(decision, (98, 98), 0.96)
     assert not decisions.holds(decision, (70, 80), 0.56)  # with less pixels more may run whole
     saved = Decisions(saved=dataclasses.replace(decision))
     assert saved.holds(saved.saved, (250, 100), 99.0)
