@@ -54,7 +54,10 @@ BENCHMARKS = {
     "bench_resnet50_reused": Benchmark(REUSED + BENCH.format("resnet50", "39%,25%"), SMALL),
     "bench_densenet121_reused": Benchmark(REUSED + BENCH.format("densenet121", "43%,20%"), SMALL),
     "sizes": Benchmark("python examples/benchmarks/sizes.py", "--networks resnet50 --repeats 1"),
-    "sizes_many": Benchmark("python examples/benchmarks/sizes.py --many 50", "--networks unet --many 2"),
+    "sizes_many": Benchmark(
+        "python examples/benchmarks/sizes.py --many 50 --networks resnet50 densenet121 efficientnet unet convnext",
+        "--networks unet --many 2",
+    ),
     "sizes_peaks": Benchmark(
         "python examples/benchmarks/sizes.py --peaks 10 --networks resnet50 --shape 1 3 448 448",
         "--peaks 1 --shape 1 3 160 160",
