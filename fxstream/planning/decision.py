@@ -126,14 +126,17 @@ class Decisions:
     def __iter__(self) -> Iterator[Decision]:
         return iter([*([self.saved] if self.saved is not None else []), *self.made])
 
-    def holds(self, decision: Decision, extents: Sequence[int], seconds: float) -> bool:
-        """Whether a decision that is predicted to take so long at a size may be taken there without a search."""
+    def holds(self, decision: Decision, extents: Sequence[int], seconds: float, near: float = NEAR) -> bool:
+        """Whether a decision that is predicted to take so long at a size may be taken there without a search.
+
+        It is compared with sizes within a factor of `near` along each axis.
+        """
         if decision is self.saved:
             return True
         pixels = math.prod(extents)
         comparable = [one for one in self.yardsticks if one.pixels <= HARDLY_LARGER * pixels]
-        near = [(one.distance(extents), one.seconds) for one in comparable]
-        return bool(near) and min(near)[0] <= NEAR and seconds / pixels <= TOLERANCE * min(near)[1]
+        each = [(one.distance(extents), one.seconds) for one in comparable]
+        return bool(each) and min(each)[0] <= near and seconds / pixels <= TOLERANCE * min(each)[1]
 
     def add(self, decision: Decision, extents: Sequence[int], seconds: float) -> None:
         """Remember a choice; it is the first that will be tried."""

@@ -147,7 +147,8 @@ def _within_tile(context: CostContext, request: Request, decisions: Decisions) -
         with contextlib.suppress(PlanError):
             spans = decided_spans(_parts(context, request), decision)
             plan = _of_spans(context, request, spans) if spans else None
-            if plan is not None and decisions.holds(decision, extents, plan.prediction.seconds):
+            # Pixels cost the same in tiles of one size, however many there are.
+            if plan is not None and decisions.holds(decision, extents, plan.prediction.seconds, near=math.inf):
                 return plan
     spans = [span for part in _parts(context, request) for span in spans_within_tile(context, part, request)]
     plan = _of_spans(context, request, spans)
