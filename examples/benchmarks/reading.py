@@ -77,7 +77,7 @@ def read(array, readers, tiles):
     counting.decoded.clear()
     began = time.perf_counter()
     source = fxstream.source(counting, layout="HWC", readers=readers)
-    with Reader([source], tiles, CPU) as reader, heap_kept(CPU):
+    with Reader([source], tiles, CPU) as reader, heap_kept(CPU, len(tiles)):
         for task in tiles:
             reader.read(task)
     assert set(counting.decoded.values()) == {1}
