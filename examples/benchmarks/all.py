@@ -87,7 +87,7 @@ BENCHMARKS = {
     "peers": Benchmark("python examples/benchmarks/peers.py", None, "lightstream"),
     "gpu": Benchmark(GPU + "--compiled --repeats 3", None, "cuda"),
     "reading": Benchmark(
-        "python examples/benchmarks/reading.py --size 8192 --rounds 3", "--size 2048 --tile 512", "imagecodecs"
+        "python examples/benchmarks/reading.py --rounds 2 --readers 1 2", "--size 2048 --tile 512", "imagecodecs"
     ),
     "networks_table": Benchmark("python examples/benchmarks/networks_table.py"),
 }
