@@ -60,7 +60,7 @@ BENCHMARKS = {
     ),
     "sizes_peaks": Benchmark(
         "python examples/benchmarks/sizes.py --peaks 10 --networks resnet50 --shape 1 3 448 448",
-        "--peaks 1 --shape 1 3 256 256 --share 0.6",
+        "--peaks 1 --shape 1 3 256 256 --share 0.8",
     ),
     "drawings": Benchmark("python examples/pictures/draw.py", None),
     "pareto": Benchmark("python examples/pictures/pareto.py", None),
