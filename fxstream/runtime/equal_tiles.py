@@ -21,6 +21,7 @@ import operator
 from collections.abc import Hashable, Sequence
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fxstream.rules.access import Lookup
 from fxstream.runtime.schedule import Stream, TileTask
@@ -41,11 +42,13 @@ TABLES = 4096
 def constant_values(box: torch.Tensor, dims: tuple[int, ...] | None) -> bytes | None:
     """The bytes of a box in host memory that is constant along `dims`; None of one that is not, and without dims.
 
+    A fake tensor has no values.
+
     >>> box = torch.tensor([[7, 7, 7], [8, 8, 8]], dtype=torch.uint8)
     >>> constant_values(box, (1,)), constant_values(box, (0, 1))
     (b'\\x07\\x08', None)
     """
-    if dims is None or not box.numel() or box.itemsize not in BITS:
+    if dims is None or not box.numel() or box.itemsize not in BITS or isinstance(box, FakeTensor):
         return None
     bits = box.detach().view(BITS[box.itemsize])
     few, one = bits, bits

@@ -9,6 +9,7 @@ import torch
 from compare import assert_same, make_integer, streams
 from counted import Counted
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxstream
 from fxstream.runtime import backward, equal_tiles, forward
@@ -304,3 +305,8 @@ def test_zeros_of_two_signs_are_two_values():
     mixed[..., 1] = -0.0
     assert constant_values(mixed, (2, 3)) is None
     assert constant_values(torch.full_like(zeros, torch.nan), (2, 3)) is not None
+
+
+def test_a_fake_tensor_has_no_values():
+    with FakeTensorMode():
+        assert constant_values(torch.zeros(1, 3, 4, 4), (2, 3)) is None
