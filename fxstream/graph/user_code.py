@@ -10,6 +10,7 @@ import traceback
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -83,7 +84,7 @@ def names_in_calls(model: nn.Module) -> frozenset[str]:
 
     More than runs, where only one branch does; less, where a function is handed on as a value.
     """
-    waiting = [(type(module), type(module).forward) for module in model.modules()]
+    waiting = [(type(module), _member(type(module), "forward")) for module in model.modules()]
     seen: set[types.CodeType] = set()
     names: set[str] = set()
     for owner, function in waiting:
@@ -101,5 +102,11 @@ def _called(owner: type, function: types.FunctionType, code: types.CodeType) -> 
     """The functions that names in a method's code stand for: methods, globals, and members of global modules."""
     named = [function.__globals__[name] for name in code.co_names if name in function.__globals__]
     scopes = [owner, *(value for value in named if isinstance(value, types.ModuleType))]
-    named += [getattr(scope, name, None) for scope in scopes for name in code.co_names]
+    named += [_member(scope, name) for scope in scopes for name in code.co_names]
     return (value for value in named if inspect.isfunction(value))
+
+
+def _member(scope: object, name: str) -> Any:
+    """What a name stands for in a class or module, without running any code of theirs."""
+    member = inspect.getattr_static(scope, name, None)
+    return getattr(member, "__func__", member) if isinstance(member, (staticmethod, classmethod)) else member
