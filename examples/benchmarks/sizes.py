@@ -1,7 +1,8 @@
 """CPU seconds to make networks ready for the first image, and for each further image of another size.
 
 Training steps within a memory (FCN needs twice of it), one thread; nothing is run, for images are stand-ins that
-hold one element. Medians over as many compiled modules as there are repeats.
+hold one element. Stages are seconds of the clock, so let nothing else run; tracing is the rest of the first call.
+Medians over as many compiled modules as there are repeats.
 """
 
 import argparse

@@ -14,10 +14,9 @@ NOTE [size independence]
    other size can be captured, or a difference cannot be explained, it is `bound`, that is specialised to its size:
    another size is captured again.
 5. A model whose code reads sizes may branch on them. A trace with symbols for the sizes has guards for that; where
-   they hold, and operators get sizes as they are, a capture that was confirmed at such sizes holds as well. Where
-   the model's code computes with sizes, the traced graph is written down at each new size to confirm that its
-   constants are those of a capture (`that_holds`), or else this size gets a capture of its own. Without symbols
-   each new size is traced for that.
+   they hold, and operators get sizes as they are, the capture holds as well. Where the model's code computes with
+   sizes, the traced graph is written down at each new size to confirm that its constants are those of a capture
+   (`that_holds`), or else this size gets a capture of its own. Without symbols each new size is traced for that.
 """
 
 from __future__ import annotations

@@ -139,8 +139,7 @@ class Tracer:
         with the user's line.
         """
         with _tracing(model, args, kwargs, flat):
-            names = names_in_calls(model) - {"len"}  # mostly of lists of modules
-            may_read_sizes = self._with_symbols > 0 or not SIZE_READERS.isdisjoint(names)
+            may_read_sizes = self._with_symbols > 0 or _names_sizes(model)
             trace = self._traced_with_symbols(model, args, kwargs, flat) if may_read_sizes else None
             if trace is not None:
                 return trace
@@ -282,6 +281,11 @@ def _value(name: str, scope: Mapping[str, Any]) -> Any:
         return eval(name, dict(scope))
     except Exception:  # whatever the model's objects raise
         return None
+
+
+def _names_sizes(model: nn.Module) -> bool:
+    """Whether names in the model's code may read sizes; `len` is mostly that of a list of modules."""
+    return not names_in_calls(model).isdisjoint(SIZE_READERS - {"len"})
 
 
 def _reads_formats(code: types.CodeType) -> bool:

@@ -201,17 +201,10 @@ def _plan(
 def _fastest(context: CostContext, request: Request, memory: int, decisions: Decisions) -> Plan:
     """The fastest plan within the memory: a decision that holds here, or the best of those and of the search."""
     extents, fitting = _extents(context.graph), list[Ran]()
-    parts = _parts(context, request) if any(decision.spans for decision in decisions) else []
-    for decision in decisions:
-        ran = made_to_fit(context, parts, decision, memory)
-        if ran is not None and decisions.holds(decision, extents, ran.prediction.seconds):
+    for ran, decision in _near(context, request, memory, decisions):
+        if decisions.holds(decision, extents, ran.prediction.seconds):
             decisions.prefer(decision)
             return _plan_of(context, ran, decision)
-        fitting += [ran] if ran is not None else []
-    for ran in _near(context, request, memory, decisions):
-        if decisions.holds(ran.decision(), extents, ran.prediction.seconds):
-            decisions.prefer(ran.decision())
-            return _plan_of(context, ran, ran.decision())
         fitting.append(ran)
     try:
         fitting.append(_searched(context, request, memory))
@@ -229,13 +222,21 @@ def _plan_of(context: CostContext, ran: Ran, decision: Decision) -> Plan:
     return replace(_plan(context, ran.segments, ran.prediction, is_trivial, is_away), decision=decision)
 
 
-def _near(context: CostContext, request: Request, memory: int, decisions: Decisions) -> Iterator[Ran]:
-    """What a search among the cuts of the last decision finds, if there is one."""
-    decision = next(iter(decisions), Decision(()))
-    spans = decided_spans(_parts(context, request), decision) if decision.spans else None
+def _near(
+    context: CostContext, request: Request, memory: int, decisions: Decisions
+) -> Iterator[tuple[Ran, Decision]]:
+    """What decisions come to where they fit, and then what a search among the cuts of the first of them finds."""
+    made = list(decisions)
+    parts = _parts(context, request) if any(decision.spans for decision in made) else []
+    for decision in made:
+        ran = made_to_fit(context, parts, decision, memory)
+        if ran is not None:
+            yield ran, decision
+    spans = decided_spans(parts, made[0]) if made else None
     if spans:
         with contextlib.suppress(PlanError):
-            yield _within_memory(replace(context, offload=decision.offload), request, memory, spans)
+            ran = _within_memory(replace(context, offload=made[0].offload), request, memory, spans)
+            yield ran, ran.decision()
 
 
 def _searched(context: CostContext, request: Request, memory: int) -> Ran:

@@ -321,7 +321,7 @@ def _pulled_back(strip: Strip, node: fx.Node, gradient: Any) -> dict[str, Any]:
         for name, gradient_in in zip(differentiable, pulled, strict=True):
             if gradient_in is not None:
                 sent[name] = _summed(sent.get(name), gradient_in)
-        if all(name in sent and bool(sent[name].sum().isnan()) for name in differentiable):
+        if all(_is_poisoned(sent.get(name)) for name in differentiable):
             break
     return sent
 
