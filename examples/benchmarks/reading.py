@@ -38,6 +38,7 @@ parser.add_argument("--size", type=int, default=32768, help="pixels of a side of
 parser.add_argument("--tile", type=int, default=2048)
 parser.add_argument("--halo", type=int, default=100)
 parser.add_argument("--readers", type=int, nargs="+", default=[1, 2, 4])
+parser.add_argument("--chunks", type=int, default=32, help="chunks of a side of the image that is computed")
 parser.add_argument("--rounds", type=int, default=2)
 options = parser.parse_args()
 CPU = torch.device("cpu")
@@ -59,7 +60,8 @@ class Counting:
         ]
         chunks = list(itertools.product(*parts))
         self.decoded.update(chunks)
-        time.sleep(self.sleep * len(chunks))
+        if self.sleep:
+            time.sleep(self.sleep * len(chunks))
         return self.array[index]
 
 
@@ -151,7 +153,7 @@ def hidden():
     """The part of the time of reading that a computation as slow as the store does not wait for."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 2, 3))
-    chunk, chunks = CHUNK // 2, 16
+    chunk, chunks = CHUNK // 2, options.chunks
     module = fxstream.compile(network, tile=chunk, segments=1, verify=False)
     array = np.random.default_rng(0).random((chunks * chunk, chunks * chunk, 3), dtype=np.float32)
 

@@ -2,9 +2,10 @@
 
 A normalisation over space is a reduction (`fxstream::moments`), a little arithmetic on small tensors, and a map
 that takes the result as small arguments. A loss is the loss of every pixel, and sums of it. A draw for the whole
-map is a draw of a small tensor and a map of it. Flattened positions are taken apart before (`unflatten`), so
-that what follows them is made of the same. The rewritten graph computes what the original one does, at any size;
-what of it is streamed is for the planner to decide. A lowering is a function in torch code (`proxy`).
+map is a draw of a small tensor and a map of it. Flattened positions are taken apart before (`positions`), so that
+what follows them is made of the same; circular padding moves up afterwards (`wraps`). The rewritten graph computes
+what the original one does, at any size; what of it is streamed is for the planner to decide. A lowering is a
+function in torch code (`proxy`).
 """
 
 from __future__ import annotations
@@ -15,23 +16,13 @@ from fxstream.graph.captured import CUMULATIVE, Captured
 from fxstream.graph.effects import UNSTREAMED
 from fxstream.graph.nodes import bind
 from fxstream.graph.typed_graph import TypedGraph
-from fxstream.lowering import (
-    columns,
-    flat,
-    losses,
-    normalisations,
-    pooling,
-    products,
-    randomness,
-    reshapes,
-    statistics,
-    writes,
-)
+from fxstream.lowering import losses, normalisations, pooling, randomness, statistics, writes
+from fxstream.lowering.positions import with_positions
 from fxstream.lowering.proxy import Draft, Lowering, Operator, Proxy
-from fxstream.lowering.unflatten import Handler, unflattened
+from fxstream.lowering.wraps import with_wraps
 from fxstream.rules import Tileability
 
-__all__ = ["lower", "with_positions"]
+__all__ = ["lower", "with_positions", "with_wraps"]
 
 REDUCTIONS: dict[str, Lowering] = (
     losses.LOWERINGS | normalisations.LOWERINGS | pooling.LOWERINGS | statistics.LOWERINGS
@@ -39,13 +30,6 @@ REDUCTIONS: dict[str, Lowering] = (
 """Per operator, what it is rewritten to where it works over space."""
 MAPS: dict[str, Lowering] = randomness.LOWERINGS | writes.LOWERINGS
 """The same for those that make a map."""
-HANDLERS: dict[str, Handler] = flat.HANDLERS | columns.HANDLERS | products.HANDLERS | reshapes.HANDLERS
-"""Per operator, what becomes of it on flattened positions."""
-
-
-def with_positions(captured: Captured, typed: TypedGraph) -> Captured:
-    """The same model with its positions apart wherever that is possible; the same object where nothing changes."""
-    return unflattened(captured, typed, HANDLERS)
 
 
 def lower(captured: Captured, typed: TypedGraph, reductions: bool = True) -> Captured:

@@ -61,6 +61,7 @@ def add_rules(table: RuleTable) -> None:
     table.add("torchvision::deform_conv2d", "map-wide", partial(not_tileable, Reason.READS_DATA_POSITIONS))
     table.add("fxstream::contract", "contraction", contract)
     table.add("fxstream::attention", "contraction", attention)
+    table.add("fxstream::wrapped", "map-wide", lambda call: NotTileable(Reason.PADS_OPPOSITE, call["self"].dims))
     table.add("fxstream::whole", "map-wide", lambda call: NotTileable(Reason.READ_WHOLE))
 
 

@@ -2,10 +2,10 @@
 
 They are local as long as every tiled dim stays a dim of its own. Size arguments follow the tile. `unflatten` may
 also split a tiled dim in windows of a few pixels each, [.., 28, ..] to [.., 4, 7, ..], of which the first is
-tiled, and `flatten` may join them again; `lowering.reshapes` makes these two of other reshapes. Where it is split
-in a few parts, and the second dim is tiled, pixels beside each other in the result are far apart in the input:
-that is no local operator, but a region may start after it. So it may after a reshape that joins all tiled dims:
-the positions of a map in one dim, as tokens, are one tiled dim.
+tiled, and `flatten` may join them again; `lowering.positions.reshapes` makes these two of other reshapes. Where it
+is split in a few parts, and the second dim is tiled, pixels beside each other in the result are far apart in the
+input: that is no local operator, but a region may start after it. So it may after a reshape that joins all tiled
+dims: the positions of a map in one dim, as tokens, are one tiled dim.
 """
 
 from __future__ import annotations

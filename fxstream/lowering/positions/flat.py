@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fxstream.graph.nodes import bind
+from fxstream.lowering.positions.unflatten import FlatOperator, Handler, Result
 from fxstream.lowering.statistics import softmax
-from fxstream.lowering.unflatten import FlatOperator, Handler, Result
 from fxstream.rules.channelwise import CLASS_LOSSES, KEEPING, REDUCING, SPLITTING
 
 __all__ = ["HANDLERS"]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxstream.lowering.positions.unflatten import FlatOperator, Handler, Result, Unflattened
 from fxstream.lowering.proxy import Proxy, Size
-from fxstream.lowering.unflatten import FlatOperator, Handler, Result, Unflattened
 from fxstream.rules.shuffled import align
 
 __all__ = ["HANDLERS"]

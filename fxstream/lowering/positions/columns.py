@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 
-from fxstream.lowering.unflatten import FlatOperator, Handler, Result, Unflattened
+from fxstream.lowering.positions.unflatten import FlatOperator, Handler, Result, Unflattened
 
 __all__ = ["HANDLERS"]
 

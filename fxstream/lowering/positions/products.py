@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fxstream.lowering.positions.unflatten import FlatOperator, Handler, Result, Unflattened, adapted
 from fxstream.lowering.proxy import Proxy
-from fxstream.lowering.unflatten import FlatOperator, Handler, Result, Unflattened, adapted
 
 __all__ = ["HANDLERS"]
 
