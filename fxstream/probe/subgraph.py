@@ -151,16 +151,17 @@ def _sized(segment: Segment) -> Segment:
 def _extents(graph: fx.Graph, typed: TypedNode) -> list[TypedNode]:
     """The extents that take the place of numbers in one reshape."""
     node, pattern, extents = typed.node, typed.pattern, list[TypedNode]()
-    sizes = list(node.args[1])  # type: ignore[arg-type]
+    shape, sizes = typed.values[0].shape, list(node.args[1])  # type: ignore[arg-type]
+    others = [dim for dim in range(len(sizes)) if dim not in pattern.dims]
+    if others and (-1 not in sizes or sizes[others[0]] == pattern.reads[0].value.shape[0]):
+        sizes = [shape[dim] if size == -1 else size for dim, size in enumerate(sizes)]
+        sizes[others[0]] = -1  # the batch, which has two entries on a strip
     for dim, before in zip(pattern.dims, pattern.reads[0].dims, strict=True):
         if isinstance(sizes[dim], int) and sizes[dim] >= 0:
             with graph.inserting_before(node):
                 size = graph.call_function(torch.ops.aten.sym_size.int, (node.args[0], before))
             extents.append(TypedNode(size, typed.index, integer=sizes[dim]))
             sizes[dim] = size
-    others = [dim for dim in range(len(sizes)) if dim not in pattern.dims]
-    if others and -1 not in sizes:
-        sizes[others[0]] = -1
     node.update_arg(1, sizes)
     return extents
 

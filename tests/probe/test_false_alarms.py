@@ -132,3 +132,25 @@ def test_pixels_that_are_channels_of_a_window(name):
     report = probe(analysis.graph, analysis.regions[0].nodes)
     assert report.agrees, report
     assert report.measured == report.nodes
+
+
+def test_heads_of_a_model_for_one_size():
+    """Its reshapes have the batch as a number, and the channels of a head as what is left."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.last = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 2, 3, 1, 1)
+            self.bias = nn.Parameter(torch.randn(1, 2, 1, 144))
+
+        def forward(self, x):
+            y = F.relu(self.stem(x))
+            batch = y.shape[0]
+            heads = F.gelu(y.reshape(batch, 2, -1, 144) + self.bias)
+            return self.last(heads.reshape(batch, -1, 12, 12))
+
+    analysis = fxstream.analyze(Heads(), 24)
+    assert analysis.captured.bound
+    reports = [probe(analysis.graph, region.nodes) for region in analysis.regions]
+    assert sum(report.measured for report in reports) >= 4
+    assert not [str(mismatch) for report in reports for mismatch in report.mismatches]
