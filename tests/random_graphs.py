@@ -48,6 +48,24 @@ def max_pool(x, kernel, stride, padding, dilation, ceil_mode):
     return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
 
 
+def windows(x, pixels, shift):
+    """What mixes the pixels of each window, as window attention does, with what is around it."""
+    height, width = x.shape[2:]
+    x = F.pad(x, (0, -width % pixels, 0, -height % pixels)).permute(0, 2, 3, 1).roll((-shift, -shift), (1, 2))
+    b, h, w, c = x.shape
+    y = x.view(b, h // pixels, pixels, w // pixels, pixels, c).transpose(2, 3).reshape(-1, pixels * pixels, c)
+    y = y + F.relu(y @ y.clamp(-2, 2).transpose(1, 2)).clamp(max=2) @ y.clamp(-2, 2)
+    y = y.view(b, h // pixels, w // pixels, pixels, pixels, c).transpose(2, 3).reshape(b, h, w, c)
+    return y.roll((shift, shift), (1, 2))[:, :height, :width].permute(0, 3, 1, 2)
+
+
+def attention(x, heads):
+    """Linear attention without softmax, which would round: every position with every other."""
+    q = x.clamp(-2, 2).flatten(2).unflatten(1, (heads, -1))
+    mixed = F.relu(q.transpose(-2, -1) @ q).clamp(max=2) @ q.transpose(-2, -1)
+    return x + mixed.transpose(-2, -1).reshape(x.shape)
+
+
 UNARY = {
     "relu": F.relu,
     "max_pool": max_pool,
@@ -58,6 +76,13 @@ UNARY = {
     "nhwc": lambda x: x.permute(0, 2, 3, 1).flip(-1).permute(0, 3, 1, 2),
     "stride": lambda x, a, b: x[:, :, a::b],
     "total": lambda x: x - x.sum((2, 3), keepdim=True),
+    "circular": lambda x, p: F.pad(x, p, "circular"),
+    "roll": lambda x, shifts: x.roll(shifts, (2, 3)),
+    "flip": lambda x, dims: x.flip(dims),
+    "beside": lambda x, dim: torch.cat([x, 1 - x], dim),
+    "rows": lambda x, dim: x - x.sum(dim, keepdim=True),
+    "windows": windows,
+    "attention": attention,
     "peak": lambda x: x + x.amax((2, 3), keepdim=True),
 }
 
@@ -102,6 +127,17 @@ local_steps = st.one_of(
     st.tuples(st.just("nhwc"), place),
     st.tuples(st.just("stride"), place, st.integers(0, 2), st.integers(1, 3)),
 )
+axis = st.sampled_from([2, 3])
+far_steps = st.one_of(
+    st.tuples(st.just("circular"), place, st.tuples(*[st.integers(0, 2)] * 4)),
+    st.tuples(st.just("roll"), place, pair(-3, 3)),
+    st.tuples(st.just("flip"), place, st.sampled_from([(2,), (3,), (2, 3)])),
+    st.tuples(st.sampled_from(["beside", "rows"]), place, axis),
+    st.tuples(st.just("windows"), place, st.integers(2, 4), st.integers(0, 1)),
+    st.tuples(st.just("attention"), place, st.sampled_from([1, 2])),
+)
+"""What reads more than the pixels around: the other end of a map, a whole row, windows, all positions."""
 steps = st.one_of(local_steps, st.tuples(st.sampled_from(["total", "peak"]), place))
 local_graphs = st.lists(local_steps, min_size=1, max_size=7).map(tuple)
 graphs = st.lists(steps, min_size=1, max_size=7).map(tuple)
+far_graphs = st.lists(st.one_of(steps, far_steps), min_size=1, max_size=6).map(tuple)

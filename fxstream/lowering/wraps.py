@@ -244,7 +244,8 @@ class _Wide:
         wide = self._graph.call_function(
             overload("wrapped"), (copy, [*_dims(self._typed, node)], [*before], [*after])
         )
-        return _traced(wide, node)
+        later = (one for one, step in self._steps.items() if step.is_padding and one > node)
+        return _traced(wide, next(later))  # whose line is the user's reason for it
 
     def _crop(self, node: fx.Node, sides: Sides | None = None) -> fx.Node:
         """A map with so many pixels beyond its borders, without any by default."""

@@ -122,3 +122,9 @@ def test_random_maps_are_not_periodic():
     model = network(lambda m, x: m.c(F.dropout(m.c(F.dropout(m.a(x), 0.5)), 0.5)), "ac")
     barriers = fxstream.analyze(model, (24, 24), channels=2).barriers
     assert sum(barrier.operator == "aten::pad" for barrier in barriers) == 3
+
+
+def test_the_report_names_the_line_that_pads():
+    (barrier,) = fxstream.analyze(network(style, "abcde"), (24, 24), channels=2).barriers
+    assert barrier.place == "a"
+    assert str(barrier).startswith("global: `a` (fxstream::wrapped) pads with pixels of the opposite border")

@@ -8,9 +8,9 @@ import warnings
 import pytest
 import torch
 from compare import assert_same, integer_image, step
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from random_graphs import CHANNELS, RandomGraph, graphs, pair
+from random_graphs import CHANNELS, RandomGraph, far_graphs, graphs, pair
 
 import fxstream
 
@@ -217,6 +217,25 @@ def test_random_graphs(graph, size, tile, segments):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run(graph, size, tile, segments)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("first", range(20))
+def test_campaign_of_random_graphs_with_what_reads_far(first):
+    """A thousand graphs of windows, rolls, flips, attention and the like; prints how many were really tiled."""
+    counts = {"drawn": 0, "tiled": 0}
+
+    @seed(first)
+    @settings(max_examples=1000, **SETTINGS | {"derandomize": False})
+    @given(far_graphs, pair(1, 20), st.integers(1, 14), st.sampled_from([1, 1, None]))
+    def campaign(graph, size, tile, segments):
+        counts["drawn"] += 1
+        counts["tiled"] += run(graph, size, tile, segments)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        campaign()
+    print(counts)
 
 
 @settings(max_examples=40, **SETTINGS)
