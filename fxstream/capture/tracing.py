@@ -55,6 +55,7 @@ def is_capturing() -> bool:
 def tracing(model: nn.Module, flat: bool) -> Iterator[None]:
     """What dynamo needs around it to trace a call of the model as in eager; with `flat` it notes the results."""
     options = {
+        "allow_rnn": True,
         "allow_unspec_int_on_nn_module": True,
         "skip_nnmodule_hook_guards": False,
         "log_graph_in_out_metadata": flat,
