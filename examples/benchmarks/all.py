@@ -71,6 +71,9 @@ BENCHMARKS = {
     "planner": Benchmark("python examples/benchmarks/planner.py"),
     "scaling": Benchmark("python examples/benchmarks/scaling.py"),
     "memory": Benchmark("python examples/benchmarks/memory.py", "--sizes 1024"),
+    "process_memory": Benchmark(
+        "python examples/benchmarks/process_memory.py", "--size 512 --shares 0.6 --networks " + SMALLEST
+    ),
     "growth": Benchmark("python examples/benchmarks/growth.py --repeats 2", "--sizes 1024"),
     "tiles": Benchmark('python examples/benchmarks/tiles.py --networks "Table I"', "--quick"),
     "table1": Benchmark("python examples/benchmarks/table1.py"),

@@ -229,13 +229,13 @@ class _Wide:
         if step is None:
             copy = self._graph.node_copy(node, self._crop)
             return copy if sides is None else self._wrapped(node, copy, sides)
-        asked = step.needs(sides or _none(step.pads))
+        reads = step.needs(sides or _none(step.pads))
         if step.is_padding:
-            return self._crop(step.maps[0], asked)
-        copy = self._graph.node_copy(node, lambda one: self._crop(one, asked if one in step.maps else None))
-        if any(map(any, asked)):
+            return self._crop(step.maps[0], reads)
+        copy = self._graph.node_copy(node, lambda one: self._crop(one, reads if one in step.maps else None))
+        if any(map(any, reads)):
             copy.meta.pop("val", None)  # which has another shape
-        return self._cut(node, copy, step.gives(asked), sides or _none(step.pads))
+        return self._cut(node, copy, step.gives(reads), sides or _none(step.pads))
 
     def _wrapped(self, node: fx.Node, copy: fx.Node, sides: Sides) -> fx.Node:
         """A wide map of one that nothing is known of; who needs no more reads that."""
@@ -249,17 +249,17 @@ class _Wide:
 
     def _crop(self, node: fx.Node, sides: Sides | None = None) -> fx.Node:
         """A map with so many pixels beyond its borders, without any by default."""
-        has = self._needed.get(node)
-        if has is None or sides == has:
+        of_wide = self._needed.get(node)
+        if of_wide is None or sides == of_wide:
             return self._copies[node]
-        wanted = sides or _none(has)
-        if (node, wanted) not in self._crops:
-            self._crops[node, wanted] = self._cut(node, self._copies[node], has, wanted)
-        return self._crops[node, wanted]
+        of_crop = sides or _none(of_wide)
+        if (node, of_crop) not in self._crops:
+            self._crops[node, of_crop] = self._cut(node, self._copies[node], of_wide, of_crop)
+        return self._crops[node, of_crop]
 
-    def _cut(self, node: fx.Node, wide: fx.Node, has: Sides, wanted: Sides) -> fx.Node:
+    def _cut(self, node: fx.Node, wide: fx.Node, of_wide: Sides, of_crop: Sides) -> fx.Node:
         """A crop of a wide map of a node."""
-        for dim, (before, after), (first, last) in zip(_dims(self._typed, node), has, wanted, strict=True):
+        for dim, (before, after), (first, last) in zip(_dims(self._typed, node), of_wide, of_crop, strict=True):
             if (before, after) != (first, last):
                 bounds = (dim, before - first, last - after or None)
                 wide = _traced(self._graph.call_function(torch.ops.aten.slice.Tensor, (wide, *bounds)), node)
