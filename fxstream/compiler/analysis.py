@@ -22,7 +22,7 @@ from fxstream.graph.nodes import bind, copy_graph
 from fxstream.graph.shapes import Meta, Shape, Shapes, shapes_at, stream_dims
 from fxstream.graph.type_graph import type_graph
 from fxstream.graph.typed_graph import Region, TypedGraph, Verdict
-from fxstream.lowering import lower, with_positions, with_wraps
+from fxstream.lowering import lower, with_positions, with_wraps, wraps_around
 from fxstream.rules import NotTileable, Reason
 from fxstream.tiling.parts import streamable_share
 
@@ -158,8 +158,10 @@ def lowered(captured: Captured, values: Sequence[Any], combines: bool = True) ->
     graph = analyse(captured, values, combines).graph
     while combines and (unflattened := with_positions(captured, graph)) is not captured:
         captured, graph = unflattened, analyse(unflattened, values).graph
-    without = lower(captured, graph, combines)
-    return with_wraps(without, graph if without is captured else analyse(without, values, combines).graph)
+    rewritten = lower(captured, graph, combines)
+    if not wraps_around(rewritten.graph):
+        return rewritten
+    return with_wraps(rewritten, analyse(rewritten, values, combines).graph)
 
 
 def with_frozen_batch_norm(analysis: Analysis) -> TypedGraph:

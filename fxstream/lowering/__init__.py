@@ -19,10 +19,10 @@ from fxstream.graph.typed_graph import TypedGraph
 from fxstream.lowering import losses, normalisations, pooling, randomness, statistics, writes
 from fxstream.lowering.positions import with_positions
 from fxstream.lowering.proxy import Draft, Lowering, Operator, Proxy
-from fxstream.lowering.wraps import with_wraps
+from fxstream.lowering.wraps import with_wraps, wraps_around
 from fxstream.rules import Tileability
 
-__all__ = ["lower", "with_positions", "with_wraps"]
+__all__ = ["lower", "with_positions", "with_wraps", "wraps_around"]
 
 REDUCTIONS: dict[str, Lowering] = (
     losses.LOWERINGS | normalisations.LOWERINGS | pooling.LOWERINGS | statistics.LOWERINGS

@@ -34,7 +34,7 @@ from fxstream.machine.operators import operator, overload
 from fxstream.rules import Pointwise, Value
 from fxstream.rules.windowed import CONVOLUTIONS, per_axis
 
-__all__ = ["with_wraps"]
+__all__ = ["with_wraps", "wraps_around"]
 
 Sides = tuple[tuple[int, int], ...]
 """Pixels before and after a map, along each of its stream axes."""
@@ -77,6 +77,11 @@ class _Step:
         """The excess of its result (rule 3)."""
         parts = zip(of_map, self.pads, self.spans, self.factors, strict=True)
         return tuple((excess + sum(pad) - span) * factor for excess, pad, span, factor in parts)
+
+
+def wraps_around(graph: fx.Graph) -> bool:
+    """Whether a graph has a circular padding, or a roll."""
+    return any(name_of(one) == "roll" or "circular" in (*one.args, *one.kwargs.values()) for one in graph.nodes)
 
 
 def with_wraps(captured: Captured, typed: TypedGraph) -> Captured:
@@ -126,15 +131,16 @@ def _step(typed: TypedGraph, node: fx.Node) -> _Step | None:
     if name_of(node) in UPSAMPLINGS:
         factors = _of_last(arguments.get("scale_factors") or (), dims, rank)
         return replace(nothing, factors=factors) if factors else None
-    return nothing if _is_pointwise(typed, node) else None
+    return nothing if _is_pointwise(typed, node, maps) else None
 
 
-def _is_pointwise(typed: TypedGraph, node: fx.Node) -> bool:
-    """Whether each pixel is made of the same pixel of the maps, whatever their extents."""
+def _is_pointwise(typed: TypedGraph, node: fx.Node, maps: tuple[fx.Node, ...]) -> bool:
+    """Whether each pixel is made of the same pixel of the maps alone, whatever their extents."""
     one = typed[node.name]
     return (
         one.is_local
         and type(one.pattern) is Pointwise
+        and {read.value.name for read in one.pattern.reads} == {image.name for image in maps}
         and all(which == IDENTITY for read in one.pattern.reads for which in read.maps)
         and not any(typed[name].integer is not None for name in one.inputs)
     )

@@ -72,6 +72,17 @@ def test_one_wide_copy_and_everything_streams(name, tile, shape):
     assert [barrier.operator for barrier in barriers] == ["fxstream::wrapped"] * copies
 
 
+@pytest.mark.parametrize("layer, shape", [(nn.Conv1d, (2, 2, 50)), (nn.Conv3d, (1, 2, 12, 13, 14))])
+def test_in_one_and_three_dimensions(layer, shape):
+    torch.manual_seed(0)
+    first = layer(2, 3, 3, padding=1, padding_mode="circular")
+    last = layer(3, 2, 5, padding=2, padding_mode="circular")
+    model = make_integer(nn.Sequential(first, nn.ReLU(), last))
+    assert_streams(model, integer_image(*shape), tile=10, tolerance=0)
+    (barrier,) = fxstream.analyze(model, shape[2:], channels=2).barriers
+    assert barrier.operator == "fxstream::wrapped"
+
+
 @pytest.mark.parametrize("size", [(3, 5), (5, 3), (2, 9)])
 def test_maps_that_are_smaller_than_what_is_needed_beyond_them(size):
     model = network(lambda m, x: m.c(m.b(m.b(m.b(m.a(x))))), "abc")
@@ -116,6 +127,20 @@ def test_one_capture_serves_all_sizes():
     for size in ((24, 22), (13, 17), (30, 9)):
         image = integer_image(1, 2, *size)
         assert torch.equal(compiled(image), model(image))
+
+
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+def test_what_is_made_of_positions_is_not_followed():
+    """It has the extents of the map and is no map."""
+
+    def forward(m, x):
+        places = torch.arange(x.shape[3]).to(x).expand(1, 1, x.shape[2], -1)
+        return m.c(F.relu(m.c(m.c(F.relu(m.a(x))) * places)))
+
+    model = network(forward, "ac")
+    assert_streams(model, integer_image(1, 2, 24, 22), tile=12, tolerance=0)
+    barriers = fxstream.analyze(model, (24, 22), channels=2).barriers
+    assert [barrier.operator for barrier in barriers] == ["fxstream::wrapped"] * 2
 
 
 def test_random_maps_are_not_periodic():
