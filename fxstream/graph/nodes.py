@@ -24,10 +24,16 @@ __all__ = [
     "name_of",
     "parameters_of",
     "schema_of",
+    "trace_of",
 ]
 
 TRACED = ("nn_module_stack", "stack_trace")
 """Keys in ``node.meta`` that lead back to the user's module and source line."""
+
+
+def trace_of(node: fx.Node) -> dict[str, Any]:
+    """What of a node's meta leads back to the user's module and source line."""
+    return {key: node.meta[key] for key in TRACED if key in node.meta}
 
 
 def schema_of(node: fx.Node) -> torch.FunctionSchema | None:

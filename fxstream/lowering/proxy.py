@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxstream.graph.captured import Captured
 from fxstream.graph.effects import UNSTREAMED
-from fxstream.graph.nodes import TRACED, bind, call_with, copy_graph, name_of, schema_of
+from fxstream.graph.nodes import attributes_of, bind, call_with, copy_graph, name_of, schema_of, trace_of
 from fxstream.graph.typed_graph import TypedGraph, TypedNode
 from fxstream.rules import Value
 
@@ -66,7 +66,7 @@ class Draft:
     def finished(self, captured: Captured) -> Captured:
         """The captured model with this graph."""
         self.graph.lint()
-        root = {n.target: getattr(captured.module, n.target) for n in self.graph.nodes if n.op == "get_attr"}
+        root = attributes_of(self.graph, captured.module)
         return replace(captured, module=fx.GraphModule(root, self.graph))
 
 
@@ -130,7 +130,7 @@ class Operator:
         return self._written(call_with(self.draft.graph, self.node.target, _nodes(self.arguments | replaced)))
 
     def _written(self, node: fx.Node) -> Proxy:
-        node.meta.update({key: self.node.meta[key] for key in TRACED if key in self.node.meta})
+        node.meta.update(trace_of(self.node))
         if (schema := schema_of(node)) is not None and schema.is_mutable:
             node.meta[UNSTREAMED] = "changes a tensor in place"
         self.written.append(node)

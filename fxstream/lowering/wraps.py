@@ -28,7 +28,7 @@ from torch import fx
 from fxstream.geometry.receptive_field import IDENTITY
 from fxstream.graph.captured import Captured
 from fxstream.graph.effects import UNSTREAMED, is_random
-from fxstream.graph.nodes import TRACED, bind, name_of
+from fxstream.graph.nodes import attributes_of, bind, copy_node, name_of, trace_of
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.machine.operators import operator, overload
 from fxstream.rules import Pointwise, Value
@@ -92,8 +92,7 @@ def with_wraps(captured: Captured, typed: TypedGraph) -> Captured:
         return captured
     graph = _Wide(typed, steps, needed).rewritten(captured.graph)
     graph.lint()
-    root = {node.target: getattr(captured.module, node.target) for node in graph.nodes if node.op == "get_attr"}
-    return replace(captured, module=fx.GraphModule(root, graph))
+    return replace(captured, module=fx.GraphModule(attributes_of(graph, captured.module), graph))
 
 
 def _followed(graph: fx.Graph, typed: TypedGraph) -> dict[fx.Node, _Step]:
@@ -233,7 +232,8 @@ class _Wide:
         """A node as wide as it is needed."""
         step, sides = self._steps.get(node), self._needed.get(node)
         if step is None:
-            copy = self._graph.node_copy(node, self._crop)
+            copied = copy_node if node.op == "placeholder" else fx.Graph.node_copy  # inputs go by their names
+            copy = copied(self._graph, node, self._crop)
             return copy if sides is None else self._wrapped(node, copy, sides)
         reads = step.needs(sides or _none(step.pads))
         if step.is_padding:
@@ -277,7 +277,7 @@ def _none(sides: Sides) -> Sides:
 
 
 def _traced(copy: fx.Node, node: fx.Node) -> fx.Node:
-    copy.meta.update({key: node.meta[key] for key in TRACED if key in node.meta})
+    copy.meta.update(trace_of(node))
     return copy
 
 

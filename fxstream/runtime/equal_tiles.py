@@ -21,8 +21,8 @@ import operator
 from collections.abc import Hashable, Sequence
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
+from fxstream.machine.operators import has_values
 from fxstream.rules.access import Lookup
 from fxstream.runtime.schedule import Stream, TileTask
 
@@ -48,7 +48,7 @@ def constant_values(box: torch.Tensor, dims: tuple[int, ...] | None) -> bytes | 
     >>> constant_values(box, (1,)), constant_values(box, (0, 1))
     (b'\\x07\\x08', None)
     """
-    if dims is None or not box.numel() or box.itemsize not in BITS or isinstance(box, FakeTensor):
+    if dims is None or not box.numel() or box.itemsize not in BITS or not has_values(box):
         return None
     bits = box.detach().view(BITS[box.itemsize])
     few, one = bits, bits

@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 
 from fxstream.errors import StreamError
 from fxstream.graph.autograd_saves import in_place_variant
-from fxstream.graph.nodes import TRACED, attributes_of, bind_to, call_with
+from fxstream.graph.nodes import attributes_of, bind_to, call_with, trace_of
 from fxstream.graph.typed_graph import TypedNode
 from fxstream.lowering.whole import Whole, result_of, runs_whole
 from fxstream.rules import Border, Read, Table
@@ -112,7 +112,7 @@ def whole_program(segment: Segment) -> TileProgram:
             args, kwargs = segment.graph.arguments(node)
             arguments = map_arg((args, kwargs), lambda n: env[n.name])
             env[name] = graph.create_node(node.op, node.target, *arguments)
-            env[name].meta = {key: node.meta[key] for key in TRACED if key in node.meta}
+            env[name].meta = trace_of(node)
     graph.output(tuple(env[name] for name in segment.outputs))
     return _finished(segment, graph, {env[name]: name for name in segment.nodes if name in env})
 
@@ -189,7 +189,7 @@ class _Writer:
         crops = [p.result if p else step.result for step, p in zip(steps, pads, strict=True)]
         self._env[node.name] = self._crop(result, pattern.dims, crops)
         for new in itertools.islice(reversed(self.graph.nodes), len(self.graph.nodes) - before):
-            new.meta = {key: node.node.meta[key] for key in TRACED if key in node.node.meta}
+            new.meta = trace_of(node.node)
 
     def result(self, name: str, crops: Sequence[Crop]) -> fx.Node | None:
         """The rectangle of an output that the tile owns; None where it owns no pixel of it."""

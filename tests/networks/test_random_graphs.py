@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from compare import assert_same, integer_image, step
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_graphs import CHANNELS, RandomGraph, far_graphs, graphs, pair
 
@@ -211,6 +211,22 @@ def test_corpus_of_trivial_cases(case):
 SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
 
 
+def counted(run, examples, *strategies):
+    """Draw cases, others in each run, and print how many were really tiled."""
+    counts = {"drawn": 0, "tiled": 0}
+
+    @settings(max_examples=examples, **SETTINGS | {"derandomize": False})
+    @given(st.tuples(*strategies))
+    def campaign(case):
+        counts["drawn"] += 1
+        counts["tiled"] += run(*case)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        campaign()
+    print(counts)
+
+
 @settings(max_examples=150, **SETTINGS)
 @given(graphs, pair(1, 18), st.integers(1, 14), st.sampled_from([1, 1, None]))
 def test_random_graphs(graph, size, tile, segments):
@@ -220,22 +236,10 @@ def test_random_graphs(graph, size, tile, segments):
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("first", range(20))
-def test_campaign_of_random_graphs_with_what_reads_far(first):
-    """A thousand graphs of windows, rolls, flips, attention and the like; prints how many were really tiled."""
-    counts = {"drawn": 0, "tiled": 0}
-
-    @seed(first)
-    @settings(max_examples=1000, **SETTINGS | {"derandomize": False})
-    @given(far_graphs, pair(1, 20), st.integers(1, 14), st.sampled_from([1, 1, None]))
-    def campaign(graph, size, tile, segments):
-        counts["drawn"] += 1
-        counts["tiled"] += run(graph, size, tile, segments)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        campaign()
-    print(counts)
+@pytest.mark.parametrize("repeat", range(20))
+def test_campaign_of_random_graphs_with_what_reads_far(repeat):
+    """A thousand graphs of windows, rolls, flips, attention and the like."""
+    counted(run, 1000, far_graphs, pair(1, 20), st.integers(1, 14), st.sampled_from([1, 1, None]))
 
 
 @settings(max_examples=40, **SETTINGS)
@@ -248,19 +252,8 @@ def test_random_graphs_at_four_sizes(graph, size, tile, segments):
 
 @pytest.mark.campaign
 def test_campaign_of_random_graphs_at_four_sizes():
-    """Hundreds of graphs, each with one compiled module; prints how many were really tiled."""
-    counts = {"drawn": 0, "tiled": 0}
-
-    @settings(max_examples=500, **SETTINGS | {"derandomize": False})
-    @given(graphs, pair(4, 30), st.integers(2, 16), st.sampled_from([1, None]))
-    def campaign(graph, size, tile, segments):
-        counts["drawn"] += 1
-        counts["tiled"] += run_at_sizes(graph, size, tile, segments)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        campaign()
-    print(counts)
+    """Hundreds of graphs, each with one compiled module."""
+    counted(run_at_sizes, 500, graphs, pair(4, 30), st.integers(2, 16), st.sampled_from([1, None]))
 
 
 @settings(max_examples=60, **SETTINGS)
@@ -273,33 +266,11 @@ def test_random_graphs_within_a_memory(graph, size, share):
 
 @pytest.mark.campaign
 def test_campaign_of_random_graphs_within_a_memory():
-    """Hundreds of graphs; prints how many were really streamed."""
-    counts = {"drawn": 0, "streamed": 0}
-
-    @settings(max_examples=800, **SETTINGS | {"derandomize": False})
-    @given(graphs, pair(8, 40), st.floats(0.05, 0.95))
-    def campaign(graph, size, share):
-        counts["drawn"] += 1
-        counts["streamed"] += run_within(graph, size, share)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        campaign()
-    print(counts)
+    """Hundreds of graphs."""
+    counted(run_within, 800, graphs, pair(8, 40), st.floats(0.05, 0.95))
 
 
 @pytest.mark.campaign
-def test_campaign_of_random_graphs(request):
-    """Thousands of graphs; prints how many were really tiled."""
-    counts = {"drawn": 0, "tiled": 0}
-
-    @settings(max_examples=3000, **SETTINGS | {"derandomize": False})
-    @given(graphs, pair(1, 24), st.integers(1, 14), st.sampled_from([1, 1, None]))
-    def campaign(graph, size, tile, segments):
-        counts["drawn"] += 1
-        counts["tiled"] += run(graph, size, tile, segments)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        campaign()
-    print(counts)
+def test_campaign_of_random_graphs():
+    """Thousands of graphs."""
+    counted(run, 3000, graphs, pair(1, 24), st.integers(1, 14), st.sampled_from([1, 1, None]))
