@@ -30,6 +30,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils import _pytree as pytree
 
 from fxstream.capture.casts import AUTOCAST, write_casts
+from fxstream.capture.constants import numpy_entries_copied
 from fxstream.capture.functionalize import CHANGED_TO, MODEL_TENSOR, make_factories, make_functional
 from fxstream.capture.traced_graph import Kind, TracedGraph, checkpointed, hooked
 from fxstream.errors import CaptureError
@@ -240,7 +241,7 @@ def to_aten(traced: TracedGraph, fakes: Sequence[Any], autocast: Sequence[tuple[
         return list(results) if isinstance(results, (list, tuple)) else [results]
 
     # What traces before dispatch is one for all threads.
-    with compile_lock, traced.fake_mode, fake_tensor_log_silenced(), _saved_as_they_are():
+    with compile_lock, traced.fake_mode, fake_tensor_log_silenced(), _saved_as_they_are(), numpy_entries_copied():
         module = make_fx(run, pre_dispatch=True, tracing_mode="real")(*(fakes[i] for i in indices))
     return _captured(module, traced, indices, autocast)
 

@@ -7,7 +7,9 @@ NOTE [constants]
 1. Dynamo's graph is replayed up to the place where the value is asked for: all that reads tensors of the model and
    constants alone, writes in place included. A tensor that anything else may write to is no constant; neither is a
    random draw, nor what has more than a few thousand entries.
-2. The trace holds as long as the tensors of the model that were read have the same values (`ModelValues`), and so
+2. An entry of an array of numpy, ``order[0]``, is a number of its own, though torch's stand-in for numpy makes it
+   a view, which changes when the array is written to (`numpy_entries_copied`).
+3. The trace holds as long as the tensors of the model that were read have the same values (`ModelValues`), and so
    do context variables.
 """
 
@@ -28,13 +30,14 @@ from torch._dynamo.source import RandomValueSource
 from torch._dynamo.symbolic_convert import InliningInstructionTranslator, InstructionTranslator
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.tensor import TensorVariable
+from torch._numpy._ndarray import ndarray
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxstream.capture.context_values import ContextValues, context_values_traced
 
-__all__ = ["ModelValues", "constants_folded"]
+__all__ = ["ModelValues", "constants_folded", "numpy_entries_copied"]
 
 MOST_ENTRIES = 2**14
 """Of a tensor that may be a constant."""
@@ -173,7 +176,7 @@ def _storages(value: Any) -> set[int]:
 
 def _name(node: fx.Node) -> str:
     """The name of what a node calls, that of numpy's function for one that dynamo wrapped."""
-    name = str(getattr(node.target, "__name__", node.target))
+    name = str(getattr(node.target, "__name__", node.target)).removeprefix("wrapped_")
     wrapped = ORIGINAL.search(name)
     return wrapped.group(1) if wrapped else name
 
@@ -187,6 +190,24 @@ def _may_write(node: fx.Node) -> bool:
     name, is_block = _name(node), isinstance(node.target, torch._ops.HigherOrderOperator)
     is_named = name in WRITING or (name.endswith("_") and not name.endswith("__"))
     return bool(node.all_input_nodes) and (is_named or "out" in node.kwargs or is_block)
+
+
+@contextlib.contextmanager
+def numpy_entries_copied() -> Iterator[None]:
+    """Rule 2, while a graph is traced or its operators are written down."""
+    original = ndarray.__getitem__
+
+    def entry(self: ndarray, index: Any) -> Any:
+        result = original(self, index)
+        parts = index if isinstance(index, tuple) else (index,)
+        is_view = result.ndim or any(part is Ellipsis for part in parts)
+        return result if is_view else ndarray(result.tensor.clone())
+
+    ndarray.__getitem__ = entry
+    try:
+        yield
+    finally:
+        ndarray.__getitem__ = original
 
 
 Folded = Callable[[TensorVariable], torch.Tensor | None]
@@ -216,7 +237,7 @@ def constants_folded(model: nn.Module) -> Iterator[Callable[[], ModelValues]]:
         for table in tables:
             for name in JUMPS:
                 table[dis.opmap[name]] = _jump(folded, table[dis.opmap[name]])
-        with context_values_traced() as contexts:
+        with numpy_entries_copied(), context_values_traced() as contexts:
             yield values
     finally:
         for name, method in before[0].items():

@@ -22,12 +22,21 @@ def strides_of_a_head(m, x):
     return x[:, :, :: int(strides.min())] * float(strides.max() / strides[0])
 
 
+def entries_of_an_array(m, x):
+    """An entry is a number, and stays it when the array is written to."""
+    array = np.arange(4)
+    first, last = array[0], array[-1]
+    array[0], array[3] = last, 9
+    return x * float(first + 10 * last + 100 * array[0]) + x[:, : int(array[3]) - 5]
+
+
 def permutation_in_numpy(m, x):
     """As entropy models bring channels to the front, and back."""
     order = np.arange(len(x.shape))
     order[0], order[1] = order[1], order[0]
     back = np.arange(len(x.shape))[np.argsort(order)]
-    return (x.permute(*order).contiguous() * 2).permute(*back).contiguous()
+    x = x.permute(*order).contiguous() * torch.arange(4.0).view(4, 1, 1, 1)
+    return x.permute(*back).contiguous()
 
 
 def permutation_in_a_buffer(m, x):
@@ -52,6 +61,7 @@ def item_of_a_buffer(m, x):
 
 FUNCTIONS = [
     strides_of_a_head,
+    entries_of_an_array,
     permutation_in_numpy,
     permutation_in_a_buffer,
     branch_on_a_buffer,
