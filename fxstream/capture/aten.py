@@ -46,6 +46,8 @@ ENTER_INFERENCE, EXIT_INFERENCE = (
 )
 ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 SET_GRADIENTS = torch._C._set_grad_enabled
+READ_DATA = torch._C._autograd._get_data_attr
+"""`.data`, which no trace before dispatch sees."""
 
 
 def _labelled(name: str, code: str) -> str:
@@ -127,6 +129,8 @@ class _Interpreter(fx.Interpreter):
         return self._detached[id(value)][1]
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is READ_DATA:
+            return args[0].detach()
         if target is SET_GRADIENTS:
             self._set_gradients(args[0])
         elif target is ENTER_INFERENCE:
@@ -314,7 +318,7 @@ def _lifted_constants(module: fx.GraphModule) -> dict[str, tuple[fx.Node, torch.
             continue
         if isinstance(value, FakeTensor):
             raise CaptureError(
-                "it takes `.data` of a tensor that it computes, which hides it from capture: use .detach() instead"
+                "it hides a tensor that it computes from capture, as operators that do not dispatch do"
             )
         name = str(node.target)
         if name not in constants:

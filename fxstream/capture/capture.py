@@ -46,11 +46,14 @@ from fxstream.graph.shapes import Meta, fake_tensor_log_silenced, fold_integers,
 
 __all__ = ["Retrace", "batch_size", "capture", "capture_graph", "retracing", "that_holds"]
 
-SHIFTS = ((33, 97, 161), (32, 64, 96), (224, 448, 672), (768, 1536, 2304), (10080, 20160, 30240))
+SHIFTS = (
+    (33, 97, 161), (32, 64, 96), (544, 608, 736), (224, 448, 672), (768, 1536, 2304), (10080, 20160, 30240),
+)  # fmt: skip
 """Pixels added per axis for the second capture, in order of preference: odd first, then multiples of a stride.
 
-They differ by so much that two axes of an image do not have the same size at stride 32 either. The last are
-multiples of windows of 7, 8, 12 and most other sizes, at a stride.
+They differ by so much that two axes of an image do not have the same size at stride 32 either. The third, primes
+at stride 32, are more than a window there, and leave other remainders. The last are multiples of windows of 7, 8,
+12 and most other sizes, at a stride.
 """
 TIMES = (3, 2, 4)
 """What the shift of each axis is multiplied by for the third: not the same, or what is equal by chance stays."""

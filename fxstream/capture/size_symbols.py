@@ -169,8 +169,9 @@ class _TensorSizes:
         candidates = (
             self._sizes_equal_to,
             self._products_equal_to,
-            self._fractions_equal_to,
+            self._parts_equal_to,
             self._remainders_equal_to,
+            self._fractions_equal_to,
         )
         return next(itertools.chain.from_iterable(find(constant) for find in candidates), None)
 
@@ -188,6 +189,10 @@ class _TensorSizes:
                     if tuple(map(math.prod, zip(*sizes, strict=True))) == constant.values:
                         yield _SizeExpression(tensor, dims)
 
+    def _parts_equal_to(self, constant: SizeDependentConstant) -> Iterator[_SizeExpression]:
+        fractions = self._fractions_equal_to(constant)
+        return (one for one in fractions if one.fraction and 1 in one.fraction.as_integer_ratio())
+
     def _fractions_equal_to(self, constant: SizeDependentConstant) -> Iterator[_SizeExpression]:
         for tensor in self._tensors_near(constant.node):
             for dim, sizes in enumerate(self._sizes[tensor]):
@@ -196,11 +201,14 @@ class _TensorSizes:
                     yield _SizeExpression(tensor, (dim,), fraction)
 
     def _remainders_equal_to(self, constant: SizeDependentConstant) -> Iterator[_SizeExpression]:
+        """None where all sizes lack to the same multiple: what is computed of that would look like a constant."""
         sign = -1 if min(constant.values) < 0 else 1
         values = [sign * value for value in constant.values]
         for tensor in self._tensors_near(constant.node) if min(values) >= 0 else ():
             for dim, sizes in enumerate(self._sizes[tensor]):
                 multiple = _multiple(values, sizes)
+                if multiple is not None and len(set(map(operator.add, sizes, values))) == 1:
+                    return
                 if multiple is not None:
                     yield _SizeExpression(tensor, (dim,), multiple=multiple, sign=sign)
 

@@ -217,8 +217,8 @@ def _integers(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Gener
 
 
 def _at_least_one(tensor: torch.Tensor) -> torch.Tensor:
-    """The absolute values and one more, in place where that can be; a mask as it is."""
-    if tensor.dtype == torch.bool:
+    """The absolute values and one more, in place where that can be; masks and indices as they are."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
         return tensor
     return tensor.abs().add(1).to(tensor.dtype) if tensor.is_complex() else tensor.abs_().add_(1)
 

@@ -1,4 +1,4 @@
-"""Operators that only move dims around: permute, transpose, view, flatten, squeeze, expand, select.
+"""Operators that only move dims around: permute, transpose, view, flatten, squeeze, expand, select, index.
 
 They are local as long as every tiled dim stays a dim of its own. Size arguments follow the tile. `unflatten` may
 also split a tiled dim in windows of a few pixels each, [.., 28, ..] to [.., 4, 7, ..], of which the first is
@@ -22,7 +22,7 @@ from fxstream.rules.patterns import Moved, Resampled, Windowed
 from fxstream.rules.reasons import NotTileable, Reason
 from fxstream.rules.rule import Answer, Call, RuleTable
 
-__all__ = ["add_rules", "align", "moved"]
+__all__ = ["add_rules", "align", "indexed", "moved"]
 
 
 def add_rules(table: RuleTable) -> None:
@@ -40,6 +40,7 @@ def add_rules(table: RuleTable) -> None:
     table.add("aten::expand", "shuffled", expand)
     table.add("aten::repeat", "shuffled", repeat)
     table.add("aten::select", "shuffled", select)
+    table.add("aten::index", "shuffled", index)
 
 
 def moved(call: Call, image: Value, dims: tuple[int, ...], size: str | None = None) -> Moved:
@@ -228,3 +229,32 @@ def select(call: Call) -> Answer:
     if dim in image.dims:
         return NotTileable(Reason.SELECTS_POSITION, (), (image.dims.index(dim),))
     return moved(call, image, tuple(d - (d > dim) for d in image.dims))
+
+
+def index(call: Call) -> Answer:
+    """Entries of dims that are not tiled dims, as `x[:, [2, 1, 0]]` takes channels."""
+    image, indices = call["self"], call["indices"]
+    lists = [one for one in indices if one is not None]
+    if not image.dims or any(one.dims or one.dtype == torch.bool for one in lists):
+        return NotTileable(Reason.READS_DATA_POSITIONS)
+    where = indexed([one is not None for one in indices], len(image.shape), max(len(one.shape) for one in lists))
+    if any(where[dim] is None for dim in image.dims):
+        return NotTileable(Reason.GATHERS_TILED_DIM)
+    return moved(call, image, tuple(where[dim] for dim in image.dims))  # type: ignore[misc]
+
+
+def indexed(is_indexed: Sequence[bool], rank: int, rank_of_indices: int) -> list[int | None]:
+    """Where the dims of a tensor are in the result of `aten.index`; None for those that are indexed.
+
+    The dims of the indices stand where the first indexed dim was, in front where indexed dims are not neighbours.
+
+    >>> indexed([False, True], 4, 2)
+    [0, None, 3, 4]
+    >>> indexed([True, False, True], 4, 1)
+    [None, 1, None, 2]
+    """
+    chosen = [dim for dim, is_one in enumerate(is_indexed) if is_one]
+    first = chosen[0] if chosen[-1] - chosen[0] < len(chosen) else 0
+    kept = [dim for dim in range(rank) if dim not in chosen]
+    places = {dim: i + rank_of_indices * (i >= first) for i, dim in enumerate(kept)}
+    return [places.get(dim) for dim in range(rank)]

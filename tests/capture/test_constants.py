@@ -114,6 +114,25 @@ def test_other_tensors_of_the_model_may_change():
     assert len(fxstream.inspect(compiled).calls) == calls
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_data_of_what_is_computed(training):
+    """As fused kernels and quantisers take it: values without a gradient, which writes reach."""
+
+    def forward(m, x):
+        x = m.a(x)
+        weight = (m.a.weight * 2).data.clone().detach()
+        rest = (x.round() - x).data
+        x = x + rest
+        shown = x.abs() * 1
+        shown.data.clamp_(max=3)
+        return F.conv2d(x, weight.transpose(0, 1), padding=1) * shown[:, :2]
+
+    model = make_integer(Function(forward, a=nn.Conv2d(2, 4, 3, padding=1))).train(training)
+    compiled, image = fxstream.compile(model, tile=18), integer_image(1, 2, 24, 26)
+    assert_same(step(compiled, model, [image]), step(model, model, [image]), 0)
+    assert compiled.plan.streamed_share > 0.5
+
+
 def set_entry(limits, x):
     limits[0] = x.max()
 

@@ -65,6 +65,41 @@ def test_a_bias_of_every_pair_of_positions(fused):
     assert plan.streamed_share > 0.85, plan
 
 
+class RelativePositions(nn.Module):
+    """Attention with scores of relative rows and columns, as MViT and SAM add them, to a map of `keys` a side."""
+
+    def __init__(self, extents, reduction):
+        super().__init__()
+        self.first, self.last, self.qkv = conv(3, 8, padding=1), conv(8, 2), nn.Linear(8, 24)
+        self.pool, places = nn.MaxPool2d(reduction), [(n, n // reduction) for n in extents]
+        self.rows, self.columns = (nn.Parameter(torch.randn(n + m, 4)) for n, m in places)
+        for name, (n, m), step in zip(("of_rows", "of_columns"), places, (reduction, reduction), strict=True):
+            self.register_buffer(name, torch.arange(n)[:, None] - step * torch.arange(m)[None] + m * step - step)
+
+    def forward(self, x):
+        x = self.first(x).permute(0, 2, 3, 1)
+        n, h, w, c = x.shape
+        q, k, v = self.qkv(x).reshape(n, h, w, 3, 2, 4).permute(3, 0, 4, 1, 2, 5)
+        k, v = (self.pool(t.movedim(-1, 2).flatten(0, 1)).unflatten(0, (n, 2)).movedim(2, -1) for t in (k, v))
+        flat = [t.reshape(n, 2, -1, 4) for t in (q, k, v)]
+        scores = (flat[0] * 0.5) @ flat[1].transpose(-2, -1)
+        of_rows = torch.einsum("byhwc,hkc->byhwk", q, self.rows[self.of_rows % len(self.rows)])
+        of_columns = torch.einsum("byhwc,wkc->byhwk", q, self.columns[self.of_columns % len(self.columns)])
+        scores = scores.view(n, 2, h, w, k.shape[2], k.shape[3])
+        scores = scores + of_rows[..., :, None] + of_columns[..., None, :]
+        y = scores.view(n, 2, h * w, -1).softmax(-1) @ flat[2]
+        y = y.view(n, 2, h, w, 4).permute(0, 2, 3, 1, 4).reshape(n, h, w, c)
+        return self.last((x + y).permute(0, 3, 1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:RelativePositions is bound")
+@pytest.mark.parametrize("batch, reduction, tile", [(1, 2, 7), (2, 1, 6)])
+def test_relative_positions_along_each_axis(batch, reduction, tile):
+    model = RelativePositions((12, 16), reduction).double()
+    plan = assert_streams(model, image(batch, 3, 12, 16), tile=tile, verify=False)
+    assert plan.streamed_share > 0.8, plan
+
+
 @pytest.mark.parametrize("batches", [(2, 3, 4), (1, 1, 1)])
 def test_one_capture_serves_every_size(batches):
     model = Attention(reduction=4).double()

@@ -99,6 +99,30 @@ def test_within_a_memory(head, more, share):
     assert compiled.plan.streamed_share > 0.5, compiled.plan
 
 
+class NormalisedTokens(nn.Module):
+    """Tokens of patches as rows of one matrix, whose columns a BatchNorm normalises, as in LeViT."""
+
+    def __init__(self, cast=False):
+        super().__init__()
+        self.patches, self.linear, self.norm = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.last, self.order = conv(8, 2), torch.tensor([5, 3, 0, 1, 7, 2, 4, 6])
+
+    def forward(self, x):
+        n, _, h, w = (x := self.patches(x)).shape
+        x = x.flatten(2).transpose(1, 2)
+        y = self.norm(self.linear(x).flatten(0, 1)).reshape_as(x)
+        y = y[:, :, self.order] + y[..., [[0]], [[1]]]
+        return self.last((x + y).transpose(1, 2).reshape(n, -1, h, w))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tokens_normalised_per_channel(batch, training):
+    model = NormalisedTokens().double().train(training)
+    plan = assert_streams(model, image(batch, 3, 22, 26), tile=7)
+    assert plan.streamed_share > 0.85, plan
+
+
 def test_tokens_as_a_map_again():
     """Without the token of another kind they are two axes again, not windows of one."""
 

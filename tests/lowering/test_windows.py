@@ -105,6 +105,19 @@ def test_one_capture_serves_every_multiple_of_the_window():
     assert captures(compiled) == 1
 
 
+@pytest.mark.parametrize("extents", [(40, 40), (30, 38)])
+def test_windows_of_an_image_smaller_than_the_steps_of_a_capture(extents):
+    """Sizes that are tried and padded to the same multiple tell nothing of how many windows there are."""
+    model = Windowed(Attention(14, fused=True), Attention(14))
+    model.first = nn.Conv2d(3, 8, 16, 16)
+    compiled = fxstream.compile(model.double(), tile=256, verify=False)
+    for n in range(2):
+        x = image(1, 3, *(16 * extent + 272 * n for extent in extents))
+        assert torch.allclose(compiled(x), model(x), atol=1e-12)
+        assert compiled.plan.streamed_share > 0.9
+    assert captures(compiled) == 1
+
+
 @pytest.mark.parametrize("share", [0.4, 0.7])
 def test_within_a_memory(share):
     """Blocks before and after a shift read the same map; neither runs whole with what is shifted in between."""

@@ -8,6 +8,7 @@ from fxstream.graph.nodes import bind
 from fxstream.lowering.positions.unflatten import FlatOperator, Handler, Result
 from fxstream.lowering.statistics import softmax
 from fxstream.rules.channelwise import CLASS_LOSSES, KEEPING, REDUCING, SPLITTING
+from fxstream.rules.shuffled import indexed
 
 __all__ = ["HANDLERS"]
 
@@ -35,6 +36,18 @@ def _along(op: FlatOperator) -> Result:
     result = op.again(dim=places[0] if isinstance(dim, int) else places)
     before = sum(d < source.place + is_new for d in dims)
     return source.at(result, source.place + before * (is_new - is_removed))
+
+
+def _index(op: FlatOperator) -> Result:
+    """Entries of dims other than the positions."""
+    source, indices = op.only("self"), op.indices
+    is_mask = any(one is not None and one.dtype == torch.bool for one in indices)
+    ranks = [one.ndim for one in indices if one is not None]
+    place = source and indexed([one is not None for one in indices], op.self.ndim, max(ranks))[source.place]
+    if source is None or is_mask or place is None:
+        return None
+    beyond = [None] * (len(source.extents) - 1) * (len(indices) > source.place)
+    return source.at(op.again(indices=[*indices[: source.place], *beyond, *indices[source.place :]]), place)
 
 
 def _squeeze(op: FlatOperator) -> Result:
@@ -69,9 +82,15 @@ def _last_dims(op: FlatOperator) -> Result:
 
 
 def _per_channel(op: FlatOperator) -> Result:
-    """A normalisation per channel (dim 1) of positions after it."""
+    """A normalisation per channel (dim 1), of positions after it, or of [positions, channels]."""
     source = op.only("input")
-    return source.at(op.again()) if source is not None and source.place == 2 else None
+    if source is None or source.place == 2:
+        return source and source.at(op.again())
+    if source.place or op.name != "batch_norm" or op.input.ndim != 2:
+        return None
+    channels = len(source.extents)
+    result = op.again(input=source.tensor.movedim(channels, 1))
+    return source.at(result.movedim(1, channels))
 
 
 def _convolution(op: FlatOperator) -> Result:
@@ -106,6 +125,7 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("permute", "transpose", "swapaxes", "swapdims", "t", "numpy_T"), _permute),
     **dict.fromkeys((*KEEPING, *SPLITTING, "slice", "narrow", "select", "unbind", "unsqueeze"), _along),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), _along),
+    "index": _index,
     "squeeze": _squeeze,
     **dict.fromkeys(("softmax", "log_softmax"), _softmax),
     **dict.fromkeys(REDUCING, _reduce),

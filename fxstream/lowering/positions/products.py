@@ -58,6 +58,29 @@ def _contract(op: FlatOperator, terms: Terms, output: str) -> Result:
     return first.at(product, output.index(position)) if position in output else product
 
 
+def _again(op: FlatOperator) -> Result:
+    """A product that sums positions that were taken apart before those that stay: they are whole (rule 8)."""
+    inputs, output = op.equation.split("->")
+    terms = list(zip((op.self, op.other), inputs.split(","), strict=True))
+    flat = [letters[source.place] for tensor, letters in terms if (source := op.source(tensor)) is not None]
+    maps = [(tensor, letters) for tensor, letters in terms if tensor.dims and op.source(tensor) is None]
+    if len(flat) != 1 or flat[0] not in output:
+        return None
+    if not maps:
+        return _contract(op, terms, output)
+    first, letters_of_first = maps[0]
+    axes = "".join(letters_of_first[d] for d in first.dims)
+    if set(axes) & set(output) or not all(axes in letters for _, letters in terms):
+        return None
+    ends = [(letters.index(axes), letters.index(axes) + len(axes) - 1) for _, letters in terms]
+    joined = [
+        op.call("fxstream::whole", tensor, *of) if (tensor, letters) in maps else tensor.flatten(*of)
+        for (tensor, letters), of in zip(terms, ends, strict=True)
+    ]
+    short = [letters.replace(axes, axes[0]) for _, letters in terms]
+    return _product(op, list(zip(joined, short, strict=True)), output)
+
+
 def _positions(sources: list[tuple[Unflattened, str]], output: str) -> tuple[Unflattened, str]:
     """The source whose positions stay apart, and their letter: the first that keeps them; the others are whole."""
     of_each = [(source, letters[source.place]) for source, letters in sources]
@@ -117,8 +140,17 @@ def _contract_maps(op: FlatOperator, terms: Terms, output: str) -> Proxy | None:
     """A product of maps that are not flat, whose stream axes are summed or stay."""
     axes = {"".join(letters[d] for d in tensor.dims) for tensor, letters in terms} - {""}
     space = set("".join(axes))
+    terms = [_with_axes(tensor, letters, space) for tensor, letters in terms]
     is_summed = not space & set(output) and all(space <= set(letters) for _, letters in terms)
     return _product(op, terms, output) if len(axes) == 1 and (is_summed or space <= set(output)) else None
+
+
+def _with_axes(tensor: Proxy, letters: str, space: set[str]) -> tuple[Proxy, str]:
+    """An operand that varies along some axes of a map, with a dim of one for each of the others."""
+    missing = sorted(space - set(letters)) if space & set(letters) else []
+    for _ in missing:
+        tensor = tensor.unsqueeze(0)
+    return tensor, "".join(missing) + letters
 
 
 def _product(op: FlatOperator, terms: Terms, output: str) -> Proxy:
@@ -129,6 +161,7 @@ def _product(op: FlatOperator, terms: Terms, output: str) -> Proxy:
 HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("matmul", "bmm", "mm"), _matrices),
     "einsum": _einsum,
+    "contract": _again,
     "scaled_dot_product_attention": _attention,
 }
 """Per operator, the product that it is of positions."""
