@@ -7,7 +7,8 @@ that are mirrored, as padding by hand does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -65,24 +66,33 @@ def _chosen(op: Operator, mask: Proxy, dim: int, one: Proxy, other: Proxy) -> Pr
     return op.call(torch.ops.aten.where.self, along, one, other)
 
 
-def _joined(op: Operator, parts: Sequence[Proxy], dim: int) -> Proxy:
-    """Maps one after the other; one row without stream axes is the same at every position, and is not padded."""
+def _joined(
+    op: Operator, parts: Sequence[Proxy], dim: int, sources: Mapping[int, Proxy] = MappingProxyType({})
+) -> Proxy:
+    """Maps one after the other; one row without stream axes is the same at every position, and is not padded.
+
+    `sources` are maps whose first rows, or last, are the first part, or the last, where a tile reads them near.
+    """
     starts, total = [], parts[0].size(dim) * 0
     for part in parts:
         starts.append(total)
         total = total + part.size(dim)
     places, result = op.call("arange", total, device=op.device), None
-    for part, start in zip(parts, starts, strict=True):
+    for i, (part, start) in enumerate(zip(parts, starts, strict=True)):
         is_row = part.shape and part.shape[dim] == 1 and not part.dims
-        stop = part.size(dim) + start
-        wide = part if is_row else _padded(part, dim, start, stop * -1 + total)
+        stop, source = part.size(dim) + start, sources.get(i)
+        if source is not None:
+            rest = source.size(dim) * -1 + total
+            wide = _padded(source, dim, 0, rest) if i == 0 else _padded(source, dim, rest, 0)
+        else:
+            wide = part if is_row else _padded(part, dim, start, stop * -1 + total)
         result = wide if result is None else _chosen(op, places.ge(start), dim, wide, result)
     assert result is not None
     return result
 
 
 def _concatenation(op: Operator) -> Proxy | None:
-    """A map and what pads it: rows of it from the end where they are put, and tensors without stream axes.
+    """A map and what pads it: rows from the end where they are put, and tensors without stream axes.
 
     Other rows, or another map, would have a tile at the seam read from far apart.
     """
@@ -95,12 +105,31 @@ def _concatenation(op: Operator) -> Proxy | None:
     maps = [i for i, part in enumerate(parts) if part.dims and not _rows_of_slice(rows[i], dim, part.ndim)]
     if len(maps) != 1:
         return None
-    ends = ((i, bind(one)) for i, one in enumerate(rows) if one is not None and i not in maps)
-    is_near = all(
-        rows_of["self"] is parts[maps[0]].node and ((rows_of["start"] or 0) < 0) == (i > maps[0])
-        for i, rows_of in ends
-    )
-    return _joined(op, parts, dim) if is_near else None
+    sources = {}
+    for i, one in enumerate(rows):
+        if one is None or i in maps:
+            continue
+        source, start = bind(one)["self"], bind(one)["start"] or 0
+        is_end = (i == 0 and start == 0) or (i == len(parts) - 1 and start < 0)
+        if is_end and parts[i].node is one and _is_made_of(op, parts[maps[0]], source, dim):
+            sources[i] = op.proxy(source)
+        elif source is not parts[maps[0]].node or (start < 0) != (i > maps[0]):
+            return None
+    return _joined(op, parts, dim, sources)
+
+
+def _is_made_of(op: Operator, image: Proxy, source: fx.Node, dim: int) -> bool:
+    """Whether a map is made of all rows but the ends of another, as of tokens after some that stay as they are."""
+    if op.proxy(source).shape[dim] != op.value.shape[dim]:
+        return False
+    seen, left = set[fx.Node](), [image.node]
+    while left:
+        node = left.pop()
+        if node is source:
+            return True
+        seen.add(node)
+        left += [one for one in node.all_input_nodes if one not in seen and not one < source]
+    return False
 
 
 def _slice_of(node: fx.Node) -> fx.Node:

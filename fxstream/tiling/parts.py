@@ -17,11 +17,12 @@ NOTE [reductions on the way]
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import networkx as nx
 
-from fxstream.graph.effects import ordered_nodes
+from fxstream.graph.effects import ordered_chains, ordered_nodes
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.tiling.request import last_node_of
 from fxstream.tiling.segment import Segment, make_segment, segment_of
@@ -102,19 +103,29 @@ def whole_segment(graph: TypedGraph, name: str, nodes: Sequence[str]) -> Segment
 def _between(graph: TypedGraph, nodes: Sequence[str]) -> set[str]:
     """The other nodes that depend on the values of one of these, and whose value another of these depends on.
 
-    What depends on sizes alone is not among them.
+    What must run after another counts as dependent on it. What depends on sizes alone is not among them.
     """
+    chained = [pair for chain in ordered_chains(graph.graph) for pair in itertools.pairwise(n.name for n in chain)]
+    after_it, before_it = _grouped(chained), _grouped((after, before) for before, after in chained)
     inside, order = set(nodes), list(graph.nodes)
     span = order[min(graph[n].index for n in nodes) : max(graph[n].index for n in nodes) + 1]
     span = [name for name in span if not graph.is_integer(name)]
     after, before = set(nodes), set(nodes)
     for name in span:
-        if any(one in after for one in graph[name].inputs):
+        if any(one in after for one in (*graph[name].inputs, *before_it.get(name, ()))):
             after.add(name)
     for name in reversed(span):
-        if any(user in before for user in graph.users(name)):
+        if any(one in before for one in (*graph.users(name), *after_it.get(name, ()))):
             before.add(name)
     return after & before - inside
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The second of each pair by the first."""
+    groups: dict[str, list[str]] = {}
+    for first, second in pairs:
+        groups.setdefault(first, []).append(second)
+    return groups
 
 
 def stages_of_outputs(graph: TypedGraph, outputs: Sequence[str]) -> list[int]:

@@ -99,6 +99,39 @@ def test_within_a_memory(head, more, share):
     assert compiled.plan.streamed_share > 0.5, compiled.plan
 
 
+class Rotary(nn.Module):
+    """Attention with rotary positions for the patches, and `more` tokens before them as they are, as in timm."""
+
+    def __init__(self, more):
+        super().__init__()
+        self.patches, self.qkv, self.last = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 48), nn.Linear(16, 3)
+        self.tokens, self.more = nn.Parameter(torch.randn(1, more, 16)), more
+
+    def forward(self, x):
+        x = self.patches(x)
+        places = torch.arange(x.shape[2])[:, None] * 0.5 + torch.arange(x.shape[3])[None] * 0.3
+        angles = places.flatten()[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1, 2.0, 0.2, 2.0, 0.2])
+        x = torch.cat([self.tokens.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = (self.rotated(one, angles.to(x)) for one in (q, k))
+        x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, -1)
+        return self.last(x)
+
+    def rotated(self, x, angles):
+        before, x = x[:, :, : self.more], x[:, :, self.more :]
+        first, second = x.chunk(2, -1)
+        turned = x * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
+        return torch.cat([before, turned], 2)
+
+
+@pytest.mark.parametrize("more", [0, 2])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rotary_positions(batch, more):
+    plan = assert_streams(Rotary(more).double(), image(batch, 3, 20, 28), tile=12, verify=False)
+    assert plan.streamed_share > 0.75, plan
+
+
 class NormalisedTokens(nn.Module):
     """Tokens of patches as rows of one matrix, whose columns a BatchNorm normalises, as in LeViT."""
 

@@ -110,3 +110,25 @@ def test_the_share_of_activations_counts_what_has_no_tiled_dims():
 
     model = Function(forward, a=nn.Conv2d(3, 4, 3, padding=1), b=nn.Sequential(*layers), c=nn.Sequential(*tokens))
     assert fxstream.plan(model, 64, tile=32).streamed_share < 0.6
+
+
+def with_a_gate(m, x):
+    """A gate of pooled values, whose BatchNorm updates its statistics after the one on the way."""
+    x = m.a(x)
+    y = F.relu(m.norm(m.b(x)))
+    return m.c(y * m.norm_of_gate(m.b(x.mean((2, 3), keepdim=True))).sigmoid())
+
+
+def test_a_stretch_around_an_effect_that_must_run_in_between():
+    """Statistics of the stretch are updated before those of the gate, which it also reads."""
+    model = network(with_a_gate).train()
+    model.norm, model.norm_of_gate = nn.BatchNorm2d(8).double(), nn.BatchNorm2d(8).double()
+    graph = analyze(model, inputs=[(2, 3, 32, 32)]).graph
+    (part,) = streamable_parts(graph)
+    gate = next(name for name in part if name.startswith("mul"))
+    read = set(graph.inputs(gate))
+    before = part[: next(i for i, name in enumerate(part) if "mean" in name) + 1]
+    assert whole_segment(graph, "", before) is not None
+    stretch = [name for name in part if name not in before or name in read]
+    assert any("moments" in name for name in stretch)
+    assert whole_segment(graph, "", stretch) is None

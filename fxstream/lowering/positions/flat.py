@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fxstream.graph.nodes import bind
+from fxstream.graph.nodes import bind, name_of
 from fxstream.lowering.positions.unflatten import FlatOperator, Handler, Result
+from fxstream.lowering.proxy import Proxy
 from fxstream.lowering.statistics import softmax
 from fxstream.rules.channelwise import CLASS_LOSSES, KEEPING, REDUCING, SPLITTING
 from fxstream.rules.shuffled import indexed
@@ -36,6 +37,23 @@ def _along(op: FlatOperator) -> Result:
     result = op.again(dim=places[0] if isinstance(dim, int) else places)
     before = sum(d < source.place + is_new for d in dims)
     return source.at(result, source.place + before * (is_new - is_removed))
+
+
+def _concatenate(op: FlatOperator) -> Result:
+    """Along other dims, or of nothing and the positions, as with no token before those of patches."""
+    full = [one for one in op.tensors if not _is_empty(op, one)]
+    if len(full) != 1 or len(op.tensors) == 1 or full[0].node.op == "placeholder":
+        return _along(op)
+    is_alone = full[0].dtype == op.value.dtype and full[0].shape == op.value.shape
+    return (op.source(full[0]) or full[0]) if is_alone else None
+
+
+def _is_empty(op: FlatOperator, tensor: Proxy) -> bool:
+    """Whether it has no entries at any size."""
+    if 0 not in tensor.shape or op.bound or name_of(tensor.node) != "slice":
+        return 0 in tensor.shape and op.bound
+    start, end = (bind(tensor.node)[name] for name in ("start", "end"))
+    return isinstance(start, int | None) and isinstance(end, int) and 0 <= end <= (start or 0)
 
 
 def _index(op: FlatOperator) -> Result:
@@ -124,7 +142,8 @@ def _class_loss(op: FlatOperator) -> Result:
 HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("permute", "transpose", "swapaxes", "swapdims", "t", "numpy_T"), _permute),
     **dict.fromkeys((*KEEPING, *SPLITTING, "slice", "narrow", "select", "unbind", "unsqueeze"), _along),
-    **dict.fromkeys(("cat", "concat", "concatenate", "stack"), _along),
+    **dict.fromkeys(("cat", "concat", "concatenate"), _concatenate),
+    "stack": _along,
     "index": _index,
     "squeeze": _squeeze,
     **dict.fromkeys(("softmax", "log_softmax"), _softmax),
