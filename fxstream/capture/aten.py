@@ -46,7 +46,7 @@ ENTER_INFERENCE, EXIT_INFERENCE = (
 )
 ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 SET_GRADIENTS = torch._C._set_grad_enabled
-READ_DATA = torch._C._autograd._get_data_attr
+READ_DATA = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
 """`.data`, which no trace before dispatch sees."""
 
 

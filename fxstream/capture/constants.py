@@ -203,11 +203,11 @@ def numpy_entries_copied() -> Iterator[None]:
         is_view = result.ndim or any(part is Ellipsis for part in parts)
         return result if is_view else ndarray(result.tensor.clone())
 
-    ndarray.__getitem__ = entry
+    ndarray.__getitem__ = entry  # type: ignore[method-assign]
     try:
         yield
     finally:
-        ndarray.__getitem__ = original
+        ndarray.__getitem__ = original  # type: ignore[method-assign]
 
 
 Folded = Callable[[TensorVariable], torch.Tensor | None]

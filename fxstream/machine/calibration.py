@@ -26,7 +26,7 @@ import torch
 
 from fxstream.machine.device import free_bytes, synchronize
 
-__all__ = ["Rates", "cache_file", "rates_of"]
+__all__ = ["Rates", "best_seconds", "cache_file", "rates_of"]
 
 RUNS = 3
 LARGE = 2**31
@@ -81,15 +81,15 @@ def _measured(device: torch.device, elements: int) -> Rates:
     map_ = torch.zeros(elements, dtype=torch.float32, device=device)
     host = torch.zeros(elements // 4, dtype=torch.float32)
     small = torch.zeros(1, device=device)
-    bandwidth = 3 * map_.nbytes / _best(lambda: torch.add(map_, map_), device)
+    bandwidth = 3 * map_.nbytes / best_seconds(lambda: torch.add(map_, map_), device)
     calls = 64
-    call = _best(lambda: [small.add_(1) for _ in range(calls)], device) / calls
+    call = best_seconds(lambda: [small.add_(1) for _ in range(calls)], device) / calls
     return Rates(
         wide_macs=_macs_per_second(torch.float32, device, elements),
         macs=_macs_per_second(torch.bfloat16, device, elements),
         bandwidth=bandwidth,
         call=call,
-        host=host.nbytes / _best(lambda: host.to(device, copy=True), device),
+        host=host.nbytes / best_seconds(lambda: host.to(device, copy=True), device),
         beyond=_beyond(device),
     )
 
@@ -99,7 +99,7 @@ def _macs_per_second(dtype: torch.dtype, device: torch.device, elements: int) ->
     channels, side = 64, max(8, int((elements / 256) ** 0.5))
     image = torch.zeros(1, channels, side, side, dtype=dtype, device=device)
     weight = torch.zeros(channels, channels, 3, 3, dtype=dtype, device=device)
-    seconds = _best(lambda: torch.nn.functional.conv2d(image, weight, padding=1), device)
+    seconds = best_seconds(lambda: torch.nn.functional.conv2d(image, weight, padding=1), device)
     return 9 * channels * channels * side * side / seconds
 
 
@@ -112,11 +112,11 @@ def _beyond(device: torch.device) -> float:
     for side in (1449, 5796):  # of 64 channels: below, and above
         image = torch.zeros(1, 1, side, side, dtype=torch.bfloat16, device=device)
         run = functools.partial(torch.nn.functional.conv2d, image, weight, padding=1)
-        seconds.append(_best(run, device) / side**2)
+        seconds.append(best_seconds(run, device) / side**2)
     return max(1.0, seconds[1] / seconds[0])
 
 
-def _best(run: Callable[[], object], device: torch.device) -> float:
+def best_seconds(run: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest of a few runs, after one that warms up."""
     with torch.no_grad():
         run()

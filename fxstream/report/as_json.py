@@ -141,8 +141,8 @@ def plan_json(plan: Plan, network: str, training: bool) -> dict[str, Any]:
     return {"schema": SCHEMA, "network": network, "training": training, **_plain(plan)}
 
 
-def bench_json(workload: Workload, rows: Sequence[Row]) -> dict[str, Any]:
-    """The rows of a benchmark as plain data."""
+def bench_json(workload: Workload, rows: Sequence[Row], roofline: float | None = None) -> dict[str, Any]:
+    """The rows of a benchmark as plain data; `roofline` are the least seconds that the device could take."""
     settings = dataclasses.asdict(workload)
     options = settings.pop("options")
     return {
@@ -151,5 +151,6 @@ def bench_json(workload: Workload, rows: Sequence[Row]) -> dict[str, Any]:
         **options,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "roofline_seconds": roofline,
         "rows": _plain(rows),
     }

@@ -40,17 +40,20 @@ from fxstream.report.terminal import progress, show, show_bench, show_check, sho
 from fxstream.rules import rules
 from fxstream.tiling.parts import worthwhile
 from fxstream.tiling.request import Request
-from fxstream.tools.benchmark import CHECKPOINT, FXSTREAM, PLAIN, Method, Row, Workload, compare
+from fxstream.tools.benchmark import CHECKPOINT, COMPILED, FXSTREAM, PLAIN, Method, Row, Workload, compare
 from fxstream.tools.check import check
 from fxstream.tools.freeze import freeze_batch_norm
 from fxstream.tools.inputs import checked_inputs, example_inputs_of
 from fxstream.tools.model_spec import load
+from fxstream.tools.roofline import roofline_seconds
 from fxstream.tools.values import budgets_of, has_request, is_training, request_options, shapes_of, title_of
 from fxstream.tools.zoo import names
 
 __all__ = ["COMMANDS"]
 
 Options = argparse.Namespace
+SAVED = {1.0: "", 0.5: " 50%", 0.2: " 20%", 0.05: " 5%"}
+"""The shares of the activations that torch.compile is told to save for backward, and how they are shown."""
 
 
 def _model(options: Options, weights: bool) -> nn.Module:
@@ -182,11 +185,11 @@ def _bench(options: Options) -> int:
     plot = writable(options.plot) if options.plot else None
     workload = _workload(options)
     with _progress() as bar:
-        rows = _rows(options, workload, bar)
+        rows, roofline = _rows(options, workload, bar)
     if options.json:
-        _print_json(bench_json(workload, rows))
+        _print_json(bench_json(workload, rows, roofline))
     else:
-        show_bench(workload, rows, Output())
+        show_bench(workload, rows, Output(), roofline)
     if plot is not None:
         write(plot, lambda path: save_pareto(workload, rows, path))
     return 0
@@ -205,14 +208,20 @@ def _workload(options: Options) -> Workload:
     )
 
 
-def _rows(options: Options, workload: Workload, bar: Progress) -> list[Row]:
-    """Every method measured; on a device without the memory for it the dense network is left out."""
+def _rows(options: Options, workload: Workload, bar: Progress) -> tuple[list[Row], float | None]:
+    """Every method measured, and the seconds of the roofline beside torch.compile.
+
+    On a device without the memory for it the dense network is left out.
+    """
     task, device = bar.add_task("plan", total=None), device_of(options.device)
     graph = _analysis(options).graph
     plain = make_plan(graph, Request(memory=2**62), device=device).prediction.plain_bytes
     too_large = f"does not fit: needs {bytes_text(plain)}" if plain > free_bytes(device) else ""
-    methods = [Method(PLAIN, "plain"), Method(CHECKPOINT, "checkpoint"), *_streamed(options, plain)]
-    return compare(workload, methods, options.rounds, lambda text: bar.update(task, description=text), too_large)
+    peers = [Method(COMPILED, f"compile{text}", saved=share) for share, text in SAVED.items() if options.compile]
+    methods = [Method(PLAIN, "plain"), Method(CHECKPOINT, "checkpoint"), *peers, *_streamed(options, plain)]
+    roofline = roofline_seconds(graph, device) if options.compile else None
+    rows = compare(workload, methods, options.rounds, lambda t: bar.update(task, description=t), too_large)
+    return rows, roofline
 
 
 def _streamed(options: Options, plain: int) -> list[Method]:

@@ -14,7 +14,7 @@ from fxstream.errors import InputError
 from fxstream.machine.units import bytes_text
 from fxstream.report.summary import Summary
 from fxstream.tiling.segment_plan import SegmentPlan
-from fxstream.tools.benchmark import CHECKPOINT, FXSTREAM, PLAIN, Row, Workload
+from fxstream.tools.benchmark import CHECKPOINT, COMPILED, FXSTREAM, PLAIN, Row, Workload
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,9 @@ __all__ = ["save_pareto", "save_plot"]
 Pixels = tuple[int, int] | None
 """First and last pixel along an axis, the last excluded; None where nothing is read."""
 
-SLATE, ORANGE, SAND, GREEN = "#7a8ba3", "#d9622b", "#f0b48f", "#3b7a57"
+SLATE, ORANGE, SAND, GREEN, PLUM = "#7a8ba3", "#d9622b", "#f0b48f", "#3b7a57", "#7d4f7a"
+MARKS = {PLAIN: (SLATE, "s"), CHECKPOINT: (GREEN, "^"), COMPILED: (PLUM, "v"), FXSTREAM: (ORANGE, "o-")}
+"""Colours and markers of the methods."""
 MOST_TILES = 24
 """Tiles per axis up to which the grid is drawn tile by tile."""
 
@@ -86,7 +88,7 @@ def save_pareto(workload: Workload, rows: Sequence[Row], path: Path) -> None:
     ran = [row for row in rows if not row.failure]
     plain = next((row for row in ran if row.method.kind == PLAIN), None)
     seconds, unit = (plain.seconds, plain.peak_bytes) if plain else (1.0, 2**30)
-    for kind, color, marker in ((PLAIN, SLATE, "s"), (CHECKPOINT, GREEN, "^"), (FXSTREAM, ORANGE, "o-")):
+    for kind, (color, marker) in MARKS.items():
         points = [(r.peak_bytes / unit, r.seconds / seconds, r.method.label) for r in ran if r.method.kind == kind]
         if points:
             _draw_method(axes, kind, sorted(points), marker, color)

@@ -233,10 +233,13 @@ def show_check(report: CheckReport, console: Console, title: str, rows: int = 12
         console.print(f"and {len(report.differences) - rows} with smaller errors", highlight=False)
 
 
-def show_bench(workload: Workload, rows: Sequence[Row], console: Console) -> None:
-    """One line per method: seconds and bytes, over those of the plain network, and what was predicted."""
+def show_bench(workload: Workload, rows: Sequence[Row], console: Console, roofline: float | None = None) -> None:
+    """One line per method: seconds and bytes, over those of the plain network, and what was predicted.
+
+    With the least seconds that the device could take, `roofline`, how near each method is, instead of its MACs.
+    """
     console.print(f"{workload.title}, one training step on {workload.device}", highlight=False)
-    console.print(_bench_table([row for row in rows if not row.failure]))
+    console.print(_bench_table([row for row in rows if not row.failure], roofline))
     for row in rows:
         if row.failure:
             console.print(f"{row.method.label}: {row.failure}", highlight=False, markup=False)
@@ -247,11 +250,12 @@ def show_bench(workload: Workload, rows: Sequence[Row], console: Console) -> Non
     )
 
 
-def _bench_table(rows: Sequence[Row]) -> Table:
+def _bench_table(rows: Sequence[Row], roofline: float | None) -> Table:
     plain = next((row for row in rows if row.method.kind == PLAIN), None)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
-    for name in ("seconds", "time", "predicted", "peak", "memory", "predicted", "MACs"):
+    last = "MACs" if roofline is None else "roofline"
+    for name in ("seconds", "time", "predicted", "peak", "memory", "predicted", last):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -262,9 +266,14 @@ def _bench_table(rows: Sequence[Row]) -> Table:
             bytes_text(row.peak_bytes),
             f"{row.peak_bytes / plain.peak_bytes:.2f}x" if plain else "",
             bytes_text(row.predicted_bytes) if row.predicted_bytes is not None else "",
-            f"{row.overhead:.2f}x" if row.overhead is not None else "",
+            f"{row.overhead:.2f}x" if roofline is None and row.overhead is not None else _share(roofline, row),
         )
     return table
+
+
+def _share(roofline: float | None, row: Row) -> str:
+    """How near a method is to the least time."""
+    return "" if roofline is None else f"{roofline / row.seconds:.0%}"
 
 
 def show_rules(rows: Sequence[OpRule], console: Console) -> None:

@@ -1,8 +1,9 @@
 """One training step by several methods, each measured in processes of its own, by turns.
 
-The methods are the plain network, `torch.utils.checkpoint` around every block, and fxstream with a tile or a
-memory. A process builds the network, runs one step to warm up (fxstream captures and plans in it), one that counts
-bytes and one that is timed. Medians over the rounds are reported; running out of memory is a result too.
+The methods are the plain network, `torch.utils.checkpoint` around every block, torch.compile, with or without a
+budget for what its partitioner saves for backward, and fxstream with a tile or a memory. A process builds the
+network, runs one step to warm up (fxstream captures and plans in it), one that counts bytes and one that is timed.
+Medians over the rounds are reported; running out of memory is a result too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._functorch import config as functorch
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
@@ -34,9 +36,9 @@ from fxstream.tools.inputs import drawn_inputs
 from fxstream.tools.model_spec import load
 from fxstream.tools.values import Input, title_of
 
-__all__ = ["CHECKPOINT", "FXSTREAM", "PLAIN", "Method", "Row", "Workload", "checkpointed", "compare"]
+__all__ = ["CHECKPOINT", "COMPILED", "FXSTREAM", "PLAIN", "Method", "Row", "Workload", "checkpointed", "compare"]
 
-PLAIN, CHECKPOINT, FXSTREAM = "plain", "checkpoint", "fxstream"
+PLAIN, CHECKPOINT, COMPILED, FXSTREAM = "plain", "checkpoint", "torch.compile", "fxstream"
 KILLED = (-9, 137)
 """Exit codes of a process that the system ended for its memory."""
 
@@ -60,11 +62,15 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How a step is run: `PLAIN`, `CHECKPOINT`, or `FXSTREAM` with a tile or a memory among its options."""
+    """How a step is run: `PLAIN`, `CHECKPOINT`, `COMPILED`, or `FXSTREAM` with a tile or a memory in its options.
+
+    `saved` is the share of the activations that torch.compile is told to save for backward.
+    """
 
     kind: str
     label: str
     options: RequestOptions = field(default_factory=RequestOptions)
+    saved: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +172,10 @@ def _measured(workload: Workload, method: Method) -> dict[str, Any]:
 def _by_method(model: nn.Module, method: Method, options: RequestOptions) -> nn.Module:
     if method.kind == FXSTREAM:
         return compile(model, **(options | method.options))
+    if method.kind == COMPILED:
+        functorch.activation_memory_budget = method.saved
+        functorch.activation_memory_budget_solver = "dp"
+        return torch.compile(model, dynamic=False)  # type: ignore[return-value]
     return checkpointed(model) if method.kind == CHECKPOINT else model
 
 

@@ -104,6 +104,7 @@ BENCH: Group = (
     *SEGMENTS,
     flag("--device", "what to measure on: cpu, cuda, cuda:1 (cpu)", default="cpu"),
     OFFLOAD,
+    switch("--compile", "beside torch.compile, also told to save a half, a fifth, a twentieth; and the roofline"),
     flag("--rounds", "processes per method; medians are shown (3)", type=int, default=3),
     flag("--plot", "draw time over memory (needs matplotlib)", metavar="FILE"),
 )

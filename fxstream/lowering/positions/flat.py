@@ -60,9 +60,11 @@ def _index(op: FlatOperator) -> Result:
     """Entries of dims other than the positions."""
     source, indices = op.only("self"), op.indices
     is_mask = any(one is not None and one.dtype == torch.bool for one in indices)
-    ranks = [one.ndim for one in indices if one is not None]
-    place = source and indexed([one is not None for one in indices], op.self.ndim, max(ranks))[source.place]
-    if source is None or is_mask or place is None:
+    if source is None or is_mask:
+        return None
+    rank = max(one.ndim for one in indices if one is not None)
+    place = indexed([one is not None for one in indices], op.self.ndim, rank)[source.place]
+    if place is None:
         return None
     beyond = [None] * (len(source.extents) - 1) * (len(indices) > source.place)
     return source.at(op.again(indices=[*indices[: source.place], *beyond, *indices[source.place :]]), place)
