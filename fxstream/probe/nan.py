@@ -158,7 +158,9 @@ def _valid_around(poisoned: torch.Tensor, middle: int) -> Interval:
 
 
 def _carries_nan(strip: Strip, node: fx.Node) -> bool:
-    """Whether the operator, given nothing but NaN, returns nothing but NaN."""
+    """Whether the operator, given nothing but NaN, returns nothing but NaN; of an item, the one that returns it."""
+    if node.target is operator.getitem:
+        return _carries_nan(strip, node.args[0])  # type: ignore[arg-type]
     poison = {
         one.name: torch.full(strip.graph.value(one.name).shape, math.nan)
         for one in node.all_input_nodes
