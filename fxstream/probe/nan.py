@@ -50,7 +50,8 @@ class _Runner(fx.Interpreter):
 
     def _spread(self, name: str, value: Any) -> Any:
         """The value with NaN in every channel of a pixel that has it in one, where these are taken apart later."""
-        if not self._separates or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        is_real = isinstance(value, torch.Tensor) and value.is_floating_point()
+        if not self._separates or not is_real or name not in self._strip.batch:
             return value
         dim, batch = self._strip.graph.value(name).dims[self._strip.axis], self._strip.batch[name]
         return _whole_box(value, _poisoned(value, batch, dim), batch, dim)
@@ -72,7 +73,7 @@ def _inputs(strip: Strip, around: float) -> list[torch.Tensor]:
     inputs = []
     for name, dims in strip.part.segment.spatial:
         shape = strip.part.input_shape(name, 2, strip.input_extents[name])
-        if (dtype := strip.part.type_of(name)) != strip.part.dtype:
+        if (dtype := strip.part.type_of(name)) != strip.part.dtype or name not in strip.batch:
             inputs.append(torch.ones(shape, dtype=dtype))
             continue
         image = torch.full(shape, around, dtype=dtype)
@@ -84,14 +85,12 @@ def _inputs(strip: Strip, around: float) -> list[torch.Tensor]:
 
 
 def _compare_forward(strip: Strip, node: fx.Node, value: Any, findings: Findings) -> None:
-    name = node.name
-    fields = {source: fields[name] for source, fields in strip.fields.items() if name in fields}
-    if not isinstance(value, torch.Tensor):
-        return
-    is_blurred = any(one.name in findings.blurred_forward for one in node.all_input_nodes)
-    if is_blurred or not value.is_floating_point() or not fields or not strip.graph.pattern(name).is_tight:
+    name, is_map = node.name, isinstance(value, torch.Tensor)
+    fields = strip.fields_of(name) if is_map and value.is_floating_point() else {}
+    is_blurred = is_map and not (fields and strip.graph.pattern(name).is_tight)
+    if is_blurred or any(one.name in findings.blurred_forward for one in node.all_input_nodes):
         findings.blurred_forward.add(name)
-    if not value.is_floating_point() or not fields:
+    if not fields:
         return
     dim = strip.graph.value(name).dims[strip.axis]
     poisoned = _poisoned(value, strip.batch[name], dim)
@@ -106,9 +105,7 @@ def _compare_forward(strip: Strip, node: fx.Node, value: Any, findings: Findings
         smaller = measured.start > claimed.start or measured.stop < claimed.stop
         # On a strip this narrow a dilated window may read padding only, though pixels lie between its taps; and
         # crops may leave nothing of the NaN on one side.
-        before = measured.start in (claimed.start, 0)
-        after = measured.stop in (claimed.stop, value.shape[dim])
-        unseen = before and after
+        unseen = measured.start in (claimed.start, 0) and measured.stop in (claimed.stop, value.shape[dim])
         if not smaller and (unseen or name in findings.blurred_forward or not _carries_nan(strip, node)):
             findings.blurred_forward.add(name)
             return
@@ -158,7 +155,7 @@ def _valid_around(poisoned: torch.Tensor, middle: int) -> Interval:
 
 
 def _carries_nan(strip: Strip, node: fx.Node) -> bool:
-    """Whether the operator, given nothing but NaN, returns nothing but NaN; of an item, the one that returns it."""
+    """Whether the operator, or of an item the one that returns it, given nothing but NaN, returns nothing else."""
     if node.target is operator.getitem:
         return _carries_nan(strip, node.args[0])  # type: ignore[arg-type]
     poison = {
@@ -194,7 +191,7 @@ def poison_backward(strip: Strip, findings: Findings) -> None:
     """
     segment, claims, blurred = strip.part.segment, _claimed_of_halves(strip), set[str]()
     separates = strip.part.separates_channels()
-    gradients: dict[str, Any] = {output: _half_poisoned(strip, output) for output in segment.outputs}
+    gradients: dict[str, Any] = {o: _half_poisoned(strip, o) for o in segment.outputs if o in strip.batch}
     inputs = {name for name, _ in segment.spatial}
     for node in reversed(strip.part.module.graph.nodes):
         if node.name not in inputs and node.name not in segment.nodes:
@@ -339,10 +336,10 @@ def _is_spatial(strip: Strip, name: str) -> bool:
 
 
 def _ramp(strip: Strip, name: str, low: float, high: float) -> torch.Tensor:
-    """Values that rise along the axis in entry 0 and fall in entry 1; ones for a type without gradient."""
+    """Values that rise along the axis in entry 0 and fall in entry 1; ones where it has no gradient or entries."""
     value = strip.graph.value(name)
     shape, dtype = value.shape, value.dtype
-    if not dtype.is_floating_point:
+    if not dtype.is_floating_point or name not in strip.batch:
         return torch.ones(shape, dtype=dtype)
     batch, dim = strip.batch[name], value.dims[strip.axis]
     line = torch.linspace(low, high, shape[dim], dtype=dtype)

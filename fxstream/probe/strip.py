@@ -51,7 +51,7 @@ class Strip:
 
     `tiles` are the intervals of the main input that hold numbers, one per batch entry; outside them it is NaN.
     Fields are per spatial input. `segment` is typed at the strip's size; `batch` is the dim of each node that has
-    the batch entries.
+    the batch entries, without nodes of tables that are the same for all entries.
     """
 
     part: Subgraph
@@ -85,6 +85,10 @@ class Strip:
     def extent(self, name: str) -> int:
         """Pixels of a node or input along the axis."""
         return self.graph.value(name).extents[self.axis]
+
+    def fields_of(self, name: str) -> dict[str, tuple[ReceptiveField, ...]]:
+        """The fields of a node in each input in which it has one."""
+        return {source: fields[name] for source, fields in self.fields.items() if name in fields}
 
     def unclaimed(self) -> set[str]:
         """The nodes that depend on an input in which they have no field, which NaN may reach at any pixel."""
@@ -204,9 +208,9 @@ class _Claims:
 
 def make_strip(part: Subgraph, axis: int, weights: Mapping[str, torch.Tensor], whole_windows: bool) -> Strip:
     """The smallest strip along `axis` that shows every claim, and the tiles on it."""
-    if any(0 in dims for _, dims in part.segment.spatial):
-        raise UnprobedError("its images have no batch dim in front")
     claims = _Claims.of(part, axis)
+    if not part.has_batch(claims.main):
+        raise UnprobedError("its images have no batch dim in front")
     strips = _strips(claims, weights, whole_windows)
     first = next(strips, None)
     if first is None:
@@ -242,8 +246,9 @@ def _fields_at(
     graph, nodes = segment.graph, segment.nodes
     if not all(graph[name].is_local for name in nodes):
         return None
-    # A mask carries no NaN.
-    poisoned = [name for name in claims.real if claims.part.type_of(name) == claims.part.dtype]
+    # A mask carries no NaN, and what has no batch is the same for both entries.
+    part = claims.part
+    poisoned = [name for name in claims.real if part.type_of(name) == part.dtype and part.has_batch(name)]
     fields = {name: receptive_fields(graph, nodes, name) for name in poisoned}
     if claims.main in fields and _margin(graph, nodes, fields[claims.main], claims.axis) > margin:
         return None  # an operator whose result has a fixed size has another stride here
@@ -252,10 +257,14 @@ def _fields_at(
 
 
 def _batch_dims(part: Subgraph, segment: Segment, extents: Extents) -> dict[str, int]:
-    """The dim of each node that is twice as large with twice as many batch entries."""
+    """The dim of each node that is twice as large with twice as many batch entries; without those of no batch."""
     twice = typed_at(part, extents, 4)
     dims: dict[str, int] = {}
     for name in (*extents, *segment.nodes):
+        reads = () if name in extents else segment.graph.pattern(name).reads
+        has_batch = any(read.value.name in dims for read in reads) if reads else part.has_batch(name)
+        if not has_batch:
+            continue
         shape = segment.graph.value(name).shape
         other = () if twice is None else twice.graph.value(name).shape
         differing = [d for d, (one, more) in enumerate(zip(shape, other, strict=False)) if one != more]

@@ -62,6 +62,10 @@ class Subgraph:
             shape[dim] = extent
         return tuple(shape)
 
+    def has_batch(self, name: str) -> bool:
+        """Whether a spatial input has a batch in front; a table of positions has none."""
+        return 0 not in dict(self.segment.spatial)[name]
+
     def whole_shape(self, name: str, batch: int) -> tuple[int, ...]:
         """The shape of a whole input.
 

@@ -128,7 +128,7 @@ class Rotary(nn.Module):
 @pytest.mark.parametrize("more", [0, 2])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_rotary_positions(batch, more):
-    plan = assert_streams(Rotary(more).double(), image(batch, 3, 20, 28), tile=12, verify=False)
+    plan = assert_streams(Rotary(more).double(), image(batch, 3, 20, 28), tile=12)
     assert plan.streamed_share > 0.75, plan
 
 
