@@ -10,6 +10,7 @@ are. Node names are kept.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -149,18 +150,20 @@ def subgraph(segment: Segment, dtype: torch.dtype) -> Subgraph:
 def _sized(segment: Segment) -> Segment:
     """The segment, with numbers among the sizes of reshapes replaced where they are extents or the batch."""
     reshapes = (segment.graph[name] for name in segment.nodes if name_of(segment.graph[name].node) in RESHAPES)
-    return with_nodes(segment, [size for typed in reshapes for size in _extents(segment.graph.graph, typed)])
+    return with_nodes(segment, [size for typed in reshapes for size in _extents(segment.graph, typed)])
 
 
-def _extents(graph: fx.Graph, typed: TypedNode) -> list[TypedNode]:
-    """The extents that take the place of numbers in one reshape."""
+def _extents(typed_graph: TypedGraph, typed: TypedNode) -> list[TypedNode]:
+    """The extents that take the place of numbers in one reshape, and other dims where the batch is behind them."""
+    graph, batches = typed_graph.graph, {image.shape[0] for image in typed_graph.images}
     node, pattern, extents = typed.node, typed.pattern, list[TypedNode]()
     shape, sizes = typed.values[0].shape, list(node.args[1])  # type: ignore[arg-type]
-    others = [dim for dim in range(len(sizes)) if dim not in pattern.dims]
+    kept = {} if shape[0] in batches else _kept_dims(pattern.reads[0].value.shape, shape)
+    others = [dim for dim in range(len(sizes)) if dim not in pattern.dims and dim not in kept]
     if others and (-1 not in sizes or sizes[others[0]] == pattern.reads[0].value.shape[0]):
         sizes = [shape[dim] if size == -1 else size for dim, size in enumerate(sizes)]
         sizes[others[0]] = -1  # the batch, which has two entries on a strip
-    for dim, before in zip(pattern.dims, pattern.reads[0].dims, strict=True):
+    for dim, before in {**kept, **dict(zip(pattern.dims, pattern.reads[0].dims, strict=True))}.items():
         if isinstance(sizes[dim], int) and sizes[dim] >= 0:
             with graph.inserting_before(node):
                 size = graph.call_function(torch.ops.aten.sym_size.int, (node.args[0], before))
@@ -168,6 +171,20 @@ def _extents(graph: fx.Graph, typed: TypedNode) -> list[TypedNode]:
             sizes[dim] = size
     node.update_arg(1, sizes)
     return extents
+
+
+def _kept_dims(before: Sequence[int], after: Sequence[int]) -> dict[int, int]:
+    """By dim of the result of a reshape, the dim of its input that it is: those in front of which all are alike.
+
+    >>> _kept_dims((3, 1, 8, 6), (3, 1, 48))
+    {0: 0, 1: 1}
+    >>> _kept_dims((3, 1, 8), (3, 1, 1, 8))  # the batch may be either
+    {0: 0}
+    """
+    front = len(list(itertools.takewhile(lambda sizes: sizes[0] == sizes[1], zip(before, after, strict=False))))
+    while front and 1 in (*before[front : front + 1], *after[front : front + 1]) and before[front - 1] == 1:
+        front -= 1
+    return {dim: dim for dim in range(front)}
 
 
 def _in_proportion(segment: Segment) -> Segment:

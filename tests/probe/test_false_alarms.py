@@ -154,3 +154,36 @@ def test_heads_of_a_model_for_one_size():
     reports = [probe(analysis.graph, region.nodes) for region in analysis.regions]
     assert sum(report.measured for report in reports) >= 4
     assert not [str(mismatch) for report in reports for mismatch in report.mismatches]
+
+
+def test_a_batch_as_a_number_behind_another_dim():
+    """As of queries, keys and values in front of the batch, in a reshape for one image."""
+
+    def forward(m, x):
+        x = m.a(x).permute(0, 2, 3, 1)
+        n, h, w, c = x.shape
+        q, k, v = m.qkv(x).reshape(n, h, w, 3, c).permute(3, 0, 1, 2, 4).reshape(3, 1, h, w, c)[..., :2].unbind(0)
+        return (q * k + v).permute(0, 3, 1, 2)
+
+    analysis = fxstream.analyze(Function(forward, a=nn.Conv2d(3, 4, 3, padding=1), qkv=nn.Linear(4, 12)), 32)
+    report = probe(analysis.graph, analysis.regions[0].nodes)
+    assert not report.unprobed
+    assert not report.mismatches
+    assert report.measured >= 8
+
+
+def test_a_table_of_positions_beside_an_image():
+    """It has no batch, and is the same for all images: what reads it is measured all the same."""
+
+    def forward(m, x):
+        x = m.a(x)
+        places = torch.arange(x.shape[2])[:, None] * 0.5 + torch.arange(x.shape[3])[None] * 0.3
+        return m.b(x.permute(0, 2, 3, 1) * (places[..., None] * m.scale).cos()).permute(0, 3, 1, 2)
+
+    model = Function(forward, a=nn.Conv2d(3, 4, 3, padding=1), b=nn.Linear(4, 2))
+    model.scale = nn.Parameter(torch.rand(4))
+    analysis = fxstream.analyze(model, 32)
+    report = probe(analysis.graph, analysis.regions[0].nodes)
+    assert not report.unprobed
+    assert not report.mismatches
+    assert report.measured >= 4
