@@ -295,12 +295,10 @@ VIT = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "int
 
 
 def transformers(
-    kind: str, task: str = "Model", use: calls.Use = HIDDEN, size: int = 128, **options: Any
+    kind: str, task: str = "Model", use: calls.Use = HIDDEN, size: int = 128, batch: int = 1, **options: Any
 ) -> Network:
-    name = f"{kind}{task}"
-    return Network(
-        f"transformers/{name}", f"transformers:{name}", (1, 3, size, size), options, use, f"{kind}Config"
-    )
+    name, shape = f"{kind}{task}", (batch, 3, size, size)
+    return Network(f"transformers/{name}", f"transformers:{name}", shape, options, use, f"{kind}Config")
 
 
 TRANSFORMERS = (
@@ -324,7 +322,7 @@ TRANSFORMERS = (
     transformers("MobileViT", hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 16, 24, 32, 64]),
     transformers("MobileViTV2", width_multiplier=0.25),
     transformers("EfficientNet", width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320),
-    transformers("Levit", size=224, hidden_sizes=[32, 48, 64]),
+    transformers("Levit", size=224, batch=2, hidden_sizes=[32, 48, 64]),  # torch's gradients of one are wrong
     transformers("SwiftFormer", embed_dims=[16, 32, 48, 64], depths=[1, 1, 1, 1]),
     transformers("ViT", size=224, **VIT),
     transformers("Dinov2", size=224, **VIT),

@@ -105,7 +105,11 @@ def in_float64(model: nn.Module, shape: tuple[int, ...]) -> tuple[nn.Module, tor
             copy.deepcopy(wide)(image)
     except RuntimeError:
         wide, image = model, image.float()
-    return wide, image.requires_grad_()
+    try:
+        copy.deepcopy(wide)(image.requires_grad_())
+    except RuntimeError:  # it writes into its input, which must not be a leaf then
+        image.requires_grad_(False)
+    return wide, image
 
 
 def within(model: nn.Module, image: torch.Tensor, memory: int) -> tuple[int, Any, Step]:
