@@ -158,16 +158,17 @@ def _extents(typed_graph: TypedGraph, typed: TypedNode) -> list[TypedNode]:
     graph, batches = typed_graph.graph, {image.shape[0] for image in typed_graph.images}
     node, pattern, extents = typed.node, typed.pattern, list[TypedNode]()
     shape, sizes = typed.values[0].shape, list(node.args[1])  # type: ignore[arg-type]
-    kept = {} if shape[0] in batches else _kept_dims(pattern.reads[0].value.shape, shape)
+    is_behind = shape[0] not in batches and 0 not in pattern.dims
+    kept = _kept_dims(pattern.reads[0].value.shape, shape) if is_behind else {}
     others = [dim for dim in range(len(sizes)) if dim not in pattern.dims and dim not in kept]
     if others and (-1 not in sizes or sizes[others[0]] == pattern.reads[0].value.shape[0]):
         sizes = [shape[dim] if size == -1 else size for dim, size in enumerate(sizes)]
         sizes[others[0]] = -1  # the batch, which has two entries on a strip
     for dim, before in {**kept, **dict(zip(pattern.dims, pattern.reads[0].dims, strict=True))}.items():
-        if isinstance(sizes[dim], int) and sizes[dim] >= 0:
+        if (isinstance(sizes[dim], int) and sizes[dim] >= 0) or dim not in pattern.dims:
             with graph.inserting_before(node):
                 size = graph.call_function(torch.ops.aten.sym_size.int, (node.args[0], before))
-            extents.append(TypedNode(size, typed.index, integer=sizes[dim]))
+            extents.append(TypedNode(size, typed.index, integer=shape[dim]))
             sizes[dim] = size
     node.update_arg(1, sizes)
     return extents

@@ -39,6 +39,7 @@ LOCAL = {
     "bitwise of numbers": lambda m, x: x * ((x.int() & 3) | 4 ^ (x.int() << 1)),
     "where with a number": lambda m, x: torch.where(x > 1, x, -1.0) + torch.where(x > 2, 3.0, x),
     "where with numbers": lambda m, x: x * torch.where(x > 1, 2.0, -1.0),
+    "einsum of one": lambda m, x: torch.einsum("nchw -> nhwc", x).permute(0, 3, 1, 2),
     "channels by a list": lambda m, x: x[:, [3, 0, 0, 2]],
     "channels by a tensor of two dims": lambda m, x: x[:, torch.tensor([[0, 1], [2, 3]])].sum(1),
     "channels by two tensors": lambda m, x: x.unflatten(1, (2, 2))[:, [0, 1, 1], [1, 1, 0]],

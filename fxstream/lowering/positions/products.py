@@ -26,11 +26,15 @@ def _matrices(op: FlatOperator) -> Result:
 
 
 def _einsum(op: FlatOperator) -> Result:
-    """An explicit equation of two operands, without repeated letters."""
+    """An explicit equation of two operands, without repeated letters; of one it is a permutation."""
     inputs, arrow, output = op.equation.replace(" ", "").partition("->")
     letters = inputs.split(",")
     is_repeated = any(len(set(term)) < len(term) for term in letters)
-    if not arrow or "." in op.equation or len(op.tensors) != 2 or is_repeated:
+    if not arrow or "." in op.equation or is_repeated:
+        return None
+    if len(op.tensors) == 1 and sorted(inputs) == sorted(output) and op.source(op.tensors[0]) is None:
+        return op.call("permute", op.tensors[0], [inputs.index(letter) for letter in output])
+    if len(op.tensors) != 2:
         return None
     return _contract(op, list(zip(op.tensors, letters, strict=True)), output)
 
