@@ -185,6 +185,7 @@ SAMPLES = {
     "sort": [(C4, lambda x: A.sort(x, 1)[0])],
     "argsort": [(C4, lambda x: A.argsort(x, 1).double())],
     "topk": [(C4, lambda x: A.topk(x, 2, 1)[0])],
+    "index": [(C4, lambda x: A.index(x, [None, torch.tensor([2, 0, 0])]))],
     "index_select": [(C4, lambda x: A.index_select(x, 1, torch.tensor([0, 2])))],
     "linalg_vector_norm": [(C4, lambda x: A.linalg_vector_norm(x, 2, [1], True))],
     "norm": [(C4, lambda x: A.norm(x, 2, [1], True))],
