@@ -145,10 +145,8 @@ def compared(model: nn.Module, shape: tuple[int, ...]) -> None:
     error = max(relative_error(results[name], expected[name], least[name]) for name in expected)
     say(memory_share=round(memory / plain.peak, 3), segments=len(compiled.plan.segments), error=error)
     streaming = fxstream.inspect(compiled)
-    say(
-        exact=error
-        <= max(TOLERANCES[dtype] for dtype in (image.dtype, *types_inside(streaming.last.analysis.graph)))
-    )
+    types = {image.dtype, *types_inside(streaming.last.analysis.graph)}
+    say(exact=error <= max(TOLERANCES[dtype] for dtype in types))
     if len(streaming.calls) == 1:  # else it is not one graph, as the analysis says
         analysed(streaming.last.analysis, mode)
 

@@ -266,14 +266,16 @@ def _bench_table(rows: Sequence[Row], roofline: float | None) -> Table:
             bytes_text(row.peak_bytes),
             f"{row.peak_bytes / plain.peak_bytes:.2f}x" if plain else "",
             bytes_text(row.predicted_bytes) if row.predicted_bytes is not None else "",
-            f"{row.overhead:.2f}x" if roofline is None and row.overhead is not None else _share(roofline, row),
+            _last_cell(row, roofline),
         )
     return table
 
 
-def _share(roofline: float | None, row: Row) -> str:
-    """How near a method is to the least time."""
-    return "" if roofline is None else f"{roofline / row.seconds:.0%}"
+def _last_cell(row: Row, roofline: float | None) -> str:
+    """How near a method is to the least time, or its MACs where that is not known."""
+    if roofline is not None:
+        return f"{roofline / row.seconds:.0%}"
+    return f"{row.overhead:.2f}x" if row.overhead is not None else ""
 
 
 def show_rules(rows: Sequence[OpRule], console: Console) -> None:

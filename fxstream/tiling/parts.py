@@ -18,11 +18,11 @@ NOTE [reductions on the way]
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import networkx as nx
 
-from fxstream.graph.effects import ordered_chains, ordered_nodes
+from fxstream.graph.effects import ordered_chains
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.tiling.request import last_node_of
 from fxstream.tiling.segment import Segment, make_segment, segment_of
@@ -85,9 +85,9 @@ def whole_segment(graph: TypedGraph, name: str, nodes: Sequence[str]) -> Segment
 
     That is an effect, a random draw, or nodes of another part, which has segments of its own.
     """
-    between = _between(graph, nodes)
-    ordered = {node.name for node in ordered_nodes(graph.graph)}
-    if not ordered.isdisjoint(between) or any(graph[one].is_local for one in between):
+    chains = [[node.name for node in chain] for chain in ordered_chains(graph.graph)]
+    between = _between(graph, nodes, chains)
+    if not between.isdisjoint(itertools.chain(*chains)) or any(graph[one].is_local for one in between):
         return None
     inside = {*nodes, *between}
     all_nodes = tuple(sorted(inside, key=lambda one: graph[one].index))
@@ -100,32 +100,24 @@ def whole_segment(graph: TypedGraph, name: str, nodes: Sequence[str]) -> Segment
     return segment_of(name, graph, all_nodes, spatial, whole, outputs)
 
 
-def _between(graph: TypedGraph, nodes: Sequence[str]) -> set[str]:
+def _between(graph: TypedGraph, nodes: Sequence[str], chains: Sequence[Sequence[str]]) -> set[str]:
     """The other nodes that depend on the values of one of these, and whose value another of these depends on.
 
-    What must run after another counts as dependent on it. What depends on sizes alone is not among them.
+    What must run after another, as `chains` say, counts as dependent on it. What depends on sizes alone is not
+    among them.
     """
-    chained = [pair for chain in ordered_chains(graph.graph) for pair in itertools.pairwise(n.name for n in chain)]
-    after_it, before_it = _grouped(chained), _grouped((after, before) for before, after in chained)
+    chained = nx.DiGraph(pair for chain in chains for pair in itertools.pairwise(chain))
     inside, order = set(nodes), list(graph.nodes)
     span = order[min(graph[n].index for n in nodes) : max(graph[n].index for n in nodes) + 1]
     span = [name for name in span if not graph.is_integer(name)]
     after, before = set(nodes), set(nodes)
     for name in span:
-        if any(one in after for one in (*graph[name].inputs, *before_it.get(name, ()))):
+        if any(one in after for one in (*graph[name].inputs, *chained.pred.get(name, ()))):
             after.add(name)
     for name in reversed(span):
-        if any(one in before for one in (*graph.users(name), *after_it.get(name, ()))):
+        if any(one in before for one in (*graph.users(name), *chained.succ.get(name, ()))):
             before.add(name)
     return after & before - inside
-
-
-def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """The second of each pair by the first."""
-    groups: dict[str, list[str]] = {}
-    for first, second in pairs:
-        groups.setdefault(first, []).append(second)
-    return groups
 
 
 def stages_of_outputs(graph: TypedGraph, outputs: Sequence[str]) -> list[int]:

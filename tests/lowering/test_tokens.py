@@ -135,7 +135,7 @@ def test_rotary_positions(batch, more):
 class NormalisedTokens(nn.Module):
     """Tokens of patches as rows of one matrix, whose columns a BatchNorm normalises, as in LeViT."""
 
-    def __init__(self, cast=False):
+    def __init__(self):
         super().__init__()
         self.patches, self.linear, self.norm = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 8), nn.BatchNorm1d(8)
         self.last, self.order = conv(8, 2), torch.tensor([5, 3, 0, 1, 7, 2, 4, 6])

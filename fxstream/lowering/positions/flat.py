@@ -50,8 +50,10 @@ def _concatenate(op: FlatOperator) -> Result:
 
 def _is_empty(op: FlatOperator, tensor: Proxy) -> bool:
     """Whether it has no entries at any size."""
-    if 0 not in tensor.shape or op.bound or name_of(tensor.node) != "slice":
-        return 0 in tensor.shape and op.bound
+    if 0 not in tensor.shape or op.bound:
+        return 0 in tensor.shape
+    if name_of(tensor.node) != "slice":
+        return False
     start, end = (bind(tensor.node)[name] for name in ("start", "end"))
     return isinstance(start, int | None) and isinstance(end, int) and 0 <= end <= (start or 0)
 

@@ -62,7 +62,7 @@ def _contract(op: FlatOperator, terms: Terms, output: str) -> Result:
     return first.at(product, output.index(position)) if position in output else product
 
 
-def _again(op: FlatOperator) -> Result:
+def _contraction(op: FlatOperator) -> Result:
     """A product that sums positions that were taken apart before those that stay: they are whole (rule 8)."""
     inputs, output = op.equation.split("->")
     terms = list(zip((op.self, op.other), inputs.split(","), strict=True))
@@ -165,7 +165,7 @@ def _product(op: FlatOperator, terms: Terms, output: str) -> Proxy:
 HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("matmul", "bmm", "mm"), _matrices),
     "einsum": _einsum,
-    "contract": _again,
+    "contract": _contraction,
     "scaled_dot_product_attention": _attention,
 }
 """Per operator, the product that it is of positions."""
