@@ -91,7 +91,8 @@ def result_of(moments: fx.Node) -> str | None:
 def runs_whole(graph: TypedGraph, nodes: Collection[str]) -> dict[str, Whole]:
     """The normalisations that can run as one operator where these nodes run whole, by their moments (rule 1).
 
-    What they read is there when their moments are taken: their input, and placeholders.
+    What they read is there when their moments are taken: their input, and placeholders. A rewrite may have given a
+    node of theirs another input than the operator had, as a wide map (see `wraps`); then they stay apart.
     """
     wholes = (graph[name].node.meta.get(WHOLE) for name in nodes)
     return {
@@ -101,6 +102,7 @@ def runs_whole(graph: TypedGraph, nodes: Collection[str]) -> dict[str, Whole]:
         and all(one in nodes or graph.is_integer(one) for one in whole.inside)
         and whole.is_wide
         and _is_there(graph, whole)
+        and _reads_its_own(graph, whole)
     }
 
 
@@ -109,6 +111,12 @@ def _is_there(graph: TypedGraph, whole: Whole) -> bool:
     return all(
         one in graph.nodes and graph[one].node.op == "placeholder" for one in others if not _runs(whole, one)
     )
+
+
+def _reads_its_own(graph: TypedGraph, whole: Whole) -> bool:
+    """Whether all that it was taken apart into reads what the operator reads, and nothing else."""
+    read = {one.name for name in whole.inside for one in graph[name].node.all_input_nodes}
+    return read <= whole.inside.union(whole.names)
 
 
 def _runs(whole: Whole, name: str) -> bool:

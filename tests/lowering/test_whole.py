@@ -102,3 +102,17 @@ def test_draws_between_normalisations_wait_for_no_statistics():
     run_whole(module)
     module(torch.randn(IMAGE, dtype=torch.double, requires_grad=True)).sum().backward()
     assert [stream.plan.axes for stream in streams(module)] == [()]
+
+
+@pytest.mark.parametrize("replanned", [run_dense, run_whole])
+def test_moments_of_a_map_and_the_wide_one_normalised(replanned):
+    """As behind circular padding, which moves up: both are not the model's operator again."""
+    layers = []
+    for planes, stride in ((3, 1), (4, 2), (4, 1)):
+        convolution = nn.Conv2d(planes, 4, 3, stride, padding=1, padding_mode="circular")
+        layers += [convolution, nn.InstanceNorm2d(4, affine=True), nn.ReLU()]
+    model = nn.Sequential(*layers).double()
+    plain, module = copy.deepcopy(model), compiled(model)
+    replanned(module)
+    image = torch.randn(IMAGE, dtype=torch.double, requires_grad=True)
+    assert_same(step(module, model, [image]), step(plain, plain, [image]), 1e-10)
