@@ -10,9 +10,10 @@ NOTE [size independence]
    model whose code reads sizes is traced again for it, unless it was traced with symbols, and either nothing is
    computed with these or their guards hold: the graph is the same, even where the code would not take this path.
 3. Only if some differ, a third capture confirms their explanation.
-4. Where the batch size cannot be another, the others are at the same, and the capture is for that `batch`. If no
-   other size can be captured, or a difference cannot be explained, it is `bound`, that is specialised to its size:
-   another size is captured again.
+4. Where the batch size cannot be another, the others are at the same, and the capture is for that `batch`; so it
+   is for a number of `frames`, the first of three axes, where the code has a loop over them. If no other size can
+   be captured, or a difference cannot be explained, it is `bound`, that is specialised to its size: another size
+   is captured again.
 5. A model whose code reads sizes may branch on them. A trace with symbols for the sizes has guards for that; where
    they hold, and operators get sizes as they are, the capture holds as well. Where the model's code computes with
    sizes, the traced graph is written down at each new size to confirm that its constants are those of a capture
@@ -44,7 +45,7 @@ from fxstream.graph.captured import Captured
 from fxstream.graph.effects import subgraphs
 from fxstream.graph.shapes import Meta, fake_tensor_log_silenced, fold_integers, shapes_at, stream_dims
 
-__all__ = ["Retrace", "batch_size", "capture", "capture_graph", "retracing", "that_holds"]
+__all__ = ["Retrace", "capture", "capture_graph", "images_and_frames", "retracing", "that_holds"]
 
 SHIFTS = (
     (33, 97, 161), (32, 64, 96), (544, 608, 736), (224, 448, 672), (768, 1536, 2304), (10080, 20160, 30240),
@@ -55,8 +56,12 @@ They differ by so much that two axes of an image do not have the same size at st
 at stride 32, are more than a window there, and leave other remainders. The last are multiples of windows of 7, 8,
 12 and most other sizes, at a stride.
 """
+SHIFTS_OF_FRAMES = tuple(shift for frames, *pixels in SHIFTS for shift in ((frames, *pixels), (0, *pixels)))
+"""The same for three axes, each also with as many frames."""
 TIMES = (3, 2, 4)
 """What the shift of each axis is multiplied by for the third: not the same, or what is equal by chance stays."""
+LONGER = 3
+"""A trace at another size that is so many times longer is not of the same graph, and ends there."""
 Retrace = Callable[[Sequence[Any], Sequence[int], int], tuple[TracedGraph, list[Any]]]
 """The graph of a call with values like these, so many pixels more per axis and so many images; values for it."""
 
@@ -91,7 +96,11 @@ def retracing(tracer: Tracer, model: nn.Module, inputs: FakeInputs, trace: Trace
         args, kwargs = pytree.tree_unflatten(replaced, spec)
         has_symbols = trace.sizes is not None
         serves = has_symbols and (not trace.graph.computes_sizes or trace.holds(model, args, kwargs))
-        traced = trace.graph if serves else tracer.graph(model, args, kwargs)
+        traced = (
+            trace.graph
+            if serves
+            else tracer.graph(model, args, kwargs, LONGER * len(trace.graph.module.graph.nodes))
+        )
         if traced is None:
             raise CaptureError("at another size it computes nothing")
         if traced.inputs != trace.graph.inputs:
@@ -115,24 +124,26 @@ def capture_graph(traced: TracedGraph, values: Sequence[Any], retrace: Retrace |
     """
     autocast = ambient_autocast(values)
     captured = to_aten(traced, traced.values_at(values, {}), autocast)
-    images = _images_more(captured, traced, values, retrace, autocast)
+    more = _more(captured, traced, values, retrace, autocast)
     captured.module.recompile()
-    batch = batch_size(_arguments(traced, values)) if images == 0 else None
-    return replace(captured, bound=images is None, batch=batch)
+    if more is None:
+        return replace(captured, bound=True)
+    of_batch, of_frames = more
+    batch, frames = images_and_frames([values[i] for i in traced.indices(Kind.ARGUMENT)])
+    return replace(captured, batch=None if of_batch else batch, frames=None if of_frames else frames)
 
 
-def _arguments(traced: TracedGraph, values: Sequence[Any]) -> list[Any]:
-    return [values[i] for i in traced.indices(Kind.ARGUMENT)]
-
-
-def _images_more(
+def _more(
     captured: Captured,
     traced: TracedGraph,
     values: Sequence[Any],
     retrace: Retrace | None,
     autocast: Sequence[tuple[Any, ...]],
-) -> int | None:
-    """Rules 2 to 4 of the NOTE: how many images more the other captures had; None if the graph is specialised."""
+) -> tuple[bool, bool] | None:
+    """Rules 2 to 4 of the NOTE: whether the graph holds for other numbers of images, and of frames.
+
+    None if it is specialised to its size.
+    """
 
     def at(shift: Sequence[int], images: int) -> Captured | None:
         try:
@@ -141,17 +152,18 @@ def _images_more(
         except Exception:  # whatever an operator raises at a size that is only tried
             return None
 
-    for images, shift in itertools.product((1, 0), SHIFTS):
+    has_frames = images_and_frames([values[i] for i in traced.indices(Kind.ARGUMENT)])[1] is not None
+    for images, shift in itertools.product((1, 0), SHIFTS_OF_FRAMES if has_frames else SHIFTS):
         second = at(shift, images)
         if second is None or not _same_constants(captured.constants, second.constants):
             continue
         graphs = [captured.graph, second.graph]
         constants = size_dependent_constants(graphs)
         if constants == []:
-            return images
+            return images > 0, shift[0] > 0
         third = at([times * pixels for times, pixels in zip(TIMES, shift)], images) if constants else None
         if third is not None and explain_sizes([*graphs, third.graph]):
-            return images
+            return images > 0, shift[0] > 0
     return None
 
 
@@ -218,10 +230,10 @@ def _calls(graph: fx.Graph, metas: Mapping[str, Meta]) -> list[tuple[Any, ...]]:
     return calls
 
 
-def batch_size(tensors: Sequence[torch.Tensor]) -> int:
-    """The images of a call: of its largest tensor."""
-    batch, _ = _largest([tensor.shape for tensor in tensors])
-    return batch
+def images_and_frames(tensors: Sequence[torch.Tensor]) -> tuple[int, int | None]:
+    """The images of a call, and the extent of the first of three axes; those of its largest tensor."""
+    batch, extents = _largest([tensor.shape for tensor in tensors])
+    return batch, extents[0] if len(extents) == 3 else None
 
 
 def _largest(shapes: Sequence[Sequence[int]]) -> tuple[int, list[int]]:

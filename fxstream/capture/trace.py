@@ -32,7 +32,7 @@ from fxstream.capture.constants import ModelValues, constants_folded
 from fxstream.capture.input_key import FakeInputs, SizeGuards, size_guards, source_name
 from fxstream.capture.refusals import explained, refuse
 from fxstream.capture.traced_graph import TracedGraph
-from fxstream.capture.tracing import tracing, without_modes, without_watchers
+from fxstream.capture.tracing import nodes_limited, tracing, without_modes, without_watchers
 from fxstream.graph.captured import CUMULATIVE, Results
 from fxstream.graph.shapes import fake_tensor_log_silenced
 from fxstream.graph.user_code import is_library_file, names_in, names_in_calls
@@ -148,9 +148,14 @@ class Tracer:
                 trace = self._traced_with_symbols(model, args, kwargs, flat)
             return trace or run.trace()
 
-    def graph(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TracedGraph | None:
-        """The graph of a call at its size alone, without what is needed to run it. Raises what `trace` raises."""
-        with _tracing(model, args, kwargs, flat=False):
+    def graph(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], most: int
+    ) -> TracedGraph | None:
+        """The graph of a call at its size alone, without what is needed to run it.
+
+        Raises what `trace` raises, and an exception of dynamo's once it has more than so many nodes.
+        """
+        with _tracing(model, args, kwargs, flat=False), nodes_limited(most):
             return _Run(self._function(flat=False), model, FakeInputs(args, kwargs), flat=False).graph
 
     def _function(self, flat: bool) -> types.FunctionType:

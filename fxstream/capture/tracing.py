@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._dynamo import config
+from torch._dynamo.output_graph import SubgraphTracer
 from torch._dynamo.trace_rules import get_mod_inlinelist
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._dynamo.variables.base import VariableTracker
@@ -30,9 +31,10 @@ from torch._dynamo.variables.torch_function import torch_function_mode_stack_sta
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import _disable_current_modes, _pop_mode, _push_mode
 
+from fxstream.errors import CaptureError
 from fxstream.graph.captured import CUMULATIVE
 
-__all__ = ["is_capturing", "tracing", "unwatched", "without_modes", "without_watchers"]
+__all__ = ["is_capturing", "nodes_limited", "tracing", "unwatched", "without_modes", "without_watchers"]
 
 OBSERVERS = "torch.ao.quantization"
 """Modules of fake quantisation, which dynamo does not look into of itself."""
@@ -43,6 +45,7 @@ GLOBAL_HOOKS = (
 )
 _CAPTURES = threading.local()
 call_skipped = SkipFunctionVariable.call_function
+node_of_trace = SubgraphTracer.create_node
 attribute_of_context = AutogradFunctionContextVariable.var_getattr
 
 
@@ -77,6 +80,23 @@ def tracing(model: nn.Module, flat: bool) -> Iterator[None]:
             yield
     finally:
         _CAPTURES.depth -= 1
+
+
+@contextlib.contextmanager
+def nodes_limited(most: int) -> Iterator[None]:
+    """A trace of dynamo's ends with an exception where its graph gets more than so many nodes."""
+
+    @functools.wraps(node_of_trace)
+    def create_node(self: SubgraphTracer, *args: Any, **kwargs: Any) -> fx.Node:
+        if len(self.graph.nodes) >= most:
+            raise CaptureError(f"the trace has more than {most} nodes")
+        return node_of_trace(self, *args, **kwargs)
+
+    SubgraphTracer.create_node = create_node  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        SubgraphTracer.create_node = node_of_trace  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

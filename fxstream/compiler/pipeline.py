@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fxstream.capture.capture import Retrace, batch_size, capture_graph, that_holds
+from fxstream.capture.capture import Retrace, capture_graph, images_and_frames, that_holds
 from fxstream.capture.casts import without_autocast
 from fxstream.capture.traced_graph import Kind, TracedGraph
 from fxstream.capture.tracing import unwatched
@@ -163,8 +163,8 @@ class Pipeline:
         """The capture; one that is bound to its size is not kept for other sizes."""
         numbers = self.traced.numbers(values)
         kept = self._captures(numbers)
-        batch = batch_size(self._tensors(values))
-        captures = [one for one in kept if one.captured.batch in (None, batch)]
+        batch, frames = images_and_frames(self._tensors(values))
+        captures = [one for one in kept if one.captured.serves(batch, frames)]
         if captures and not self.traced.computes_sizes:
             return captures[0]
         with stages("capture"):

@@ -35,8 +35,8 @@ class Captured:
     whose placeholders are `inputs`. `places` has, for each of these placeholders, the index among the values that
     the call comes with, or the name of one of the `constants`. It returns a list of outputs, of which the last are
     what the values at the indices `changed` became, which the model changes in place. With `bound` the graph is
-    specialised to its size, with a `batch` to that batch size. With `is_cast` it holds the casts of autocast,
-    which must then be off when it runs.
+    specialised to its size; with a `batch` to that batch size, with `frames` to that extent of the first of three
+    axes. With `is_cast` it holds the casts of autocast, which must then be off when it runs.
     """
 
     module: fx.GraphModule
@@ -47,6 +47,7 @@ class Captured:
     changed: tuple[int, ...] = ()
     bound: bool = False
     batch: int | None = None
+    frames: int | None = None
     is_cast: bool = False
 
     @property
@@ -59,6 +60,10 @@ class Captured:
         """The nodes that the graph returns; None for a constant."""
         outputs: Any = self.graph.output_node().args[0]
         return tuple(output.name if isinstance(output, fx.Node) else None for output in outputs)
+
+    def serves(self, batch: int, frames: int | None) -> bool:
+        """Whether it holds for so many images, and so many frames of a video or slices of a volume."""
+        return self.batch in (None, batch) and self.frames in (None, frames)
 
     def arguments(self, values: Sequence[Any]) -> list[Any]:
         """The arguments of the graph for the values that a call comes with."""

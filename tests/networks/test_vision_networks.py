@@ -190,16 +190,16 @@ def packaged(name):
 
 
 def rgb(*sizes):
-    return [(batch, 3, *size) for size, batch in zip(sizes, (1, 2, 1), strict=False)]
+    return [(batch, 3, *size) for size, batch in zip(sizes, (1, 2), strict=True)]
 
 
-ODD = rgb((75, 91), (99, 67), (83, 117))
+ODD = rgb((75, 91), (99, 67))
 LARGER = rgb((145, 203), (231, 179))
 LARGEST = rgb((259, 291), (275, 257))
-BY_8 = rgb((72, 104), (88, 56), (104, 120))
+BY_8 = rgb((72, 104), (88, 56))
 CASES = {  # what makes it, shapes of its images, tiles
-    "Swin-T": (torchvision("swin_t"), LARGEST, (64, 104)),
-    "SwinV2-T": (torchvision("swin_v2_t"), LARGEST, (64, 104)),
+    "Swin-T": (torchvision("swin_t"), LARGEST, (200, 240)),
+    "SwinV2-T": (torchvision("swin_v2_t"), LARGEST, (200, 240)),
     "SwinIR": (packaged("spandrel/SwinIR"), ODD, (32, 47)),
     "HAT": (packaged("spandrel/HAT"), ODD, (48, 70)),
     "SwinUNETR 2-D": (packaged("monai/SwinUNETR 2-D"), [(1, 1, 96, 160), (2, 1, 160, 96)], (64, 80)),
@@ -252,13 +252,15 @@ def assert_exact(model, shapes, **request) -> None:
     for shape in shapes:
         image = torch.randn(shape, dtype=torch.float64, requires_grad=True)
         expected, before = step(plain, plain, [image]), copy.deepcopy(streamed.state_dict())
-        try:
-            results = step(module, streamed, [image])
-        except fxstream.PlanError as error:
-            streamed.load_state_dict(before)
-            least = {"memory": int(1.05 * error.least_bytes)} if error.least_bytes else {"tile": error.least_tile}
-            module = fxstream.compile(streamed, **request | least)
-            results = step(module, streamed, [image])
+        while True:
+            try:
+                results = step(module, streamed, [image])
+                break
+            except fxstream.PlanError as error:
+                streamed.load_state_dict(before)
+                least = {"memory": int(1.05 * (error.least_bytes or 0))} if "memory" in request else {}
+                request |= least or {"tile": max(request["tile"] + 1, error.least_tile)}
+                module = fxstream.compile(streamed, **request)
         assert_same(results, expected, 1e-10)
         plans = [call.pipeline.shared.last.plan for call in fxstream.inspect(module).calls]
         tiled = tiled or not all(plan.is_trivial for plan in plans)
