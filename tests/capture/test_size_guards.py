@@ -1,9 +1,11 @@
 """Traces with symbols for the sizes: one serves all sizes at which the comparisons of the code come out alike."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_same, integer_image, make_integer, step
+from compare import assert_same, captures, integer_image, make_integer, step
 from torch import nn
 
 import fxstream
@@ -202,3 +204,39 @@ def test_guards_on_sizes_name_the_size_that_has_changed():
 )
 def test_constants_and_dims_that_hold_for_some_sizes(function):
     compare(function, MANY)
+
+
+class Frames(nn.Module):
+    """A decoder that takes the frames of a video one by one, each with what the one before left behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv3d(2, 3, (1, 3, 3), padding=(0, 1, 1)), nn.Conv3d(3, 2, (2, 3, 3))
+
+    def forward(self, x):
+        before, frames = None, []
+        for i in range(x.shape[2]):
+            here = F.relu(self.a(x[:, :, i : i + 1]))
+            frames.append(self.b(torch.cat([here if before is None else before, here], 2)))
+            before = here
+        height, width = frames[0].shape[3:]
+        return torch.cat(frames, 2).view(x.shape[0], 2, len(frames), height, width) + 1
+
+
+@pytest.mark.filterwarnings("ignore:.*of the activations of Frames")
+def test_a_loop_over_frames_is_captured_for_each_number_of_them():
+    """And for all images and extents; no trace is of so many more frames as the image has rows more."""
+    model = make_integer(Frames())
+    plain, module = copy.deepcopy(model), fxstream.compile(model, tile=9, verify=False)
+    for shape, count in (((1, 2, 3, 20, 16), 1), ((2, 2, 3, 17, 25), 1), ((1, 2, 4, 20, 16), 2)):
+        image = integer_image(*shape)
+        assert_same(step(module, model, [image]), step(plain, plain, [image]), 0)
+        assert captures(module) == count
+        assert module.plan.segments
+
+
+def test_a_longer_trace_ends_early():
+    tracer, model = tracing.Tracer(), Frames()
+    assert tracer.graph(model, (torch.randn(1, 2, 3, 9, 9),), {}, 100) is not None
+    with pytest.raises(fxstream.CaptureError, match="more than 100 nodes"):
+        tracer.graph(model, (torch.randn(1, 2, 40, 9, 9),), {}, 100)
