@@ -36,7 +36,9 @@ Earlier = dict[tuple[Any, ...], TypedGraph]
 LARGEST = 2**31
 """No extent of an image is larger."""
 MOST_AXES = 3
-CROSSING = frozenset({Reason.PADS_OPPOSITE, Reason.MIRRORS_TILED_DIM, Reason.ALONG_TILED_DIM})
+CROSSING = frozenset({
+    Reason.PADS_OPPOSITE, Reason.MIRRORS_TILED_DIM, Reason.ALONG_TILED_DIM, Reason.CONCATENATES_TILED_DIM,
+})  # fmt: skip
 """Reasons whose first detail are the dims that an operator works along."""
 LEAST_GAIN = 0.1
 """So much more has to stream where an axis is left whole, which makes the smallest tile larger."""
@@ -110,7 +112,8 @@ def _typed(
 
     That is so where windows slide along the others alone, as over frames [N, T, C, H, W] as a batch or along rows,
     and where the bands of a volume become channels. Axes from one end of which operators read the other are left
-    whole where clearly more streams then, as the width of a panorama that is padded circularly.
+    whole where clearly more streams then, as the width of a panorama that is padded circularly; of a video or
+    volume also where more streams without a cut, as where a decoder puts frames before those that are there.
     """
     earlier = {} if earlier is None else earlier
     key = (graph, tuple(dims.items()), combines)
@@ -119,7 +122,8 @@ def _typed(
     if 0 < len(crossed := _crossed_axes(typed, most)) < most:
         fewer = {name: _without(of, crossed) if len(of) == most else of for name, of in dims.items()}
         whole = _typed(graph, shapes, fewer, combines, earlier)
-        return whole if streamable_share(whole) > streamable_share(typed) + LEAST_GAIN else typed
+        measures = (streamable_share, _largest_share) if most > 2 else (streamable_share,)
+        return whole if any(of(whole) > of(typed) + LEAST_GAIN for of in measures) else typed
     reasons = [Reason.SLIDES_ALONG_OTHER_DIMS] * (most > 1) + [Reason.JOINS_TILED_DIM] * (most > 2)
     if not any(verdict.not_tileable_for(reason) for verdict in typed.barriers() for reason in reasons):
         return typed
@@ -144,6 +148,12 @@ def _crossed_axes(graph: TypedGraph, most: int) -> set[int]:
 
 def _without(dims: tuple[int, ...], axes: set[int]) -> tuple[int, ...]:
     return tuple(dim for axis, dim in enumerate(dims) if axis not in axes)
+
+
+def _largest_share(graph: TypedGraph) -> float:
+    """The share of the activations that are in the largest region."""
+    sizes = [graph.activation_bytes(region.nodes) for region in graph.regions]
+    return max(sizes, default=0) / max(1, graph.total_bytes())
 
 
 def _tileable_bytes(graph: TypedGraph) -> int:

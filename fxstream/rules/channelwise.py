@@ -188,7 +188,7 @@ def concatenation(call: Call) -> Answer:
     if any(image.dims != dims for image in images):
         return NotTileable(Reason.DIFFERENT_DIMS, (), (sorted({image.dims for image in images}),))
     if dim in dims:
-        return NotTileable(Reason.CONCATENATES_TILED_DIM, dims)
+        return NotTileable(Reason.CONCATENATES_TILED_DIM, dims, ([dim],))
     reads = [aligned_read(call, argument, i, value, dims) for argument, i, value in call.tensors()]
     if refused := [read for read in reads if isinstance(read, NotTileable)]:
         return refused[0]

@@ -62,3 +62,23 @@ def test_both_axes_are_tiled_where_one_operator_keeps_little_from_streaming():
     analysis = fxstream.analyze(network(forward, last=1), (64, 64), channels=2)
     assert [barrier.operator for barrier in analysis.barriers] == ["aten::flip"]
     assert analysis.graph.value("conv2d").dims == (2, 3)
+
+
+@pytest.mark.parametrize("frames", [2, 5])
+def test_frames_are_put_before_those_that_are_there(frames):
+    """As a decoder of videos does, that may not look ahead: the frames are whole, and all streams."""
+
+    def forward(m, x):
+        for layer in (m.a, m.b, m.c):
+            x = F.relu(layer(torch.cat([x[:, :, :1].repeat(1, 1, 2, 1, 1), x], 2)))
+        return x
+
+    channels = ((2, 4), (4, 4), (4, 3))
+    parts = dict(zip("abc", (nn.Conv3d(i, o, 3, padding=(0, 1, 1)) for i, o in channels), strict=True))
+    model = Function(forward, **parts).double()
+    image = torch.randn(2, 2, frames, 19, 23, dtype=torch.double, requires_grad=True)
+    plan = assert_streams(model, image, tile=12, at_least_tiles=4)
+    assert plan.streamed_share == 1.0
+    analysis = fxstream.analyze(model, (frames, 19, 23), channels=2)
+    assert analysis.barriers == ()
+    assert analysis.graph.value("conv3d_1").dims == (3, 4)
