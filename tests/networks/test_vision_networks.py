@@ -16,7 +16,7 @@ from torch import nn
 
 import fxstream
 
-pytestmark = [pytest.mark.campaign, pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")]
+pytestmark = [pytest.mark.campaign, pytest.mark.filterwarnings("ignore")]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
