@@ -66,6 +66,12 @@ def attention(x, heads):
     return x + mixed.transpose(-2, -1).reshape(x.shape)
 
 
+NORMS = {  # of a variance that is at least 1, so that rounding does not grow
+    "instance": lambda x: F.instance_norm(x, eps=1.0),
+    "batch": lambda x: F.batch_norm(x, None, None, training=True, eps=1.0),
+    "group": lambda x: F.group_norm(x, 1, eps=1.0),
+    "layer": lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (CHANNELS,), eps=1.0).permute(0, 3, 1, 2),
+}
 UNARY = {
     "relu": F.relu,
     "max_pool": max_pool,
@@ -84,6 +90,7 @@ UNARY = {
     "windows": windows,
     "attention": attention,
     "peak": lambda x: x + x.amax((2, 3), keepdim=True),
+    "norm": lambda x, over: NORMS[over](x),
 }
 
 place = st.integers(0, 7)
@@ -138,6 +145,18 @@ far_steps = st.one_of(
 )
 """What reads more than the pixels around: the other end of a map, a whole row, windows, all positions."""
 steps = st.one_of(local_steps, st.tuples(st.sampled_from(["total", "peak"]), place))
+smooth_steps = st.one_of(
+    st.tuples(st.just("norm"), place, st.sampled_from(sorted(NORMS))),
+    *(
+        steps.filter(
+            lambda step: step[0] in ("conv", "transposed", "join", "up", "pad", "stride", "nhwc", "total")
+        )
+        for steps in (local_steps, steps)
+    ),
+    far_steps.filter(lambda step: step[0] not in ("windows", "attention")),
+)
+"""What has no kinks, at which rounding would be another gradient: with normalisations, whose results round."""
+smooth_graphs = st.lists(smooth_steps, min_size=1, max_size=8).map(tuple)
 local_graphs = st.lists(local_steps, min_size=1, max_size=7).map(tuple)
 graphs = st.lists(steps, min_size=1, max_size=7).map(tuple)
 far_graphs = st.lists(st.one_of(steps, far_steps), min_size=1, max_size=6).map(tuple)

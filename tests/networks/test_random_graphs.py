@@ -10,7 +10,7 @@ import torch
 from compare import assert_same, integer_image, step
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_graphs import CHANNELS, RandomGraph, far_graphs, graphs, pair
+from random_graphs import CHANNELS, RandomGraph, far_graphs, graphs, pair, smooth_graphs
 
 import fxstream
 
@@ -29,8 +29,9 @@ def plain_step(graph, size):
 
 
 def tolerance(graph) -> float:
-    """Nothing, but for an average pooling and equal maxima: both divide by 3, which rounds."""
-    return 1e-12 if any(s[0] in ("avg_pool", "peak") for s in graph) else 0.0
+    """Nothing, but for normalisations, and for an average pooling and equal maxima: both divide by 3."""
+    kinds = {step[0] for step in graph}
+    return 1e-10 if "norm" in kinds else 1e-12 if kinds & {"avg_pool", "peak"} else 0.0
 
 
 def run(graph, size, tile, segments) -> bool:
@@ -85,7 +86,7 @@ def run_within(graph, size, share) -> bool:
     try:
         found = step(module, model, [image])
     except fxstream.PlanError as error:
-        module = fxstream.compile(model, memory=error.least_bytes, verify=False)
+        module = fxstream.compile(model, memory=f"{error.least_bytes}B", verify=False)
         found = step(module, model, [image])
     assert_same(found, wanted, tolerance(graph))
     return not module.plan.is_trivial
@@ -262,6 +263,20 @@ def test_random_graphs_within_a_memory(graph, size, share):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run_within(graph, size, share)
+
+
+@settings(max_examples=25, **SETTINGS)
+@given(smooth_graphs, pair(4, 24), st.floats(0.05, 0.95))
+def test_random_graphs_with_normalisations_within_a_memory(graph, size, share):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_within(graph, size, share)
+
+
+@pytest.mark.campaign
+def test_campaign_of_random_graphs_with_normalisations_within_a_memory():
+    """Hundreds of graphs."""
+    counted(run_within, 800, smooth_graphs, pair(4, 40), st.floats(0.05, 0.95))
 
 
 @pytest.mark.campaign
