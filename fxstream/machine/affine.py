@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from fxstream.machine.one_sample import settled
 from fxstream.machine.operators import operator, overload, untraced
 
 __all__ = ["BATCH_NORM", "batch_norm"]
@@ -78,9 +79,8 @@ def batch_norm(
     if _has_rows_of_channels(tensor) and torch.is_grad_enabled():
         result: torch.Tensor = _Affine.apply(tensor, weight, bias, mean, variance, eps)  # type: ignore[no-untyped-call]
         return result
-    arguments = (tensor, weight, bias, mean, variance, False, momentum, eps, cudnn_enabled)
-    result = torch.ops.aten.batch_norm(*arguments)
-    return result
+    arguments = (settled(tensor), weight, bias, mean, variance, False, momentum, eps, cudnn_enabled)
+    return settled(torch.ops.aten.batch_norm(*arguments))
 
 
 BATCH_NORM = overload("batch_norm")

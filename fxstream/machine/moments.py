@@ -19,6 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fxstream.machine.device import HOST
+from fxstream.machine.one_sample import settled
 from fxstream.machine.operators import has_values, operator, untraced, wide
 
 __all__ = ["affine", "combined_moments", "mean_variance", "moments", "normalise", "update_statistics_"]
@@ -211,19 +212,16 @@ def normalise(
     """``(tensor - centre) * scale + shift`` with operands [N, C], by the batch norm kernel wherever that can be.
 
     `unit` is the variance, of ones, that this kernel takes. One sample broadcasts against the operands of several.
-    A channels_last map of one sample whose batch dim has a stride below its size, as `reshape` and `unsqueeze`
-    leave it, does not go through the kernel: torch's backward takes its gradient for one in the other format.
 
     >>> one = torch.ones(1, 1)
     >>> normalise(torch.tensor([[[1.0, 3.0]]]), one, one, 2 * one, one)
     tensor([[[0., 2.]]])
     """
-    is_one = len(tensor) == 1 and tensor.stride(0) >= tensor.numel()
+    is_one = len(tensor) == 1
     if len(tensor) == len(scale) and (is_one or tensor.is_contiguous()):
         flat = [operand.flatten() for operand in (scale, shift, centre, unit)]
-        rows = tensor if is_one else tensor.view(1, -1, *tensor.shape[2:])
-        result: torch.Tensor = torch.ops.aten.batch_norm(rows, *flat, False, 0.0, 0.0, False)
-        return result.view_as(tensor)
+        rows = settled(tensor if is_one else tensor.view(1, -1, *tensor.shape[2:]))
+        return settled(torch.ops.aten.batch_norm(rows, *flat, False, 0.0, 0.0, False)).view_as(tensor)
     axes = [1] * (tensor.ndim - 2)
     spread = [operand.view(*operand.shape, *axes) for operand in (scale * unit.rsqrt(), shift, centre)]
     return torch.addcmul(spread[1], tensor - spread[2], spread[0]).to(tensor.dtype)
