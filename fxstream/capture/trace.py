@@ -12,6 +12,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import inspect
+import math
 import operator
 import threading
 import types
@@ -149,7 +150,7 @@ class Tracer:
             return trace or run.trace()
 
     def graph(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], most: int
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], most: float = math.inf
     ) -> TracedGraph | None:
         """The graph of a call at its size alone, without what is needed to run it.
 

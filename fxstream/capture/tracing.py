@@ -83,7 +83,7 @@ def tracing(model: nn.Module, flat: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def nodes_limited(most: int) -> Iterator[None]:
+def nodes_limited(most: float) -> Iterator[None]:
     """A trace of dynamo's ends with an exception where its graph gets more than so many nodes."""
 
     @functools.wraps(node_of_trace)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fxstream.machine.one_sample import settled
+from fxstream.machine.one_sample import settled, with_settled_gradient
 from fxstream.machine.operators import operator, overload, untraced
 
 __all__ = ["BATCH_NORM", "batch_norm"]
@@ -80,7 +80,7 @@ def batch_norm(
         result: torch.Tensor = _Affine.apply(tensor, weight, bias, mean, variance, eps)  # type: ignore[no-untyped-call]
         return result
     arguments = (settled(tensor), weight, bias, mean, variance, False, momentum, eps, cudnn_enabled)
-    return settled(torch.ops.aten.batch_norm(*arguments))
+    return with_settled_gradient(torch.ops.aten.batch_norm(*arguments))
 
 
 BATCH_NORM = overload("batch_norm")

@@ -19,7 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fxstream.machine.device import HOST
-from fxstream.machine.one_sample import settled
+from fxstream.machine.one_sample import settled, with_settled_gradient
 from fxstream.machine.operators import has_values, operator, untraced, wide
 
 __all__ = ["affine", "combined_moments", "mean_variance", "moments", "normalise", "update_statistics_"]
@@ -221,7 +221,8 @@ def normalise(
     if len(tensor) == len(scale) and (is_one or tensor.is_contiguous()):
         flat = [operand.flatten() for operand in (scale, shift, centre, unit)]
         rows = settled(tensor if is_one else tensor.view(1, -1, *tensor.shape[2:]))
-        return settled(torch.ops.aten.batch_norm(rows, *flat, False, 0.0, 0.0, False)).view_as(tensor)
+        result = torch.ops.aten.batch_norm(rows, *flat, False, 0.0, 0.0, False)
+        return with_settled_gradient(result).view_as(tensor)
     axes = [1] * (tensor.ndim - 2)
     spread = [operand.view(*operand.shape, *axes) for operand in (scale * unit.rsqrt(), shift, centre)]
     return torch.addcmul(spread[1], tensor - spread[2], spread[0]).to(tensor.dtype)

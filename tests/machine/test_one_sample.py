@@ -40,3 +40,12 @@ def test_each_layout_of_the_map_and_of_its_gradient(of_map, of_gradient, functio
     inputs = [tensor, *operands]
     wanted = torch.autograd.grad(expected, inputs, gradient)
     torch.testing.assert_close(torch.autograd.grad(result, inputs, gradient), wanted)
+
+
+@pytest.mark.parametrize("function", [affine, normalised])
+def test_the_result_may_be_written_into(function):
+    tensor, gradient = (torch.randn(SHAPE).double() for _ in range(2))
+    tensor, operands = tensor.requires_grad_(), [torch.ones(4).double() for _ in range(4)]
+    result = function(tensor, *operands).relu_()
+    (found,) = torch.autograd.grad(result, tensor, LAYOUTS["rows of channels"](gradient))
+    torch.testing.assert_close(found, gradient * (tensor > 0))
