@@ -213,10 +213,14 @@ CASES = {  # what makes it, shapes of its images, tiles
     "PVTv2": (packaged("transformers/PvtV2Model"), ODD, (32, 48)),
     "Restormer": (Restormer, BY_8, (40, 56)),
     "NAFNet": (packaged("spandrel/NAFNet"), ODD, (32, 47)),
-    "ViT-S": (timm("vit_small_patch16_224", dynamic_img_size=True, depth=4), rgb((80, 112), (112, 144)), (32, 48)),
+    "ViT-S": (
+        timm("vit_small_patch16_224", dynamic_img_size=True, depth=2),
+        rgb((320, 448), (304, 336)),
+        (64, 96),
+    ),
     "coordinate MobileNet": (coordinate_mobilenet, ODD, (32, 47)),
     "CBAM": (timm("resnet26d", block_args={"attn_layer": "cbam"}), LARGER, (96, 131)),
-    "DeepLabV3+": (packaged("smp/DeepLabV3Plus tu-test_resnet"), [(2, 3, 160, 208), (1, 3, 208, 144)], (64, 112)),
+    "DeepLabV3+": (packaged("smp/DeepLabV3Plus tu-test_resnet"), [(2, 3, 160, 208), (3, 3, 208, 144)], (64, 112)),
     "U-Net++": (packaged("smp/UnetPlusPlus tu-test_resnet"), [(1, 3, 160, 224), (2, 3, 224, 96)], (96, 130)),
     "nnU-Net 3-D": (
         packaged("dynamic_network_architectures/PlainConvUNet 3-D"),
