@@ -9,7 +9,9 @@ NOTE [constants]
    random draw, nor what has more than a few thousand entries.
 2. An entry of an array of numpy, ``order[0]``, is a number of its own, though torch's stand-in for numpy makes it
    a view, which changes when the array is written to (`numpy_entries_copied`).
-3. The trace holds as long as the tensors of the model that were read have the same values (`ModelValues`), and so
+3. A scalar of numpy among the model's attributes, as of ``self.doubles = i >= numpy.log2(factor)``, which dynamo
+   makes a tensor, is one of the model's tensors.
+4. The trace holds as long as the tensors of the model that were read have the same values (`ModelValues`), and so
    do context variables.
 """
 
@@ -36,6 +38,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxstream.capture.context_values import ContextValues, context_values_traced
+from fxstream.capture.input_key import source_name
 
 __all__ = ["ModelValues", "constants_folded", "numpy_entries_copied"]
 
@@ -60,7 +63,7 @@ JUMPS = tuple(name for name in dis.opmap if name.startswith("POP_JUMP") and name
 
 @dataclass(frozen=True, slots=True)
 class ModelValues:
-    """What a trace has the values of: tensors of the model, by the path or as such, and context variables."""
+    """What a trace has the values of: tensors of the model, by path or as such, scalars, and context variables."""
 
     tensors: tuple[tuple[str | torch.Tensor, torch.Tensor], ...]
     contexts: ContextValues
@@ -71,7 +74,18 @@ class ModelValues:
 
 
 def _now(model: nn.Module, one: str | torch.Tensor) -> Any:
-    return one if isinstance(one, torch.Tensor) else _tensors(model).get(one)
+    if isinstance(one, torch.Tensor):
+        return one
+    return _scalar(model, one) if one.startswith("L[") else _tensors(model).get(one)
+
+
+def _scalar(model: nn.Module, name: str) -> torch.Tensor | None:
+    """A scalar of numpy of the model, by the name that dynamo has for it; None for anything else."""
+    try:
+        value = eval(name, {"L": {"model": model}})
+    except Exception:  # whatever the model's objects raise
+        return None
+    return torch.as_tensor(value) if type(value).__module__ == "numpy" and value.ndim == 0 else None
 
 
 def _is_equal(one: Any, value: torch.Tensor) -> bool:
@@ -86,15 +100,16 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 class _Replay:
     """The values of the nodes of dynamo's graph that are constants (rule 1)."""
 
-    def __init__(self) -> None:
-        self.read: list[tuple[torch.Tensor, torch.Tensor]] = []
-        """The tensors of the model that values were made of, with copies."""
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.read: list[tuple[str | torch.Tensor, torch.Tensor]] = []
+        """The tensors of the model that values were made of, or the names of scalars, with copies."""
         self._values: dict[fx.Node, Any] = {}
         self._seen: set[fx.Node] = set()
         self._lost: set[int] = set()
         self._sources: dict[int, set[fx.Node]] = {}
         """By storage, the placeholders that it was made of."""
-        self._originals: dict[fx.Node, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._originals: dict[fx.Node, tuple[str | torch.Tensor, torch.Tensor]] = {}
 
     def value(self, node: fx.Node) -> torch.Tensor | None:
         """The value of a node; None where it is no constant."""
@@ -114,16 +129,17 @@ class _Replay:
         return value
 
     def _take(self, node: fx.Node) -> None:
-        """A small tensor of the model."""
+        """A small tensor of the model, or a scalar of numpy."""
         argument = node.meta.get("grapharg")
-        if argument is None or argument.pass_arg_as_tensor or isinstance(argument.source, RandomValueSource):
+        if argument is None or isinstance(argument.source, RandomValueSource):
             return
-        example = argument.example
+        one: Any = source_name(argument.source) if argument.pass_arg_as_tensor else argument.example
+        example = _scalar(self._model, one) if isinstance(one, str) else one
         if not isinstance(example, torch.Tensor) or isinstance(example, FakeTensor):
             return
         if example.numel() <= MOST_ENTRIES:
             self._values[node] = example.detach().clone()
-            self._originals[node] = example, example.detach().clone()
+            self._originals[node] = one, example.detach().clone()
             self._sources[_storage(self._values[node])] = {node}
 
     def _replay(self, node: fx.Node) -> None:
@@ -221,7 +237,7 @@ def constants_folded(model: nn.Module) -> Iterator[Callable[[], ModelValues]]:
     def folded(variable: TensorVariable) -> torch.Tensor | None:
         node = variable.as_proxy().node
         with _disable_current_modes(), torch.no_grad():
-            return replays.setdefault(node.graph, _Replay()).value(node)
+            return replays.setdefault(node.graph, _Replay(model)).value(node)
 
     def values() -> ModelValues:
         names = {id(tensor): name for name, tensor in _tensors(model).items()}

@@ -22,6 +22,11 @@ def strides_of_a_head(m, x):
     return x[:, :, :: int(strides.min())] * float(strides.max() / strides[0])
 
 
+def scalars_of_numpy(m, x):
+    """Kept as attributes, and asked for as conditions and numbers."""
+    return x.repeat_interleave(int(m.factor), 3) if m.repeats else x[:, :, ::2]
+
+
 def entries_of_an_array(m, x):
     """An entry is a number, and stays it when the array is written to."""
     array = np.arange(4)
@@ -63,6 +68,7 @@ FUNCTIONS = [
     strides_of_a_head,
     entries_of_an_array,
     permutation_in_numpy,
+    scalars_of_numpy,
     permutation_in_a_buffer,
     branch_on_a_buffer,
     size_of_a_kernel,
@@ -75,6 +81,7 @@ def network(function):
     model = make_integer(Function(lambda m, x: m.b(function(m, F.relu(m.a(x)))), **parts))
     model.register_buffer("scale", torch.tensor([2.0], dtype=torch.float64))
     model.register_buffer("order", torch.tensor([0, 1, 3, 2]))
+    model.repeats, model.factor = np.log2(8) > 2, np.int64(2)
     return model
 
 
@@ -99,6 +106,14 @@ def test_a_value_that_has_changed_is_asked_for_again():
         lambda: model.register_buffer("scale", torch.tensor([-1.0], dtype=torch.float64)),
     ):
         change()
+        assert torch.equal(compiled(image), model(image))
+
+
+def test_a_scalar_of_numpy_that_has_changed_is_asked_for_again():
+    model = network(scalars_of_numpy)
+    compiled, image = fxstream.compile(model, tile=18), integer_image(1, 2, 24, 26)
+    for repeats, factor in ((True, 2), (True, 3), (False, 3), (False, 2)):
+        model.repeats, model.factor = np.bool_(repeats), np.int64(factor)
         assert torch.equal(compiled(image), model(image))
 
 

@@ -228,12 +228,14 @@ CASES = {  # what makes it, shapes of its images, tiles
         (24, 32),
     ),
     "AutoencoderKL": (packaged("diffusers/AutoencoderKL"), rgb((70, 94), (98, 66)), (40, 57)),
-    "Wan decoder": (packaged("diffusers/AutoencoderKLWan"), [(1, 4, 3, 9, 13), (2, 4, 3, 11, 7)], (40, 57)),
-    "LTX decoder": (packaged("diffusers/AutoencoderKLLTXVideo"), [(1, 8, 3, 5, 7), (2, 8, 2, 7, 5)], (40, 57)),
+    "Wan decoder": (packaged("diffusers/AutoencoderKLWan"), [(1, 4, 3, 9, 13), (2, 4, 3, 11, 7)], (6, 8)),
+    "LTX decoder": (packaged("diffusers/AutoencoderKLLTXVideo"), [(1, 8, 3, 9, 11), (2, 8, 2, 11, 9)], (6, 8)),
     "patch encoder": (PatchEncoder, BY_8, (32, 48)),
     "style network": (style_network, BY_8, (32, 47)),
 }
 BUDGETS = (0.7, 0.4)
+IN_FLOAT32 = ("Wan decoder", "LTX decoder")
+"""Networks whose own code computes a part in float32, whatever their type."""
 
 
 def in_float64(make) -> nn.Module:
@@ -248,8 +250,9 @@ def in_float64(make) -> nn.Module:
     return randomise_statistics(model).double().train()
 
 
-def assert_exact(model, shapes, **request) -> None:
+def assert_exact(name, model, **request) -> None:
     """One compiled module at every shape, within the least that works where that is more; some of it is tiled."""
+    tolerance, shapes = 1e-5 if name in IN_FLOAT32 else 1e-10, CASES[name][1]
     plain, streamed = copy.deepcopy(model), copy.deepcopy(model)
     module = fxstream.compile(streamed, **request)
     tiled = False
@@ -265,7 +268,7 @@ def assert_exact(model, shapes, **request) -> None:
                 least = {"memory": int(1.05 * (error.least_bytes or 0))} if "memory" in request else {}
                 request |= least or {"tile": max(request["tile"] + 1, error.least_tile)}
                 module = fxstream.compile(streamed, **request)
-        assert_same(results, expected, 1e-10)
+        assert_same(results, expected, tolerance)
         plans = [call.pipeline.shared.last.plan for call in fxstream.inspect(module).calls]
         tiled = tiled or not all(plan.is_trivial for plan in plans)
     assert tiled
@@ -274,8 +277,8 @@ def assert_exact(model, shapes, **request) -> None:
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("name", CASES)
 def test_campaign_of_tiles(name, place):
-    make, shapes, tiles = CASES[name]
-    assert_exact(in_float64(make), shapes, tile=tiles[place])
+    make, _, tiles = CASES[name]
+    assert_exact(name, in_float64(make), tile=tiles[place])
 
 
 @pytest.mark.parametrize("share", BUDGETS)
@@ -285,4 +288,4 @@ def test_campaign_within_a_memory(name, share):
     model = in_float64(make)
     whole = fxstream.compile(copy.deepcopy(model), memory=2**40, verify=False)
     whole(torch.randn(shapes[0], dtype=torch.float64, requires_grad=True))
-    assert_exact(model, shapes, memory=int(share * whole.plan.prediction.plain_bytes))
+    assert_exact(name, model, memory=int(share * whole.plan.prediction.plain_bytes))
