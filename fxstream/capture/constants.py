@@ -9,8 +9,8 @@ NOTE [constants]
    random draw, nor what has more than a few thousand entries.
 2. An entry of an array of numpy, ``order[0]``, is a number of its own, though torch's stand-in for numpy makes it
    a view, which changes when the array is written to (`numpy_entries_copied`).
-3. A scalar of numpy among the model's attributes, as of ``self.doubles = i >= numpy.log2(factor)``, which dynamo
-   makes a tensor, is one of the model's tensors.
+3. An array or a scalar of numpy among the model's attributes, as of ``self.doubles = i >= numpy.log2(factor)``,
+   which dynamo makes a tensor, is one of the model's tensors.
 4. The trace holds as long as the tensors of the model that were read have the same values (`ModelValues`), and so
    do context variables.
 """
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.source import RandomValueSource
+from torch._dynamo.source import NumpyTensorSource, RandomValueSource
 from torch._dynamo.symbolic_convert import InliningInstructionTranslator, InstructionTranslator
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.tensor import TensorVariable
@@ -63,7 +63,7 @@ JUMPS = tuple(name for name in dis.opmap if name.startswith("POP_JUMP") and name
 
 @dataclass(frozen=True, slots=True)
 class ModelValues:
-    """What a trace has the values of: tensors of the model, by path or as such, scalars, and context variables."""
+    """What a trace has the values of: tensors of the model, by path or as such, arrays, and context variables."""
 
     tensors: tuple[tuple[str | torch.Tensor, torch.Tensor], ...]
     contexts: ContextValues
@@ -76,16 +76,16 @@ class ModelValues:
 def _now(model: nn.Module, one: str | torch.Tensor) -> Any:
     if isinstance(one, torch.Tensor):
         return one
-    return _scalar(model, one) if one.startswith("L[") else _tensors(model).get(one)
+    return _array(model, one) if one.startswith("L[") else _tensors(model).get(one)
 
 
-def _scalar(model: nn.Module, name: str) -> torch.Tensor | None:
-    """A scalar of numpy of the model, by the name that dynamo has for it; None for anything else."""
+def _array(model: nn.Module, name: str) -> torch.Tensor | None:
+    """What numpy has for a number or an array of the model, by dynamo's name of it; None for anything else."""
     try:
         value = eval(name, {"L": {"model": model}})
     except Exception:  # whatever the model's objects raise
         return None
-    return torch.as_tensor(value) if type(value).__module__ == "numpy" and value.ndim == 0 else None
+    return torch.as_tensor(value) if type(value).__module__ == "numpy" else None
 
 
 def _is_equal(one: Any, value: torch.Tensor) -> bool:
@@ -103,7 +103,7 @@ class _Replay:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.read: list[tuple[str | torch.Tensor, torch.Tensor]] = []
-        """The tensors of the model that values were made of, or the names of scalars, with copies."""
+        """The tensors of the model that values were made of, or the names of arrays, with copies."""
         self._values: dict[fx.Node, Any] = {}
         self._seen: set[fx.Node] = set()
         self._lost: set[int] = set()
@@ -129,12 +129,14 @@ class _Replay:
         return value
 
     def _take(self, node: fx.Node) -> None:
-        """A small tensor of the model, or a scalar of numpy."""
+        """A small tensor of the model, or an array of numpy."""
         argument = node.meta.get("grapharg")
         if argument is None or isinstance(argument.source, RandomValueSource):
             return
-        one: Any = source_name(argument.source) if argument.pass_arg_as_tensor else argument.example
-        example = _scalar(self._model, one) if isinstance(one, str) else one
+        one: Any = argument.example
+        if argument.pass_arg_as_tensor:  # also a number of Python, which may change
+            one = source_name(argument.source.base) if isinstance(argument.source, NumpyTensorSource) else ""
+        example = _array(self._model, one) if isinstance(one, str) else one
         if not isinstance(example, torch.Tensor) or isinstance(example, FakeTensor):
             return
         if example.numel() <= MOST_ENTRIES:
