@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,6 +41,7 @@ from fxstream.capture.refusals import explained
 from fxstream.capture.size_symbols import explain_sizes, size_dependent_constants
 from fxstream.capture.trace import Trace, Tracer
 from fxstream.capture.traced_graph import Kind, TracedGraph
+from fxstream.capture.tracing import LongerTraceError
 from fxstream.errors import CaptureError, InputError
 from fxstream.graph.captured import Captured
 from fxstream.graph.effects import subgraphs
@@ -145,10 +147,17 @@ def _more(
     None if it is specialised to its size.
     """
 
+    longer: list[Sequence[int]] = []
+
     def at(shift: Sequence[int], images: int) -> Captured | None:
+        if any(all(map(operator.ge, shift, less)) for less in longer):
+            return None
         try:
             with fake_tensor_log_silenced():
                 return to_aten(*_shifted_graph(traced, values, retrace, shift, images), autocast)
+        except LongerTraceError:  # so is that of any larger image
+            longer.append(shift)
+            return None
         except Exception:  # whatever an operator raises at a size that is only tried
             return None
 

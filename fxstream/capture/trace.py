@@ -154,7 +154,7 @@ class Tracer:
     ) -> TracedGraph | None:
         """The graph of a call at its size alone, without what is needed to run it.
 
-        Raises what `trace` raises, and an exception of dynamo's once it has more than so many nodes.
+        Raises what `trace` raises, and `LongerTraceError` once it has more than so many nodes.
         """
         with _tracing(model, args, kwargs, flat=False), nodes_limited(most):
             return _Run(self._function(flat=False), model, FakeInputs(args, kwargs), flat=False).graph

@@ -31,10 +31,17 @@ from torch._dynamo.variables.torch_function import torch_function_mode_stack_sta
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import _disable_current_modes, _pop_mode, _push_mode
 
-from fxstream.errors import CaptureError
 from fxstream.graph.captured import CUMULATIVE
 
-__all__ = ["is_capturing", "nodes_limited", "tracing", "unwatched", "without_modes", "without_watchers"]
+__all__ = [
+    "LongerTraceError",
+    "is_capturing",
+    "nodes_limited",
+    "tracing",
+    "unwatched",
+    "without_modes",
+    "without_watchers",
+]
 
 OBSERVERS = "torch.ao.quantization"
 """Modules of fake quantisation, which dynamo does not look into of itself."""
@@ -82,14 +89,18 @@ def tracing(model: nn.Module, flat: bool) -> Iterator[None]:
         _CAPTURES.depth -= 1
 
 
+class LongerTraceError(Exception):
+    """A trace has more nodes than it may have."""
+
+
 @contextlib.contextmanager
 def nodes_limited(most: float) -> Iterator[None]:
-    """A trace of dynamo's ends with an exception where its graph gets more than so many nodes."""
+    """A trace of dynamo's ends with `LongerTraceError` where its graph gets more than so many nodes."""
 
     @functools.wraps(node_of_trace)
     def create_node(self: SubgraphTracer, *args: Any, **kwargs: Any) -> fx.Node:
         if len(self.graph.nodes) >= most:
-            raise CaptureError(f"the trace has more than {most} nodes")
+            raise LongerTraceError(f"the trace has more than {most} nodes")
         return node_of_trace(self, *args, **kwargs)
 
     SubgraphTracer.create_node = create_node  # type: ignore[method-assign]

@@ -10,6 +10,7 @@ from torch import nn
 
 import fxstream
 from fxstream.capture import trace as tracing
+from fxstream.capture.tracing import LongerTraceError
 
 
 class Reading(nn.Module):
@@ -238,5 +239,5 @@ def test_a_loop_over_frames_is_captured_for_each_number_of_them():
 def test_a_longer_trace_ends_early():
     tracer, model = tracing.Tracer(), Frames()
     assert tracer.graph(model, (torch.randn(1, 2, 3, 9, 9),), {}, 100) is not None
-    with pytest.raises(fxstream.CaptureError, match="more than 100 nodes"):
+    with pytest.raises(LongerTraceError, match="more than 100 nodes"):
         tracer.graph(model, (torch.randn(1, 2, 40, 9, 9),), {}, 100)
