@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -165,46 +165,57 @@ class _TensorSizes:
         self._of_image = self._that_depend_on_an_image()
 
     def explain(self, constant: SizeDependentConstant) -> _SizeExpression | None:
-        """The first expression that has the constant's value in every capture."""
-        candidates = (
-            self._sizes_equal_to,
-            self._products_equal_to,
-            self._parts_equal_to,
-            self._remainders_equal_to,
-            self._fractions_equal_to,
-        )
-        return next(itertools.chain.from_iterable(find(constant) for find in candidates), None)
+        """The first expression that has the constant's value in every capture.
 
-    def _sizes_equal_to(self, constant: SizeDependentConstant) -> Iterator[_SizeExpression]:
-        for tensor in self._tensors_near(constant.node):
+        A part of a size of the node's own inputs, as the windows in a map, comes before a size of another tensor,
+        as of a mask that has as many.
+        """
+        simple = (self._sizes_equal_to, self._products_equal_to, self._parts_equal_to)
+        every = (*simple, self._remainders_equal_to, self._fractions_equal_to)
+        near = (find(constant, constant.node.all_input_nodes) for find in simple)
+        far = (find(constant, self._tensors_near(constant.node)) for find in every)
+        return next(itertools.chain.from_iterable(itertools.chain(near, far)), None)
+
+    def _sizes_equal_to(
+        self, constant: SizeDependentConstant, tensors: Iterable[fx.Node]
+    ) -> Iterator[_SizeExpression]:
+        for tensor in tensors:
             for dim, sizes in enumerate(self._sizes[tensor]):
                 if sizes == constant.values:
                     yield _SizeExpression(tensor, (dim,))
 
-    def _products_equal_to(self, constant: SizeDependentConstant) -> Iterator[_SizeExpression]:
-        for tensor in self._tensors_near(constant.node):
+    def _products_equal_to(
+        self, constant: SizeDependentConstant, tensors: Iterable[fx.Node]
+    ) -> Iterator[_SizeExpression]:
+        for tensor in tensors:
             for count in (2, 3):
                 for factors in itertools.combinations(enumerate(self._sizes[tensor]), count):
                     dims, sizes = zip(*factors, strict=True)
                     if tuple(map(math.prod, zip(*sizes, strict=True))) == constant.values:
                         yield _SizeExpression(tensor, dims)
 
-    def _parts_equal_to(self, constant: SizeDependentConstant) -> Iterator[_SizeExpression]:
-        fractions = self._fractions_equal_to(constant)
+    def _parts_equal_to(
+        self, constant: SizeDependentConstant, tensors: Iterable[fx.Node]
+    ) -> Iterator[_SizeExpression]:
+        fractions = self._fractions_equal_to(constant, tensors)
         return (one for one in fractions if one.fraction and 1 in one.fraction.as_integer_ratio())
 
-    def _fractions_equal_to(self, constant: SizeDependentConstant) -> Iterator[_SizeExpression]:
-        for tensor in self._tensors_near(constant.node):
+    def _fractions_equal_to(
+        self, constant: SizeDependentConstant, tensors: Iterable[fx.Node]
+    ) -> Iterator[_SizeExpression]:
+        for tensor in tensors:
             for dim, sizes in enumerate(self._sizes[tensor]):
                 fraction = _fraction(constant.values, sizes)
                 if fraction is not None:
                     yield _SizeExpression(tensor, (dim,), fraction)
 
-    def _remainders_equal_to(self, constant: SizeDependentConstant) -> Iterator[_SizeExpression]:
+    def _remainders_equal_to(
+        self, constant: SizeDependentConstant, tensors: Iterable[fx.Node]
+    ) -> Iterator[_SizeExpression]:
         """None where all sizes lack to the same multiple: what is computed of that would look like a constant."""
         sign = -1 if min(constant.values) < 0 else 1
         values = [sign * value for value in constant.values]
-        for tensor in self._tensors_near(constant.node) if min(values) >= 0 else ():
+        for tensor in tensors if min(values) >= 0 else ():
             for dim, sizes in enumerate(self._sizes[tensor]):
                 multiple = _multiple(values, sizes)
                 if multiple is not None and len(set(map(operator.add, sizes, values))) == 1:

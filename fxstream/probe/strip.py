@@ -14,25 +14,21 @@ from dataclasses import dataclass
 
 import torch
 
-from fxstream.errors import FxstreamError
 from fxstream.geometry.box import Interval
 from fxstream.geometry.receptive_field import BROADCAST, ReceptiveField
 from fxstream.graph.fields import ExtentChain, Fields, extent_chains, receptive_fields
-from fxstream.graph.shapes import fake_tensor_log_silenced
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.probe.findings import UnprobedError
+from fxstream.probe.resized import Extents, batch_dims, extents_at, typed_at
 from fxstream.probe.subgraph import Subgraph
 from fxstream.tiling.segment import Segment
 
 __all__ = [
     "Strip",
-    "extents_at",
     "make_strip",
     "synthetic_weight",
-    "typed_at",
 ]
 
-Extents = Mapping[str, tuple[int, ...]]
 Chains = Mapping[str, Mapping[str, tuple[ExtentChain, ...]]]
 """Per spatial input and node, the extent formulas along each axis."""
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -234,7 +230,7 @@ def _strips(claims: _Claims, weights: Mapping[str, torch.Tensor], whole_windows:
                 continue
             fields = _fields_at(claims, segment, extents, margin, whole_windows)
             if fields is not None:
-                batch = _batch_dims(part, segment, extents)
+                batch = batch_dims(part, segment, extents)
                 yield Strip(part, claims.axis, segment, extents, fields, tiles, claims.main, weights, batch)
                 break
 
@@ -254,46 +250,6 @@ def _fields_at(
         return None  # an operator whose result has a fixed size has another stride here
     of_nodes = {**extents, **{name: graph.value(name).extents for name in nodes}}
     return fields if _all_nodes_read(segment, fields, of_nodes, whole_windows) else None
-
-
-def _batch_dims(part: Subgraph, segment: Segment, extents: Extents) -> dict[str, int]:
-    """The dim of each node that is twice as large with twice as many batch entries; without those of no batch."""
-    twice = typed_at(part, extents, 4)
-    dims: dict[str, int] = {}
-    for name in (*extents, *segment.nodes):
-        reads = () if name in extents else segment.graph.pattern(name).reads
-        has_batch = any(read.value.name in dims for read in reads) if reads else part.has_batch(name)
-        if not has_batch:
-            continue
-        shape = segment.graph.value(name).shape
-        other = () if twice is None else twice.graph.value(name).shape
-        differing = [d for d, (one, more) in enumerate(zip(shape, other, strict=False)) if one != more]
-        if len(differing) != 1 or other[differing[0]] != 2 * shape[differing[0]] or shape[differing[0]] % 2:
-            raise UnprobedError("it mixes the images of a batch")
-        dims[name] = differing[0]
-    return dims
-
-
-def typed_at(part: Subgraph, extents: Extents, batch: int = 2) -> Segment | None:
-    """The segment at these extents of its inputs with two batch entries; None where an operator refuses them."""
-    shapes = {name: part.input_shape(name, batch, sizes) for name, sizes in extents.items()}
-    try:
-        with fake_tensor_log_silenced():
-            return part.at(shapes)
-    except FxstreamError:
-        return None
-
-
-def extents_at(real: Extents, extents: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Extents of all inputs where the largest has `extents`, rounded up; a broadcast axis stays one."""
-    full = [max(sizes) for sizes in zip(*real.values(), strict=True)]
-    return {
-        name: tuple(
-            1 if pixels == 1 < most else -(-extent * pixels // most)
-            for pixels, most, extent in zip(sizes, full, extents, strict=True)
-        )
-        for name, sizes in real.items()
-    }
 
 
 def _all_nodes_read(segment: Segment, claims: Mapping[str, Fields], extents: Extents, whole_windows: bool) -> bool:

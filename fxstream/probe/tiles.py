@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fxstream.geometry.box import EMPTY, Box, Interval
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.probe.findings import Findings
-from fxstream.probe.strip import extents_at, typed_at
+from fxstream.probe.resized import extents_at, typed_at
 from fxstream.probe.subgraph import Subgraph, subgraph
 from fxstream.rules import Reduced, Value
 from fxstream.runtime.tile_program import tile_program

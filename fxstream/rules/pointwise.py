@@ -63,7 +63,7 @@ def add_rules(table: RuleTable) -> None:
     table.add("fxstream::dropout", "pointwise", pointwise)
     table.add("aten::batch_norm", "pointwise", batch_norm)
     table.add("aten::prelu", "pointwise", with_operands)
-    table.add("fxstream::normalise", "pointwise", with_operands)
+    table.add("fxstream::normalise", "pointwise", normalise)
     table.add("aten::rrelu", "pointwise", rrelu)
     table.add("aten::fake_quantize_per_channel_affine", "pointwise", along_channels)
 
@@ -122,6 +122,14 @@ def batch_norm(call: Call) -> Answer:
 def with_operands(call: Call) -> Answer:
     """Operands per channel."""
     return per_channel(call, call["self"])
+
+
+def normalise(call: Call) -> Answer:
+    """Operands per sample and channel, which lie along the samples where these are frames of a video."""
+    image: Value = call["self"]
+    if 0 in image.dims and call["scale"].shape[0] > 1:
+        return NotTileable(Reason.OPERAND_ALONG_TILED_DIM, image.dims, ([0],))
+    return with_operands(call)
 
 
 def along_channels(call: Call) -> Answer:

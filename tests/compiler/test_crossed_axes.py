@@ -82,3 +82,19 @@ def test_frames_are_put_before_those_that_are_there(frames):
     analysis = fxstream.analyze(model, (frames, 19, 23), channels=2)
     assert analysis.barriers == ()
     assert analysis.graph.value("conv3d_1").dims == (3, 4)
+
+
+@pytest.mark.parametrize("tile", [8, (1, 12, 12)])
+def test_frames_that_are_normalised_one_by_one(tile):
+    """Samples of their own for a GroupNorm, whose operands then differ from frame to frame."""
+
+    def forward(m, x):
+        x = m.a(x)
+        batch, frames = x.shape[0], x.shape[2]
+        y = m.norm(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, frames))
+        return m.b(F.relu(y).transpose(1, 2))
+
+    parts = {"a": nn.Conv3d(2, 4, 3, padding=1), "norm": nn.GroupNorm(2, 4), "b": nn.Conv3d(4, 4, 3, padding=1)}
+    model = Function(forward, **parts).double()
+    plan = assert_streams(model, torch.randn(1, 2, 3, 20, 20, dtype=torch.double, requires_grad=True), tile=tile)
+    assert plan.streamed_share > 0.99

@@ -105,6 +105,23 @@ def test_one_capture_serves_every_multiple_of_the_window():
     assert captures(compiled) == 1
 
 
+def test_windows_are_as_many_as_those_of_a_mask():
+    """The mask is made first, for all blocks, and windows of the map are nonetheless parts of its own extents."""
+
+    def forward(m, x):
+        mask = mask_of(*x.shape[2:], 4, 2)
+        x = m.a(x)
+        n, c, h, w = x.shape
+        windows = partitioned(x.permute(0, 2, 3, 1), 4).view(n, -1, 16, c)
+        weights = (windows @ windows.mT / 9 + mask).softmax(-1)
+        y = reversed_windows((weights @ windows).view(-1, 16, c), 4, h, w)
+        return m.b(x + y.permute(0, 3, 1, 2))
+
+    model = Function(forward, a=nn.Conv2d(2, 4, 3, padding=1), b=conv(4, 2)).double()
+    plan = assert_streams(model, image(2, 2, 24, 32), tile=18)
+    assert plan.streamed_share > 0.9
+
+
 @pytest.mark.parametrize("extents", [(40, 40), (30, 38)])
 def test_windows_of_an_image_smaller_than_the_steps_of_a_capture(extents):
     """Sizes that are tried and padded to the same multiple tell nothing of how many windows there are."""
