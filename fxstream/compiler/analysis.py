@@ -38,7 +38,7 @@ LARGEST = 2**31
 MOST_AXES = 3
 CROSSING = frozenset({
     Reason.PADS_OPPOSITE, Reason.MIRRORS_TILED_DIM, Reason.ALONG_TILED_DIM, Reason.CONCATENATES_TILED_DIM,
-    Reason.OPERAND_ALONG_TILED_DIM,
+    Reason.OPERAND_ALONG_TILED_DIM, Reason.REPEATS_TILED_DIM,
 })  # fmt: skip
 """Reasons whose first detail are the dims that an operator works along."""
 LEAST_GAIN = 0.1

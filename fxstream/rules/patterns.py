@@ -237,10 +237,14 @@ class Cropped(_Pattern):
 
 @dataclass(frozen=True, slots=True)
 class Bordered(_Pattern):
-    """A padding with pixels of the image: a tile at the border also reads what is repeated or mirrored there."""
+    """A padding with pixels of the image: a tile at the border also reads what is repeated or mirrored there.
+
+    What it pads along other dims, with the arguments in `replaced`, the operator does.
+    """
 
     spans: tuple[OutputSpan, ...]
     extents: tuple[AxisExtent, ...] | None = None
+    replaced: Mapping[str, Any] = field(default_factory=dict)
 
     def produced(self, axis: int, read: Interval, box: Interval) -> Interval:
         """All that is read, padded."""
@@ -248,14 +252,14 @@ class Bordered(_Pattern):
 
     def emit(self, tile: TileWriter) -> fx.Node:
         """What is read, padded."""
-        return tile.inputs[0]
+        return tile.operator(self.replaced) if self.replaced else tile.inputs[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Resampled(_Pattern):
     """Several output pixels per input pixel: crop, call with the arguments in `replaced`, crop the result.
 
-    `size` names the argument that is the tiled dims of the result, if any.
+    `size` names the argument that is the result's extents behind its channels, if any.
     """
 
     spans: tuple[OutputSpan, ...]
@@ -271,7 +275,7 @@ class Resampled(_Pattern):
 
     def emit(self, tile: TileWriter) -> fx.Node:
         """The operator on what is read."""
-        sizes = {} if self.size is None else {self.size: [tile.shape[dim] for dim in sorted(self.dims)]}
+        sizes = {} if self.size is None else {self.size: [*tile.shape[2:]]}
         return tile.operator({**self.replaced, **sizes})
 
 

@@ -106,7 +106,6 @@ class Reason(enum.Enum):
     COPY_IN_BACKWARD = NO_RULE, "is copied in torch's backward, but not in its forward"
     UNCERTAIN_PIXELS = NO_RULE, "takes pixels that torch's kernels disagree about at this size"
     READS_BITS = NO_RULE, "reads the bits of another type"
-    PADS_OTHER_DIMS = NO_RULE, "pads dims {} in mode {!r}, but the tiled dims are {}"
     USER = NO_RULE, "{}"
 
     @property

@@ -146,10 +146,12 @@ def transposed_convolution(n: int, call: Call) -> Answer:
 
 
 def interpolation(n: int, mode: Mode, call: Call) -> Answer:
-    """Interpolation over the last `n` dims, by sizes or by factors."""
+    """Interpolation over the last `n` dims, by sizes or by factors; by whole numbers along those not tiled."""
     argument = "input" if "input" in call.arguments else "self"
     image: Value = call[argument]
-    dims = window_dims(call, image, n)
+    others = [dim for dim in range(len(image.shape) - n, len(image.shape)) if dim not in image.dims]
+    some = all(_enlarged(mode, _axis(n, mode, call, image, dim)) for dim in others)
+    dims = window_dims(call, image, n, some)
     if isinstance(dims, NotTileable):
         return dims
     if mode.is_weighted and not image.dtype.is_floating_point:
@@ -162,6 +164,8 @@ def interpolation(n: int, mode: Mode, call: Call) -> Answer:
     enlarged = [_enlarged(mode, axis) for axis in axes]
     if all(enlarged):
         return _by_itself(call, argument, dims, mode, enlarged)
+    if image.dims and others:
+        return NotTileable(Reason.SLIDES_ALONG_OTHER_DIMS, (), ((*sorted([*others, *dims]),), dims))
     reduced = [_reduced(mode, axis) for axis in axes]
     if all(reduced):
         return _averaged(call, argument, dims, reduced)

@@ -217,8 +217,8 @@ def repeat(call: Call) -> Answer:
     image: Value = call["self"]
     missing = len(call.shape) - len(image.shape)
     dims = tuple(d + missing for d in image.dims)
-    if any(call["repeats"][d] != 1 for d in dims):
-        return NotTileable(Reason.REPEATS_TILED_DIM)
+    if repeated := [d for d in dims if call["repeats"][d] != 1]:
+        return NotTileable(Reason.REPEATS_TILED_DIM, dims, (repeated,))
     return moved(call, image, dims)
 
 

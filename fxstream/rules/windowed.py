@@ -199,21 +199,19 @@ def constant_pad(call: Call) -> Answer:
 
 
 def border_pad(mode: str, call: Call) -> Answer:
-    """Padding with pixels of the image, repeated or mirrored, along the last dims."""
+    """Padding with pixels of the image, repeated or mirrored; pads of other dims stay with the operator."""
     image: Value = call["self"]
-    pads = list(call["pad" if "pad" in call.arguments else "padding"])
-    along, remaining = _pads_along(image, pads)
+    name = "pad" if "pad" in call.arguments else "padding"
+    along, remaining = _pads_along(image, list(call[name]))
     if mode == "circular":
         return _circular_pad(image, along, remaining)
-    padded = set(range(len(image.shape) - len(pads) // 2, len(image.shape)))
-    if any(remaining) or padded != set(image.dims):
-        return NotTileable(Reason.PADS_OTHER_DIMS, image.dims, (sorted(padded), mode, image.dims))
     maps = tuple(AxisMap.shifted(-before) for before, _ in along)
     return Bordered(
         image.dims,
         (Read("self", image, image.dims, maps, border=Border(mode)),),
         tuple(OutputSpan(1, before, 1) for before, _ in along),
         tuple(AxisExtent.changed(before + after) for before, after in along),
+        {name: remaining} if any(remaining) else {},
     )
 
 

@@ -219,9 +219,10 @@ class _Writer:
         pads = [0] * (2 * rank)
         for dim, step in zip(read.dims, steps, strict=True):
             pads[2 * (rank - 1 - dim) : 2 * (rank - dim)] = [step.before, step.after]
-        pads = pads[: 2 * (rank - min(read.dims))]
-        if read.border is not Border.FILLED:
+        if read.border is not Border.FILLED:  # which torch pads along all dims behind the channels
+            pads = pads[: 2 * (rank - min(2, *read.dims))]
             return self.graph.call_function(aten.pad.default, (node, pads, read.border.value))
+        pads = pads[: 2 * (rank - min(read.dims))]
         return self.graph.call_function(aten.constant_pad_nd.default, (node, pads, fill))
 
 

@@ -84,6 +84,7 @@ def test_frames_are_put_before_those_that_are_there(frames):
     assert analysis.graph.value("conv3d_1").dims == (3, 4)
 
 
+@pytest.mark.filterwarnings("ignore:.*is not probed, it mixes the images")
 @pytest.mark.parametrize("tile", [8, (1, 12, 12)])
 def test_frames_that_are_normalised_one_by_one(tile):
     """Samples of their own for a GroupNorm, whose operands then differ from frame to frame."""
@@ -98,3 +99,23 @@ def test_frames_that_are_normalised_one_by_one(tile):
     model = Function(forward, **parts).double()
     plan = assert_streams(model, torch.randn(1, 2, 3, 20, 20, dtype=torch.double, requires_grad=True), tile=tile)
     assert plan.streamed_share > 0.99
+
+
+@pytest.mark.parametrize("mode", ["replicate", "reflect"])
+def test_frames_are_padded_with_their_ends_and_repeated(mode):
+    """Along the frames, which are whole, an operator pads and enlarges by itself; a tile has other borders."""
+
+    def forward(m, x):
+        x = F.relu(m.a(F.pad(x, (1, 1, 1, 1, 2, 0), mode=mode)))
+        x = F.interpolate(x, scale_factor=(2.0, 1.0, 1.0))
+        before = x[:, :, :1].repeat(1, 1, 2, 1, 1)
+        x = F.relu(m.b(F.pad(torch.cat([before, x], 2), (1, 1, 2, 0, 0, 0), mode=mode)))
+        x = F.interpolate(x, scale_factor=(2.0, 2.0, 2.0))
+        return m.c(torch.cat([x[:, :, :1].repeat(1, 1, 2, 1, 1), x], 2))
+
+    parts = dict(zip("abc", (nn.Conv3d(i, o, 3) for i, o in ((2, 4), (4, 4), (4, 3))), strict=True))
+    model = Function(forward, **parts).double()
+    for batch, frames in ((1, 3), (2, 4)):
+        image = torch.randn(batch, 2, frames, 14, 19, dtype=torch.double, requires_grad=True)
+        plan = assert_streams(model, image, tile=9)
+        assert plan.streamed_share == 1.0
