@@ -119,3 +119,12 @@ def test_frames_are_padded_with_their_ends_and_repeated(mode):
         image = torch.randn(batch, 2, frames, 14, 19, dtype=torch.double, requires_grad=True)
         plan = assert_streams(model, image, tile=9)
         assert plan.streamed_share == 1.0
+
+
+def test_a_map_beside_itself_along_one_axis():
+    plan = assert_streams(
+        network(lambda m, x: m.c(F.relu(m.b(torch.cat([m.a(x), m.a(x * 2)], 3))))),
+        torch.randn(2, 2, 27, 31, dtype=torch.double, requires_grad=True),
+        tile=12,
+    )
+    assert plan.streamed_share > 0.9
