@@ -12,6 +12,7 @@ NOTE [inputs of the graph]
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -324,8 +325,11 @@ def hooked(tensor: torch.Tensor, body: fx.GraphModule) -> torch.Tensor:
 
 
 def _run_in_eager(module: fx.GraphModule) -> None:
-    """Replace what only a compiler of dynamo's graph gives its meaning, in place."""
-    operators: dict[Any, Any] = {torch.ops.higher_order.tag_activation_checkpoint: checkpointed}
+    """Replace what only a compiler of dynamo's graph gives its meaning, in place.
+
+    A power is a call, for FX writes that of a negative number as ``-1 ** x``, which Python reads as ``-(1 ** x)``.
+    """
+    operators: dict[Any, Any] = {torch.ops.higher_order.tag_activation_checkpoint: checkpointed, operator.pow: pow}
     if hasattr(torch.ops.higher_order, "register_hook"):
         operators[torch.ops.higher_order.register_hook] = hooked
     for part in module.modules():

@@ -1,11 +1,13 @@
 """Capture: one graph for every image and batch size, the model's own tensors, no in-place operators."""
 
 import collections
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_same, integer_image, make_integer, step
+from small_networks import Function
 from torch import nn
 
 import fxstream
@@ -203,3 +205,14 @@ def test_the_model_is_not_changed_by_capture():
     fxstream.analyze(model, 32, channels=2)
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("budget", [{"tile": 12}, {"memory": 2**40}])
+def test_a_power_of_a_negative_number(budget):
+    """In tiles, and where the traced graph runs as it is."""
+    model = make_integer(
+        Function(lambda m, x: m.a(x) * ((-1) ** torch.arange(4)).view(4, 1, 1), a=nn.Conv2d(2, 4, 3))
+    )
+    plain, image = copy.deepcopy(model), integer_image(1, 2, 20, 22)
+    compiled = fxstream.compile(model, **budget)
+    assert_same(step(compiled, model, [image]), step(plain, plain, [image]), 0)
