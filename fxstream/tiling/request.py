@@ -42,7 +42,7 @@ class Request:
     def tile_along(self, axes: int, images: Sequence[Value]) -> tuple[int | None, ...]:
         """The bound along each of so many axes, in pixels of the model's input; None for no bound.
 
-        The last axes of a value are those of the images, of which the first may be left whole.
+        The last axes of a value are those of the images, of which some may be left whole.
         """
         if self.tile is None or isinstance(self.tile, int):
             return (self.tile,) * axes
@@ -50,6 +50,10 @@ class Request:
         if len(self.tile) not in counts:
             count = max(len(image.dims) for image in images)
             raise PlanError(f"tile={self.tile} has {len(self.tile)} axes, but the image has {count}: give {count}")
+        for image in images:
+            first = len(image.shape) - len(self.tile)
+            if len(image.dims) == axes < len(self.tile) and min(image.dims) >= first:
+                return tuple(self.tile[dim - first] for dim in image.dims)
         return (None,) * (axes - len(self.tile)) + self.tile[max(0, len(self.tile) - axes) :]
 
 

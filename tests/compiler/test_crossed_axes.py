@@ -121,10 +121,11 @@ def test_frames_are_padded_with_their_ends_and_repeated(mode):
         assert plan.streamed_share == 1.0
 
 
-def test_a_map_beside_itself_along_one_axis():
+@pytest.mark.parametrize("tile", [12, (12, 40)])
+def test_a_map_beside_itself_along_one_axis(tile):
     plan = assert_streams(
         network(lambda m, x: m.c(F.relu(m.b(torch.cat([m.a(x), m.a(x * 2)], 3))))),
         torch.randn(2, 2, 27, 31, dtype=torch.double, requires_grad=True),
-        tile=12,
+        tile=tile,
     )
     assert plan.streamed_share > 0.9
