@@ -123,8 +123,10 @@ def _typed(
     if 0 < len(crossed := _crossed_axes(typed, most)) < most:
         fewer = {name: _without(of, crossed) if len(of) == most else of for name, of in dims.items()}
         whole = _typed(graph, shapes, fewer, combines, earlier)
-        measures = (streamable_share, _largest_share) if most > 2 else (streamable_share,)
-        return whole if any(of(whole) > of(typed) + LEAST_GAIN for of in measures) else typed
+        gain = streamable_share(whole) - streamable_share(typed)
+        unites = most > 2 and _largest_share(whole) > _largest_share(typed) + LEAST_GAIN
+        if gain > LEAST_GAIN or (unites and gain >= 0):
+            return whole
     reasons = [Reason.SLIDES_ALONG_OTHER_DIMS] * (most > 1) + [Reason.JOINS_TILED_DIM] * (most > 2)
     if not any(verdict.not_tileable_for(reason) for verdict in typed.barriers() for reason in reasons):
         return typed
