@@ -98,11 +98,8 @@ def retracing(tracer: Tracer, model: nn.Module, inputs: FakeInputs, trace: Trace
         args, kwargs = pytree.tree_unflatten(replaced, spec)
         has_symbols = trace.sizes is not None
         serves = has_symbols and (not trace.graph.computes_sizes or trace.holds(model, args, kwargs))
-        traced = (
-            trace.graph
-            if serves
-            else tracer.graph(model, args, kwargs, LONGER * len(trace.graph.module.graph.nodes))
-        )
+        most = LONGER * len(trace.graph.module.graph.nodes)
+        traced = trace.graph if serves else tracer.graph(model, args, kwargs, most)
         if traced is None:
             raise CaptureError("at another size it computes nothing")
         if traced.inputs != trace.graph.inputs:
@@ -126,12 +123,13 @@ def capture_graph(traced: TracedGraph, values: Sequence[Any], retrace: Retrace |
     """
     autocast = ambient_autocast(values)
     captured = to_aten(traced, traced.values_at(values, {}), autocast)
-    more = _more(captured, traced, values, retrace, autocast)
+    batch, frames = images_and_frames([values[i] for i in traced.indices(Kind.ARGUMENT)])
+    shifts = SHIFTS if frames is None else SHIFTS_OF_FRAMES
+    more = _more(captured, traced, values, retrace, autocast, shifts)
     captured.module.recompile()
     if more is None:
         return replace(captured, bound=True)
     of_batch, of_frames = more
-    batch, frames = images_and_frames([values[i] for i in traced.indices(Kind.ARGUMENT)])
     return replace(captured, batch=None if of_batch else batch, frames=None if of_frames else frames)
 
 
@@ -141,12 +139,12 @@ def _more(
     values: Sequence[Any],
     retrace: Retrace | None,
     autocast: Sequence[tuple[Any, ...]],
+    shifts: Sequence[Sequence[int]],
 ) -> tuple[bool, bool] | None:
     """Rules 2 to 4 of the NOTE: whether the graph holds for other numbers of images, and of frames.
 
     None if it is specialised to its size.
     """
-
     longer: list[Sequence[int]] = []
 
     def at(shift: Sequence[int], images: int) -> Captured | None:
@@ -161,8 +159,7 @@ def _more(
         except Exception:  # whatever an operator raises at a size that is only tried
             return None
 
-    has_frames = images_and_frames([values[i] for i in traced.indices(Kind.ARGUMENT)])[1] is not None
-    for images, shift in itertools.product((1, 0), SHIFTS_OF_FRAMES if has_frames else SHIFTS):
+    for images, shift in itertools.product((1, 0), shifts):
         second = at(shift, images)
         if second is None or not _same_constants(captured.constants, second.constants):
             continue

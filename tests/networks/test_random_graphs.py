@@ -212,6 +212,13 @@ def test_corpus_of_trivial_cases(case):
 SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
 
 
+def quietly(run, *case):
+    """A run without the warnings of what does not stream."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(*case)
+
+
 def counted(run, examples, *strategies):
     """Draw cases, others in each run, and print how many were really tiled."""
     counts = {"drawn": 0, "tiled": 0}
@@ -222,18 +229,14 @@ def counted(run, examples, *strategies):
         counts["drawn"] += 1
         counts["tiled"] += run(*case)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        campaign()
+    quietly(campaign)
     print(counts)
 
 
 @settings(max_examples=150, **SETTINGS)
 @given(graphs, pair(1, 18), st.integers(1, 14), st.sampled_from([1, 1, None]))
 def test_random_graphs(graph, size, tile, segments):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run(graph, size, tile, segments)
+    quietly(run, graph, size, tile, segments)
 
 
 @pytest.mark.campaign
@@ -246,9 +249,7 @@ def test_campaign_of_random_graphs_with_what_reads_far(repeat):
 @settings(max_examples=40, **SETTINGS)
 @given(graphs, pair(4, 18), st.integers(2, 14), st.sampled_from([1, None]))
 def test_random_graphs_at_four_sizes(graph, size, tile, segments):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run_at_sizes(graph, size, tile, segments)
+    quietly(run_at_sizes, graph, size, tile, segments)
 
 
 @pytest.mark.campaign
@@ -260,17 +261,13 @@ def test_campaign_of_random_graphs_at_four_sizes():
 @settings(max_examples=60, **SETTINGS)
 @given(graphs, pair(8, 24), st.floats(0.05, 0.95))
 def test_random_graphs_within_a_memory(graph, size, share):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run_within(graph, size, share)
+    quietly(run_within, graph, size, share)
 
 
 @settings(max_examples=25, **SETTINGS)
 @given(smooth_graphs, pair(4, 24), st.floats(0.05, 0.95))
 def test_random_graphs_with_normalisations_within_a_memory(graph, size, share):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run_within(graph, size, share)
+    quietly(run_within, graph, size, share)
 
 
 @pytest.mark.campaign
