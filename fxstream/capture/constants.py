@@ -290,7 +290,9 @@ def _methods(folded: Folded) -> dict[str, Callable[..., Any]]:
         "method_item": torch.Tensor.item,
         "method_tolist": torch.Tensor.tolist,
     }
-    conversions |= {"nb_int_impl": int, "nb_index_impl": operator.index, "nb_float_impl": float}
+    # Before torch 2.13 a conversion asked for the item.
+    slots = {"nb_int_impl": int, "nb_index_impl": operator.index, "nb_float_impl": float}
+    conversions |= {name: one for name, one in slots.items() if hasattr(TensorVariable, name)}
     return {**{name: answering(name, one) for name, one in conversions.items()}, "call_method": call_method}
 
 
