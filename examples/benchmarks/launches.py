@@ -28,8 +28,10 @@ from fxstream.io.inputs import inputs_of
 from fxstream.machine import speeds
 from fxstream.tools.model_spec import load
 
-PASSED = ("prim.device.default", "aten.detach.default", "aten.promote_types.default", "aten.empty.memory_format")
+PASSED = {"prim::device", "aten::detach", "aten::promote_types", "aten::empty", "aten::empty_like"}
 """Calls that launch nothing."""
+FILLS = {"aten::copy_", "aten::zeros_like", "aten::ones_like", "aten::zero_", "aten::fill_", "aten::new_zeros"}
+"""Calls that write their first tensor, or one like it, and do not read it."""
 
 
 class Calls(TorchDispatchMode):
@@ -41,8 +43,10 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        tensors = [t for t in pytree.tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
-        if tensors and not func.is_view and str(func) not in PASSED:
+        name = func._schema.name
+        read = args[1:] if name in FILLS else args
+        tensors = [t for t in pytree.tree_leaves((read, kwargs, result)) if isinstance(t, torch.Tensor)]
+        if tensors and not func.is_view and name not in PASSED:
             self.calls[str(func)] += 1
             self.bytes[str(func)] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return result

@@ -31,6 +31,8 @@ from fxstream.machine.meter import measure
 from fxstream.tools.zoo import build
 
 REPEATS = 3
+SLOW = 2.0
+"""Seconds of a step from which on it is measured once."""
 FIRST_CALL = 45.0
 """Seconds that a case is given at least, for its compilation may take as long."""
 
@@ -129,11 +131,13 @@ def cost_of(module: nn.Module, model: nn.Module, image: torch.Tensor, wide: bool
     step()
     synchronize(device)
     first = time.perf_counter() - start
-    peak = measure(step, device).peak_bytes
-    seconds = [measure(step, device).seconds if device.type != "cpu" else timed(step) for _ in range(REPEATS)]
+    measured = measure(step, device)
+    seconds = [measured.seconds]
+    while len(seconds) < REPEATS and measured.seconds < SLOW:
+        seconds.append(measure(step, device).seconds if device.type != "cpu" else timed(step))
     model.zero_grad(set_to_none=True)
     release_cached()
-    return Cost(1000 * statistics.median(seconds), peak, first)
+    return Cost(1000 * statistics.median(seconds), measured.peak_bytes, first)
 
 
 def timed(step: Callable[[], None]) -> float:

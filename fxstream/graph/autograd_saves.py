@@ -148,12 +148,14 @@ def in_place_variant(target: Any) -> torch._ops.OpOverload | None:
 
 
 def may_reuse(graph: TypedGraph, name: str) -> bool:
-    """Whether an operator may take over its input's memory: nothing else reads that and no backward needs it."""
+    """Whether an operator may take over its first input's memory: nothing else reads that, no backward needs it."""
     node = graph[name]
     inputs = node.node.all_input_nodes
-    if node.saves is None or node.saves.inputs or len(inputs) != 1 or in_place_variant(node.node.target) is None:
+    if node.saves is None or node.saves.inputs or not inputs or in_place_variant(node.node.target) is None:
         return False
     producer = graph[inputs[0].name]
+    if [value.shape for value in producer.values] != [value.shape for value in node.values]:
+        return False
     types = {value.dtype for one in (node, producer) if not one.is_tuple for value in one.values}
     is_new = producer.saves is not None and producer.saves.views is None and not producer.saves.result
     is_only = inputs[0] is node.node.args[0] and len(inputs[0].users) == 1

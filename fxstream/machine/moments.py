@@ -5,7 +5,7 @@ NOTE [the kernels]
    reads each format as it is), in at least 32 bits. On the CPU that operator is slow where channels are not the
    innermost dim: there it is a mean and a mean of squared distances.
 2. The backward of moments is an affine map of the input per channel: the batch norm kernel with statistics given.
-3. That operator has no form for tensors without values, by which shapes are found.
+3. That operator has no form for tensors without values, by which shapes are found: there it is one of torch's.
 4. Between tiles means and variances are combined with the term between them (Chan, Golub, LeVeque, "Updating
    formulae and a pairwise algorithm for computing sample variances", 1979).
 """
@@ -40,7 +40,7 @@ def _mean_variance(tensor: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor,
         mean, variance = torch.ops.aten.batch_norm_update_stats(tensor, None, None, 0.0)
         return mean.view(channels), variance.view(channels)
     tensor = wide(tensor)
-    if not is_host:
+    if not is_host or not has_values(tensor):
         variance, mean = torch.var_mean(tensor, dims, correction=0, keepdim=True)
         return mean, variance
     # Some channels at a time, so that the distances do not take the memory of another map.

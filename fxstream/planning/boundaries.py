@@ -51,6 +51,10 @@ class Context(Protocol):
         """The results that are written elsewhere."""
 
     @property
+    def is_part(self) -> bool:
+        """Whether the graph is a segment's, of whose results the gradients are counted elsewhere."""
+
+    @property
     def memo(self) -> MemoOfStructure:
         """What was made at other sizes."""
 
@@ -173,9 +177,16 @@ def _crossing(
             len(spans) if graph.is_result(name) else max(others),
             tuple(holders.get(name, ())),
             is_new and exists,
-            is_new and (graph[name].has_gradient if made >= 0 else name in context.differentiated),
+            is_new and _has_gradient(context, name, made),
             graph.is_result(name),
         )
+
+
+def _has_gradient(context: Context, name: str, made: int) -> bool:
+    """Whether a gradient of a value is counted here."""
+    if made < 0:
+        return name in context.differentiated
+    return context.graph[name].has_gradient and not (context.is_part and context.graph.is_result(name))
 
 
 def _readers_and_holders(

@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fxstream.errors import InputError
 
@@ -37,18 +38,36 @@ class DecidedSpan:
     """A span of operators, from `first` to `last` in the order of their region, by the names of their nodes.
 
     `tiles` are the pixels of the finest output of a tile along each axis, for each sweep over the span; empty
-    where it runs whole, None where the tile that the user gave decides.
+    where it runs whole, None where the tile that the user gave decides. `parts` are those of its recomputation.
     """
 
     first: str
     last: str
     tiles: tuple[tuple[int, ...], ...] | None
+    parts: tuple[DecidedSpan, ...] = ()
+
+    def with_smaller_tiles(self, factor: float) -> DecidedSpan:
+        """The same span in tiles of less pixels along each axis."""
+        tiles = tuple(tuple(max(1, round(n * factor)) for n in tile) for tile in self.tiles or ())
+        return replace(self, tiles=tiles, parts=tuple(part.with_smaller_tiles(factor) for part in self.parts))
+
+    def to_json(self) -> list[object]:
+        """The span as what JSON can hold."""
+        return [self.first, self.last, self.tiles, [part.to_json() for part in self.parts]]
+
+    @classmethod
+    def from_json(cls, read: Sequence[Any]) -> DecidedSpan:
+        """The span that `to_json` made; plans of earlier versions have no parts."""
+        first, last, tiles, *parts = read
+        return cls(str(first), str(last), _tiles(tiles), tuple(cls.from_json(one) for one in (*parts, [])[0]))
 
     def __str__(self) -> str:
         if self.tiles is None:
             return f"{self.first} .. {self.last}"
         sizes = ", ".join("x".join(map(str, tile)) for tile in self.tiles)
-        return f"{self.first} .. {self.last}, {f'tiles of {sizes} pixels of its result' if sizes else 'whole'}"
+        parts = f", recomputed in parts ({'; '.join(map(str, self.parts))})" if self.parts else ""
+        how = f"tiles of {sizes} pixels of its result" if sizes else f"whole{parts}"
+        return f"{self.first} .. {self.last}, {how}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,24 +84,19 @@ class Decision:
 
     def with_smaller_tiles(self, factor: float) -> Decision:
         """The same spans in tiles of less pixels along each axis."""
-        spans = (
-            replace(one, tiles=tuple(tuple(max(1, round(n * factor)) for n in tile) for tile in one.tiles or ()))
-            for one in self.spans
-        )
-        return replace(self, spans=tuple(spans))
+        return replace(self, spans=tuple(one.with_smaller_tiles(factor) for one in self.spans))
 
     def to_json(self) -> str:
         """The decision as text, for `from_json` in another process."""
-        spans = [[span.first, span.last, span.tiles] for span in self.spans]
-        return json.dumps({"offload": self.offload, "spans": spans})
+        return json.dumps({"offload": self.offload, "spans": [span.to_json() for span in self.spans]})
 
     @classmethod
     def from_json(cls, text: str) -> Decision:
         """The decision that `to_json` wrote. Raises `InputError` for any other text."""
         try:
             read = json.loads(text)
-            spans = (DecidedSpan(str(first), str(last), _tiles(tiles)) for first, last, tiles in read["spans"])
-            return cls(tuple(spans), bool(read["offload"]))
+            spans = tuple(DecidedSpan.from_json(span) for span in read["spans"])
+            return cls(spans, bool(read["offload"]))
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
                 f"a plan is the text that Decision.to_json wrote; found {text[:40]!r}: {error}"

@@ -106,7 +106,9 @@ class CostContext:
     `differentiated` are the images whose gradient is asked for, `training` says whether there is a backward at
     all. `outside` are images that are not in the device's memory, of which segments read boxes, `written` results
     that a segment writes elsewhere tile by tile. `ranks` share the tiles; seconds and kept tiles are those of one.
-    With `offload` boundaries lie in host memory. `memo` has what was made of the same network at other sizes.
+    With `offload` boundaries lie in host memory. The graph may be that of a segment whose recomputation runs in
+    parts (`is_part`); its results have gradients from outside. `memo` has what was made of the same network at
+    other sizes.
     """
 
     graph: TypedGraph
@@ -118,6 +120,22 @@ class CostContext:
     ranks: int = 1
     offload: bool = False
     memo: MemoOfStructure = field(default_factory=MemoOfStructure)
+    is_part: bool = False
+
+    def of_parts(self, plan: SegmentPlan) -> CostContext:
+        """The context of the recomputation of a segment in parts, with its backward."""
+        inputs = (one for one in plan.segment.inputs if self.graph[one].saves is not None)
+        differentiated = frozenset(one for one in inputs if self.graph[one].has_gradient)
+        return replace(
+            self,
+            graph=plan.segment.graph,
+            differentiated=differentiated | self.differentiated.intersection(plan.segment.inputs),
+            outside=frozenset(),
+            written=frozenset(name for part in plan.parts if part.skips for name in part.segment.outputs),
+            ranks=1,
+            offload=False,
+            is_part=True,
+        )
 
     def costs(self, graph: TypedGraph, nodes: Sequence[str], plain: bool = False) -> Costs:
         """The costs of a run of operators, at whatever size they were first asked for."""
@@ -155,7 +173,15 @@ class Estimator:
     def __init__(self, context: CostContext, plans: Sequence[SegmentPlan]) -> None:
         self._context = context
         self._offloaded = offloadable(context.graph, plans) if context.offload else frozenset[str]()
-        self._units = units_of(context, plans, self._offloaded)
+        in_parts = {plan.segment.name: plan for plan in plans if plan.parts and context.training}
+        self._units = [
+            _recomputed_in_parts(context, unit, in_parts[unit.name]) if unit.name in in_parts else unit
+            for unit in units_of(context, plans, self._offloaded)
+        ]
+
+    def __len__(self) -> int:
+        """How many units there are."""
+        return len(self._units)
 
     def steps(self, kept: Mapping[str, int]) -> Iterator[tuple[str, Step, float]]:
         """The name of the unit, the bytes and the seconds of every step, forward and then backward.
@@ -250,6 +276,16 @@ class Estimator:
         if unit.holds <= 0:
             return unit.tiles if left >= 0 else 0
         return max(0, min(unit.tiles, math.floor(left / unit.holds) * self._context.ranks))
+
+
+def _recomputed_in_parts(context: CostContext, unit: Unit, plan: SegmentPlan) -> Unit:
+    """What a unit needs whose recomputation, with its backward, is itself a sequence of units."""
+    parts, skipped = Estimator(context.of_parts(plan), plan.parts), {p.segment.name for p in plan.parts if p.skips}
+    steps = list(parts.steps({part.segment.name: 0 for part in plan.parts}))
+    passed = {i for i in range(len(parts)) if steps[i][0] in skipped}
+    seconds = sum(spent for i, (*_, spent) in enumerate(steps) if i not in passed)
+    peak = float(max(step.bytes for i, (_, step, _) in enumerate(steps) if i not in passed))
+    return replace(unit, backward=peak, backward_seconds=seconds - unit.forward_seconds)
 
 
 def predict(context: CostContext, plans: Sequence[SegmentPlan]) -> Prediction:

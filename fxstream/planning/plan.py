@@ -26,11 +26,11 @@ from fxstream.machine.speeds import Machine
 from fxstream.machine.units import bytes_text
 from fxstream.planning.decision import DecidedSpan, Decision, Decisions
 from fxstream.planning.estimate import CostContext, Prediction, predict
-from fxstream.planning.memory_region import memory_searches
+from fxstream.planning.regions.memory_region import Kind, memory_searches
 from fxstream.planning.partition import FEW_SWEEPS
 from fxstream.planning.search import Search, Span, State
 from fxstream.planning.spans import Ran, check_is_of, decided_spans, kept_within, made_to_fit, segments_of
-from fxstream.planning.tile_region import spans_within_tile
+from fxstream.planning.regions.tile_region import spans_within_tile
 from fxstream.tiling.parts import parts_before, streamable_parts, worthwhile
 from fxstream.tiling.request import Request
 from fxstream.tiling.reuse import reuse_memory
@@ -42,6 +42,8 @@ __all__ = ["Plan", "SegmentPlan", "make_plan"]
 CPU = torch.device("cpu")
 MANY_SWEEPS = 16
 """Sweeps over a span where boundaries enough to do with few do not fit."""
+SLOW = 1.4
+"""Over the plain network's time; a slower plan is compared with those whose checkpoints are recomputed in parts."""
 FASTER = 0.8
 """Where the plain network fits too, a plan is chosen that is predicted to take less than this part of its time."""
 LESS = (0.0, 0.0, 0.02, 0.04, 0.08, 0.16, 0.32)
@@ -263,26 +265,47 @@ def _within_memory(context: CostContext, request: Request, memory: int, near: Se
     fits = plain.prediction.bytes <= memory and request.segments is None
     if fits and not _may_be_faster(context, plain.prediction):
         return plain
-    parts = _parts(context, request)
-    for search in memory_searches(context, parts, request, _most_sweeps(context.graph), near):
-        fitting = _fitting(context, search, request, memory)
-        if fitting is not None:
-            return plain if fits and fitting.prediction.seconds >= FASTER * plain.prediction.seconds else fitting
-        smallest = search.smallest()
-        assert smallest is not None, "everything may stay dense"
-        ran = _predicted(context, request, smallest)
-        if ran.prediction.bytes <= memory:
-            return ran
-        least = ran.prediction.bytes
-        least = least if request.segments is not None else min(plain.prediction.bytes, least)
-        error = _too_little(context, memory, least, smallest.binding)
-    raise error
+    best, searches = None, memory_searches(context, _parts(context, request), request, _kinds(context, request), near)
+    for search in searches:
+        try:
+            ran = _searched_by(search, context, request, memory)
+        except PlanError as failure:
+            error = failure
+            continue
+        best = min(best or ran, ran, key=lambda one: one.prediction.seconds)
+        if ran is not best or best.prediction.seconds <= SLOW * plain.prediction.seconds:
+            break
+    if best is None:
+        raise error
+    return plain if fits and best.prediction.seconds >= FASTER * plain.prediction.seconds else best
 
 
-def _most_sweeps(graph: TypedGraph) -> list[int]:
-    """How many sweeps a span may have, and how many where nothing fits with those."""
-    stages = max((node.stage for node in graph.nodes.values()), default=0) + 1
-    return [FEW_SWEEPS, MANY_SWEEPS] if stages > FEW_SWEEPS else [FEW_SWEEPS]
+def _searched_by(search: Search, context: CostContext, request: Request, memory: int) -> Ran:
+    """The fastest plan of a search within the memory, or the smallest. Raises `PlanError` where that needs more."""
+    fitting = _fitting(context, search, request, memory)
+    if fitting is not None:
+        return fitting
+    smallest = search.smallest()
+    assert smallest is not None, "everything may stay dense"
+    ran = _predicted(context, request, smallest)
+    if ran.prediction.bytes <= memory:
+        return ran
+    plain = predict(context, ())
+    least = ran.prediction.bytes
+    least = least if request.segments is not None else min(plain.bytes, least)
+    raise _too_little(context, memory, least, smallest.binding)
+
+
+def _kinds(context: CostContext, request: Request) -> list[Kind]:
+    """What is searched: first with few sweeps over a span, then with checkpoints in parts, then with many sweeps.
+
+    What comes later is for plans that are slow, or where nothing fits.
+    """
+    stages = max((node.stage for node in context.graph.nodes.values()), default=0) + 1
+    kinds = [Kind(FEW_SWEEPS)]
+    if context.training and request.segments is None:
+        kinds.append(Kind(FEW_SWEEPS, is_nested=True))
+    return [*kinds, replace(kinds[-1], most_sweeps=MANY_SWEEPS)] if stages > FEW_SWEEPS else kinds
 
 
 def _predicted(context: CostContext, request: Request, state: State) -> Ran:

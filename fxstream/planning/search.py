@@ -29,11 +29,20 @@ MOST_STATES = 40
 class Span:
     """A span that is streamed, and its number of tiles along each axis.
 
-    It runs whole, as one checkpoint, where `counts` is empty; None leaves them to the tile.
+    It runs whole, as one checkpoint, where `counts` is empty; None leaves them to the tile, or to `tiles`, the
+    pixels of the finest output along each axis for each sweep. The recomputation of a checkpoint may be streamed
+    in `parts`, with the operators between them recorded.
     """
 
     nodes: tuple[str, ...]
     counts: tuple[int, ...] | None = None
+    parts: tuple[Span, ...] = ()
+    tiles: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it runs whole."""
+        return self.counts == ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,8 @@ class Unit:
 def units_of(context: Context, plans: Sequence[SegmentPlan], offloaded: frozenset[str]) -> list[Unit]:
     """What every unit of a plan needs, in the order in which they run."""
     segments = tuple((plan.segment.name, plan.segment.graph.graph, bool(plan.axes)) for plan in plans)
-    key = ("layout", segments, offloaded, context.differentiated, context.outside, context.written)
+    sets = context.differentiated, context.outside, context.written
+    key = ("layout", context.graph.graph, segments, offloaded, *sets, context.is_part)
     layout = context.memo.get(key, lambda: laid_out(context, plans, offloaded))
     planned: dict[str | None, SegmentPlan] = {plan.segment.name: plan for plan in plans}
     of_units = [planned.get(name) for _, name in layout.units]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -21,7 +22,8 @@ class Accumulator:
     """One sum per input that asks for a gradient; parameters of less than 32 bits are summed in float32.
 
     `add` either happens or does not, so that one that runs out of memory can be repeated; so can `add_all`, with
-    what it left in its list.
+    what it left in its list. The gradient of an input that the boxes of all tiles partition is written box by box,
+    and not summed; `reads` are these boxes, of each tile.
     """
 
     def __init__(
@@ -30,9 +32,16 @@ class Accumulator:
         whole: Sequence[torch.Tensor],
         needs_grad: Sequence[bool],
         is_single: bool,
+        reads: Sequence[tuple[Subscript, ...]] = (),
     ) -> None:
         self._inputs, self._needs_grad, self._is_single = (*spatial, *whole), needs_grad, is_single
         self._sums: list[torch.Tensor | None] = [None] * len(self._inputs)
+        boxes = [[read[i] for read in reads] for i in range(len(spatial))]
+        self._unwritten = [
+            {_bounds(box): box for box in of_input} if _is_partition(of_input, tuple(image.shape)) else {}
+            for image, of_input in zip(spatial, boxes, strict=True)
+        ]
+        """The boxes of each spatial input that are yet to be written."""
 
     def add_all(self, contributions: list[Contribution]) -> None:
         """Accumulate what one tile adds; what is accumulated leaves the list. Sums that exist take one call."""
@@ -64,9 +73,21 @@ class Accumulator:
         if self._is_single and gradient.shape == image.shape:
             self._sums[index] = to_device(gradient, image.device)
             return
+        unwritten = self._unwritten[index]
         if total is None:
-            total = self._sums[index] = torch.zeros_like(image)
+            total = self._sums[index] = torch.empty_like(image) if unwritten else torch.zeros_like(image)
+        if unwritten.pop(_bounds(box), None) is not None:
+            total[box].copy_(gradient)
+            return
+        self._clear(index)
         total[box].add_(to_device(gradient, total.device))
+
+    def _clear(self, index: int) -> None:
+        """Zeros in the boxes that are yet to be written."""
+        total, unwritten = self._sums[index], self._unwritten[index]
+        while total is not None and unwritten:
+            total[next(iter(unwritten.values()))].zero_()
+            unwritten.pop(next(iter(unwritten)))
 
     def _add_whole(self, index: int, gradient: torch.Tensor) -> None:
         total = self._sums[index]
@@ -80,8 +101,33 @@ class Accumulator:
 
     def gradients(self, ranks: Ranks | None = None) -> list[torch.Tensor | None]:
         """The sums, over all ranks, in the type of their input; None where nothing was asked for or flowed."""
+        for index in range(len(self._unwritten)):
+            self._clear(index)
         sums = self._sums if ranks is None else ranks.add_up(self._sums, self._inputs)
         return [
             total.to(tensor.dtype) if needed and total is not None else None
             for tensor, needed, total in zip(self._inputs, self._needs_grad, sums, strict=True)
         ]
+
+
+def _bounds(box: Subscript) -> tuple[tuple[int | None, int | None], ...]:
+    return tuple((part.start, part.stop) for part in box)
+
+
+def _is_partition(boxes: Sequence[Subscript], shape: tuple[int, ...]) -> bool:
+    """Whether boxes, which are products of intervals along each dim, cover a tensor, and each element once.
+
+    >>> halves = [(slice(0, 2),), (slice(2, 4),)]
+    >>> _is_partition(halves, (4,)), _is_partition(halves, (5,)), _is_partition([halves[0], (slice(1, 4),)], (4,))
+    (True, False, False)
+    """
+    intervals = [{part.indices(size)[:2] for part in along} for along, size in zip(zip(*boxes), shape)]
+    count = math.prod(map(len, intervals))
+    return count == len(boxes) > 1 and all(map(_is_split, intervals, shape))
+
+
+def _is_split(intervals: Collection[tuple[int, int]], size: int) -> bool:
+    """Whether intervals follow one another from 0 up to a size."""
+    ordered = sorted(intervals)
+    ends = [0, *(stop for _, stop in ordered)]
+    return ends[-1] == size and [start for start, _ in ordered] == ends[:-1]

@@ -33,7 +33,8 @@ class Backward:
         self._stream, self._needs_grad, self._dtypes = stream, needs_grad, dtypes
         self._inputs = Inputs.of(stream, tensors)
         is_single = len(stream.schedule.tasks) == 1 and stream.ranks is None
-        self._sums = Accumulator(self._inputs.spatial, self._inputs.whole, needs_grad, is_single)
+        reads = [] if stream.ranks is not None else [task.reads for task in stream.schedule.tasks]
+        self._sums = Accumulator(self._inputs.spatial, self._inputs.whole, needs_grad, is_single, reads)
         self._all_runs: list[TileRun] = []
         self._others: OtherRows = {}
         self._of_reductions: dict[int, torch.Tensor] = {}

@@ -52,6 +52,8 @@ class Forward:
     def run(self) -> tuple[torch.Tensor, ...]:
         """The whole outputs; `runs` then has what the tiles leave for backward."""
         stream = self._stream
+        if stream.plan.skips:
+            return self._skip()
         self._outputs |= {k: torch.empty(0) for k in stream.sinks}
         for turn in range(stream.turns):
             tasks = [task for task in stream.schedule.tasks if task.turn == turn and not self._is_written(task)]
@@ -63,6 +65,14 @@ class Forward:
             before, after = self.others.get(k, ([], []))
             self._outputs[k] = retried(stream, combined, stream, k, [*before, *rows_of(self.runs, k), *after])
         return tuple(output for _, output in sorted(self._outputs.items()))
+
+    def _skip(self) -> tuple[torch.Tensor, ...]:
+        """Zeros without memory in the place of outputs of which nothing but the gradient is asked for."""
+        self.runs = [TileRun(task, {}) for task in self._stream.schedule.tasks]
+        return tuple(
+            torch.zeros((), dtype=value.dtype, device=self._inputs.device).expand(value.shape)
+            for value in self._stream.outputs
+        )
 
     def _run_tiles(self, tasks: list[TileTask]) -> None:
         stream, device, done = self._stream, self._inputs.device, 0

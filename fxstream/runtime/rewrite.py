@@ -20,9 +20,12 @@ from fxstream.planning.plan import Plan
 from fxstream.runtime.ranks import Ranks
 from fxstream.runtime.schedule import Stream, Watch, build_stream
 from fxstream.runtime.tile_loop import stream_map
+from fxstream.runtime.tile_program import whole_in_segment
 from fxstream.tiling.fuse import folded_weights
 from fxstream.tiling.order import execution_order
+from fxstream.tiling.reuse import uncomputed_convolution
 from fxstream.tiling.segment import Fusion, Segment
+from fxstream.tiling.segment_plan import SegmentPlan
 from fxstream.tiling.templates import MemoOfStructure
 
 __all__ = ["StreamedSegment", "read_whole", "rewrite", "with_sinks"]
@@ -66,10 +69,7 @@ def rewrite(
     labels = _labels(captured)
     options: dict[str, Any] = {"compile_tiles": compile_tiles, "ranks": ranks, "watch": watch}
     options |= {"offloaded": plan.offloaded, "memo": memo}
-    modules: dict[str, nn.Module] = {}
-    for part in plan.segments:
-        inputs = tuple(labels.get(one, one) for one in part.segment.inputs)
-        modules[part.segment.name] = StreamedSegment(build_stream(part, inputs, **options))
+    modules = _streamed(plan.segments, labels, options)
     segments = [part.segment for part in plan.segments]
     sizes = _sizes(typed)
     key = ("rewritten", tuple((segment.name, segment.graph.graph) for segment in segments))
@@ -78,6 +78,31 @@ def rewrite(
         by_sizes.clear()
         by_sizes[sizes] = _rewritten(captured, typed, segments)
     return _with_segments(by_sizes[sizes], modules)
+
+
+def _streamed(
+    plans: Sequence[SegmentPlan], labels: Mapping[str, str], options: dict[str, Any]
+) -> dict[str, nn.Module]:
+    """The segments as modules, by name; `labels` are the user's names of inputs."""
+    modules: dict[str, nn.Module] = {}
+    for plan in plans:
+        inputs = tuple(labels.get(one, one) for one in plan.segment.inputs)
+        again = _in_parts(plan, labels, options) if plan.parts else None
+        modules[plan.segment.name] = StreamedSegment(build_stream(plan, inputs, again=again, **options))
+    return modules
+
+
+def _in_parts(plan: SegmentPlan, labels: Mapping[str, str], options: dict[str, Any]) -> fx.GraphModule:
+    """The recomputation of a segment that runs whole: its parts as segments, recorded operators between them."""
+    segment, typed = plan.segment, plan.segment.graph
+    graph = fx.Graph()
+    env = {name: graph.placeholder(name) for name in segment.inputs}
+    modules = _streamed(plan.parts, labels, options)
+    _write_all(graph, env, typed, [part.segment for part in plan.parts], segment.outputs)
+    graph.output(tuple(env[name] for name in segment.outputs))
+    graph.lint()
+    root = attributes_of(graph, typed.graph.owning_module) | modules
+    return fx.GraphModule(root, graph, f"{segment.name}_in_parts")
 
 
 def _sizes(typed: TypedGraph) -> Hashable:
@@ -97,12 +122,28 @@ def _with_segments(made: fx.GraphModule, modules: Mapping[str, nn.Module]) -> fx
 
 def _rewritten(captured: Captured, typed: TypedGraph, segments: Sequence[Segment]) -> fx.GraphModule:
     """The rewritten graph, of which the segments are still empty modules."""
-    named = {segment.name: segment for segment in segments}
     graph = fx.Graph()
-    env: dict[str, fx.Node] = {}
-    order = execution_order(typed, segments)
+    _write_all(graph, {}, typed, segments)
+    graph.lint()
+    root = attributes_of(graph, captured.module) | {segment.name: nn.Module() for segment in segments}
+    return fx.GraphModule(root, graph, "Streamed")
+
+
+def _write_all(
+    graph: fx.Graph,
+    env: dict[str, fx.Node],
+    typed: TypedGraph,
+    segments: Sequence[Segment],
+    outputs: Collection[str] | None = None,
+) -> None:
+    """Write segments and the dense operators around them; `env` may have some, and gets all.
+
+    In the graph of a segment, which has these `outputs`, no running statistics are updated.
+    """
+    named = {segment.name: segment for segment in segments}
+    order = [name for name in execution_order(typed, segments) if name not in env]
     dense = {name for name in order if name not in named}
-    replaced = _write_wholes(typed, dense)
+    replaced = _write_wholes(typed, dense, outputs)
     for name in order:
         if name in dense:
             replaced.get(name, _copy)(graph, env, typed, name)
@@ -112,16 +153,18 @@ def _rewritten(captured: Captured, typed: TypedGraph, segments: Sequence[Segment
         _call_segment(graph, env, named[name])
     for name in sorted(dense.intersection(env)):
         _reuse_input(env, typed, name, dense)
-    graph.lint()
-    root = attributes_of(graph, captured.module) | {name: nn.Module() for name in named}
-    return fx.GraphModule(root, graph, "Streamed")
 
 
-def _write_wholes(typed: TypedGraph, dense: Collection[str]) -> dict[str, Write]:
+def _write_wholes(
+    typed: TypedGraph, dense: Collection[str], outputs: Collection[str] | None
+) -> dict[str, Write]:
     """What is written in the place of the nodes of normalisations that run whole."""
     writes: dict[str, Write] = {}
     for moments, whole in runs_whole(typed, dense).items():
         writes |= dict.fromkeys(whole.inside, _write_nothing)
+        if outputs is not None:
+            writes[moments] = functools.partial(whole_in_segment, whole, outputs)
+            continue
         if whole.updates_alone(typed):
             updates = [user for user in typed[moments].node.users if user.name not in whole.inside]
             updates += [last for user in updates for last in user.users]
@@ -217,6 +260,7 @@ def _call_segment(graph: fx.Graph, env: dict[str, fx.Node], segment: Segment) ->
 def _copy(graph: fx.Graph, env: dict[str, fx.Node], typed: TypedGraph, name: str) -> None:
     node = typed[name].node
     args, kwargs = fx.node.map_arg(typed.arguments(node), lambda one: env[one.name])
-    new = graph.create_node(node.op, node.target, args, kwargs, name=node.name, type_expr=node.type)
+    target = uncomputed_convolution if typed[name].skips else node.target
+    new = graph.create_node(node.op, target, args, kwargs, name=node.name, type_expr=node.type)
     new.meta = dict(node.meta)
     env[node.name] = new

@@ -22,7 +22,7 @@ from fxstream.io.sink import Sink
 from fxstream.rules import Reduced, Value
 from fxstream.rules.access import Lookup
 from fxstream.runtime.ranks import Ranks, assigned, together
-from fxstream.runtime.tile_program import TileProgram, constants_of, tile_program, whole_program
+from fxstream.runtime.tile_program import Program, TileProgram, constants_of, tile_program, whole_program
 from fxstream.runtime.turns import bands, turns
 from fxstream.tiling.bounds import AxisTile, BoundsPass, lookups
 from fxstream.tiling.segment import gradient_sources
@@ -99,8 +99,15 @@ class Schedule:
     whoever runs them.
     """
 
-    def __init__(self, plan: SegmentPlan, compile_tiles: bool, memo: MemoOfStructure | None = None) -> None:
+    def __init__(
+        self,
+        plan: SegmentPlan,
+        compile_tiles: bool,
+        memo: MemoOfStructure | None = None,
+        again: Program | None = None,
+    ) -> None:
         self._segment = segment = plan.segment
+        self._again = again
         key = ("programs", segment.graph.graph, constants_of(segment), compile_tiles)
         self._of_all_sizes = (memo or MemoOfStructure()).get(key, lambda: Programs(compile_tiles))
         self._along: list[dict[int, tuple[AxisTile, int]]] = [{} for _ in plan.axes]
@@ -126,7 +133,8 @@ class Schedule:
             recomputed = plan.tile_count - plan.kept
             return tuple(self.task(tile, i >= recomputed) for i, tile in enumerate(plan.tiles()))
         reads, outputs = ((slice(None),),) * len(plan.segment.spatial), len(plan.segment.outputs)
-        number = self._add(self._of_all_sizes.get((), lambda: whole_program(plan.segment)))
+        program = self._of_all_sizes.get((), lambda: whole_program(plan.segment))
+        number = self._add(program if self._again is None else replace(program, recomputation=self._again))
         return (TileTask(number, reads, ((),) * outputs, (1,) * outputs, plan.kept > 0),)
 
     @property
@@ -292,13 +300,14 @@ def build_stream(
     watch: Watch | None = None,
     offloaded: frozenset[str] = frozenset(),
     memo: MemoOfStructure | None = None,
+    again: Program | None = None,
 ) -> Stream:
     """The programs and the schedule of a planned segment.
 
     Where `ranks` share the tiles, a segment that runs whole runs on all of them alike. `memo` has the programs
-    that were made at other sizes.
+    that were made at other sizes, `again` is what is run for the backward of one that is recomputed in parts.
     """
-    segment, schedule = plan.segment, Schedule(plan, compile_tiles, memo)
+    segment, schedule = plan.segment, Schedule(plan, compile_tiles, memo, again)
     patterns = enumerate(segment.graph[output].pattern for output in segment.outputs if plan.axes)
     planned: tuple[tuple[TileTask, ...], ...] = ()
     if ranks is not None and plan.axes:

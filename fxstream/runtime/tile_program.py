@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 from fxstream.errors import StreamError
 from fxstream.graph.autograd_saves import in_place_variant
 from fxstream.graph.nodes import attributes_of, bind_to, call_with, trace_of
-from fxstream.graph.typed_graph import TypedNode
+from fxstream.graph.typed_graph import TypedGraph, TypedNode
 from fxstream.lowering.whole import Whole, result_of, runs_whole
 from fxstream.rules import Border, Read, Table
 from fxstream.tiling.bounds import AxisStep, AxisTile, Crop, CropPad, lookups
@@ -28,7 +28,7 @@ from fxstream.tiling.own_padding import own_padding
 from fxstream.tiling.reuse import uncomputed_convolution
 from fxstream.tiling.segment import Segment
 
-__all__ = ["TileProgram", "constants_of", "tile_program", "whole_program"]
+__all__ = ["Program", "TileProgram", "constants_of", "tile_program", "whole_in_segment", "whole_program"]
 
 logger = logging.getLogger("fxstream")
 aten = torch.ops.aten
@@ -107,7 +107,7 @@ def whole_program(segment: Segment) -> TileProgram:
     for name in segment.nodes:
         node = segment.graph[name].node
         if name in wholes:
-            _write_whole(graph, env, wholes[name], segment)
+            whole_in_segment(wholes[name], segment.outputs, graph, env, segment.graph, name)
         elif name not in inside:
             args, kwargs = segment.graph.arguments(node)
             arguments = map_arg((args, kwargs), lambda n: env[n.name])
@@ -117,11 +117,17 @@ def whole_program(segment: Segment) -> TileProgram:
     return _finished(segment, graph, {env[name]: name for name in segment.nodes if name in env})
 
 
-def _write_whole(graph: fx.Graph, env: dict[str, fx.Node], whole: Whole, segment: Segment) -> None:
-    """A normalisation as the model has it, with the moments of the batch where something outside reads them."""
-    if whole.moments in segment.outputs:
-        written = whole.write_with_statistics(graph, env, segment.graph)
-        env[whole.result], env[whole.moments] = written
+def whole_in_segment(
+    whole: Whole,
+    outputs: Collection[str],
+    graph: fx.Graph,
+    env: dict[str, fx.Node],
+    typed: TypedGraph,
+    name: str,
+) -> None:
+    """Write a normalisation, whose moments are `name`, as the model has it, and these if they are an output."""
+    if name in outputs:
+        env[whole.result], env[name] = whole.write_with_statistics(graph, env, typed)
     else:
         env[whole.result] = whole.write(graph, env, running_mean=None, running_var=None)
 

@@ -27,6 +27,8 @@ class SegmentPlan:
     """A segment and its tiles: along each axis, and every combination of them; without axes it runs whole.
 
     The autograd graphs of the last `kept` tiles are saved from forward to backward, the others are recomputed.
+    The recomputation of what runs whole may be streamed in `parts`, which are segments of the segment's graph. A
+    part that `skips` its forward is one of whose results nothing but the gradient is asked for.
     """
 
     segment: Segment
@@ -35,6 +37,8 @@ class SegmentPlan:
     streamed_arithmetic: float
     overlap: float
     kept: int = 0
+    parts: tuple[SegmentPlan, ...] = ()
+    skips: bool = False
 
     @property
     def overhead(self) -> float:
@@ -67,7 +71,8 @@ class SegmentPlan:
         first, last = self.segment.ends
         name = f"{self.segment.name}: {first} .. {last} ({len(self.segment.covers)} nodes)"
         if not self.axes:
-            return f"{name}, whole, {'kept' if self.kept else 'recomputed'}"
+            parts = f" in {len(self.parts)} parts" if self.parts else ""
+            return f"{name}, whole, {'kept' if self.kept else f'recomputed{parts}'}"
         grid = " x ".join(str(len(tiles)) for tiles in self.axes)
         main, others = self.segment.spatial[0][0], len(self.segment.spatial) - 1
         reads = f"{'x'.join(map(str, self.largest(main)))} of `{main}`"
@@ -79,10 +84,10 @@ class SegmentPlan:
     __repr__ = __str__
 
 
-def plan_whole(segment: Segment) -> SegmentPlan:
-    """The plan of a segment that runs whole."""
+def plan_whole(segment: Segment, parts: tuple[SegmentPlan, ...] = ()) -> SegmentPlan:
+    """The plan of a segment that runs whole, and is recomputed in parts."""
     plain = sum(segment.graph[name].arithmetic for name in segment.nodes)
-    return SegmentPlan(segment, (), plain, plain, 0.0)
+    return SegmentPlan(segment, (), plain, plain, 0.0, parts=parts)
 
 
 def plan_lengths(segment: Segment, lengths: Sequence[int]) -> SegmentPlan:

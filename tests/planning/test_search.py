@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from fxstream.planning.grids import counts_up_to
+from fxstream.planning.regions.grids import counts_up_to
 from fxstream.planning.search import Option, Search, Span
 
 

@@ -12,6 +12,7 @@ NOTE [the options of a span]
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,14 +20,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from fxstream.planning.estimate import CostContext
-from fxstream.planning.grids import Grids, grids_of
-from fxstream.planning.region_costs import DenseRun, RegionCosts, SpanCosts, dense_option
+from fxstream.planning.regions.grids import Grids, grids_of
+from fxstream.planning.regions.nested import NestedRuns
+from fxstream.planning.regions.region_costs import DenseRun, RegionCosts, SpanCosts, dense_option
 from fxstream.planning.search import Option, Region, Search, Span
 from fxstream.tiling.parts import whole_segment
 from fxstream.tiling.request import Request
 from fxstream.tiling.segment import make_segment
 
-__all__ = ["MemoryRegion", "memory_searches"]
+__all__ = ["Kind", "MemoryRegion", "memory_searches"]
 
 MOST_POSITIONS = 16
 """Positions considered per region; their pairs are what planning time goes into."""
@@ -38,14 +40,14 @@ def memory_searches(
     context: CostContext,
     parts: Sequence[tuple[str, ...]],
     request: Request,
-    most_sweeps: Sequence[int],
+    kinds: Sequence[Kind],
     near: Sequence[Span] = (),
 ) -> Iterator[Search]:
-    """The searches of one network at one image size, for any budget in bytes.
+    """The searches of one network at one image size, for any budget in bytes, one of each kind.
 
-    `parts` are the nodes of the regions, in the order of the graph; `most_sweeps` is how often a span may be run
-    forward for the reductions on its way, in each search. They share what is computed. With the spans of another
-    size, `near`, only cuts where these have some are considered, and spans of one or two of theirs.
+    `parts` are the nodes of the regions, in the order of the graph. The searches share what is computed. With the
+    spans of another size, `near`, only cuts where these have some are considered, and spans of one or two of
+    theirs.
     """
     graph = context.graph
     inside = {name for part in parts for name in part}
@@ -57,15 +59,22 @@ def memory_searches(
             dense[sum(start < index[name] for start in starts)].append(name)
     regions: list[Region] = [DenseRun(context, dense[0])] if dense[0] else []
     for part, after in zip(parts, dense[1:], strict=True):
-        regions.append(MemoryRegion(context, part, request, most_sweeps[0], near))
+        regions.append(MemoryRegion(context, part, request, kinds[0], near))
         regions += [DenseRun(context, after)] if after else []
     results = (name for name in graph.costed if graph.is_result(name) and name not in context.written)
     count = request.segments if isinstance(request.segments, int) else None
     saved = float(sum(graph[name].bytes for name in results))
-    for most in most_sweeps:
-        yield Search(
-            [one.allowing(most) if isinstance(one, MemoryRegion) else one for one in regions], saved, count
-        )
+    for kind in kinds:
+        yield Search([one.of(kind) if isinstance(one, MemoryRegion) else one for one in regions], saved, count)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a search considers: how often a span may run forward for the reductions on its way, and whether the
+    recomputation of a span that runs whole may be cut into parts (`nested`)."""
+
+    most_sweeps: int
+    is_nested: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +101,14 @@ class MemoryRegion:
         context: CostContext,
         nodes: tuple[str, ...],
         request: Request,
-        most_sweeps: int,
+        kind: Kind,
         near: Sequence[Span] = (),
     ) -> None:
         graph = context.graph
         self._context, self._graph, self._training = context, graph, context.training
         self._sizes: dict[str, int] = {}
         self._costs = costs = RegionCosts(context, nodes)
-        self._most_sweeps = most_sweeps
+        self._kind = kind
         self._all_checkpoint = self._training and whole_segment(graph, "", nodes) is not None
         considered = _ends_of(costs, near) if near else _considered(costs, request)
         self.ends = sorted({*considered, len(nodes) - 1})
@@ -110,18 +119,29 @@ class MemoryRegion:
         read = {one for name in nodes for one in graph[name].inputs}
         self._image_gradients = self._bytes(*context.differentiated & read)
         self._grids: dict[int, Grids] = {}
+        self._starts: dict[tuple[int, int], list[int]] = {}
         self._options: dict[tuple[int, int], list[list[Option]]] = {}
+        self._wholes: dict[tuple[int, int], list[list[Option]]] = {}
+        self._nested: dict[tuple[int, int], list[Option]] = {}
         self._all_starts = [-1, *self.ends]
         self._seconds: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def starts(self, end: int) -> list[int]:
         """The positions where a span up to `end` may start."""
-        return self._costs.positions.starts(end, self.ends, self._most_sweeps)[-self._most_starts :]
+        few = self._starts_of_few(end)
+        return sorted({*few, *self._runs.starts(end)}) if self._kind.is_nested else few
 
-    def allowing(self, most_sweeps: int) -> MemoryRegion:
-        """The same region, with what is computed of it, whose spans may have so many sweeps."""
+    def _starts_of_few(self, end: int) -> list[int]:
+        """Where a span up to `end` with few enough sweeps may start."""
+        key = end, self._kind.most_sweeps
+        if key not in self._starts:
+            self._starts[key] = self._costs.positions.starts(end, self.ends, key[1])[-self._most_starts :]
+        return self._starts[key]
+
+    def of(self, kind: Kind) -> MemoryRegion:
+        """The same region, with what is computed of it, for a search of another kind."""
         region = copy.copy(self)
-        region._most_sweeps = most_sweeps
+        region._kind = kind
         return region
 
     def weights(self, start: int, end: int) -> float:
@@ -134,11 +154,49 @@ class MemoryRegion:
 
     def options(self, start: int, end: int) -> list[list[Option]]:
         """The dense graph, and the ways to stream the span, the fastest first."""
+        if self._kind.is_nested and (start, end) not in self._nested:
+            self._nested[start, end] = _worth_trying([*self._in_parts(start, end)])
+        nested = [self._nested[start, end]] if self._kind.is_nested else []
+        return [*self._flat(start, end), *nested]
+
+    def _flat(self, start: int, end: int) -> list[list[Option]]:
+        """The dense graph, and the ways to stream the span that are not nested, the fastest first."""
+        if start not in self._starts_of_few(end):
+            return self._whole(start, end)
         if (start, end) not in self._options:
             around, span = self._around(start, end), self._costs.streamed(start, end)
-            streamed = [*self._checkpoint(start, end, around), *self._tiled(start, end, around, span)]
-            self._options[start, end] = [[self._dense(start, end, around)], _worth_trying(streamed)]
+            dense, checkpoints = self._whole(start, end)
+            streamed = [*checkpoints, *self._tiled(start, end, around, span)]
+            self._options[start, end] = [dense, _worth_trying(streamed)]
         return self._options[start, end]
+
+    def _whole(self, start: int, end: int) -> list[list[Option]]:
+        """The span in the dense graph, and as one checkpoint."""
+        if (start, end) not in self._wholes:
+            around = self._around(start, end)
+            checkpoints = [*self._checkpoint(start, end, around)]
+            self._wholes[start, end] = [[self._dense(start, end, around)], checkpoints]
+        return self._wholes[start, end]
+
+    @functools.cached_property
+    def _runs(self) -> NestedRuns:
+        return NestedRuns(self, self._flat, [self._bytes(*self._live[end]) for end in self.ends])
+
+    def _in_parts(self, start: int, end: int) -> Iterator[Option]:
+        """The span as a checkpoint that is recomputed in parts; see the NOTE of `nested`."""
+        _, checkpoints = self._whole(start, end)
+        for checkpoint in checkpoints:
+            assert checkpoint.span is not None
+            forward = self._seconds_whole(start, end)[0]
+            for state in self._runs.states(start, end):
+                span = replace(checkpoint.span, parts=state.spans)
+                yield Option(span, state.peak, checkpoint.holds, forward + state.cost)
+
+    def _seconds_whole(self, start: int, end: int) -> tuple[float, float]:
+        """Seconds of a forward and a backward of a span that runs whole."""
+        ones = torch.ones(len(self._costs.nodes), dtype=torch.float64)
+        forward, backward = map(float, self._costs.streamed(start, end, is_whole=True).seconds(ones))
+        return forward, backward
 
     def _around(self, start: int, end: int) -> _Around:
         inputs, outputs = self._live[start], self._live[end]
@@ -205,7 +263,7 @@ class MemoryRegion:
         ones = torch.ones(len(self._costs.nodes), dtype=torch.float64)
         others = around.gradients + around.images + fetched + around.weights + around.folded
         span = self._costs.streamed(start, end, is_whole=True)
-        forward, backward = map(float, span.seconds(ones))
+        forward, backward = self._seconds_whole(start, end)
         holds = around.made + fetched + around.folded
         yield Option(Span(nodes, ()), float(span.peak(ones)) + others, holds, 2 * forward + backward)
 
@@ -297,8 +355,9 @@ def _considered(costs: RegionCosts, request: Request) -> list[int]:
 
 
 def _ends_of(costs: RegionCosts, spans: Sequence[Span]) -> set[int]:
-    """The positions in a region at which these spans, or what lies between them, end."""
-    inside = [span.nodes for span in spans if span.nodes[0] in costs.index]
+    """The positions in a region at which these spans and their parts, or what lies between them, end."""
+    every = [*spans, *(part for span in spans for part in span.parts)]
+    inside = [span.nodes for span in every if span.nodes[0] in costs.index]
     ends = {costs.index[nodes[-1]] for nodes in inside} | {costs.index[nodes[0]] - 1 for nodes in inside}
     return ends - {-1}
 
