@@ -52,7 +52,7 @@ class Context(Protocol):
 
     @property
     def is_part(self) -> bool:
-        """Whether the graph is a segment's, of whose results the gradients are counted elsewhere."""
+        """Whether the graph is a segment's: nobody holds its results, and their gradients are counted elsewhere."""
 
     @property
     def memo(self) -> MemoOfStructure:
@@ -95,6 +95,8 @@ class Boundaries:
         forward, backward, gradients = ([0.0] * (count + 2) for _ in range(3))
         self.last_of: dict[int, dict[str, float]] = {}
         """By the last unit that reads it, the bytes of each value's gradient."""
+        self.gradients_of: dict[int, dict[str, float]] = {}
+        """The same by the unit that makes it."""
         for value in layout.crossing:
             size = graph[value.name].bytes
             bytes_whole, gradient = size * value.exists, size * value.has_gradient
@@ -107,6 +109,7 @@ class Boundaries:
             _add(backward, 0 if value.is_result else max(first, first_holder), count, bytes_whole)
             _add(gradients, max(value.maker, 0), value.last + 1, gradient)
             self.last_of.setdefault(value.last, {})[value.name] = float(gradient)
+            self.gradients_of.setdefault(value.maker, {})[value.name] = float(gradient)
         self.there_forward, self.there_backward, self.gradients = (
             list(itertools.accumulate(changes)) for changes in (forward, backward, gradients)
         )
@@ -164,7 +167,8 @@ def _crossing(
     readers, holders = _readers_and_holders(graph, spans, costs)
     for name, made in maker.items():
         others = readers.get(name, set()) - {made}
-        if not others and not graph.is_result(name):
+        is_result = graph.is_result(name) and not context.is_part
+        if not others and not is_result:
             continue
         is_new = made < 0 or (not _is_view(graph, name) and name not in offloaded)
         if made >= 0:
@@ -174,11 +178,11 @@ def _crossing(
         yield _Crossing(
             name,
             made,
-            len(spans) if graph.is_result(name) else max(others),
+            len(spans) if is_result else max(others),
             tuple(holders.get(name, ())),
             is_new and exists,
             is_new and _has_gradient(context, name, made),
-            graph.is_result(name),
+            is_result,
         )
 
 

@@ -47,12 +47,20 @@ class Costs:
     """The costs of a run of operators, in the order of the graph; `part` gives those of a span of it.
 
     The operators take over their input's memory as the graph's passes found (`TypedNode.reuses`); with `plain`,
-    where the model calls them in place.
+    where the model calls them in place. In the graph of a segment (`is_segment`) nobody holds the results.
     """
 
-    def __init__(self, graph: TypedGraph, machine: Machine, nodes: Sequence[str], plain: bool = False) -> None:
+    def __init__(
+        self,
+        graph: TypedGraph,
+        machine: Machine,
+        nodes: Sequence[str],
+        plain: bool = False,
+        is_segment: bool = False,
+    ) -> None:
         self.machine = machine
         self.nodes = tuple(nodes)
+        self._is_segment = is_segment
         self.place = {name: i for i, name in enumerate(self.nodes)}
         self._graph, self._plain = graph, plain
         self.arithmetic = _vector(graph[name].macs / machine.rate(_dtype(graph[name])) for name in self.nodes)
@@ -64,6 +72,8 @@ class Costs:
         self._inputs, self._users, self._roots = self._edges()
         self.allocated = self._allocated()
         self.results, self.kept = self._results()
+        self.own_from: list[int] = []
+        """The place from which on in backward the gradient of a value that a node reads is memory of its own."""
         self.gradients, self.temporaries = self._gradients(), self._temporaries()
         self.wholes = self._normalisations()
         """The places of the results of normalisations that were taken apart, by those of their moments."""
@@ -94,14 +104,19 @@ class Costs:
         return [self._graph[name].extents for name in self.nodes]
 
     @functools.cached_property
-    def whole(self) -> Part:
-        """All operators, which run whole."""
+    def dense(self) -> Part:
+        """All operators, as the model has them."""
         return self.part(is_whole=True)
+
+    @functools.cached_property
+    def whole(self) -> Part:
+        """All operators, which run whole for their backward."""
+        return self.part(is_whole=True, releases=True)
 
     @functools.cached_property
     def tiled(self) -> Part:
         """All operators, on tiles."""
-        return self.part()
+        return self.part(releases=True)
 
     def seconds_each(
         self, shares: torch.Tensor, start: int = 0, stop: int | None = None, fused: Sequence[int] = ()
@@ -129,9 +144,11 @@ class Costs:
         slow = torch.where(of_span * self.largest[span] >= LARGE, machine.beyond, 1.0)
         return of_span * slow * each
 
-    def part(self, start: int = 0, stop: int | None = None, is_whole: bool = False) -> Part:
+    def part(
+        self, start: int = 0, stop: int | None = None, is_whole: bool = False, releases: bool = False
+    ) -> Part:
         """The operators from `start` up to, not including, `stop`, that run whole or on tiles."""
-        return Part(self, start, len(self.nodes) if stop is None else stop, is_whole)
+        return Part(self, start, len(self.nodes) if stop is None else stop, is_whole, releases)
 
     def _normalisations(self) -> dict[int, int]:
         results = {name: result_of(self._graph[name].node) for name in self.nodes}
@@ -182,7 +199,8 @@ class Costs:
 
     def _leaves(self, name: str) -> bool:
         """Whether a result is read outside of the run."""
-        return self._graph.is_read_outside(name, self.place)
+        inside = {**self.place, "output": -1} if self._is_segment else self.place
+        return self._graph.is_read_outside(name, inside)
 
     def _gradients(self) -> torch.Tensor:
         """Lifetimes of gradients as rows: owner, last reader, first value that has a view of it, bytes."""
@@ -192,6 +210,8 @@ class Costs:
             if len(users[i]) == 1 and self._saves(self.nodes[users[i][0]]).passes_on:
                 groups[i] = groups[users[i][0]]
             first[groups[i]] = min(first[groups[i]], i)
+        passes_on = (self._saves(name).passes_on for name in self.nodes)
+        self.own_from = [first[groups[i]] - 1 if is_view else i for i, is_view in enumerate(passes_on)]
         rows = []
         for i, name in enumerate(self.nodes):
             leaves = self._leaves(name)
@@ -243,10 +263,13 @@ class Costs:
 class Part:
     """A span of a run. Shares are a vector over the nodes of the whole run: what a tile holds of each.
 
-    Where it `is_whole` a normalisation is one operator (note 4).
+    Where it `is_whole` a normalisation is one operator (note 4). What it makes for others is theirs to hold where
+    it `releases` that when its forward has run.
     """
 
-    def __init__(self, costs: Costs, start: int, stop: int, is_whole: bool = False) -> None:
+    def __init__(
+        self, costs: Costs, start: int, stop: int, is_whole: bool = False, releases: bool = False
+    ) -> None:
         self.costs, self.start, self.stop = costs, start, stop
         self._fused = [m for m, r in costs.wholes.items() if start <= m and r < stop] if is_whole else []
         self.turn = stop - start
@@ -264,7 +287,7 @@ class Part:
         def step(places: torch.Tensor, of: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
             return torch.where(places < stop, of[(places - start).clamp(0, self.turn - 1)], otherwise)
 
-        read = step(results[:, 1], forward, never)
+        read = step(results[:, 1], forward, torch.tensor(self.turn - 1) if releases else never)
         kept_until = torch.maximum(read, step(results[:, 2], backward, torch.tensor(0)))
         self._results, self._read_until = results, read
         self._owner = torch.cat([results[:, 0], gradients[:, 0], temporaries[:, 0], weights])
@@ -298,8 +321,15 @@ class Part:
         amounts[..., self._scaled :] = self._bytes[self._scaled :]
         levels = self._levels(self._begin, self._until, amounts)
         for name, size in (outer or {}).items():
-            levels[..., 2 * self.turn - 1 - (self.costs.outer[name] - self.start) :] += size
+            levels[..., 2 * self.turn - 1 - self.place_from(self.costs.outer[name]) :] += size
         return levels
+
+    def place_from(self, reader: int) -> int:
+        """Where backward has come to when the gradient of a value that `reader` is the last to read is new memory.
+
+        Where the reader passes the gradient of its result on, that is when this one would be gone.
+        """
+        return max(-1, self.costs.own_from[reader] - self.start)
 
     def saved(self, shares: torch.Tensor) -> torch.Tensor:
         """Bytes that are there between that forward and its backward."""

@@ -140,7 +140,8 @@ class CostContext:
     def costs(self, graph: TypedGraph, nodes: Sequence[str], plain: bool = False) -> Costs:
         """The costs of a run of operators, at whatever size they were first asked for."""
         key = ("costs", graph.graph, tuple(nodes), plain, self.machine)
-        return self.memo.get(key, lambda: Costs(graph, self.machine, nodes, plain))
+        is_segment = self.is_part or graph is not self.graph
+        return self.memo.get(key, lambda: Costs(graph, self.machine, nodes, plain, is_segment))
 
     def dense(self, nodes: Sequence[str]) -> Costs:
         """The costs of a run of operators that runs as the model has it."""
@@ -159,7 +160,7 @@ class CostContext:
     def plain(self) -> tuple[int, float]:
         """Peak bytes and seconds of the plain network."""
         costs = self.costs(self.graph, self.graph.costed, plain=True)
-        part, shares = costs.whole, costs.shares(self.graph)
+        part, shares = costs.dense, costs.shares(self.graph)
         forward, backward = map(float, part.seconds(shares))
         images = sum(self.graph[name].bytes for name in self.outside)
         if self.training:

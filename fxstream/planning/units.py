@@ -98,7 +98,8 @@ class _Needs:
             forward=float((recorded[:turn] if plan is None and self._context.training else unrecorded).max()),
             forward_seconds=forward,
             there_backward=around.there_backward[k],
-            gradients=around.gradients[k] - of_last,  # at once: a sum over tiles exists all the while
+            # At once, where no sum over tiles exists all the while.
+            gradients=around.gradients[k] - of_last - sum(self._made().values()),
             backward=float(recorded.max()),
             pulled=float(recorded[turn:].max()) - saved,
             backward_seconds=backward,
@@ -109,7 +110,9 @@ class _Needs:
 
     def _part(self) -> Part:
         """The operators of the unit, which run whole or on tiles."""
-        return self._cost.whole if self._plan is None or not self._plan.axes else self._cost.tiled
+        if self._plan is None:
+            return self._cost.dense
+        return self._cost.tiled if self._plan.axes else self._cost.whole
 
     def _seconds(self, largest: torch.Tensor) -> tuple[float, float]:
         """Seconds of a forward and a backward of a tile, with its transfers; `largest` are its shares."""
@@ -133,7 +136,11 @@ class _Needs:
         part, plan = self._part(), self._plan
         recorded, unrecorded = part.profile(shares, self._outer()), part.profile_unrecorded(shares)
         saved = float(part.saved(shares))
-        if plan is not None:
+        if plan is None:  # others have let go of what it made before its backward
+            recorded = self._cost.whole.profile(shares, self._outer())
+            for name, size in self._made().items():
+                recorded[part.turn : 2 * part.turn - self._cost.place[name]] += size
+        else:
             saved += self._add_copies(plan, recorded, unrecorded)
             recorded, unrecorded = recorded + self._prefetched(plan), unrecorded + self._prefetched(plan)
             recorded[part.turn :] += self._transfers(plan)[1]
@@ -151,6 +158,10 @@ class _Needs:
             if is_box and (has_gradient or name in self._context.differentiated):
                 outer[name] = _box_bytes(plan, name)
         return {name: size for name, size in outer.items() if name in self._cost.outer}
+
+    def _made(self) -> dict[str, float]:
+        """Bytes of the gradients of what dense operators make for others: each is there until its maker's."""
+        return self._boundaries.gradients_of.get(self._k, {}) if self._plan is None else {}
 
     def _add_copies(self, plan: SegmentPlan, recorded: torch.Tensor, unrecorded: torch.Tensor) -> float:
         """Add padded copies of inputs to the profiles; returns the bytes of those that autograd saves."""

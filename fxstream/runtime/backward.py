@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import torch
+from torch.autograd.graph import GradientEdge
 
 from fxstream.errors import StreamError
 from fxstream.machine.heap import heap_kept
@@ -143,9 +144,9 @@ class Backward:
         if recorded is None:
             program = self._stream.schedule.programs[task.program].run_again
             boxes = reader.read(task).placed()
-            recorded = self._inputs.recorded(task, boxes, self._needs_grad, program)
-        self._check_recomputed(recorded, flowing)
-        pulled = [(recorded.results[k], grad) for k, grad in flowing if recorded.results[k].requires_grad]
+            recorded, _ = self._inputs.recorded(task, boxes, self._needs_grad, program)
+            del _  # which would be held until the gradients are there
+        pulled = [(edge, grad) for k, grad in flowing if (edge := self._edge(recorded, k, grad)) is not None]
         inputs = (*recorded.boxes, *recorded.whole)
         indices = [index for index, tensor in enumerate(inputs) if tensor.requires_grad]
         if not pulled or not indices:
@@ -177,13 +178,17 @@ class Backward:
             groups.setdefault(run if run.key is None else run.key, []).append(run)
         return list(groups.values())
 
-    def _check_recomputed(self, recorded: Recorded, flowing: Sequence[tuple[int, torch.Tensor]]) -> None:
-        """Raises `StreamError` where a recomputed tile has another shape or type than that of forward."""
-        for k, grad in flowing:
-            tile = recorded.results[k]
-            same_type = k in self._stream.combined or tile.dtype == self._dtypes[k]
-            if not same_type or tile.shape != grad.shape:
-                raise StreamError(
-                    f"a recomputed tile of `{self._stream.plan.segment.outputs[k]}` is {tile.dtype}"
-                    f" {list(tile.shape)}, but forward had {self._dtypes[k]} {list(grad.shape)}"
-                )
+    def _edge(self, recorded: Recorded, k: int, gradient: torch.Tensor) -> GradientEdge | None:
+        """Where the gradient of an output enters; None where none flows through it.
+
+        Raises `StreamError` where a recomputed tile has another shape or type than that of forward.
+        """
+        end = recorded.ends[k]
+        assert end is not None
+        same_type = k in self._stream.combined or end.dtype == self._dtypes[k]
+        if not same_type or end.shape != gradient.shape:
+            raise StreamError(
+                f"a recomputed tile of `{self._stream.plan.segment.outputs[k]}` is {end.dtype}"
+                f" {list(end.shape)}, but forward had {self._dtypes[k]} {list(gradient.shape)}"
+            )
+        return end.edge

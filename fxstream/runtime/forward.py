@@ -137,8 +137,8 @@ class Forward:
         if not task.is_kept or self._needs_grad is None:
             return self._inputs.run(self._stream, task, boxes), None
         program = self._stream.schedule.programs[task.program].run
-        recorded = self._inputs.recorded(task, boxes, self._needs_grad, program)
-        return recorded.results, recorded
+        recorded, results = self._inputs.recorded(task, boxes, self._needs_grad, program)
+        return results, recorded
 
     def _kept_of(self, task: TileTask, results: Results) -> dict[int, torch.Tensor]:
         """Write what a tile yields of maps; its partial results of reductions."""

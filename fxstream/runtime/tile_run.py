@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fxstream.errors import StreamError, StreamingWarning
 from fxstream.machine.out_of_memory import OutOfMemory, catch_oom
@@ -24,12 +25,30 @@ OtherRows = dict[int, tuple[Rows, Rows]]
 
 
 @dataclass(frozen=True, slots=True)
+class End:
+    """Where a gradient enters the graph of a tile: the edge of a result, which need not be there any more."""
+
+    edge: GradientEdge | None
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, result: torch.Tensor) -> End:
+        """That of a result; without an edge where it has no gradient."""
+        edge = get_gradient_edge(result) if result.requires_grad else None
+        return cls(edge, result.shape, result.dtype)
+
+
+@dataclass(frozen=True, slots=True)
 class Recorded:
-    """A tile that ran with recording: what it read of the spatial inputs, the whole inputs, its results."""
+    """A tile that ran with recording: what it read of the spatial inputs, the whole inputs, the ends of its graph.
+
+    Its results are not held: what a backward needs of them autograd has saved.
+    """
 
     boxes: list[torch.Tensor]
     whole: list[torch.Tensor]
-    results: tuple[torch.Tensor, ...]
+    ends: tuple[End | None, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -74,13 +93,14 @@ class Inputs:
         task: TileTask,
         boxes: Sequence[torch.Tensor],
         needs_grad: Sequence[bool],
-        program: Callable[..., tuple[torch.Tensor, ...]],
-    ) -> Recorded:
-        """One tile with recording, for gradients of the inputs that need one."""
+        program: Callable[..., tuple[torch.Tensor | None, ...]],
+    ) -> tuple[Recorded, tuple[torch.Tensor | None, ...]]:
+        """One tile with recording, for gradients of the inputs that need one, and its results."""
         with torch.enable_grad():
             tiles = [box.requires_grad_(needed) for box, needed in zip(boxes, needs_grad, strict=False)]
             whole = self._leaves(tuple(needs_grad[len(tiles) :]))
-            return Recorded(tiles, whole, program(*tiles, *whole, *self._tables(task)))
+            results = program(*tiles, *whole, *self._tables(task))
+            return Recorded(tiles, whole, tuple(None if r is None else End.of(r) for r in results)), results
 
     def _leaves(self, needs_grad: tuple[bool, ...]) -> list[torch.Tensor]:
         """The whole inputs as leaves, which all tiles of a pass share: each has its own gradients."""

@@ -239,6 +239,7 @@ class MemoryRegion:
         what the span reads from the backward of its last reader there.
         """
         inputs, outputs, turn = self._live[start], self._live[end], end - start
+        part = self._costs.dense.part(start + 1, end + 1, is_whole=True)
         levels = torch.full((2 * turn + 1,), self._image_gradients, dtype=torch.float64)
         for name in {*inputs, *outputs}:
             begins, ends = 0, 2 * turn + 1
@@ -247,7 +248,7 @@ class MemoryRegion:
             if name not in inputs:
                 ends = 2 * turn - (self._costs.index[name] - start - 1)
             elif name not in outputs:
-                begins = 2 * turn - (self._costs.positions.last_read(name) - start)
+                begins = 2 * turn - 1 - part.place_from(self._costs.positions.last_read(name))
             levels[begins:ends] += self._bytes(name)
         return levels
 

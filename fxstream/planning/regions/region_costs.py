@@ -60,7 +60,8 @@ class RegionCosts:
 
     def streamed(self, start: int, end: int, is_whole: bool = False) -> SpanCosts:
         """The costs of a span as it is streamed, or runs as one checkpoint."""
-        part = self._streamed.part(self._remaining_before[start + 1], self._remaining_before[end + 1], is_whole)
+        first, stop = self._remaining_before[start + 1], self._remaining_before[end + 1]
+        part = self._streamed.part(first, stop, is_whole, releases=True)
         return SpanCosts(part, self._remaining, self._stages, tuple(self.positions.sweeps(start, end)))
 
     def seconds_to(
@@ -168,5 +169,6 @@ def dense_option(
     forward, backward = map(float, part.seconds(ones))
     if not training:
         return Option(None, float(part.profile_unrecorded(ones).max()), 0.0, forward)
-    needs = float((part.profile(ones) + gradients).max())
+    released = costs.part(begin, stop, is_whole=True, releases=True)  # by others, before its backward
+    needs = float((released.profile(ones) + gradients).max())
     return Option(None, needs, float(part.saved(ones)), forward + backward)
