@@ -72,7 +72,7 @@ class Costs:
         self._inputs, self._users, self._roots = self._edges()
         self.allocated = self._allocated()
         self.results, self.kept = self._results()
-        self.own_from: list[int] = []
+        self._own_from: list[int] = []
         """The place from which on in backward the gradient of a value that a node reads is memory of its own."""
         self.gradients, self.temporaries = self._gradients(), self._temporaries()
         self.wholes = self._normalisations()
@@ -104,13 +104,13 @@ class Costs:
         return [self._graph[name].extents for name in self.nodes]
 
     @functools.cached_property
-    def dense(self) -> Part:
-        """All operators, as the model has them."""
+    def plain(self) -> Part:
+        """All operators, whose results are held."""
         return self.part(is_whole=True)
 
     @functools.cached_property
     def whole(self) -> Part:
-        """All operators, which run whole for their backward."""
+        """All operators, which run whole."""
         return self.part(is_whole=True, releases=True)
 
     @functools.cached_property
@@ -149,6 +149,13 @@ class Costs:
     ) -> Part:
         """The operators from `start` up to, not including, `stop`, that run whole or on tiles."""
         return Part(self, start, len(self.nodes) if stop is None else stop, is_whole, releases)
+
+    def own_from(self, reader: int, start: int) -> int:
+        """The operator after `start` whose backward has the gradient of a value that `reader` is the last to read.
+
+        Where the reader passes the gradient of its result on, it is new memory when that one would be gone.
+        """
+        return max(-1, self._own_from[reader] - start)
 
     def _normalisations(self) -> dict[int, int]:
         results = {name: result_of(self._graph[name].node) for name in self.nodes}
@@ -211,7 +218,7 @@ class Costs:
                 groups[i] = groups[users[i][0]]
             first[groups[i]] = min(first[groups[i]], i)
         passes_on = (self._saves(name).passes_on for name in self.nodes)
-        self.own_from = [first[groups[i]] - 1 if is_view else i for i, is_view in enumerate(passes_on)]
+        self._own_from = [first[groups[i]] - 1 if is_view else i for i, is_view in enumerate(passes_on)]
         rows = []
         for i, name in enumerate(self.nodes):
             leaves = self._leaves(name)
@@ -289,7 +296,7 @@ class Part:
 
         read = step(results[:, 1], forward, torch.tensor(self.turn - 1) if releases else never)
         kept_until = torch.maximum(read, step(results[:, 2], backward, torch.tensor(0)))
-        self._results, self._read_until = results, read
+        self._results, self._read_until, self._left = results, read, results[:, 1] >= stop
         self._owner = torch.cat([results[:, 0], gradients[:, 0], temporaries[:, 0], weights])
         self._bytes = torch.cat([results[:, 3], gradients[:, 3], temporaries[:, 2]]).double()
         self._scaled = len(self._bytes)
@@ -321,15 +328,13 @@ class Part:
         amounts[..., self._scaled :] = self._bytes[self._scaled :]
         levels = self._levels(self._begin, self._until, amounts)
         for name, size in (outer or {}).items():
-            levels[..., 2 * self.turn - 1 - self.place_from(self.costs.outer[name]) :] += size
+            levels[..., 2 * self.turn - 1 - self.costs.own_from(self.costs.outer[name], self.start) :] += size
         return levels
 
-    def place_from(self, reader: int) -> int:
-        """Where backward has come to when the gradient of a value that `reader` is the last to read is new memory.
-
-        Where the reader passes the gradient of its result on, that is when this one would be gone.
-        """
-        return max(-1, self.costs.own_from[reader] - self.start)
+    def held(self, shares: torch.Tensor) -> torch.Tensor:
+        """What is saved, with what others read."""
+        left = self._left & ((self._begin >= self.turn) | (self._until < self.turn))[: len(self._left)]
+        return self.saved(shares) + (self._results[left, 3] * shares[..., self._results[left, 0]]).sum(-1)
 
     def saved(self, shares: torch.Tensor) -> torch.Tensor:
         """Bytes that are there between that forward and its backward."""

@@ -160,7 +160,7 @@ class CostContext:
     def plain(self) -> tuple[int, float]:
         """Peak bytes and seconds of the plain network."""
         costs = self.costs(self.graph, self.graph.costed, plain=True)
-        part, shares = costs.dense, costs.shares(self.graph)
+        part, shares = costs.plain, costs.shares(self.graph)
         forward, backward = map(float, part.seconds(shares))
         images = sum(self.graph[name].bytes for name in self.outside)
         if self.training:

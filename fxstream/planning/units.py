@@ -110,9 +110,7 @@ class _Needs:
 
     def _part(self) -> Part:
         """The operators of the unit, which run whole or on tiles."""
-        if self._plan is None:
-            return self._cost.dense
-        return self._cost.tiled if self._plan.axes else self._cost.whole
+        return self._cost.whole if self._plan is None or not self._plan.axes else self._cost.tiled
 
     def _seconds(self, largest: torch.Tensor) -> tuple[float, float]:
         """Seconds of a forward and a backward of a tile, with its transfers; `largest` are its shares."""
@@ -135,9 +133,8 @@ class _Needs:
         """Bytes of a tile at each step, with recording and without, and what it saves, with boxes and copies."""
         part, plan = self._part(), self._plan
         recorded, unrecorded = part.profile(shares, self._outer()), part.profile_unrecorded(shares)
-        saved = float(part.saved(shares))
-        if plan is None:  # others have let go of what it made before its backward
-            recorded = self._cost.whole.profile(shares, self._outer())
+        saved = float((part.saved if plan is not None else part.held)(shares))
+        if plan is None:
             for name, size in self._made().items():
                 recorded[part.turn : 2 * part.turn - self._cost.place[name]] += size
         else:

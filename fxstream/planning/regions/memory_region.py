@@ -123,6 +123,7 @@ class MemoryRegion:
         self._options: dict[tuple[int, int], list[list[Option]]] = {}
         self._wholes: dict[tuple[int, int], list[list[Option]]] = {}
         self._nested: dict[tuple[int, int], list[Option]] = {}
+        self._seconds_whole: dict[tuple[int, int], tuple[float, ...]] = {}
         self._all_starts = [-1, *self.ends]
         self._seconds: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -187,16 +188,10 @@ class MemoryRegion:
         _, checkpoints = self._whole(start, end)
         for checkpoint in checkpoints:
             assert checkpoint.span is not None
-            forward = self._seconds_whole(start, end)[0]
+            forward, _ = self._seconds_whole[start, end]
             for state in self._runs.states(start, end):
                 span = replace(checkpoint.span, parts=state.spans)
                 yield Option(span, state.peak, checkpoint.holds, forward + state.cost)
-
-    def _seconds_whole(self, start: int, end: int) -> tuple[float, float]:
-        """Seconds of a forward and a backward of a span that runs whole."""
-        ones = torch.ones(len(self._costs.nodes), dtype=torch.float64)
-        forward, backward = map(float, self._costs.streamed(start, end, is_whole=True).seconds(ones))
-        return forward, backward
 
     def _around(self, start: int, end: int) -> _Around:
         inputs, outputs = self._live[start], self._live[end]
@@ -239,7 +234,6 @@ class MemoryRegion:
         what the span reads from the backward of its last reader there.
         """
         inputs, outputs, turn = self._live[start], self._live[end], end - start
-        part = self._costs.dense.part(start + 1, end + 1, is_whole=True)
         levels = torch.full((2 * turn + 1,), self._image_gradients, dtype=torch.float64)
         for name in {*inputs, *outputs}:
             begins, ends = 0, 2 * turn + 1
@@ -248,7 +242,8 @@ class MemoryRegion:
             if name not in inputs:
                 ends = 2 * turn - (self._costs.index[name] - start - 1)
             elif name not in outputs:
-                begins = 2 * turn - 1 - part.place_from(self._costs.positions.last_read(name))
+                last = self._costs.positions.last_read(name)
+                begins = 2 * turn - 1 - self._costs.dense.own_from(last, start + 1)
             levels[begins:ends] += self._bytes(name)
         return levels
 
@@ -264,7 +259,7 @@ class MemoryRegion:
         ones = torch.ones(len(self._costs.nodes), dtype=torch.float64)
         others = around.gradients + around.images + fetched + around.weights + around.folded
         span = self._costs.streamed(start, end, is_whole=True)
-        forward, backward = self._seconds_whole(start, end)
+        forward, backward = self._seconds_whole[start, end] = tuple(map(float, span.seconds(ones)))
         holds = around.made + fetched + around.folded
         yield Option(Span(nodes, ()), float(span.peak(ones)) + others, holds, 2 * forward + backward)
 

@@ -165,10 +165,11 @@ def dense_option(
 
     `gradients` are bytes of gradients of what they read and of what others read of them, at each of their steps.
     """
-    part, ones = costs.part(begin, stop, is_whole=True), torch.ones(len(costs.nodes), dtype=torch.float64)
+    # Others have let go of what it makes for them before its backward.
+    part = costs.part(begin, stop, is_whole=True, releases=True)
+    ones = torch.ones(len(costs.nodes), dtype=torch.float64)
     forward, backward = map(float, part.seconds(ones))
     if not training:
         return Option(None, float(part.profile_unrecorded(ones).max()), 0.0, forward)
-    released = costs.part(begin, stop, is_whole=True, releases=True)  # by others, before its backward
-    needs = float((released.profile(ones) + gradients).max())
-    return Option(None, needs, float(part.saved(ones)), forward + backward)
+    needs = float((part.profile(ones) + gradients).max())
+    return Option(None, needs, float(part.held(ones)), forward + backward)
