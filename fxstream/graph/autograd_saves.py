@@ -148,7 +148,7 @@ def in_place_variant(target: Any) -> torch._ops.OpOverload | None:
 
 
 def may_reuse(graph: TypedGraph, name: str) -> bool:
-    """Whether an operator may take over its first input's memory: nothing else reads that, no backward needs it."""
+    """Whether an operator may take over its first input's memory: nothing else reads or saves that."""
     node = graph[name]
     inputs = node.node.all_input_nodes
     if node.saves is None or node.saves.inputs or not inputs or in_place_variant(node.node.target) is None:

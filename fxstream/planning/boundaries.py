@@ -52,7 +52,7 @@ class Context(Protocol):
 
     @property
     def is_part(self) -> bool:
-        """Whether the graph is a segment's: nobody holds its results, and their gradients are counted elsewhere."""
+        """Whether the graph is a segment's: nobody keeps its results, whose gradients are counted elsewhere."""
 
     @property
     def memo(self) -> MemoOfStructure:
@@ -203,7 +203,7 @@ def _readers_and_holders(
         reads = _reads(graph, nodes) if plan is None else set(plan.segment.inputs)
         for name in reads:
             readers.setdefault(name, set()).add(k)
-        for name in reads if plan is not None else _saved_inputs(graph, nodes) | costs[k].kept:
+        for name in reads if plan is not None else _saved_inputs(graph, nodes) | costs[k].lifetimes.kept:
             holders.setdefault(name, set()).add(k)
     return readers, holders
 

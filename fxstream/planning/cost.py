@@ -9,15 +9,10 @@ NOTE [the cost model]
    a convolution lays out for itself. Small tiles can be faster than the plain network for that alone. Whether the
    process has an allocator that reuses large memory too is tried out once. On accelerators, operators on tensors
    of 2^31 elements or more take kernels that are many times slower, which tiles avoid.
-2. Memory is a sum of lifetimes on a line of steps: operator `n` of `N` runs forward at step `n` and backward
-   at step `2N - 1 - n`. A result lives until its last reader has run, and if autograd keeps it, until the
-   backward of the first reader that needs it; the gradient of a value from the backward of its last reader to its
-   own; gradients of weights from there to the end.
-3. Results that are views of an input, and gradients that are views of another (of a sum, a concatenation), are no
-   new memory. Neither are results of operators that take over their input's memory.
-4. Where a normalisation runs whole, which was taken apart into moments and an affine map, it is one operator: one
+2. Memory is a sum of lifetimes on a line of steps (`lifetimes`).
+3. Where a normalisation runs whole, which was taken apart into moments and an affine map, it is one operator: one
    call, and one gradient of its input. Its traffic is that of the two.
-5. Of workspaces inside an operator only the gradients of what it keeps of its own are counted. Everything but
+4. Of workspaces inside an operator only the gradients of what it keeps of its own are counted. Everything but
    weights scales with the share of the pixels.
 """
 
@@ -29,10 +24,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from fxstream.graph.effects import WAS_IN_PLACE
 from fxstream.graph.typed_graph import Saves, TypedGraph, TypedNode
 from fxstream.lowering.whole import result_of
 from fxstream.machine.speeds import LARGE, Machine
+from fxstream.planning.lifetimes import Lifetimes
 
 __all__ = ["Costs", "Part"]
 
@@ -60,21 +55,15 @@ class Costs:
     ) -> None:
         self.machine = machine
         self.nodes = tuple(nodes)
-        self._is_segment = is_segment
         self.place = {name: i for i, name in enumerate(self.nodes)}
-        self._graph, self._plain = graph, plain
+        self._graph = graph
         self.arithmetic = _vector(graph[name].macs / machine.rate(_dtype(graph[name])) for name in self.nodes)
         self.largest = _vector(self._largest(name) for name in self.nodes)
         self.sizes = [graph[name].bytes for name in self.nodes]
         self.calls = _vector(self._saves(name).views is None for name in self.nodes)
         self.weights = _vector(sum(self._weights(name).values()) for name in self.nodes)
         self.moved = _vector(self._moved(name) for name in self.nodes) * self.calls
-        self._inputs, self._users, self._roots = self._edges()
-        self.allocated = self._allocated()
-        self.results, self.kept = self._results()
-        self._own_from: list[int] = []
-        """The place from which on in backward the gradient of a value that a node reads is memory of its own."""
-        self.gradients, self.temporaries = self._gradients(), self._temporaries()
+        self.lifetimes = Lifetimes(graph, self.nodes, plain, is_segment)
         self.wholes = self._normalisations()
         """The places of the results of normalisations that were taken apart, by those of their moments."""
         self.outer: dict[str, int] = {}
@@ -131,7 +120,7 @@ class Costs:
         present = (of_span > 0).double()
         work = self._work(of_span, span) + present * (calls[span] * machine.call)
         if machine.fresh < math.inf:
-            by, like, size = _between(self.allocated, start, span.stop).unbind(-1)
+            by, like, size = _between(self.lifetimes.allocated, start, span.stop).unbind(-1)
             allocated = size * shares[..., like] * (shares[..., by] > 0)
             work.index_add_(-1, by - start, allocated * (allocated > machine.reused) / machine.fresh)
         read = present * (self.weights[span] / machine.bandwidth)
@@ -149,13 +138,6 @@ class Costs:
     ) -> Part:
         """The operators from `start` up to, not including, `stop`, that run whole or on tiles."""
         return Part(self, start, len(self.nodes) if stop is None else stop, is_whole, releases)
-
-    def own_from(self, reader: int, start: int) -> int:
-        """The operator after `start` whose backward has the gradient of a value that `reader` is the last to read.
-
-        Where the reader passes the gradient of its result on, it is new memory when that one would be gone.
-        """
-        return max(-1, self._own_from[reader] - start)
 
     def _normalisations(self) -> dict[int, int]:
         results = {name: result_of(self._graph[name].node) for name in self.nodes}
@@ -179,98 +161,11 @@ class Costs:
     def _moved(self, name: str) -> int:
         return sum(self._graph[one].bytes for one in (name, *self._graph[name].inputs))
 
-    def _results(self) -> tuple[torch.Tensor, frozenset[str]]:
-        """Lifetimes of results as rows: owner, last reader, first reader that saves it, bytes; and those saved."""
-        count = len(self.nodes)
-        last, saver = list(range(count + 1)), [count] * (count + 1)
-        for i, name in enumerate(self.nodes):
-            saves, inputs = self._saves(name), self._inputs[i]
-            if self._leaves(name):
-                last[self._roots[i]] = count
-            for j in (*(inputs[k] for k in saves.inputs if k < len(inputs)), *[i] * saves.result):
-                saver[self._roots[j]] = min(saver[self._roots[j]], i)
-            for j in inputs:
-                last[self._roots[j]] = max(last[self._roots[j]], i)
-        rows = [(i, last[i], saver[i], self.sizes[i]) for i in range(count) if self._roots[i] == i]
-        rows += [(i, i, i, size) for i, size in self._extra("extra")]
-        saved = (name for i, name in enumerate(self.nodes) if saver[self._roots[i]] < count)
-        return _rows(rows, 4), frozenset(saved)
-
-    def _extra(self, kind: str) -> list[tuple[int, int]]:
-        """Which operators make extra values of this kind, and their bytes."""
-        rates = [getattr(self._saves(name), kind) for name in self.nodes]
-        elements = (sum(value.elements for value in self._graph[name].values) for name in self.nodes)
-        return [
-            (i, round(rate * count)) for i, (rate, count) in enumerate(zip(rates, elements, strict=True)) if rate
-        ]
-
-    def _leaves(self, name: str) -> bool:
-        """Whether a result is read outside of the run."""
-        inside = {**self.place, "output": -1} if self._is_segment else self.place
-        return self._graph.is_read_outside(name, inside)
-
-    def _gradients(self) -> torch.Tensor:
-        """Lifetimes of gradients as rows: owner, last reader, first value that has a view of it, bytes."""
-        count, users = len(self.nodes), self._users
-        groups, first = list(range(count)), list(range(count))
-        for i in reversed(range(count)):
-            if len(users[i]) == 1 and self._saves(self.nodes[users[i][0]]).passes_on:
-                groups[i] = groups[users[i][0]]
-            first[groups[i]] = min(first[groups[i]], i)
-        passes_on = (self._saves(name).passes_on for name in self.nodes)
-        self._own_from = [first[groups[i]] - 1 if is_view else i for i, is_view in enumerate(passes_on)]
-        rows = []
-        for i, name in enumerate(self.nodes):
-            leaves = self._leaves(name)
-            if groups[i] == i and self._has_gradient(name) and (users[i] or leaves):
-                rows.append((i, count if leaves else users[i][-1], first[i], self.sizes[i]))
-        return _rows(rows, 4)
-
-    def _temporaries(self) -> torch.Tensor:
-        """Gradients that are new memory until they are added to another, as rows: owner, reader, bytes."""
-        rows = []
-        for i, name in enumerate(self.nodes):
-            for j in self._inputs[i] if not self._saves(name).passes_on else ():
-                if j >= 0 and self._has_gradient(self.nodes[j]) and self._users[j][-1] != i:
-                    rows.append((j, i, self.sizes[j]))
-        rows += [(i, i, size) for i, size in self._extra("between")]
-        return _rows(rows, 3)
-
-    def _allocated(self) -> torch.Tensor:
-        """What each operator allocates, as rows: its index, the index of the value as large as that, its bytes."""
-        rows = []
-        for i, name in enumerate(self.nodes):
-            rows += [(i, i, self.sizes[i])] * (self._roots[i] == i)
-            verdict = self._graph[name].verdict
-            if verdict is not None and verdict.operator in CONVOLUTIONS:
-                rows += [(i, j, self.sizes[j]) for j in (i, *self._inputs[i]) if j >= 0]
-        return _rows(rows, 3)
-
-    def _edges(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
-        """Per node the indices of its inputs (-1 outside) and its readers, and the index whose memory it is."""
-        users: list[list[int]] = [[] for _ in self.nodes]
-        inputs, roots = [], list(range(len(self.nodes) + 1))
-        for i, name in enumerate(self.nodes):
-            node, saves = self._graph[name], self._saves(name)
-            inputs.append([self.place.get(one, -1) for one in node.inputs])
-            for j in inputs[i]:
-                if j >= 0:
-                    users[j].append(i)
-            # Autograd copies what an operator saves and then changes in place.
-            was = WAS_IN_PLACE in node.node.meta and 0 not in saves.inputs
-            viewed = 0 if (was if self._plain else node.reuses) else saves.views
-            if viewed is not None and viewed < len(inputs[i]):
-                roots[i] = roots[inputs[i][viewed]]
-        return inputs, users, roots
-
-    def _has_gradient(self, name: str) -> bool:
-        return self._graph[name].has_gradient
-
 
 class Part:
     """A span of a run. Shares are a vector over the nodes of the whole run: what a tile holds of each.
 
-    Where it `is_whole` a normalisation is one operator (note 4). What it makes for others is theirs to hold where
+    Where it `is_whole` a normalisation is one operator (note 3). What it makes for others is theirs to hold where
     it `releases` that when its forward has run.
     """
 
@@ -281,8 +176,9 @@ class Part:
         self._fused = [m for m, r in costs.wholes.items() if start <= m and r < stop] if is_whole else []
         self.turn = stop - start
         """The step between forward and backward."""
+        lifetimes = costs.lifetimes
         results, gradients, temporaries = (
-            _between(rows, start, stop) for rows in (costs.results, costs.gradients, costs.temporaries)
+            _between(rows, start, stop) for rows in (lifetimes.results, lifetimes.gradients, lifetimes.temporaries)
         )
         gradients = gradients[gradients[:, 1] < stop]
         temporaries = temporaries[temporaries[:, 1] < stop]
@@ -328,10 +224,12 @@ class Part:
         amounts[..., self._scaled :] = self._bytes[self._scaled :]
         levels = self._levels(self._begin, self._until, amounts)
         for name, size in (outer or {}).items():
-            levels[..., 2 * self.turn - 1 - self.costs.own_from(self.costs.outer[name], self.start) :] += size
+            levels[
+                ..., 2 * self.turn - 1 - self.costs.lifetimes.own_from(self.costs.outer[name], self.start) :
+            ] += size
         return levels
 
-    def held(self, shares: torch.Tensor) -> torch.Tensor:
+    def remaining(self, shares: torch.Tensor) -> torch.Tensor:
         """What is saved, with what others read."""
         left = self._left & ((self._begin >= self.turn) | (self._until < self.turn))[: len(self._left)]
         return self.saved(shares) + (self._results[left, 3] * shares[..., self._results[left, 0]]).sum(-1)
@@ -357,12 +255,6 @@ class Part:
         """Predicted seconds of one forward and of one backward of a tile with these shares (note 1)."""
         forward, backward = self.costs.seconds_each(shares, self.start, self.stop, self._fused)
         return forward.sum(-1), backward.sum(-1)
-
-
-def _rows(rows: Iterable[tuple[int, ...]], count: int) -> torch.Tensor:
-    """Rows of integers, sorted by the first of each."""
-    table = torch.tensor(sorted(rows), dtype=torch.int64)
-    return table.view(-1, count)
 
 
 def _between(rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:

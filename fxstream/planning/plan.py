@@ -1,7 +1,7 @@
 """The plan for one image size: what is streamed, in which segments and tiles, and what that costs.
 
 A region is streamed when that frees most of its activations, or when the user names segments or a cut. Where it is
-cut is decided by `search`, with a tile (`tile_region`) or within a memory (`memory_region`); what is then left of
+cut is decided by `search`, with a tile (`tile_region`) or within a memory (`within_memory`); what is then left of
 the memory keeps graphs of tiles, which saves their recomputation.
 
 Reference: Pinckaers, van Ginneken, Litjens, "Streaming convolutional neural networks for end-to-end learning
@@ -23,15 +23,12 @@ from fxstream.graph.autograd_saves import saves_of
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.machine.device import budget_of, is_accelerator
 from fxstream.machine.speeds import Machine
-from fxstream.machine.units import bytes_text
 from fxstream.planning.decision import DecidedSpan, Decision, Decisions
 from fxstream.planning.estimate import CostContext, Prediction, predict
-from fxstream.planning.regions.memory_region import Kind, memory_searches
-from fxstream.planning.partition import FEW_SWEEPS
-from fxstream.planning.search import Search, Span, State
-from fxstream.planning.spans import Ran, check_is_of, decided_spans, kept_within, made_to_fit, segments_of
 from fxstream.planning.regions.tile_region import spans_within_tile
-from fxstream.tiling.parts import parts_before, streamable_parts, worthwhile
+from fxstream.planning.search import Span
+from fxstream.planning.spans import Ran, check_is_of, decided_spans, made_to_fit, segments_of
+from fxstream.planning.within_memory import fastest_within, parts_of
 from fxstream.tiling.request import Request
 from fxstream.tiling.reuse import reuse_memory
 from fxstream.tiling.segment_plan import SegmentPlan, offloadable
@@ -40,14 +37,6 @@ from fxstream.tiling.templates import Memo
 __all__ = ["Plan", "SegmentPlan", "make_plan"]
 
 CPU = torch.device("cpu")
-MANY_SWEEPS = 16
-"""Sweeps over a span where boundaries enough to do with few do not fit."""
-SLOW = 1.4
-"""Over the plain network's time; a slower plan is compared with those whose checkpoints are recomputed in parts."""
-FASTER = 0.8
-"""Where the plain network fits too, a plan is chosen that is predicted to take less than this part of its time."""
-LESS = (0.0, 0.0, 0.02, 0.04, 0.08, 0.16, 0.32)
-"""The part of the memory that the search is given less at least, each time that its estimate was too low."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -147,12 +136,12 @@ def _within_tile(context: CostContext, request: Request, decisions: Decisions) -
     extents = _extents(context.graph)
     for decision in decisions:
         with contextlib.suppress(PlanError):
-            spans = decided_spans(_parts(context, request), decision)
+            spans = decided_spans(parts_of(context, request), decision)
             plan = _of_spans(context, request, spans) if spans else None
             # Pixels cost the same in tiles of one size, however many there are.
             if plan is not None and decisions.holds(decision, extents, plan.prediction.seconds, near=math.inf):
                 return plan
-    spans = [span for part in _parts(context, request) for span in spans_within_tile(context, part, request)]
+    spans = [span for part in parts_of(context, request) for span in spans_within_tile(context, part, request)]
     plan = _of_spans(context, request, spans)
     if plan.decision is not None:
         decisions.add(plan.decision, extents, plan.prediction.seconds)
@@ -229,7 +218,7 @@ def _near(
 ) -> Iterator[tuple[Ran, Decision]]:
     """What decisions come to where they fit, and then what a search among the cuts of the first of them finds."""
     made = list(decisions)
-    parts = _parts(context, request) if any(decision.spans for decision in made) else []
+    parts = parts_of(context, request) if any(decision.spans for decision in made) else []
     for decision in made:
         ran = made_to_fit(context, parts, decision, memory)
         if ran is not None:
@@ -237,124 +226,19 @@ def _near(
     spans = decided_spans(parts, made[0]) if made else None
     if spans:
         with contextlib.suppress(PlanError):
-            ran = _within_memory(replace(context, offload=made[0].offload), request, memory, spans)
+            ran = fastest_within(replace(context, offload=made[0].offload), request, memory, spans)
             yield ran, ran.decision()
 
 
 def _searched(context: CostContext, request: Request, memory: int) -> Ran:
     """The fastest plan within the memory; boundaries are offloaded where that is faster, or where it must be."""
     if not context.offload:
-        return _within_memory(context, request, memory)
+        return fastest_within(context, request, memory)
     try:
-        here = _within_memory(replace(context, offload=False), request, memory)
+        here = fastest_within(replace(context, offload=False), request, memory)
     except PlanError:
-        return _within_memory(context, request, memory)
+        return fastest_within(context, request, memory)
     try:
-        return min(here, _within_memory(context, request, memory), key=lambda ran: ran.prediction.seconds)
+        return min(here, fastest_within(context, request, memory), key=lambda ran: ran.prediction.seconds)
     except PlanError:
         return here
-
-
-def _within_memory(context: CostContext, request: Request, memory: int, near: Sequence[Span] = ()) -> Ran:
-    """The fastest segments within the memory, by the search and then by the exact tiles, and their prediction.
-
-    The search, of all cuts or of those of spans that are `near`, estimates a little; where its plan needs too much
-    it is asked for less, a few times.
-    """
-    plain = Ran((), (), predict(context, ()))
-    fits = plain.prediction.bytes <= memory and request.segments is None
-    if fits and not _may_be_faster(context, plain.prediction):
-        return plain
-    best, searches = None, memory_searches(context, _parts(context, request), request, _kinds(context, request), near)
-    for search in searches:
-        try:
-            ran = _searched_by(search, context, request, memory)
-        except PlanError as failure:
-            error = failure
-            continue
-        best = min(best or ran, ran, key=lambda one: one.prediction.seconds)
-        if ran is not best or best.prediction.seconds <= SLOW * plain.prediction.seconds:
-            break
-    if best is None:
-        raise error
-    return plain if fits and best.prediction.seconds >= FASTER * plain.prediction.seconds else best
-
-
-def _searched_by(search: Search, context: CostContext, request: Request, memory: int) -> Ran:
-    """The fastest plan of a search within the memory, or the smallest. Raises `PlanError` where that needs more."""
-    fitting = _fitting(context, search, request, memory)
-    if fitting is not None:
-        return fitting
-    smallest = search.smallest()
-    assert smallest is not None, "everything may stay dense"
-    ran = _predicted(context, request, smallest)
-    if ran.prediction.bytes <= memory:
-        return ran
-    plain = predict(context, ())
-    least = ran.prediction.bytes
-    least = least if request.segments is not None else min(plain.bytes, least)
-    raise _too_little(context, memory, least, smallest.binding)
-
-
-def _kinds(context: CostContext, request: Request) -> list[Kind]:
-    """What is searched: first with few sweeps over a span, then with checkpoints in parts, then with many sweeps.
-
-    What comes later is for plans that are slow, or where nothing fits.
-    """
-    stages = max((node.stage for node in context.graph.nodes.values()), default=0) + 1
-    kinds = [Kind(FEW_SWEEPS)]
-    if context.training and request.segments is None:
-        kinds.append(Kind(FEW_SWEEPS, is_nested=True))
-    return [*kinds, replace(kinds[-1], most_sweeps=MANY_SWEEPS)] if stages > FEW_SWEEPS else kinds
-
-
-def _predicted(context: CostContext, request: Request, state: State) -> Ran:
-    """The segments that the search chose, with their exact tiles, and their prediction."""
-    segments = segments_of(context, request, state.spans)
-    return Ran(tuple(state.spans), segments, predict(context, segments))
-
-
-def _too_little(context: CostContext, memory: int, least: int, binding: str) -> PlanError:
-    """The error on a memory for tensors that not even the smallest plan fits into, whose peak is at `binding`.
-
-    That plan needs `least` bytes.
-    """
-    verdict = context.graph.verdicts[binding]
-    memory, least = context.machine.around_tensors(memory), context.machine.around_tensors(least)
-    source = f" ({verdict.source})" if verdict.source else ""
-    message = (
-        f"no plan fits into {bytes_text(memory)}: the least that works is {bytes_text(least, up=True)}, which"
-        f" `{verdict.place}`{source} needs; give that much, or a smaller image or batch"
-    )
-    return PlanError(message, least_bytes=least)
-
-
-def _may_be_faster(context: CostContext, plain: Prediction) -> bool:
-    """Whether a plan may be faster than the plain network.
-
-    It computes no less, but may allocate less afresh, and in smaller tensors.
-    """
-    reused = replace(context, machine=replace(context.machine, fresh=math.inf, beyond=1.0))
-    return context.ranks > 1 or predict(reused, ()).seconds < FASTER * plain.seconds
-
-
-def _fitting(context: CostContext, search: Search, request: Request, memory: int) -> Ran | None:
-    """The fastest plan of the search that really fits, with the graphs of tiles that may be kept."""
-    budget = float(memory)
-    for less in LESS:
-        fastest = search.fastest(budget)
-        if fastest is None:
-            return None
-        ran = kept_within(context, fastest.spans, segments_of(context, request, fastest.spans), memory)
-        if ran.prediction.bytes <= memory:
-            return ran
-        budget = fastest.peak - max(ran.prediction.bytes - memory, less * memory)
-    return None
-
-
-def _parts(context: CostContext, request: Request) -> list[tuple[str, ...]]:
-    """The nodes that may be streamed: worthwhile regions, or all before the user's cut."""
-    is_chosen = request.segments is not None or request.cut is not None or request.global_ops == "stream"
-    graph = context.graph
-    parts = context.memo.get("parts", lambda: streamable_parts(graph))
-    return parts_before(graph, parts, request.cut) if is_chosen else worthwhile(graph, parts, context.written)

@@ -133,7 +133,7 @@ class _Needs:
         """Bytes of a tile at each step, with recording and without, and what it saves, with boxes and copies."""
         part, plan = self._part(), self._plan
         recorded, unrecorded = part.profile(shares, self._outer()), part.profile_unrecorded(shares)
-        saved = float((part.saved if plan is not None else part.held)(shares))
+        saved = float((part.saved if plan is not None else part.remaining)(shares))
         if plan is None:
             for name, size in self._made().items():
                 recorded[part.turn : 2 * part.turn - self._cost.place[name]] += size

@@ -140,21 +140,23 @@ class Backward:
         flowing = self._flowing(group, grads)
         if not flowing:
             return []
-        recorded, task = group[0].recorded, group[0].task
-        if recorded is None:
-            program = self._stream.schedule.programs[task.program].run_again
-            boxes = reader.read(task).placed()
-            recorded, _ = self._inputs.recorded(task, boxes, self._needs_grad, program)
-            del _  # which would be held until the gradients are there
+        task = group[0].task
+        recorded = group[0].recorded or self._recomputed(task, reader)
         pulled = [(edge, grad) for k, grad in flowing if (edge := self._edge(recorded, k, grad)) is not None]
         inputs = (*recorded.boxes, *recorded.whole)
         indices = [index for index, tensor in enumerate(inputs) if tensor.requires_grad]
         if not pulled or not indices:
             return []
-        outputs, slices = zip(*pulled, strict=True)
-        gradients = torch.autograd.grad(outputs, [inputs[i] for i in indices], slices, allow_unused=True)
+        edges, slices = zip(*pulled, strict=True)
+        gradients = torch.autograd.grad(edges, [inputs[i] for i in indices], slices, allow_unused=True)
         boxes_read = (*task.reads, *(None for _ in recorded.whole))
         return [(i, boxes_read[i], g) for i, g in zip(indices, gradients, strict=True) if g is not None]
+
+    def _recomputed(self, task: TileTask, reader: Reader) -> Recorded:
+        """A tile that ran again, without its results."""
+        program = self._stream.schedule.programs[task.program].run_again
+        recorded, _ = self._inputs.recorded(task, reader.read(task).placed(), self._needs_grad, program)
+        return recorded
 
     def _flowing(self, group: Group, grads: Gradients) -> list[tuple[int, torch.Tensor]]:
         """The gradients of what equal tiles yield, summed, by output, on the device that computes."""

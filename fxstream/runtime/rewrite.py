@@ -155,9 +155,7 @@ def _write_all(
         _reuse_input(env, typed, name, dense)
 
 
-def _write_wholes(
-    typed: TypedGraph, dense: Collection[str], outputs: Collection[str] | None
-) -> dict[str, Write]:
+def _write_wholes(typed: TypedGraph, dense: Collection[str], outputs: Collection[str] | None) -> dict[str, Write]:
     """What is written in the place of the nodes of normalisations that run whole."""
     writes: dict[str, Write] = {}
     for moments, whole in runs_whole(typed, dense).items():

@@ -22,13 +22,13 @@ import torch
 from fxstream.planning.estimate import CostContext
 from fxstream.planning.regions.grids import Grids, grids_of
 from fxstream.planning.regions.nested import NestedRuns
-from fxstream.planning.regions.region_costs import DenseRun, RegionCosts, SpanCosts, dense_option
-from fxstream.planning.search import Option, Region, Search, Span
+from fxstream.planning.regions.region_costs import RegionCosts, SpanCosts, dense_option
+from fxstream.planning.search import Option, Span
 from fxstream.tiling.parts import whole_segment
 from fxstream.tiling.request import Request
 from fxstream.tiling.segment import make_segment
 
-__all__ = ["Kind", "MemoryRegion", "memory_searches"]
+__all__ = ["Kind", "MemoryRegion"]
 
 MOST_POSITIONS = 16
 """Positions considered per region; their pairs are what planning time goes into."""
@@ -36,42 +36,13 @@ MOST_SPANS_JOINED = 2
 """Spans of another size that may be one."""
 
 
-def memory_searches(
-    context: CostContext,
-    parts: Sequence[tuple[str, ...]],
-    request: Request,
-    kinds: Sequence[Kind],
-    near: Sequence[Span] = (),
-) -> Iterator[Search]:
-    """The searches of one network at one image size, for any budget in bytes, one of each kind.
-
-    `parts` are the nodes of the regions, in the order of the graph. The searches share what is computed. With the
-    spans of another size, `near`, only cuts where these have some are considered, and spans of one or two of
-    theirs.
-    """
-    graph = context.graph
-    inside = {name for part in parts for name in part}
-    index = {name: i for i, name in enumerate(graph.costed)}
-    starts = [index[part[0]] for part in parts]
-    dense: list[list[str]] = [[] for _ in range(len(parts) + 1)]
-    for name in index:
-        if name not in inside:
-            dense[sum(start < index[name] for start in starts)].append(name)
-    regions: list[Region] = [DenseRun(context, dense[0])] if dense[0] else []
-    for part, after in zip(parts, dense[1:], strict=True):
-        regions.append(MemoryRegion(context, part, request, kinds[0], near))
-        regions += [DenseRun(context, after)] if after else []
-    results = (name for name in graph.costed if graph.is_result(name) and name not in context.written)
-    count = request.segments if isinstance(request.segments, int) else None
-    saved = float(sum(graph[name].bytes for name in results))
-    for kind in kinds:
-        yield Search([one.of(kind) if isinstance(one, MemoryRegion) else one for one in regions], saved, count)
-
-
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a search considers: how often a span may run forward for the reductions on its way, and whether the
-    recomputation of a span that runs whole may be cut into parts (`nested`)."""
+    """What a search considers.
+
+    `most_sweeps` is how often a span may run forward for the reductions on its way; where it `is_nested`, the
+    recomputation of a span that runs whole may be cut into parts.
+    """
 
     most_sweeps: int
     is_nested: bool = False
@@ -243,7 +214,7 @@ class MemoryRegion:
                 ends = 2 * turn - (self._costs.index[name] - start - 1)
             elif name not in outputs:
                 last = self._costs.positions.last_read(name)
-                begins = 2 * turn - 1 - self._costs.dense.own_from(last, start + 1)
+                begins = 2 * turn - 1 - self._costs.dense.lifetimes.own_from(last, start + 1)
             levels[begins:ends] += self._bytes(name)
         return levels
 

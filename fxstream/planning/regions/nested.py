@@ -32,13 +32,13 @@ Flat = Callable[[int, int], Sequence[Sequence[Option]]]
 class _Stretch:
     """A part of a region as a region of its own.
 
-    `held` are the bytes of gradients of its results, which whoever asks for the gradients of the span holds all
+    `gradients` are the bytes of those of its results, which whoever asks for the gradients of the span holds all
     the while; only its last part counts them by itself.
     """
 
-    def __init__(self, region: Region, flat: Flat, start: int, ends: Sequence[int], held: float) -> None:
+    def __init__(self, region: Region, flat: Flat, start: int, ends: Sequence[int], gradients: float) -> None:
         self._region, self._flat, self._start = region, flat, start
-        self.ends, self._held = list(ends), held
+        self.ends, self._gradients = list(ends), gradients
 
     def starts(self, end: int) -> list[int]:
         return [-1, *(position for position in self.ends if position < end)]
@@ -47,7 +47,7 @@ class _Stretch:
         kinds = self._flat(self._from(start), end)
         if end == self.ends[-1]:
             return kinds
-        return [[replace(one, needs=one.needs + self._held) for one in options] for options in kinds]
+        return [[replace(one, needs=one.needs + self._gradients) for one in options] for options in kinds]
 
     def weights(self, start: int, end: int) -> float:
         return self._region.weights(self._from(start), end)

@@ -172,4 +172,4 @@ def dense_option(
     if not training:
         return Option(None, float(part.profile_unrecorded(ones).max()), 0.0, forward)
     needs = float((part.profile(ones) + gradients).max())
-    return Option(None, needs, float(part.held(ones)), forward + backward)
+    return Option(None, needs, float(part.remaining(ones)), forward + backward)

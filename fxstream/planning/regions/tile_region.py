@@ -22,8 +22,8 @@ import torch
 
 from fxstream.errors import PlanError
 from fxstream.planning.estimate import CostContext
-from fxstream.planning.regions.grids import counts_up_to
 from fxstream.planning.partition import FEW_SWEEPS
+from fxstream.planning.regions.grids import counts_up_to
 from fxstream.planning.regions.region_costs import RegionCosts
 from fxstream.planning.search import Option, Search, Span
 from fxstream.tiling.grid import Grid
