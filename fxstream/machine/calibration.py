@@ -1,9 +1,9 @@
 """How fast an accelerator is, measured once: a second of kernels, kept in the user's cache directory.
 
 NOTE [what is measured]
-1. Multiply-accumulates of a convolution, in float32 as torch is set up, and in bfloat16; bytes of a sum of two
-   maps; a call; a copy from host memory; and how much longer a convolution takes per pixel where its result has
-   more than 2^31 elements. Each is the best of a few runs, for what disturbs a run only makes it slower.
+1. Multiply-accumulates of a convolution of many channels, in float32 as torch is set up, and in bfloat16; bytes of
+   a sum of two maps; a call; a copy from host memory; and how much longer a convolution takes per pixel where its
+   result has more than 2^31 elements. Each is the best of a few runs, for what disturbs a run only makes it slower.
 2. The result is kept per device and version of torch, as a file of JSON in `$XDG_CACHE_HOME/fxstream` or
    `~/.cache/fxstream`, and read from then on. What cannot be written is measured again in the next process; a file
    that is no such result is measured anew.
@@ -28,6 +28,8 @@ from fxstream.machine.device import free_bytes, synchronize
 
 __all__ = ["Rates", "best_seconds", "cache_file", "rates_of"]
 
+VERSION = 2
+"""Of what is measured."""
 RUNS = 3
 LARGE = 2**31
 """Elements from which on kernels of torch count in 64 bits."""
@@ -72,7 +74,7 @@ def cache_file(device: torch.device) -> Path:
     """Where the rates of a device are kept."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxstream"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    key = hashlib.sha256(f"{name} {torch.__version__}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{name} {torch.__version__} {VERSION}".encode()).hexdigest()[:16]
     return folder / f"rates_{key}.json"
 
 
@@ -95,10 +97,11 @@ def _measured(device: torch.device, elements: int) -> Rates:
 
 
 def _macs_per_second(dtype: torch.dtype, device: torch.device, elements: int) -> float:
-    """Of a convolution of 64 to 64 channels with kernels of 3."""
-    channels, side = 64, max(8, int((elements / 256) ** 0.5))
-    image = torch.zeros(1, channels, side, side, dtype=dtype, device=device)
-    weight = torch.zeros(channels, channels, 3, 3, dtype=dtype, device=device)
+    """Of a convolution of 256 to 256 channels with kernels of 3, of numbers that are not all the same."""
+    channels, side = 256, max(8, int((elements / 256) ** 0.5))
+    image = torch.randn(1, channels, side, side, dtype=dtype, device=device)
+    image = image.contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(channels, channels, 3, 3, dtype=dtype, device=device)
     seconds = best_seconds(lambda: torch.nn.functional.conv2d(image, weight, padding=1), device)
     return 9 * channels * channels * side * side / seconds
 

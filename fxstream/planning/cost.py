@@ -2,13 +2,14 @@
 
 NOTE [the cost model]
 1. Time. An operator takes its multiply-accumulates over the machine's rate, plus the bytes that it reads and
-   writes over the machine's bandwidth, plus a constant for the call. A backward costs twice its forward. Weights
-   are read per tile, and their gradients written and added per tile: many small tiles of a layer with large
-   weights are slow. Memory that the operating system maps anew costs more than traffic: on the CPU that
-   are results above the size that the C library reuses, and the copies of its input and result that
-   a convolution lays out for itself. Small tiles can be faster than the plain network for that alone. Whether the
-   process has an allocator that reuses large memory too is tried out once. On accelerators, operators on tensors
-   of 2^31 elements or more take kernels that are many times slower, which tiles avoid.
+   writes over the machine's bandwidth, plus a constant for the call. A backward costs twice its forward, but for
+   the traffic of kernels that were measured (`speeds.Effort`). Weights are read per tile, and their gradients
+   written and added per tile: many small tiles of a layer with large weights are slow. Memory that the operating
+   system maps anew costs more than traffic: on the CPU that are results above the size that the C library reuses,
+   and the copies of its input and result that a convolution lays out for itself. Small tiles can be faster than
+   the plain network for that alone. Whether the process has an allocator that reuses large memory too is tried out
+   once. On accelerators, operators on tensors of 2^31 elements or more take kernels that are many times slower,
+   which tiles avoid.
 2. Memory is a sum of lifetimes on a line of steps (`lifetimes`).
 3. Where a normalisation runs whole, which was taken apart into moments and an affine map, it is one operator: one
    call, and one gradient of its input. Its traffic is that of the two.
@@ -26,7 +27,7 @@ import torch
 
 from fxstream.graph.typed_graph import Saves, TypedGraph, TypedNode
 from fxstream.lowering.whole import result_of
-from fxstream.machine.speeds import LARGE, Machine
+from fxstream.machine.speeds import DEPTHWISE, LARGE, Machine
 from fxstream.planning.lifetimes import Lifetimes
 
 __all__ = ["Costs", "Part"]
@@ -57,12 +58,20 @@ class Costs:
         self.nodes = tuple(nodes)
         self.place = {name: i for i, name in enumerate(self.nodes)}
         self._graph = graph
-        self.arithmetic = _vector(graph[name].macs / machine.rate(_dtype(graph[name])) for name in self.nodes)
+        kinds = [_kind(graph, name) for name in self.nodes]
+        rates = (machine.rate(_dtype(graph[n])) * machine.effort(k).share for n, k in zip(self.nodes, kinds))
+        self.arithmetic = _vector(graph[n].macs / rate for n, rate in zip(self.nodes, rates, strict=True))
         self.largest = _vector(self._largest(name) for name in self.nodes)
         self.sizes = [graph[name].bytes for name in self.nodes]
         self.calls = _vector(self._saves(name).views is None for name in self.nodes)
         self.weights = _vector(sum(self._weights(name).values()) for name in self.nodes)
-        self.moved = _vector(self._moved(name) for name in self.nodes) * self.calls
+        efforts = [machine.effort(kind) for kind in kinds]
+        moved = _vector(self._moved(name) for name in self.nodes) * self.calls / machine.bandwidth
+        self.traffic = tuple(
+            moved * _vector(getattr(effort, direction) for effort in efforts)
+            for direction in ("forward", "backward")
+        )
+        """Seconds of traffic, forward and backward."""
         self.lifetimes = Lifetimes(graph, self.nodes, plain, is_segment)
         self.wholes = self._normalisations()
         """The places of the results of normalisations that were taken apart, by those of their moments."""
@@ -115,23 +124,28 @@ class Costs:
         Those at the places `fused` are part of the call of another.
         """
         span, machine = slice(start, len(self.nodes) if stop is None else stop), self.machine
-        of_span, calls = shares[..., span], self.calls.clone()
-        calls[list(fused)] = 0.0
+        of_span = shares[..., span]
         present = (of_span > 0).double()
-        work = self._work(of_span, span) + present * (calls[span] * machine.call)
+        slow = of_span * torch.where(of_span * self.largest[span] >= LARGE, machine.beyond, 1.0)
+        work = slow * self.arithmetic[span] + present * (self._called(fused)[span] * machine.call)
         if machine.fresh < math.inf:
-            by, like, size = _between(self.lifetimes.allocated, start, span.stop).unbind(-1)
-            allocated = size * shares[..., like] * (shares[..., by] > 0)
-            work.index_add_(-1, by - start, allocated * (allocated > machine.reused) / machine.fresh)
+            self._add_fresh(work, shares, span)
         read = present * (self.weights[span] / machine.bandwidth)
-        return work + read, BACKWARD * work + WEIGHTS_BACKWARD * read
+        forward, backward = (slow * traffic[span] for traffic in self.traffic)
+        return work + forward + read, BACKWARD * work + backward + WEIGHTS_BACKWARD * read
 
-    def _work(self, of_span: torch.Tensor, span: slice) -> torch.Tensor:
-        """Seconds of arithmetic and traffic of each operator, with these shares of the span's nodes."""
-        machine = self.machine
-        each = self.arithmetic[span] + self.moved[span] / machine.bandwidth
-        slow = torch.where(of_span * self.largest[span] >= LARGE, machine.beyond, 1.0)
-        return of_span * slow * each
+    def _called(self, fused: Sequence[int]) -> torch.Tensor:
+        """Which operators are calls, where those at the places `fused` are part of others."""
+        calls = self.calls.clone()
+        calls[list(fused)] = 0.0
+        return calls
+
+    def _add_fresh(self, work: torch.Tensor, shares: torch.Tensor, span: slice) -> None:
+        """Add the seconds of memory that is mapped anew for the operators of a span."""
+        by, like, size = _between(self.lifetimes.allocated, span.start, span.stop).unbind(-1)
+        allocated = size * shares[..., like] * (shares[..., by] > 0)
+        seconds = allocated * (allocated > self.machine.reused) / self.machine.fresh
+        work.index_add_(-1, by - span.start, seconds)
 
     def part(
         self, start: int = 0, stop: int | None = None, is_whole: bool = False, releases: bool = False
@@ -261,6 +275,16 @@ def _between(rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """The rows whose first number is one from `start` up to, not including, `stop`."""
     first, last = torch.searchsorted(rows[:, 0].contiguous(), torch.tensor([start, stop])).tolist()
     return rows[first:last]
+
+
+def _kind(graph: TypedGraph, name: str) -> str:
+    """What an operator is to the machine."""
+    node = graph[name]
+    kind = node.verdict.operator if node.verdict is not None else ""
+    if kind in CONVOLUTIONS:
+        channels, weight = node.values[0].shape[1], graph.value(node.inputs[1]).shape
+        return DEPTHWISE if weight[1] == 1 and channels == weight[0] > 1 else kind
+    return kind
 
 
 def _dtype(node: TypedNode) -> torch.dtype:
