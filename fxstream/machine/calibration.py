@@ -3,7 +3,7 @@
 NOTE [what is measured]
 1. Multiply-accumulates of a convolution of many channels, in float32 as torch is set up, and in bfloat16; bytes of
    a sum of two maps; a call; a copy from host memory; and how much longer a convolution takes per pixel where its
-   result has more than 2^31 elements. Each is the best of a few runs, for what disturbs a run only makes it slower.
+   result has more than 2^31 elements. Each is the best of a few runs: what disturbs a run only makes it slower.
 2. The result is kept per device and version of torch, as a file of JSON in `$XDG_CACHE_HOME/fxstream` or
    `~/.cache/fxstream`, and read from then on. What cannot be written is measured again in the next process; a file
    that is no such result is measured anew.
