@@ -108,7 +108,7 @@ FORMS: dict[type, Form] = {
         },
         "tiles=tile_count",
         {"largest_read": lambda plan: plan.largest(plan.segment.spatial[0][0]) if plan.axes else []},
-        "kept overlap overhead",
+        "kept overlap overhead parts",
     ),
     ProbeReport: _form("part agrees nodes measured one_sidedly=blurred mismatches unprobed seconds"),
     CheckReport: _form("ok dtype differences plan"),
