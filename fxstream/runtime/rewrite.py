@@ -93,11 +93,14 @@ def _streamed(
 
 
 def _in_parts(plan: SegmentPlan, labels: Mapping[str, str], options: dict[str, Any]) -> fx.GraphModule:
-    """The recomputation of a segment that runs whole: its parts as segments, recorded operators between them."""
+    """The recomputation of a segment that runs whole: its parts as segments, recorded operators between them.
+
+    As the segment, its parts run alike on all ranks, and yield nothing that is not there only for a while.
+    """
     segment, typed = plan.segment, plan.segment.graph
     graph = fx.Graph()
     env = {name: graph.placeholder(name) for name in segment.inputs}
-    modules = _streamed(plan.parts, labels, options)
+    modules = _streamed(plan.parts, labels, {**options, "ranks": None, "offloaded": frozenset(), "watch": None})
     _write_all(graph, env, typed, [part.segment for part in plan.parts], segment.outputs)
     graph.output(tuple(env[name] for name in segment.outputs))
     graph.lint()
