@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +35,7 @@ def compile(
     cut: str | None = None,
     global_ops: str = "auto",
     verify: bool = True,
-    compile_tiles: bool = False,
+    compile_tiles: bool | Mapping[str, Any] = False,
     offload: bool = False,
     mesh: Any = None,
     progress: bool = False,
@@ -63,8 +63,8 @@ def compile(
       squeeze and excitation, global pooling): ``"stream"`` them, ``"cut"`` the stream there, or ``"auto"``, the
       planner's choice.
     - `verify`: whether the probe measures the rules on the real operators, once per capture.
-    - `compile_tiles`: whether tile programs go through `torch.compile`. The first step of a size then takes
-      minutes, and the others less time.
+    - `compile_tiles`: whether tile programs go through `torch.compile`, or its options, as
+      ``{"mode": "max-autotune"}``. The first step of a size then takes minutes, and the others less time.
     - `offload`: whether boundaries between segments, and their gradients, may lie in host memory: always with a
       tile, within a memory where that is predicted to be faster.
     - `mesh`: one dimension of a DeviceMesh, or a process group, whose ranks share the tiles of each image. All
@@ -107,7 +107,7 @@ def compile(
 def options_of(
     *,
     verify: bool = True,
-    compile_tiles: bool = False,
+    compile_tiles: bool | Mapping[str, Any] = False,
     mesh: Any = None,
     progress: bool = False,
     return_freed: bool = False,
@@ -121,6 +121,8 @@ def options_of(
         raise InputError(
             f"plan must be the decision of a plan, compiled.plan.decision; found {type(plan).__name__}"
         )
+    if not isinstance(compile_tiles, (bool, Mapping)):
+        raise InputError(f"compile_tiles must be a bool, or options of torch.compile; found {compile_tiles!r}")
     request = request_of(**options)
     if return_freed:
         heap.return_freed()

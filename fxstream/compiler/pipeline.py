@@ -236,7 +236,7 @@ class Pipeline:
                     lowered,
                     analysis.graph,
                     plan,
-                    shared.options.compile_tiles,
+                    shared.tile_compiler,
                     shared.ranks,
                     shared.watch,
                     captured.memo.at(analysis.graph),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fxstream.compiler.analysis import Analysis
+from fxstream.compiler.compiled_tiles import TileCompiler
 from fxstream.compiler.prepared import Prepared
 from fxstream.errors import StreamingWarning
 from fxstream.machine.device import budget_of
@@ -34,7 +36,7 @@ class Options:
 
     request: Request
     verify: bool = True
-    compile_tiles: bool = False
+    compile_tiles: bool | Mapping[str, Any] = False
     mesh: Any = None
     progress: bool = False
     plan: Decision | None = None
@@ -57,6 +59,8 @@ class Shared:
         self.retained = Retained()
         self.ranks = None if options.mesh is None else Ranks(options.mesh)
         self.watch = Bar() if options.progress else None
+        compiled = options.compile_tiles
+        self.tile_compiler = None if compiled is False else TileCompiler({} if compiled is True else compiled)
 
     def warn_once(self, topic: str, message: str) -> None:
         """A warning, the first time that something is to be said about a topic."""

@@ -20,7 +20,7 @@ from fxstream.planning.plan import Plan
 from fxstream.runtime.ranks import Ranks
 from fxstream.runtime.schedule import Stream, Watch, build_stream
 from fxstream.runtime.tile_loop import stream_map
-from fxstream.runtime.tile_program import whole_in_segment
+from fxstream.runtime.tile_program import Compiler, whole_in_segment
 from fxstream.tiling.fuse import folded_weights
 from fxstream.tiling.order import execution_order
 from fxstream.tiling.reuse import uncomputed_convolution
@@ -55,19 +55,19 @@ def rewrite(
     captured: Captured,
     typed: TypedGraph,
     plan: Plan,
-    compile_tiles: bool = False,
+    compiler: Compiler | None = None,
     ranks: Ranks | None = None,
     watch: Watch | None = None,
     memo: MemoOfStructure | None = None,
 ) -> fx.GraphModule:
     """The graph at one image size with its segments streamed; takes and returns what the captured one does.
 
-    Dense operators take over their input's memory where that changes nothing (`TypedNode.reuses`). `compile_tiles`
-    passes tile programs through `torch.compile`; `ranks` share the tiles; `watch` is called for each. `memo` has
+    Dense operators take over their input's memory where that changes nothing (`TypedNode.reuses`). `compiler`
+    compiles tile programs; `ranks` share the tiles; `watch` is called for each. `memo` has
     what was made at other sizes: the graph is the same there, where integers are, and only its segments differ.
     """
     labels = _labels(captured)
-    options: dict[str, Any] = {"compile_tiles": compile_tiles, "ranks": ranks, "watch": watch}
+    options: dict[str, Any] = {"compiler": compiler, "ranks": ranks, "watch": watch}
     options |= {"offloaded": plan.offloaded, "memo": memo}
     modules = _streamed(plan.segments, labels, options)
     segments = [part.segment for part in plan.segments]

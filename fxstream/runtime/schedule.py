@@ -22,7 +22,7 @@ from fxstream.io.sink import Sink
 from fxstream.rules import Reduced, Value
 from fxstream.rules.access import Lookup
 from fxstream.runtime.ranks import Ranks, assigned, together
-from fxstream.runtime.tile_program import Program, TileProgram, constants_of, tile_program, whole_program
+from fxstream.runtime.tile_program import Compiler, Program, TileProgram, constants_of, tile_program, whole_program
 from fxstream.runtime.turns import bands, turns
 from fxstream.tiling.bounds import AxisTile, BoundsPass, lookups
 from fxstream.tiling.segment import gradient_sources
@@ -65,8 +65,8 @@ class Programs:
     start.
     """
 
-    def __init__(self, compile_tiles: bool) -> None:
-        self._compile_tiles = compile_tiles
+    def __init__(self, compiler: Compiler | None) -> None:
+        self._compiler = compiler
         self._fresh = itertools.count()
         self._classes: dict[tuple[int, object], int] = {}
         self._programs: dict[tuple[int, ...], TileProgram] = {}
@@ -83,7 +83,7 @@ class Programs:
             if len(self._programs) > MOST_PROGRAMS:
                 self._programs.clear()
             program = make()
-            self._programs[classes] = program.compiled() if self._compile_tiles else program
+            self._programs[classes] = program if self._compiler is None else program.through(self._compiler)
         return self._programs[classes]
 
 
@@ -102,14 +102,14 @@ class Schedule:
     def __init__(
         self,
         plan: SegmentPlan,
-        compile_tiles: bool,
+        compiler: Compiler | None,
         memo: MemoOfStructure | None = None,
         again: Program | None = None,
     ) -> None:
         self._segment = segment = plan.segment
         self._again = again
-        key = ("programs", segment.graph.graph, constants_of(segment), compile_tiles)
-        self._of_all_sizes = (memo or MemoOfStructure()).get(key, lambda: Programs(compile_tiles))
+        key = ("programs", segment.graph.graph, constants_of(segment), compiler)
+        self._of_all_sizes = (memo or MemoOfStructure()).get(key, lambda: Programs(compiler))
         self._along: list[dict[int, tuple[AxisTile, int]]] = [{} for _ in plan.axes]
         self._classes: dict[tuple[int, ...], int] = {}
         self._programs: list[TileProgram] = []
@@ -295,7 +295,7 @@ def build_stream(
     plan: SegmentPlan,
     labels: tuple[str, ...],
     *,
-    compile_tiles: bool = False,
+    compiler: Compiler | None = None,
     ranks: Ranks | None = None,
     watch: Watch | None = None,
     offloaded: frozenset[str] = frozenset(),
@@ -307,7 +307,7 @@ def build_stream(
     Where `ranks` share the tiles, a segment that runs whole runs on all of them alike. `memo` has the programs
     that were made at other sizes, `again` is what is run for the backward of one that is recomputed in parts.
     """
-    segment, schedule = plan.segment, Schedule(plan, compile_tiles, memo, again)
+    segment, schedule = plan.segment, Schedule(plan, compiler, memo, again)
     patterns = enumerate(segment.graph[output].pattern for output in segment.outputs if plan.axes)
     planned: tuple[tuple[TileTask, ...], ...] = ()
     if ranks is not None and plan.axes:

@@ -8,7 +8,6 @@ of a reduction. It is an ordinary `fx.GraphModule`: it can be printed, linted, a
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,11 +27,20 @@ from fxstream.tiling.own_padding import own_padding
 from fxstream.tiling.reuse import uncomputed_convolution
 from fxstream.tiling.segment import Segment
 
-__all__ = ["Program", "TileProgram", "constants_of", "tile_program", "whole_in_segment", "whole_program"]
+__all__ = [
+    "Compiler",
+    "Program",
+    "TileProgram",
+    "constants_of",
+    "tile_program",
+    "whole_in_segment",
+    "whole_program",
+]
 
-logger = logging.getLogger("fxstream")
 aten = torch.ops.aten
 Program = Callable[..., tuple[torch.Tensor, ...]]
+Compiler = Callable[[Any], Program]
+"""Makes a program of an `fx.GraphModule`."""
 OF_PATTERNS = ("replaced", "target", "arguments", "index", "size", "kept")
 """What access patterns write into programs besides what a tile is."""
 
@@ -55,25 +63,11 @@ class TileProgram:
         """The results for a backward, some of them without values."""
         return _without_hooks(self.recomputation)(*tensors)
 
-    def compiled(self) -> TileProgram:
-        """The same program through `torch.compile`, for its fixed shapes; compiled when it first runs."""
-        forward = _compiled(self.forward)
+    def through(self, compiler: Compiler) -> TileProgram:
+        """The same program, compiled when it first runs."""
+        forward = compiler(self.forward)
         same = self.recomputation is self.forward
-        return TileProgram(forward, forward if same else _compiled(self.recomputation))
-
-
-def _compiled(program: Program) -> Program:
-    """The program through `torch.compile`; its first run, which takes long, is announced at level INFO."""
-    run, is_first = torch.compile(program, dynamic=False), True
-
-    def announced(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        nonlocal is_first
-        if is_first:
-            is_first = False
-            logger.info("compilation of the program of a tile of %s", list(tensors[0].shape))
-        return run(*tensors)
-
-    return announced
+        return TileProgram(forward, forward if same else compiler(self.recomputation))
 
 
 def _without_hooks(program: Program) -> Program:

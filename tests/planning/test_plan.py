@@ -1,5 +1,6 @@
 """Plans within a memory: they fit, they are exact, they say what they cost; and the cost model itself."""
 
+import copy
 import itertools
 import logging
 import shutil
@@ -269,6 +270,30 @@ def test_compiled_tiles_are_the_same_to_rounding(caplog):
     programs = {run for program in stream.schedule.programs for run in (program.forward, program.recomputation)}
     messages = [m for m in caplog.messages if m.startswith("compilation of the program of a tile of [1, 2, ")]
     assert len(messages) == len(programs) > 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_blocks_that_are_the_same_are_compiled_once(caplog):
+    """Three blocks are three segments, whose programs have other weights."""
+    caplog.set_level(logging.INFO, "fxstream")
+    blocks = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 1)) for _ in range(3)]
+    model = nn.Sequential(*blocks).double()
+    image = torch.randn(1, 4, 24, 20, dtype=torch.float64, requires_grad=True)
+    module = fxstream.compile(
+        model, tile=16, segments=("0", "1", "2"), compile_tiles={"options": {"cpp_wrapper": False}}
+    )
+    assert_same(step(module, model, [image]), step(model, model, [image]), 1e-12)
+    streams = [m.stream for m in fxstream.inspect(module).last.streamed.modules() if hasattr(m, "stream")]
+    assert len(streams) == 3
+    programs = len({p for stream in streams for p in stream.schedule.programs})
+    messages = [m for m in caplog.messages if m.startswith("compilation of the program of a tile")]
+    assert len(messages) <= 2 * programs // 3
+    copy.deepcopy(module)
+
+
+def test_options_of_compiled_tiles_are_a_mapping():
+    with pytest.raises(fxstream.InputError, match="options of torch"):
+        fxstream.compile(nn.Conv2d(1, 1, 1), compile_tiles="max-autotune")
 
 
 def test_checkpointed_is_the_same_network():

@@ -1,0 +1,74 @@
+"""Tile programs through `torch.compile`: one compilation for all programs that are the same."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+__all__ = ["TileCompiler"]
+
+logger = logging.getLogger("fxstream")
+Program = Callable[..., Any]
+
+MOST = 256
+"""Compilations that are remembered."""
+
+
+class TileCompiler:
+    """Compiles tile programs, with these options of `torch.compile`, when they first run.
+
+    Weights are inputs of a program. So the blocks of a stage are one program with other inputs: programs of equal
+    operators, given tensors of equal shapes, types and formats, share what was compiled.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = dict(options)
+        self._compiled: OrderedDict[Hashable, Program] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[TileCompiler], tuple[dict[str, Any]]]:
+        return TileCompiler, (self._options,)
+
+    def __call__(self, program: fx.GraphModule) -> Program:
+        """The program, compiled for the tensors that it is given; a first run, which takes long, is announced."""
+        structure = _structure(program.graph)
+
+        def run(*tensors: torch.Tensor) -> Any:
+            key = structure, tuple(map(_form, tensors))
+            with self._lock:
+                if key not in self._compiled:
+                    logger.info("compilation of the program of a tile of %s", list(tensors[0].shape))
+                    self._compiled[key] = self._made(program)
+                self._compiled.move_to_end(key)
+                while len(self._compiled) > MOST:
+                    self._compiled.popitem(last=False)
+                compiled = self._compiled[key]
+            return compiled(*tensors)
+
+        return run
+
+    def _made(self, program: fx.GraphModule) -> Program:
+        """A program of its own to torch: each is compiled for one form of inputs."""
+        return torch.compile(fx.GraphModule(program, program.graph), dynamic=False, **self._options)
+
+
+def _structure(graph: fx.Graph) -> Hashable:
+    """What programs that compute the same have in common; the graph itself where it has things of its module."""
+    if any(node.op == "get_attr" for node in graph.nodes):
+        return graph
+    number = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+    arguments = (repr(map_arg((node.args, node.kwargs), number.get)) for node in graph.nodes)
+    targets = (node.target if node.op == "call_function" else node.op for node in graph.nodes)
+    return tuple(zip(targets, arguments, strict=True))
+
+
+def _form(tensor: torch.Tensor) -> Hashable:
+    """What a program is compiled for."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
