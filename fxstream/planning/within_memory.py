@@ -130,7 +130,8 @@ def _fitting(context: CostContext, search: Search, request: Request, memory: int
         ran = kept_within(context, fastest.spans, segments_of(context, request, fastest.spans), memory)
         if ran.prediction.bytes <= memory:
             return ran
-        budget = fastest.peak - max(ran.prediction.bytes - memory, less * memory)
+        over = max(ran.prediction.bytes - memory, less * memory)
+        budget = max(fastest.peak - over, (1 - less) * fastest.peak * memory / ran.prediction.bytes)
     return None
 
 

@@ -160,7 +160,7 @@ def test_boundaries_that_are_constant_too():
 
 def test_graphs_that_are_kept():
     model, array = network(), slide(400, 400, 3)
-    module = fxstream.compile(model, memory="5MiB", segments=1, verify=False)
+    module = fxstream.compile(model, memory="2MiB", segments=1, verify=False)
     assert_same(stepped(module, model, source(array)), stepped(model, model, tensor(array)), 0.0)
     (stream,) = streams(module)
     assert stream.plan.kept > 0

@@ -240,7 +240,8 @@ class MemoryRegion:
         boxes = self._bytes_of_boxes(start, grids.shares)
         tiles = (grids.tiles / self._context.ranks).ceil()
         forward, backward = self._seconds_of_tile(start, end, span.sweeps)
-        needs = self._needs_of_tile(around, span, grids.shares, boxes)
+        images = 2 * self._bytes_of_images(nodes, grids.shares)  # this tile's boxes and the next one's
+        needs = self._needs_of_tile(around, span, grids.shares, boxes) + images
         copies = self._seconds_of_copies(around, tiles, boxes)
         if not self._training:
             yield from _options(nodes, grids, needs, torch.zeros_like(needs), tiles * forward + copies)
@@ -266,6 +267,14 @@ class MemoryRegion:
     def _bytes_of_boxes(self, start: int, shares: torch.Tensor) -> torch.Tensor:
         """Bytes of what a tile of every grid reads of the region."""
         boxes = (shares[:, self._costs.index[name]] * self._bytes(name) for name in self._live[start])
+        return sum(boxes, shares.new_zeros(len(shares)))
+
+    def _bytes_of_images(self, nodes: Sequence[str], shares: torch.Tensor) -> torch.Tensor:
+        """Bytes of what a tile of every grid reads of images outside: about what their first readers make of it."""
+        outside = self._context.outside
+        reads = [(one, name) for name in nodes if outside for one in self._graph[name].inputs if one in outside]
+        first = dict(reversed(reads))
+        boxes = (shares[:, self._costs.index[reader]] * self._bytes(one) for one, reader in first.items())
         return sum(boxes, shares.new_zeros(len(shares)))
 
     def _needs_of_tile(
