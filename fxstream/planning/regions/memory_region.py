@@ -270,11 +270,10 @@ class MemoryRegion:
         return sum(boxes, shares.new_zeros(len(shares)))
 
     def _bytes_of_images(self, nodes: Sequence[str], shares: torch.Tensor) -> torch.Tensor:
-        """Bytes of what a tile of every grid reads of images outside: about what their first readers make of it."""
+        """Bytes of what a tile of every grid reads of images outside: about what their readers make of it."""
         outside = self._context.outside
         reads = [(one, name) for name in nodes if outside for one in self._graph[name].inputs if one in outside]
-        first = dict(reversed(reads))
-        boxes = (shares[:, self._costs.index[reader]] * self._bytes(one) for one, reader in first.items())
+        boxes = (shares[:, self._costs.index[name]] * self._bytes(one) for one, name in dict(reads).items())
         return sum(boxes, shares.new_zeros(len(shares)))
 
     def _needs_of_tile(
