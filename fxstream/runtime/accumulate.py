@@ -18,6 +18,10 @@ Contribution = tuple[int, Subscript | None, torch.Tensor]
 """What one tile adds to a gradient: the input's index, the box that the tile read (None: all), the gradient."""
 
 
+Bounds = tuple[tuple[int | None, int | None], ...]
+"""The start and stop of a box along each dim."""
+
+
 class Accumulator:
     """One sum per input that asks for a gradient; parameters of less than 32 bits are summed in float32.
 
@@ -36,10 +40,11 @@ class Accumulator:
     ) -> None:
         self._inputs, self._needs_grad, self._is_single = (*spatial, *whole), needs_grad, is_single
         self._sums: list[torch.Tensor | None] = [None] * len(self._inputs)
-        boxes = [[read[i] for read in reads] for i in range(len(spatial))]
-        self._unwritten = [
-            {_bounds(box): box for box in of_input} if _is_partition(of_input, tuple(image.shape)) else {}
-            for image, of_input in zip(spatial, boxes, strict=True)
+        asked = [i for i, needed in enumerate(needs_grad[: len(spatial)]) if needed]
+        boxes = {i: [read[i] for read in reads] for i in asked}
+        self._unwritten: list[dict[Bounds, Subscript]] = [
+            {_bounds(box): box for box in boxes[i]} if i in boxes and _is_partition(boxes[i], image.shape) else {}
+            for i, image in enumerate(spatial)
         ]
         """The boxes of each spatial input that are yet to be written."""
 
@@ -110,11 +115,11 @@ class Accumulator:
         ]
 
 
-def _bounds(box: Subscript) -> tuple[tuple[int | None, int | None], ...]:
+def _bounds(box: Subscript) -> Bounds:
     return tuple((part.start, part.stop) for part in box)
 
 
-def _is_partition(boxes: Sequence[Subscript], shape: tuple[int, ...]) -> bool:
+def _is_partition(boxes: Sequence[Subscript], shape: Sequence[int]) -> bool:
     """Whether boxes, which are products of intervals along each dim, cover a tensor, and each element once.
 
     >>> halves = [(slice(0, 2),), (slice(2, 4),)]

@@ -44,6 +44,24 @@ def test_boxes_that_overlap_add_up():
     assert of_small.tolist() == [7, 7, 7]
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ([(0, 3), (3, 6), (6, 8)], [1, 1, 1, 2, 2, 2, 3, 3]),
+        ([(6, 8), (0, 3)], [2, 2, 2, 0, 0, 0, 1, 1]),  # one tile has no gradient
+        ([(0, 3), (3, 5), (4, 6), (6, 8)], [1, 1, 1, 2, 5, 3, 4, 4]),  # the second ran as halves that overlap
+    ],
+)
+def test_boxes_that_partition_an_input_are_written(monkeypatch, given, wanted):
+    """Whatever the memory held before; what nothing was written to is zero."""
+    monkeypatch.setattr(torch, "empty_like", lambda like: torch.full_like(like, torch.nan))
+    leaf, tiles = torch.zeros(1, 2, 8), [(0, 3), (3, 6), (6, 8)]
+    sums = Accumulator([leaf], [], [True], is_single=False, reads=[(box(*tile),) for tile in tiles])
+    gradients = [torch.full((1, 2, b - a), float(k + 1)) for k, (a, b) in enumerate(given)]
+    (of_leaf,) = added(sums, *((0, box(*tile), g) for tile, g in zip(given, gradients, strict=True)))
+    assert of_leaf[0].tolist() == [wanted] * 2
+
+
 def test_a_gradient_of_a_tile_is_not_written_to():
     """The first one of a small tensor must not become the sum: autograd may hold it."""
     gradient = torch.ones(3)
