@@ -291,10 +291,9 @@ def _methods(folded: Folded) -> dict[str, Callable[..., Any]]:
         "method_tolist": torch.Tensor.tolist,
     }
     conversions |= {"nb_int_impl": int, "nb_index_impl": operator.index, "nb_float_impl": float}
-    there = {
-        name: one for name, one in conversions.items() if hasattr(TensorVariable, name)
-    }  # not before torch 2.13
-    return {**{name: answering(name, one) for name, one in there.items()}, "call_method": call_method}
+    # Before torch 2.13 a conversion asks for the item.
+    existing = {name: one for name, one in conversions.items() if hasattr(TensorVariable, name)}
+    return {**{name: answering(name, one) for name, one in existing.items()}, "call_method": call_method}
 
 
 def _as_number(tx: Any, variable: Any, folded: Folded) -> Any:

@@ -20,6 +20,7 @@ from fxstream.planning.decision import Decision
 from fxstream.planning.plan import Plan
 from fxstream.rules import Reason
 from fxstream.runtime.ranks import Ranks
+from fxstream.tiling.parts import streamable_share
 from fxstream.tiling.request import Request
 
 __all__ = ["Options", "Shared"]
@@ -71,7 +72,9 @@ class Shared:
     def warn_what_stops_the_stream(self, analysis: Analysis, plan: Plan, device: torch.device) -> None:
         barriers, request = analysis.barriers, self.options.request
         fits = request.tile is None and plan.prediction.plain_bytes <= budget_of(request.memory, device)
-        if plan.streamed_share >= SMALL_SHARE or request.cut is not None or fits or not barriers:
+        # Within a memory no more is streamed than has to be.
+        share = plan.streamed_share if request.tile is not None else streamable_share(analysis.graph)
+        if max(share, plan.streamed_share) >= SMALL_SHARE or request.cut is not None or fits or not barriers:
             return
         first, advice = f": {barriers[0]}", ""
         statistics = [v for v in barriers if v.not_tileable_for(Reason.BATCH_STATISTICS)]

@@ -124,8 +124,8 @@ class CostContext:
 
     def of_parts(self, plan: SegmentPlan) -> CostContext:
         """The context of the recomputation of a segment in parts, with its backward."""
-        inputs = (one for one in plan.segment.inputs if self.graph[one].saves is not None)
-        differentiated = frozenset(one for one in inputs if self.graph[one].has_gradient)
+        inputs = (self.graph[one] for one in plan.segment.inputs if one in self.graph.nodes)  # others are folded
+        differentiated = frozenset(one.name for one in inputs if one.saves is not None and one.has_gradient)
         return replace(
             self,
             graph=plan.segment.graph,

@@ -40,8 +40,8 @@ class Accumulator:
     ) -> None:
         self._inputs, self._needs_grad, self._is_single = (*spatial, *whole), needs_grad, is_single
         self._sums: list[torch.Tensor | None] = [None] * len(self._inputs)
-        asked = [i for i, needed in enumerate(needs_grad[: len(spatial)]) if needed]
-        boxes = {i: [read[i] for read in reads] for i in asked}
+        differentiated = [i for i, needed in enumerate(needs_grad[: len(spatial)]) if needed]
+        boxes = {i: [read[i] for read in reads] for i in differentiated}
         self._unwritten: list[dict[Bounds, Subscript]] = [
             {_bounds(box): box for box in boxes[i]} if i in boxes and _is_partition(boxes[i], image.shape) else {}
             for i, image in enumerate(spatial)
