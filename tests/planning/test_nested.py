@@ -113,18 +113,3 @@ def test_parts_need_less_than_one_checkpoint_at_less_time_than_many_passes(monke
     flat = fxstream.plan(model, 256, memory=memory).prediction
     assert in_parts.bytes <= memory
     assert in_parts.seconds < 0.8 * flat.seconds
-
-
-@pytest.mark.usefixtures("as_on_a_gpu")
-def test_normalisations_that_are_folded_into_convolutions(monkeypatch):
-    """The weights of a convolution with its BatchNorm are inputs of the checkpoint, and of its parts."""
-    monkeypatch.setattr("fxstream.planning.regions.memory_region.MemoryRegion._tiled", lambda *_: iter(()))
-    model = fxstream.freeze_batch_norm(network())
-    image = torch.randn(1, 3, 150, 171, dtype=torch.float64, requires_grad=True)
-    plain = copy.deepcopy(model)
-    everything = fxstream.compile(copy.deepcopy(model), memory="40GiB")
-    everything(image)
-    module = fxstream.compile(model, memory=int(0.5 * everything.plan.prediction.plain_bytes))
-    assert_same(step(module, model, [image]), step(plain, plain, [image]), 1e-10)
-    assert nested(module)
-    assert any(plan.segment.fusions for plan in nested(module))
