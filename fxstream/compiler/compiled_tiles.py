@@ -30,6 +30,7 @@ class TileCompiler:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._options = dict(options)
+        self._structures: dict[Hashable, int] = {}
         self._compiled: OrderedDict[Hashable, Program] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -38,7 +39,8 @@ class TileCompiler:
 
     def __call__(self, program: fx.GraphModule) -> Program:
         """The program, compiled for the tensors that it is given; a first run, which takes long, is announced."""
-        structure = _structure(program.graph)
+        with self._lock:  # a number, for a structure takes long to compare at every tile
+            structure = self._structures.setdefault(_structure(program.graph), len(self._structures))
 
         def run(*tensors: torch.Tensor) -> Any:
             key = structure, tuple(map(_form, tensors))

@@ -48,7 +48,8 @@ H200 = {
 """The efforts of kernels on an NVIDIA H200, from profiles of four networks (bfloat16, channels_last, torch 2.11).
 
 Reading a map for its statistics takes 6.6 times as long as a copy reads it; a depthwise convolution runs at 3e12
-multiply-accumulates per second where others reach 3.8e14, and its backward is bound by a slow kernel.
+multiply-accumulates per second where others reach 3.8e14, and its backward is bound by a slow kernel. None of the
+networks had average pooling or group norm: theirs are taken to be like those of their kin.
 """
 
 

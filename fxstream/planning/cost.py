@@ -25,14 +25,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from fxstream.graph.typed_graph import Saves, TypedGraph, TypedNode
+from fxstream.graph.typed_graph import TypedGraph, TypedNode
 from fxstream.lowering.whole import result_of
 from fxstream.machine.speeds import DEPTHWISE, LARGE, Machine
-from fxstream.planning.lifetimes import Lifetimes
+from fxstream.planning.lifetimes import CONVOLUTIONS, Lifetimes
 
 __all__ = ["Costs", "Part"]
 
-CONVOLUTIONS = {f"aten::conv{n}d" for n in (1, 2, 3)}
 BACKWARD = 2
 """Cost of a backward over that of its forward."""
 WEIGHTS_BACKWARD = 5
@@ -56,23 +55,21 @@ class Costs:
     ) -> None:
         self.machine = machine
         self.nodes = tuple(nodes)
-        self.place = {name: i for i, name in enumerate(self.nodes)}
+        self.lifetimes = lifetimes = Lifetimes(graph, self.nodes, plain, is_segment)
+        self.place, self.sizes = lifetimes.place, lifetimes.sizes
         self._graph = graph
-        kinds = [_kind(graph, name) for name in self.nodes]
-        rates = (machine.rate(_dtype(graph[n])) * machine.effort(k).share for n, k in zip(self.nodes, kinds))
+        efforts = [machine.effort(_kind(graph, name)) for name in self.nodes]
+        rates = (machine.rate(_dtype(graph[n])) * effort.share for n, effort in zip(self.nodes, efforts))
         self.arithmetic = _vector(graph[n].macs / rate for n, rate in zip(self.nodes, rates, strict=True))
         self.largest = _vector(self._largest(name) for name in self.nodes)
-        self.sizes = [graph[name].bytes for name in self.nodes]
-        self.calls = _vector(self._saves(name).views is None for name in self.nodes)
+        self.calls = _vector(lifetimes.saves(name).views is None for name in self.nodes)
         self.weights = _vector(sum(self._weights(name).values()) for name in self.nodes)
-        efforts = [machine.effort(kind) for kind in kinds]
         moved = _vector(self._moved(name) for name in self.nodes) * self.calls / machine.bandwidth
         self.traffic = tuple(
             moved * _vector(getattr(effort, direction) for effort in efforts)
             for direction in ("forward", "backward")
         )
         """Seconds of traffic, forward and backward."""
-        self.lifetimes = Lifetimes(graph, self.nodes, plain, is_segment)
         self.wholes = self._normalisations()
         """The places of the results of normalisations that were taken apart, by those of their moments."""
         self.outer: dict[str, int] = {}
@@ -156,11 +153,6 @@ class Costs:
     def _normalisations(self) -> dict[int, int]:
         results = {name: result_of(self._graph[name].node) for name in self.nodes}
         return {self.place[n]: self.place[r] for n, r in results.items() if r is not None and r in self.place}
-
-    def _saves(self, name: str) -> Saves:
-        saves = self._graph[name].saves
-        assert saves is not None, name
-        return saves
 
     def _weights(self, name: str) -> dict[str, int]:
         """The parameters that a node reads and their bytes; running statistics count too, and are small."""

@@ -18,7 +18,7 @@ import torch
 from fxstream.graph.effects import WAS_IN_PLACE
 from fxstream.graph.typed_graph import Saves, TypedGraph
 
-__all__ = ["Lifetimes"]
+__all__ = ["CONVOLUTIONS", "Lifetimes"]
 
 CONVOLUTIONS = {f"aten::conv{n}d" for n in (1, 2, 3)}
 
@@ -53,7 +53,7 @@ class Lifetimes:
         count = len(self.nodes)
         last, saver = list(range(count + 1)), [count] * (count + 1)
         for i, name in enumerate(self.nodes):
-            saves, inputs = self._saves(name), self._inputs[i]
+            saves, inputs = self.saves(name), self._inputs[i]
             if self._leaves(name):
                 last[self._roots[i]] = count
             for j in (*(inputs[k] for k in saves.inputs if k < len(inputs)), *[i] * saves.result):
@@ -67,7 +67,7 @@ class Lifetimes:
 
     def _extra(self, kind: str) -> list[tuple[int, int]]:
         """Which operators make extra values of this kind, and their bytes."""
-        rates = [getattr(self._saves(name), kind) for name in self.nodes]
+        rates = [getattr(self.saves(name), kind) for name in self.nodes]
         elements = (sum(value.elements for value in self._graph[name].values) for name in self.nodes)
         return [
             (i, round(rate * count)) for i, (rate, count) in enumerate(zip(rates, elements, strict=True)) if rate
@@ -83,10 +83,10 @@ class Lifetimes:
         count, users = len(self.nodes), self._users
         groups, first = list(range(count)), list(range(count))
         for i in reversed(range(count)):
-            if len(users[i]) == 1 and self._saves(self.nodes[users[i][0]]).passes_on:
+            if len(users[i]) == 1 and self.saves(self.nodes[users[i][0]]).passes_on:
                 groups[i] = groups[users[i][0]]
             first[groups[i]] = min(first[groups[i]], i)
-        passes_on = (self._saves(name).passes_on for name in self.nodes)
+        passes_on = (self.saves(name).passes_on for name in self.nodes)
         self._own_from = [first[groups[i]] - 1 if is_view else i for i, is_view in enumerate(passes_on)]
         rows = []
         for i, name in enumerate(self.nodes):
@@ -99,7 +99,7 @@ class Lifetimes:
         """Gradients that are new memory until they are added to another, as rows: owner, reader, bytes."""
         rows = []
         for i, name in enumerate(self.nodes):
-            for j in self._inputs[i] if not self._saves(name).passes_on else ():
+            for j in self._inputs[i] if not self.saves(name).passes_on else ():
                 if j >= 0 and self._has_gradient(self.nodes[j]) and self._users[j][-1] != i:
                     rows.append((j, i, self.sizes[j]))
         rows += [(i, i, size) for i, size in self._extra("between")]
@@ -120,7 +120,7 @@ class Lifetimes:
         users: list[list[int]] = [[] for _ in self.nodes]
         inputs, roots = [], list(range(len(self.nodes) + 1))
         for i, name in enumerate(self.nodes):
-            node, saves = self._graph[name], self._saves(name)
+            node, saves = self._graph[name], self.saves(name)
             inputs.append([self.place.get(one, -1) for one in node.inputs])
             for j in inputs[i]:
                 if j >= 0:
@@ -135,7 +135,8 @@ class Lifetimes:
     def _has_gradient(self, name: str) -> bool:
         return self._graph[name].has_gradient
 
-    def _saves(self, name: str) -> Saves:
+    def saves(self, name: str) -> Saves:
+        """What autograd saves of an operator."""
         saves = self._graph[name].saves
         assert saves is not None, name
         return saves
