@@ -23,7 +23,7 @@ from fxstream.rules.reasons import NotTileable, Reason
 from fxstream.rules.reductions import over_space
 from fxstream.rules.rule import Answer, Call, RuleTable
 
-__all__ = ["CLASS_LOSSES", "PIXEL_LOSSES", "add_rules"]
+__all__ = ["CLASS_LOSSES", "FOURIER", "PIXEL_LOSSES", "add_rules"]
 
 KEEPING = (
     "cumsum",
@@ -41,6 +41,11 @@ KEEPING = (
     "index_select",
 )
 """Operators along `dim` or `dims` whose result keeps the dim."""
+
+FOURIER = tuple(
+    f"fft_{kind}{axes}" for kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft") for axes in ("", "2", "n")
+)
+"""Discrete Fourier transforms along `dim`, the result of which may have another size there."""
 
 REDUCING = (
     "all",
@@ -89,6 +94,8 @@ def add_rules(table: RuleTable) -> None:
     """Everything along channels, and losses, class maps and gathering along them."""
     for name in KEEPING + SPLITTING:
         table.add(f"aten::{name}", "channelwise", along_dim)
+    for name in FOURIER:
+        table.add(f"aten::{name}", "channelwise", fourier)
     for name in REDUCING:
         table.add(f"aten::{name}", "channelwise", reduction)
     table.add("aten::unbind", "channelwise", unbind)
@@ -147,6 +154,14 @@ def along_dim(call: Call) -> Answer:
             return NotTileable(Reason.MIRRORS_TILED_DIM, image.dims, (touched,))
         same = call.shape == image.shape
         return NotTileable(Reason.ALONG_TILED_DIM, image.dims if same else (), (touched,))
+    return _pass_through(call)
+
+
+def fourier(call: Call) -> Answer:
+    """A transform of windows, or along channels; along tiled dims it reads the whole map."""
+    _, image = _image(call)
+    if set(_touched(call, len(image.shape))) & set(image.dims):
+        return NotTileable(Reason.TRANSFORMS_MAP, image.dims if call.shape == image.shape else ())
     return _pass_through(call)
 
 

@@ -45,8 +45,6 @@ MIXING = {
     "einsum": Reason.CONTRACTS_POSITIONS,
     "scaled_dot_product_attention": Reason.ATTENDS,
     "_pad_circular": Reason.PADS_OPPOSITE,
-    "fft_fft2": Reason.TRANSFORMS_MAP,
-    "fft_rfft2": Reason.TRANSFORMS_MAP,
 }
 
 

@@ -31,6 +31,8 @@ def add_rules(table: RuleTable) -> None:
         table.add(f"aten::{name}", "shuffled", permute)
     for name in ("transpose", "swapaxes", "swapdims"):
         table.add(f"aten::{name}", "shuffled", transpose)
+    for name in ("mT", "numpy_T", "t"):
+        table.add(f"aten::{name}", "shuffled", transpose_last)
     for name in ("view", "reshape", "_unsafe_view"):
         table.add(f"aten::{name}", "shuffled", reshape)
     table.add("aten::flatten", "shuffled", flatten)
@@ -80,6 +82,14 @@ def transpose(call: Call) -> Answer:
     pair += [call[name] % len(image.shape) for name in ("dim1", "axis1") if name in call.arguments]
     swap = {pair[0]: pair[1], pair[1]: pair[0]}
     return moved(call, image, tuple(swap.get(d, d) for d in image.dims))
+
+
+def transpose_last(call: Call) -> Answer:
+    """Exchange of the last two dims, of all where there are only two; `numpy_T` reverses any number of them."""
+    image: Value = call["self"]
+    rank, reverses = len(image.shape), call.target._schema.name == "aten::numpy_T"
+    first = 0 if reverses else rank - 2
+    return moved(call, image, tuple(d if d < first else first + rank - 1 - d for d in image.dims))
 
 
 def reshape(call: Call) -> Answer:

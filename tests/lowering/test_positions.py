@@ -125,6 +125,11 @@ STREAMED = {
     "log softmax": on_map(lambda m, x: (x.flatten(2).log_softmax(-1) * x.flatten(2)).mean((1, 2))),
     "normalised": on_map(lambda m, x: m.norm(x.flatten(2)).relu().mean(-1), norm=nn.BatchNorm1d(4)),
     "single pixels": on_map(lambda m, x: m.a(x.flatten(2)).relu().sum(-1), a=nn.Conv1d(4, 3, 1)),
+    "single pixels of several patches": on_map(
+        lambda m, x: m.a(m.norm(torch.stack([x, x.sin(), x.cos()], 2).flatten(3))).relu().sum(-1),
+        a=nn.Conv2d(4, 6, (3, 1), 1, (1, 0), groups=2),
+        norm=nn.GroupNorm(2, 4),
+    ),
     "apart": on_map(
         lambda m, x: torch.cat([*x.flatten(2).chunk(2, 1)[::-1], x.flatten(2)], 1).select(1, 1).mean(-1)
     ),
@@ -182,6 +187,22 @@ def test_rewritten_graphs_hold_at_every_size(name):
     for shape in ((1, 2, 16, 16), (2, 2, 16, 16), (4, 2, 20, 12), (2, 2, 12, 21)):
         x = image(*shape)
         torch.testing.assert_close(compiled(x), model(x), atol=1e-12, rtol=1e-10, equal_nan=True)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+def test_queries_keys_and_values_of_a_batch_as_one(batch):
+    """In a model that is bound to its batch, which a constant says."""
+
+    def forward(m, x):
+        n, c, h, w = x.shape
+        qkv = m.qkv(tokens(x)).view(n, h * w, 3, c).permute(2, 0, 1, 3).reshape(3 * batch, 23, 19, c)
+        return m.last(qkv.permute(0, 3, 1, 2).tanh()).relu().view(3, batch, 2, 23, 19).sum(0)
+
+    plan = assert_streams(
+        on_map(forward, qkv=nn.Linear(4, 12), last=conv(4, 2, padding=1)), image(batch, 2, 23, 19), tile=11
+    )
+    assert plan.streamed_share > 0.95, plan
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -171,6 +171,24 @@ FORMS = {
     "mean of windows": lambda x, n, c, h, w: x.view(n, c, h // 2, 2, w // 2, 2).mean((3, 5)),
     "windows along one axis": lambda x, n, c, h, w: x.reshape(n, c, h, w // 4, 4).softmax(-1).flatten(3),
     "unflatten": lambda x, n, c, h, w: x.unflatten(3, (-1, 4)).flip(-1).flatten(3),
+    "windows of tokens": lambda x, n, c, h, w: (
+        x.flatten(2).mT.sin().view(n, h // 2, 2, w // 3, 3, c).transpose(2, 3).softmax(-2).flatten(3)
+    ),
+    "as many windows as tokens": lambda x, n, c, h, w: (
+        x.flatten(2)
+        .mT.view(-1, h // 2, 2, w // 2, 2, c)
+        .permute(0, 1, 3, 2, 4, 5)
+        .reshape(-1, 4, c)
+        .softmax(1)
+        .sin()
+        .view(n, h // 2, w // 2, 2, 2, c)
+        .permute(0, 1, 3, 2, 4, 5)
+        .reshape(n, h * w, c)
+        .mT.view(n, c, h, w)
+    ),
+    "transforms of windows": lambda x, n, c, h, w: torch.fft.irfft2(
+        torch.fft.rfft2(x.view(n, c, h // 4, 4, w // 6, 6).transpose(3, 4)).square(), (4, 6)
+    ),
 }
 
 

@@ -269,6 +269,13 @@ for name in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin
     SAMPLES[name] = [(X2, functools.partial(lambda loss, x: loss(x, x * 3, reduction=0), getattr(A, name)))]
 for name in ("amax", "amin", "logsumexp", "mean", "sum"):
     SAMPLES[name] = [(C4, functools.partial(getattr(A, name), dim=[1]))]
+for name in ("mT", "numpy_T"):
+    SAMPLES[name] = [(X1, getattr(A, name)), (X2, getattr(A, name))]
+SAMPLES["t"] = [(X1, lambda x: A.t(x[0]))]
+for kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft"):
+    for axes, dim in (("", 1), ("2", [0, 1]), ("n", [1])):
+        transform = functools.partial(getattr(A, f"fft_{kind}{axes}"), dim=dim)
+        SAMPLES[f"fft_{kind}{axes}"] = [(C4, functools.partial(lambda f, x: f(x).abs(), transform))]
 # operators with the pointwise tag have no row of their own
 TAGGED = {
     "relu": A.relu,

@@ -8,7 +8,7 @@ from fxstream.graph.nodes import bind, name_of
 from fxstream.lowering.positions.unflatten import FlatOperator, Handler, Result
 from fxstream.lowering.proxy import Proxy
 from fxstream.lowering.statistics import softmax
-from fxstream.rules.channelwise import CLASS_LOSSES, KEEPING, REDUCING, SPLITTING
+from fxstream.rules.channelwise import CLASS_LOSSES, FOURIER, KEEPING, REDUCING, SPLITTING
 from fxstream.rules.shuffled import indexed
 
 __all__ = ["HANDLERS"]
@@ -106,7 +106,7 @@ def _last_dims(op: FlatOperator) -> Result:
 def _per_channel(op: FlatOperator) -> Result:
     """A normalisation per channel (dim 1), of positions after it, or of [positions, channels]."""
     source = op.only("input")
-    if source is None or source.place == 2:
+    if source is None or source.place >= 2:
         return source and source.at(op.again())
     if source.place or op.name != "batch_norm" or op.input.ndim != 2:
         return None
@@ -116,16 +116,19 @@ def _per_channel(op: FlatOperator) -> Result:
 
 
 def _convolution(op: FlatOperator) -> Result:
-    """A convolution of single positions, in as many dims as these have."""
+    """A convolution that has a window of one along the positions, in as many dims as these have."""
     source, weight = op.only("input"), op.weight
-    is_single = weight.shape[2:] == (1,) and set(op.stride) == {1} and set(op.padding) <= {0}
-    if source is None or source.place != 2 or not is_single or len(source.extents) not in CONVOLUTIONS:
+    if source is None or source.place < 2 or isinstance(op.padding, str):
         return None
-    axes = len(source.extents)
+    axis, axes, numbers = source.place - 2, len(source.extents), (op.stride, op.padding, op.dilation)
+    stride, padding, dilation = (n if len(n) > 1 else [*n] * (op.input.ndim - 2) for n in numbers)
+    rank = source.tensor.ndim - 2
+    if (weight.shape[source.place], stride[axis], padding[axis]) != (1, 1, 0) or rank not in CONVOLUTIONS:
+        return None
     for _ in range(axes - 1):
-        weight = weight.unsqueeze(-1)
-    numbers = ([1] * axes, [0] * axes, [1] * axes, op.groups)
-    return source.at(op.call(CONVOLUTIONS[axes], source.tensor, weight, op.bias, *numbers))
+        weight = weight.unsqueeze(source.place)
+    apart = ([*n[:axis], *[n[axis]] * axes, *n[axis + 1 :]] for n in (stride, padding, dilation))
+    return source.at(op.call(CONVOLUTIONS[rank], source.tensor, weight, op.bias, *apart, op.groups))
 
 
 def _class_loss(op: FlatOperator) -> Result:
@@ -144,8 +147,8 @@ def _class_loss(op: FlatOperator) -> Result:
 
 
 HANDLERS: dict[str, Handler] = {
-    **dict.fromkeys(("permute", "transpose", "swapaxes", "swapdims", "t", "numpy_T"), _permute),
-    **dict.fromkeys((*KEEPING, *SPLITTING, "slice", "narrow", "select", "unbind", "unsqueeze"), _along),
+    **dict.fromkeys(("permute", "transpose", "swapaxes", "swapdims", "t", "mT", "numpy_T"), _permute),
+    **dict.fromkeys((*FOURIER, *KEEPING, *SPLITTING, "slice", "narrow", "select", "unbind", "unsqueeze"), _along),
     **dict.fromkeys(("cat", "concat", "concatenate"), _concatenate),
     "stack": _along,
     "index": _index,
@@ -154,7 +157,7 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(REDUCING, _reduce),
     **dict.fromkeys(("linear", "layer_norm", "rms_norm"), _last_dims),
     **dict.fromkeys(("batch_norm", "instance_norm", "group_norm"), _per_channel),
-    "conv1d": _convolution,
+    **dict.fromkeys(("conv1d", "conv2d"), _convolution),
     **dict.fromkeys(CLASS_LOSSES, _class_loss),
 }
 """Per operator that is not pointwise, how it works on the tensor before (`unflatten`, rule 2)."""

@@ -64,20 +64,34 @@ def _reshape(op: FlatOperator, sizes: Sequence[Any]) -> Result:
     if source is None:
         return None
     shape = source.shape(op.self.shape)
-    groups = [group for group in align(shape, op.value.shape) if set(group[0]) & set(source.dims)]
+    aligned = [
+        (_without_batch_of_one(op, source, before), after) for before, after in align(shape, op.value.shape)
+    ]
+    groups = [group for group in aligned if set(group[0]) & set(source.dims)]
     if all(len(before) == len(after) == 1 for before, after in groups):
         if _loses_batch_of_one(op, groups[0][1][0]):
             return _with_batch_of_one(op, groups[0][1][0], sizes)
         where = {before[0]: after[0] for before, after in groups}
         return _taken_apart(op, tuple(where[dim] for dim in source.dims), sizes)
-    if op.source(op.self) is None and (windows := _windows(op, groups, sizes)) is not None:
+    is_flat, is_map = len(groups) == 1 == len(groups[0][1]), op.source(op.self) is None
+    if (is_map or not is_flat) and (windows := _windows(op, source, groups, sizes)) is not None:
         return windows
-    if len(groups) != 1 or len(groups[0][1]) != 1:
+    if not is_flat:
         return None
     joined, place = groups[0][0], groups[0][1][0]
     extents = [source.tensor.size(dim) for dim in joined]
     tensor = source.tensor.reshape([*sizes[:place], *extents, *sizes[place + 1 :]])
     return Unflattened(tensor, place, tuple(shape[d] for d in joined), tuple(d - joined[0] for d in source.dims))
+
+
+def _without_batch_of_one(op: FlatOperator, source: Unflattened, joined: range) -> range:
+    """The stream axis of two dims that a reshape joins, in a model bound to the batch of one before it (rule 5).
+
+    An example: [3, 1, H*W, C] that becomes [3, H, W, C].
+    """
+    is_taken_apart = op.bound and op.source(op.self) is not None and len(joined) == 2
+    is_one = is_taken_apart and source.shape(op.self.shape)[joined[0]] == 1 and joined[0] not in source.dims
+    return joined[1:] if is_one else joined
 
 
 def _loses_batch_of_one(op: FlatOperator, place: int) -> bool:
@@ -109,13 +123,15 @@ def _taken_apart(op: FlatOperator, dims: tuple[int, ...], sizes: Sequence[Any]) 
     return image
 
 
-def _windows(op: FlatOperator, groups: Sequence[tuple[range, range]], sizes: Sequence[Any]) -> Proxy | None:
-    """Rule 6: the tensor with each stream axis kept, split, or joined with dims after it."""
-    result, dims = op.self, {}
-    if _is_of_a_map(op, groups):
+def _windows(
+    op: FlatOperator, source: Unflattened, groups: Sequence[tuple[range, range]], sizes: Sequence[Any]
+) -> Proxy | None:
+    """Rule 6: the source with each stream axis kept, split, or joined with dims after it."""
+    result, dims, shape = source.tensor, {}, source.shape(op.self.shape)
+    if result.node is op.self.node and _is_of_a_map(op, groups):
         return None
     for before, after in groups[::-1]:
-        axes = [axis for axis, dim in enumerate(op.self.dims) if dim in before]
+        axes = [axis for axis, dim in enumerate(source.dims) if dim in before]
         free = next((dim for dim in after if _may_be_extent(op, sizes[dim], axes[0])), None)
         inner = [sizes[dim] for dim in after if dim != free]
         is_constant = all(isinstance(size, int) and size > 0 for size in inner)
@@ -126,7 +142,7 @@ def _windows(op: FlatOperator, groups: Sequence[tuple[range, range]], sizes: Seq
             result = result.flatten(before[0], before[-1])
         elif inner:
             result = result.unflatten(before[0], [-1 if dim == free else sizes[dim] for dim in after])
-    rest = [group for group in align(op.self.shape, op.value.shape) if group not in groups]
+    rest = [group for group in align(shape, op.value.shape) if group not in groups]
     image = result if all(len(one) == len(other) == 1 for one, other in rest) else result.reshape(sizes)
     op.draft.values[image.node] = replace(op.value, dims=tuple(dims[axis] for axis in range(len(dims))))
     return image
