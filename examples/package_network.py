@@ -115,6 +115,10 @@ def of_class(model: nn.Module, noisy: torch.Tensor) -> torch.Tensor:
     return model(noisy, timestep=torch.tensor([3]), class_labels=torch.tensor([1])).sample
 
 
+def without_noise(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    return model(image, randomize_noise=False)[0]
+
+
 def likelihoods(model: nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
     results = model(image)
     return (results["x_hat"], *results["likelihoods"].values())

@@ -34,7 +34,15 @@ RESTORATION = (
     spandrel("ESRGAN", num_filters=16, num_blocks=2),
     spandrel("FDAT", embed_dim=24, num_groups=1, depth_per_group=2, num_heads=2),
     spandrel("FFTformer", dim=16, num_blocks=[1, 1, 1], num_refinement_blocks=1),
-    spandrel("GFPGAN", out_size=64, num_style_feat=32, channel_multiplier=1, narrow=0.25, num_mlp=2),
+    spandrel(
+        "GFPGAN",
+        out_size=64,
+        num_style_feat=32,
+        channel_multiplier=1,
+        narrow=0.25,
+        num_mlp=2,
+        use=calls.without_noise,
+    ),
     spandrel(
         "GRL",
         **ENLARGING,
@@ -146,8 +154,8 @@ MEDICAL = (
     monai("LocalNet", 64, 64, 64, spatial_dims=3, in_channels=1, num_channel_initial=8, extract_levels=(0, 1)),
     monai("PatchDiscriminator", 128, 128, spatial_dims=2, channels=8, in_channels=1, use=calls.item(-1)),
     monai(
-        "ViTAutoEnc", 64, 64, 64, in_channels=1, img_size=(64,) * 3, patch_size=16, **TOKENS, num_layers=2,
-        use=calls.item(0),
+        "ViTAutoEnc", 64, 64, 64, in_channels=1, img_size=(64,) * 3, patch_size=16, hidden_size=192, mlp_dim=768,
+        num_heads=4, num_layers=2, use=calls.item(0),
     ),
     monai(
         "VQVAE", 128, 128, spatial_dims=2, in_channels=1, out_channels=1, channels=(8, 16),

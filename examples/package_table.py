@@ -25,7 +25,7 @@ SECONDS, BYTES = 900, 12 * 2**30
 COLUMNS = [
     "network", "version", "torch", "shape", "verdict", "streamed_eval", "streamed_training", "first_barrier_eval",
     "barriers_eval", "barriers_training", "bound_to_size", "compared_in", "memory_share", "segments", "error",
-    "reason",
+    "rounding", "reason",
 ]  # fmt: skip
 MOST_REASONS = 12
 SHAPES = re.compile(r"\[[\d, ]+\]")
@@ -102,8 +102,8 @@ def reason(row: Row) -> str:
 def cells_of(row: Row) -> Row:
     """A row of the table as text."""
     cells = {key: row[key] for key in COLUMNS if key in row}
-    if "error" in row:
-        cells["error"] = f"{row['error']:.1e}"
+    for key in {"error", "rounding"} & row.keys():
+        cells[key] = f"{row[key]:.1e}"
     return cells | {"verdict": verdict(row), "reason": reason(row)}
 
 
