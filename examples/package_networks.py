@@ -186,10 +186,6 @@ NNUNETS = (
     dynamic("unet:ResidualEncoderUNet", 1, 1, 48, 48, 48, **PLANNED, **SOLID, n_blocks_per_stage=2),
     dynamic("unet:ResidualUNet", 1, 1, 48, 48, 48, **PLANNED, **SOLID, n_blocks_per_stage=2),
     dynamic("resnet:ResNet18", 1, 3, 256, 256, n_classes=4),
-    dynamic(
-        "primus:Primus", 1, 1, 48, 48, 48, input_channels=1, input_shape=(48,) * 3, embed_dim=48, eva_depth=2,
-        eva_numheads=2, patch_embed_size=(8, 8, 8), num_classes=2,
-    ),
 )  # fmt: skip
 
 

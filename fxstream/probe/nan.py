@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 from fxstream.geometry.box import EMPTY, Interval
 from fxstream.geometry.receptive_field import ReceptiveField
 from fxstream.graph.typed_graph import TypedNode
-from fxstream.probe.findings import Findings
+from fxstream.probe.findings import Findings, UnprobedError
+from fxstream.probe.spread import mixes_images, nodes_with_nan
 from fxstream.probe.strip import Strip
-from fxstream.probe.subgraph import NaNs
 from fxstream.tiling.bounds import BoundsPass
 
 __all__ = ["poison_backward", "poison_forward"]
@@ -59,13 +59,15 @@ class _Runner(fx.Interpreter):
 
 @torch.no_grad()
 def poison_forward(strip: Strip, findings: Findings) -> None:
-    """Rule 2: the valid interval of every node, for both tiles."""
+    """Rule 2: the valid interval of every node, for both tiles. Raises `UnprobedError` where they mix."""
     before = len(findings.mismatches)
     _Runner(strip, findings).run(*_inputs(strip, math.nan), *strip.weights.values())
     if suspected := findings.mismatches[before:]:
-        unpoisoned = NaNs(strip.part.module)
-        unpoisoned.run(*_inputs(strip, 1.0), *strip.weights.values())
-        findings.mismatches[before:] = [one for one in suspected if one.node not in unpoisoned.nodes]
+        ones = _inputs(strip, 1.0)
+        nodes = nodes_with_nan(strip, ones)
+        findings.mismatches[before:] = [one for one in suspected if one.node not in nodes]
+        if len(findings.mismatches) > before and mixes_images(strip, ones, nodes):
+            raise UnprobedError("it mixes the images of a batch")
 
 
 def _inputs(strip: Strip, around: float) -> list[torch.Tensor]:

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from fxstream.geometry.receptive_field import BROADCAST
 from fxstream.graph.nodes import name_of
@@ -32,7 +31,7 @@ from fxstream.rules import Value
 from fxstream.rules.patterns import Moved, Pointwise
 from fxstream.tiling.segment import Segment, isolated, with_nodes
 
-__all__ = ["NaNs", "Subgraph", "subgraph"]
+__all__ = ["Subgraph", "subgraph"]
 
 
 RESHAPES = ("view", "reshape", "_unsafe_view")
@@ -252,19 +251,3 @@ def _multiple(graph: TypedGraph, before: fx.Node, source: str, extent: int, of: 
             whole = graph.graph.call_function(operator.floordiv, (product, ratio.denominator))
             nodes += [TypedNode(product, 0, integer=of * ratio.numerator), TypedNode(whole, 0, integer=extent)]
     return nodes
-
-
-class NaNs(fx.Interpreter):
-    """Runs a subgraph and collects the `nodes` whose values are NaN anywhere, as of a logarithm of less than 0."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.extra_traceback = False
-        self.nodes: set[str] = set()
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-        if any(bool(leaf.isnan().any()) for leaf in leaves):
-            self.nodes.add(n.name)
-        return value

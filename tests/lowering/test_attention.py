@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_streams, captures
-from small_networks import conv
+from small_networks import Function, conv
 from torch import nn
 
 import fxstream
@@ -156,3 +156,25 @@ class Tokens(nn.Module):
 def test_a_transformer_of_patches(batch):
     plan = assert_streams(Tokens(48).double(), image(batch, 3, 24, 32), tile=12, verify=False)
     assert plan.streamed_share > 0.8, plan
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_attention_at_each_position(bias, batch):
+    """Of a few tokens that a pixel has, as of the frames of a video, on a map that is never flat."""
+
+    def forward(m, x):
+        y = m.a(x).unflatten(1, (4, 2)).permute(0, 3, 4, 1, 2)
+        q, k, v = m.qkv(y).chunk(3, -1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=m.bias if bias else None)
+        return m.b(y.permute(0, 3, 4, 1, 2).flatten(1, 2))
+
+    model = Function(
+        forward,
+        a=conv(3, 8, padding=1),
+        qkv=nn.Linear(2, 6),
+        bias=nn.Parameter(torch.randn(4, 4)),
+        b=conv(8, 2),
+    )
+    plan = assert_streams(model.double(), image(batch, 3, 17, 21), tile=9, segments=1, verify=batch == 1)
+    assert plan.streamed_share == 1

@@ -172,6 +172,22 @@ def test_a_batch_as_a_number_behind_another_dim():
     assert report.measured >= 8
 
 
+def test_frames_of_one_video_that_attend_to_each_other():
+    """A reshape for a batch of one takes the frames out of the batch: two videos would be one of more frames."""
+
+    def forward(m, x):
+        x = m.a(x)[None].permute(0, 3, 4, 1, 2)
+        q, k, v = m.qkv(x).chunk(3, -1)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return m.b(y.reshape(*x.shape[1:3], -1, 4).permute(2, 3, 0, 1))
+
+    parts = {"a": nn.Conv2d(3, 4, 3, padding=1), "qkv": nn.Linear(4, 12), "b": nn.Conv2d(4, 4, 3, padding=1)}
+    analysis = fxstream.analyze(Function(forward, **parts), inputs=[(6, 3, 24, 24)])
+    report = probe(analysis.graph, analysis.regions[0].nodes)
+    assert not report.mismatches
+    assert report.unprobed == "it mixes the images of a batch"
+
+
 def test_a_table_of_positions_beside_an_image():
     """It has no batch, and is the same for all images: what reads it is measured all the same."""
 

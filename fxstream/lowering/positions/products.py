@@ -97,7 +97,7 @@ def _attention(op: FlatOperator) -> Result:
     if op.dropout_p or op.is_causal or op.arguments.get("enable_gqa"):
         return None
     if query is None:
-        return _pooled(op)
+        return _at_each_position(op) or _pooled(op)
     rows, others = len(query.extents), [op.key, op.arguments["value"]]
     if query.place < rank - 2:
         sources = _keys_and_values(op)
@@ -113,6 +113,14 @@ def _attention(op: FlatOperator) -> Result:
         if mask is None:
             return None
     return query.at(op.call("fxstream::attention", query.tensor, *others, mask, rows, op.scale))
+
+
+def _at_each_position(op: FlatOperator) -> Proxy | None:
+    """Attention among dims that are no stream axes, as over the frames of each pixel."""
+    tensors = [op.query, op.key, op.arguments["value"]]
+    is_alike = {tensor.dims for tensor in tensors} == {op.query.dims}
+    is_batch = is_alike and -1 < max(op.query.dims, default=-1) < op.query.ndim - 2
+    return op.call("fxstream::attention", *tensors, op.attn_mask, 1, op.scale) if is_batch else None
 
 
 def _keys_and_values(op: FlatOperator) -> tuple[Unflattened, Unflattened] | None:

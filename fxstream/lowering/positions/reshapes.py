@@ -85,13 +85,16 @@ def _reshape(op: FlatOperator, sizes: Sequence[Any]) -> Result:
 
 
 def _without_batch_of_one(op: FlatOperator, source: Unflattened, joined: range) -> range:
-    """The stream axis of two dims that a reshape joins, in a model bound to the batch of one before it (rule 5).
+    """The dims from a stream axis on that a reshape joins, in a model bound to a batch of one before it (rule 5).
 
-    An example: [3, 1, H*W, C] that becomes [3, H, W, C].
+    An example: [3, 1, H*W, C] that becomes [3, H, W, C], or [1, T, C, H, W] that becomes [T, C, H, W].
     """
-    is_taken_apart = op.bound and op.source(op.self) is not None and len(joined) == 2
-    is_one = is_taken_apart and source.shape(op.self.shape)[joined[0]] == 1 and joined[0] not in source.dims
-    return joined[1:] if is_one else joined
+    axes = [dim for dim in joined if dim in source.dims]
+    is_line = op.source(op.self) is None and len(op.self.dims) == 1
+    if not op.bound or len(axes) != 1 or is_line:
+        return joined
+    is_one = all(source.shape(op.self.shape)[dim] == 1 for dim in joined if dim < axes[0])
+    return range(axes[0], joined.stop) if is_one else joined
 
 
 def _loses_batch_of_one(op: FlatOperator, place: int) -> bool:
