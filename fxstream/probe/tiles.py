@@ -26,6 +26,10 @@ SIZES = (9, 12, 16, 33, 64, 128)
 """Extents at which torch's operators and the package's are compared, which have tests: the first that works."""
 LARGE_SIZES = (160, 128, 64, 33, 16, 12, 9)
 """The same for operators of others, whose rules may be wrong about pixels far away."""
+FEWEST = (5, 3)
+"""The same for operators of much memory at each position, as products of all pairs of pixels of a window."""
+MOST_BYTES = 2**27
+"""What the results of an operator may take, where fewer positions take less."""
 MOST_POSITIONS = 2**15
 """Positions of a map on which an operator is compared: of a volume few along each axis."""
 TOLERANCE = 1e-9
@@ -190,9 +194,17 @@ def _at_small_size(part: Subgraph) -> Segment | None:
     """The segment at a small size at which the operator yields a few pixels; None if it refuses all."""
     target = part.graph[part.segment.nodes[0]].node.target
     is_tested = isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "fxstream")
+    first = _first_of(part, SIZES if is_tested else LARGE_SIZES)
+    if first is None or first.graph.activation_bytes(first.nodes) <= MOST_BYTES:
+        return first
+    return _first_of(part, FEWEST) or first
+
+
+def _first_of(part: Subgraph, sizes: Sequence[int]) -> Segment | None:
+    """The segment at the first of these extents at which it yields more than two pixels along each axis."""
     real = {name: part.segment.input_extents(name) for name, _ in part.segment.spatial}
     axes = len(next(iter(real.values())))
-    for extent in SIZES if is_tested else LARGE_SIZES:
+    for extent in sizes:
         if extent**axes > MOST_POSITIONS:
             continue
         segment = typed_at(part, extents_at(real, [extent] * axes))

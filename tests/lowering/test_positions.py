@@ -130,6 +130,21 @@ STREAMED = {
         a=nn.Conv2d(4, 6, (3, 1), 1, (1, 0), groups=2),
         norm=nn.GroupNorm(2, 4),
     ),
+    "rows of distances": on_map(
+        lambda m, x: (
+            F.pad(
+                F.pad((m.a(x).flatten(2).mT @ m.distances).flatten(0, 1).unflatten(1, (2, 3)), (0, 1)).flatten(1),
+                (1, 0),
+            )
+            .unflatten(1, (3, 3))[:, :2, 1:]
+            .reshape(x.shape[0], -1, 2, 1, 2)
+            .expand(-1, -1, -1, 3, -1)
+            .sin()
+            .sum(1)
+        ),
+        a=conv(4, 3, 1),
+        distances=nn.Parameter(torch.randn(3, 6)),
+    ),
     "apart": on_map(
         lambda m, x: torch.cat([*x.flatten(2).chunk(2, 1)[::-1], x.flatten(2)], 1).select(1, 1).mean(-1)
     ),

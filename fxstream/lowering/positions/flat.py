@@ -103,6 +103,21 @@ def _last_dims(op: FlatOperator) -> Result:
     return source.at(op.again()) if source is not None and source.place < op.input.ndim - dims else None
 
 
+def _padded(op: FlatOperator) -> Result:
+    """Padding of dims after the positions."""
+    source = op.only("self")
+    return source.at(op.again()) if source is not None and source.place < op.self.ndim - len(op.pad) // 2 else None
+
+
+def _expand(op: FlatOperator) -> Result:
+    """Broadcast of dims other than the positions."""
+    source, sizes = op.only("self"), op.size
+    if source is None or len(sizes) != op.self.ndim:
+        return None
+    kept = [-1] * len(source.extents)
+    return source.at(op.again(size=[*sizes[: source.place], *kept, *sizes[source.place + 1 :]]))
+
+
 def _per_channel(op: FlatOperator) -> Result:
     """A normalisation per channel (dim 1), of positions after it, or of [positions, channels]."""
     source = op.only("input")
@@ -155,6 +170,8 @@ HANDLERS: dict[str, Handler] = {
     "squeeze": _squeeze,
     **dict.fromkeys(("softmax", "log_softmax"), _softmax),
     **dict.fromkeys(REDUCING, _reduce),
+    "expand": _expand,
+    **dict.fromkeys(("constant_pad_nd", "pad"), _padded),
     **dict.fromkeys(("linear", "layer_norm", "rms_norm"), _last_dims),
     **dict.fromkeys(("batch_norm", "instance_norm", "group_norm"), _per_channel),
     **dict.fromkeys(("conv1d", "conv2d"), _convolution),
