@@ -50,6 +50,8 @@ BLOCK = 2**24
 """Bytes of one block of `KEPT`: well below what is mapped on its own."""
 LOADED = 64 * 2**20
 """Bytes that a first call loads and keeps: 65 to 80 MiB for networks of 20 to 120 layers."""
+SMALLER = 2**20
+"""So many bytes a buffer lacks that surely fits where one was freed."""
 PLENTY = 0.5
 """Where at least this share of the host's memory is free, a process may keep what it has freed."""
 
@@ -59,14 +61,15 @@ def malloc_remaps() -> bool:
     """Whether host memory for a large tensor is newly mapped each time, and cleared page by page.
 
     That holds for the C library of Linux by default, and not for allocators that keep what was freed. It is
-    measured: a newly mapped buffer has a page fault for every page, also after equal buffers were freed.
+    measured: a newly mapped buffer has a page fault for every page, also after larger buffers were freed. (Where
+    an equal one was, a small block may lie in what its alignment needs.)
     """
     if resource is None:
         return False
     faults = []
-    for _ in range(4):
+    for i in range(4):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.empty(2 * REUSED, dtype=torch.uint8).fill_(1)
+        torch.empty(2 * REUSED - i * SMALLER, dtype=torch.uint8).fill_(1)
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     return min(faults) > REUSED / resource.getpagesize()
 

@@ -19,6 +19,8 @@ from fxstream.tiling.segment import Segment, make_segment
 
 __all__ = ["FEW_SWEEPS", "Positions"]
 
+FEW_REDUCTIONS = 16
+"""Of no more reductions each is a position where a region may be cut."""
 FEW_SWEEPS = 6
 """A span of more sweeps is considered only where nothing else fits into the memory."""
 
@@ -72,10 +74,11 @@ class Positions:
         return [[self._nodes[k] for k in indices] for indices in live[1:]]
 
     def candidates(self, most: int) -> dict[int, int]:
-        """The positions worth a boundary and the bytes that it would keep, at most so many of them.
+        """The positions worth a boundary and the bytes that it would keep.
 
         These are the positions before a window or after a reduction where no fewer bytes are live just before or
-        after; of each of `most` equal sections of the region the one with the fewest bytes.
+        after; of each of `most` equal sections of the region the one with the fewest bytes, and of few reductions
+        all: a network that normalises a map once, at its end, has smaller ones beside it.
         """
         live = self.live()[:-1]
         sizes = [self._graph.activation_bytes(names) for names in live]
@@ -85,7 +88,8 @@ class Positions:
             section = i * most // len(self._nodes)
             if section not in best or size < lowest[best[section]]:
                 best[section] = i
-        return {i: lowest[i] for i in best.values()}
+        few = filter(self._is_reduction, lowest) if self.reductions <= FEW_REDUCTIONS else ()
+        return {i: lowest[i] for i in sorted({*best.values(), *few})}
 
     def first_window(self) -> dict[int, int]:
         """The position before the second window, and the bytes of a boundary there; none with fewer windows."""

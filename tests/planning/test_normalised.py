@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_networks import Function
 from torch import nn
 
 import fxstream
@@ -38,3 +39,19 @@ def test_moments_follow_what_runs_whole(graph, counts, shared):
     assert [span.counts for span in moved] == list(counts)
     if len(moved) == 2:
         assert moved[0].nodes + moved[1].nodes == nodes
+
+
+def test_a_map_is_computed_once_for_the_only_normalisation_of_a_network():
+    """As of a decoder of coarse features: beside its widest map there are smaller ones, at which to cut too."""
+
+    def forward(m, x):
+        coarse = m.coarse(x)
+        fine = nn.functional.interpolate(coarse, scale_factor=4, mode="bilinear")
+        return m.last(m.norm(m.wide(torch.cat([fine, fine.sin()], 1))).relu())
+
+    coarse = nn.Sequential(nn.Conv2d(3, 8, 4, 4), *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(200)))
+    wide, norm, last = nn.Conv2d(16, 64, 3, padding=1), nn.BatchNorm2d(64), nn.Conv2d(64, 2, 1)
+    model = Function(forward, coarse=coarse, wide=wide, norm=norm, last=last)
+    plan = fxstream.plan(model, 512, memory=180 * 2**20)
+    of_wide = [segment for segment in plan.segments if "conv2d_201" in segment.segment.nodes]
+    assert len(of_wide) == 1, plan
