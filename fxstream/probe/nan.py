@@ -16,12 +16,14 @@ from fxstream.geometry.box import EMPTY, Interval
 from fxstream.geometry.receptive_field import ReceptiveField
 from fxstream.graph.typed_graph import TypedNode
 from fxstream.probe.findings import Findings, UnprobedError
-from fxstream.probe.spread import mixes_images, nodes_with_nan
+from fxstream.probe.spread import mixes_images, nodes_with_nan, whole_box
 from fxstream.probe.strip import Strip
 from fxstream.tiling.bounds import BoundsPass
 
 __all__ = ["poison_backward", "poison_forward"]
 
+LARGEST = 1e3
+"""Of a gradient, which through many layers would become infinite, and so NaN where no half sends one."""
 RAMPS = ((0.5, 1.0), (-1.0, -0.5), (2.0, 4.0), (-4.0, -2.0))
 """Ranges of the ramps that windows are differentiated on; the later ones only where no gradient passed."""
 LEVELS = tuple((level, level) for level in (0.5, -0.5, 0.05, -0.05, 1.5, -1.5, 4.0, -4.0, 10.0, -10.0))
@@ -54,7 +56,7 @@ class _Runner(fx.Interpreter):
         if not self._separates or not is_real or name not in self._strip.batch:
             return value
         dim, batch = self._strip.graph.value(name).dims[self._strip.axis], self._strip.batch[name]
-        return _whole_box(value, _poisoned(value, batch, dim), batch, dim)
+        return whole_box(value, _poisoned(value, batch, dim), batch, dim)
 
 
 @torch.no_grad()
@@ -206,7 +208,7 @@ def poison_backward(strip: Strip, findings: Findings) -> None:
             claimed, batch = [claim.get(node.name, EMPTY) for claim in claims], strip.batch[node.name]
             poisoned = _poisoned(gradient, batch, dim)
             _compare_backward(strip, node.name, poisoned, claimed, blurred, findings)
-            gradient = _whole_box(gradient, poisoned, batch, dim) if separates else gradient
+            gradient = whole_box(gradient, poisoned, batch, dim) if separates else gradient
         if node.name not in inputs:
             _send(strip, typed, gradient, gradients, blurred)
     findings.blurred_backward |= blurred & set(segment.nodes)
@@ -268,17 +270,6 @@ def _compare_backward(
     blurred.add(name)
 
 
-def _whole_box(gradient: torch.Tensor, poisoned: torch.Tensor, batch: int, dim: int) -> torch.Tensor:
-    """A value or gradient with NaN in every channel of a pixel that has it in one: tiles hold whole boxes.
-
-    It lies in memory as before, for there are operators that take a view of it.
-    """
-    entries = gradient.unflatten(batch, (2, -1)).movedim(batch, 0)
-    shape = [extent if d in (0, dim + 1) else 1 for d, extent in enumerate(entries.shape)]
-    mask = poisoned.view(shape).expand(entries.shape).movedim(0, batch).flatten(batch, batch + 1)
-    return gradient.masked_fill(mask, math.nan)
-
-
 def _summed(total: Any, sent: Any) -> Any:
     """The sum of two gradients, of one tensor or of several."""
     if total is None:
@@ -321,7 +312,7 @@ def _pulled_back(strip: Strip, node: fx.Node, gradient: Any) -> dict[str, Any]:
             return sent
         for name, gradient_in in zip(differentiable, pulled, strict=True):
             if gradient_in is not None:
-                sent[name] = _summed(sent.get(name), gradient_in)
+                sent[name] = _summed(sent.get(name), gradient_in.where(~(gradient_in.abs() > LARGEST), LARGEST))
         if all(_is_poisoned(sent.get(name)) for name in differentiable):
             break
     return sent

@@ -1,4 +1,4 @@
-"""Where values that are not a number come to when a strip runs: what is not the doing of a wrong rule."""
+"""Where values that are not a number come to: by themselves, from image to image, from channel to channel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxstream.probe.strip import Strip
 
-__all__ = ["mixes_images", "nodes_with_nan"]
+__all__ = ["mixes_images", "nodes_with_nan", "whole_box"]
 
 
 class _Spread(fx.Interpreter):
@@ -57,3 +57,14 @@ def mixes_images(strip: Strip, inputs: Sequence[torch.Tensor], without: Set[str]
     spread = _Spread(strip)
     spread.run(*poisoned, *strip.weights.values())
     return bool(spread.mixed - without)
+
+
+def whole_box(gradient: torch.Tensor, poisoned: torch.Tensor, batch: int, dim: int) -> torch.Tensor:
+    """A value or gradient with NaN in every channel of a pixel that has it in one: tiles hold whole boxes.
+
+    It lies in memory as before, for there are operators that take a view of it.
+    """
+    entries = gradient.unflatten(batch, (2, -1)).movedim(batch, 0)
+    shape = [extent if d in (0, dim + 1) else 1 for d, extent in enumerate(entries.shape)]
+    mask = poisoned.view(shape).expand(entries.shape).movedim(0, batch).flatten(batch, batch + 1)
+    return gradient.masked_fill(mask, math.nan)

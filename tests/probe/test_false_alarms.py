@@ -172,6 +172,20 @@ def test_a_batch_as_a_number_behind_another_dim():
     assert report.measured >= 8
 
 
+def test_gradients_that_grow_through_many_layers():
+    """They would be infinite, and NaN where an operator subtracts them."""
+
+    def forward(m, x):
+        y = m.a(x)
+        y = y / y.norm(dim=1, keepdim=True)
+        for _ in range(20):
+            y = (y * 1e3).tanh()
+        return m.b(y)
+
+    analysis = fxstream.analyze(network(forward), 32)
+    assert probe(analysis.graph, analysis.regions[0].nodes).agrees
+
+
 def test_frames_of_one_video_that_attend_to_each_other():
     """A reshape for a batch of one takes the frames out of the batch: two videos would be one of more frames."""
 
