@@ -39,6 +39,7 @@ class Benchmark:
 
 
 BENCH = "fxstream bench torchvision/{} --size 2048 --memory {} --eval --rounds 2"
+TOKENS = "fxstream bench {} --size 1024 --memory 25% --eval --rounds 2"
 SMALL = "--size 512 --memory 80% --rounds 1"
 SMALLEST = "torchvision/resnet18"
 REUSED = "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 "
@@ -53,6 +54,10 @@ BENCHMARKS = {
     "bench_densenet121": Benchmark(BENCH.format("densenet121", "43%,20%,10%"), SMALL),
     "bench_resnet50_reused": Benchmark(REUSED + BENCH.format("resnet50", "39%,25%"), SMALL),
     "bench_densenet121_reused": Benchmark(REUSED + BENCH.format("densenet121", "43%,20%"), SMALL),
+    "bench_swin_t_reused": Benchmark(REUSED + TOKENS.format("torchvision/swin_t"), SMALL),
+    "bench_vit_s_reused": Benchmark(
+        REUSED + TOKENS.format("'timm/vit_small_patch16_224(img_size=1024)'"), "--memory 80%"
+    ),
     "sizes": Benchmark("python examples/benchmarks/sizes.py", "--networks resnet50 --repeats 1"),
     "sizes_many": Benchmark(
         "python examples/benchmarks/sizes.py --many 50 --networks resnet50 densenet121 efficientnet unet convnext",
