@@ -29,7 +29,7 @@ LARGE_SIZES = (160, 128, 64, 33, 16, 12, 9)
 FEWEST = (5, 3)
 """The same for operators of much memory at each position, as products of all pairs of pixels of a window."""
 MOST_BYTES = 2**27
-"""What the results of an operator may take, where fewer positions take less."""
+"""What an operator may read and make, where fewer positions take less."""
 MOST_POSITIONS = 2**15
 """Positions of a map on which an operator is compared: of a volume few along each axis."""
 TOLERANCE = 1e-9
@@ -195,7 +195,7 @@ def _at_small_size(part: Subgraph) -> Segment | None:
     target = part.graph[part.segment.nodes[0]].node.target
     is_tested = isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "fxstream")
     first = _first_of(part, SIZES if is_tested else LARGE_SIZES)
-    if first is None or first.graph.activation_bytes(first.nodes) <= MOST_BYTES:
+    if first is None or first.graph.activation_bytes([*first.inputs, *first.nodes]) <= MOST_BYTES:
         return first
     return _first_of(part, FEWEST) or first
 
