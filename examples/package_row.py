@@ -162,8 +162,9 @@ def compared(model: nn.Module, shape: tuple[int, ...]) -> None:
     types = {image.dtype, *types_inside(streaming.last.analysis.graph)}
     tolerance = max(TOLERANCES[dtype] for dtype in types)
     if error > tolerance:
-        tolerance = FACTOR * rounding(model, image, expected)
-        say(rounding=tolerance / FACTOR)
+        of_plain = rounding(model, image, expected)
+        say(rounding=of_plain)
+        tolerance = FACTOR * of_plain
     say(exact=error <= tolerance)
     if len(streaming.calls) == 1:  # else it is not one graph, as the analysis says
         analysed(streaming.last.analysis, mode)

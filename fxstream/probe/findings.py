@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from fxstream.errors import FxstreamError
 from fxstream.graph.typed_graph import TypedGraph
 
-__all__ = ["DIRECTIONS", "Findings", "Mismatch", "TooLargeError", "UnprobedError"]
+__all__ = ["DIRECTIONS", "MIXES_IMAGES", "Findings", "Mismatch", "TooLargeError", "UnprobedError"]
 
 DIRECTIONS = ("forward", "values", "backward")
 """The measurements, in the order in which their mismatches are reported."""
+MIXES_IMAGES = "it mixes the images of a batch"
+"""Why a part is not probed whose two images, one per tile, are not apart."""
 
 
 @dataclass(frozen=True, slots=True)

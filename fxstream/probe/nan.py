@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from fxstream.geometry.box import EMPTY, Interval
 from fxstream.geometry.receptive_field import ReceptiveField
 from fxstream.graph.typed_graph import TypedNode
-from fxstream.probe.findings import Findings, UnprobedError
+from fxstream.probe.findings import MIXES_IMAGES, Findings, UnprobedError
 from fxstream.probe.spread import mixes_images, nodes_with_nan, whole_box
 from fxstream.probe.strip import Strip
 from fxstream.tiling.bounds import BoundsPass
@@ -69,7 +69,7 @@ def poison_forward(strip: Strip, findings: Findings) -> None:
         nodes = nodes_with_nan(strip, ones)
         findings.mismatches[before:] = [one for one in suspected if one.node not in nodes]
         if len(findings.mismatches) > before and mixes_images(strip, ones, nodes):
-            raise UnprobedError("it mixes the images of a batch")
+            raise UnprobedError(MIXES_IMAGES)
 
 
 def _inputs(strip: Strip, around: float) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from fxstream.errors import FxstreamError
 from fxstream.graph.nodes import name_of
 from fxstream.graph.shapes import fake_tensor_log_silenced
-from fxstream.probe.findings import UnprobedError
+from fxstream.probe.findings import MIXES_IMAGES, UnprobedError
 from fxstream.probe.subgraph import Subgraph
 from fxstream.tiling.segment import Segment
 
@@ -32,7 +32,7 @@ def batch_dims(part: Subgraph, segment: Segment, extents: Extents) -> dict[str, 
         is_twice = len(differing) == 1 and other[differing[0]] == 2 * shape[differing[0]]
         slides = any(kind in name_of(segment.graph[name].node) for kind in SLIDING)
         if not is_twice or shape[differing[0]] % 2 or (slides and differing != [0]):
-            raise UnprobedError("it mixes the images of a batch")
+            raise UnprobedError(MIXES_IMAGES)
         dims[name] = differing[0]
     return dims
 

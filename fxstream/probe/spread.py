@@ -30,7 +30,7 @@ class _Spread(fx.Interpreter):
         if any(bool(leaf.isnan().any()) for leaf in leaves):
             self.nodes.add(n.name)
         if isinstance(value, torch.Tensor) and n.name in self._batch:
-            _, second = value.unflatten(self._batch[n.name], (2, -1)).unbind(self._batch[n.name])
+            _, second = value.chunk(2, self._batch[n.name])
             if bool(second.isnan().any()):
                 self.mixed.add(n.name)
         return value

@@ -88,7 +88,7 @@ def transpose_last(call: Call) -> Answer:
     """Exchange of the last two dims, of all where there are only two; `numpy_T` reverses any number of them."""
     image: Value = call["self"]
     rank, reverses = len(image.shape), call.target._schema.name == "aten::numpy_T"
-    first = 0 if reverses else rank - 2
+    first = 0 if reverses else max(0, rank - 2)
     return moved(call, image, tuple(d if d < first else first + rank - 1 - d for d in image.dims))
 
 

@@ -271,7 +271,7 @@ for name in ("amax", "amin", "logsumexp", "mean", "sum"):
     SAMPLES[name] = [(C4, functools.partial(getattr(A, name), dim=[1]))]
 for name in ("mT", "numpy_T"):
     SAMPLES[name] = [(X1, getattr(A, name)), (X2, getattr(A, name))]
-SAMPLES["t"] = [(X1, lambda x: A.t(x[0]))]
+SAMPLES["t"] = [(X1, lambda x: A.t(x[0])), (X1, lambda x: A.t(x[0, 0])[None])]
 for kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft"):
     for axes, dim in (("", 1), ("2", [0, 1]), ("n", [1])):
         transform = functools.partial(getattr(A, f"fft_{kind}{axes}"), dim=dim)

@@ -90,8 +90,7 @@ def _without_batch_of_one(op: FlatOperator, source: Unflattened, joined: range) 
     An example: [3, 1, H*W, C] that becomes [3, H, W, C], or [1, T, C, H, W] that becomes [T, C, H, W].
     """
     axes = [dim for dim in joined if dim in source.dims]
-    is_line = op.source(op.self) is None and len(op.self.dims) == 1
-    if not op.bound or len(axes) != 1 or is_line:
+    if not op.bound or len(axes) != 1 or _is_line(op):
         return joined
     is_one = all(source.shape(op.self.shape)[dim] == 1 for dim in joined if dim < axes[0])
     return range(axes[0], joined.stop) if is_one else joined
@@ -99,9 +98,13 @@ def _without_batch_of_one(op: FlatOperator, source: Unflattened, joined: range) 
 
 def _loses_batch_of_one(op: FlatOperator, place: int) -> bool:
     """Whether a reshape joins the only axis and a batch of one, [T, 1, C] to [T, C], as a larger batch."""
-    is_line = op.bound and op.source(op.self) is None and len(op.self.dims) == 1
     is_lost = len(op.value.shape) < op.self.ndim and op.value.shape[place + 1 : place + 2] != (1,)
-    return is_line and is_lost and op.self.shape[op.self.dims[0] + 1 :][:1] == (1,)
+    return op.bound and _is_line(op) and is_lost and op.self.shape[op.self.dims[0] + 1 :][:1] == (1,)
+
+
+def _is_line(op: FlatOperator) -> bool:
+    """Whether the tensor has one stream axis, and is not flat."""
+    return op.source(op.self) is None and len(op.self.dims) == 1
 
 
 def _with_batch_of_one(op: FlatOperator, place: int, sizes: Sequence[Any]) -> Unflattened:
@@ -131,7 +134,7 @@ def _windows(
 ) -> Proxy | None:
     """Rule 6: the source with each stream axis kept, split, or joined with dims after it."""
     result, dims, shape = source.tensor, {}, source.shape(op.self.shape)
-    if result.node is op.self.node and _is_of_a_map(op, groups):
+    if op.source(op.self) is None and _is_of_a_map(op, groups):
         return None
     for before, after in groups[::-1]:
         axes = [axis for axis, dim in enumerate(source.dims) if dim in before]
