@@ -61,7 +61,7 @@ def _put_in_place(draft: Draft, node: fx.Node, result: Proxy | tuple[Proxy, ...]
 
 
 def _lowering(typed: TypedGraph, node: fx.Node, reductions: bool, bound: bool) -> Lowering | None:
-    verdict = typed.verdicts.get(node.name)
+    verdict = typed[node.name].verdict if node.name in typed.nodes else None
     if verdict is None or verdict.reduction is not None or UNSTREAMED in node.meta:
         return None
     if verdict.operator == "aten::batch_norm" and CUMULATIVE in node.args and bind(node)["training"]:

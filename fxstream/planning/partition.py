@@ -14,11 +14,13 @@ from dataclasses import replace
 from fxstream.geometry.receptive_field import IDENTITY
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.tiling.parts import stages_of_outputs
-from fxstream.tiling.request import belongs, last_node_of
+from fxstream.tiling.request import Request, belongs, last_node_of
 from fxstream.tiling.segment import Segment, make_segment
 
 __all__ = ["FEW_SWEEPS", "Positions"]
 
+MOST_POSITIONS = 16
+"""Positions considered per region; their pairs are what planning time goes into."""
 FEW_REDUCTIONS = 16
 """Of no more reductions each is a position where a region may be cut."""
 FEW_SWEEPS = 6
@@ -72,6 +74,12 @@ class Positions:
         for i in range(len(self._nodes)):
             live.append([k for k in (*live[-1], i) if self._last_read[k] > i])
         return [[self._nodes[k] for k in indices] for indices in live[1:]]
+
+    def considered(self, request: Request) -> list[int]:
+        """The positions that the user asks for, otherwise those where few bytes are live."""
+        if isinstance(request.segments, tuple):
+            return self.after(request.segments)
+        return [] if request.segments == 1 else list(self.candidates(MOST_POSITIONS + self.reductions))
 
     def candidates(self, most: int) -> dict[int, int]:
         """The positions worth a boundary and the bytes that it would keep.

@@ -83,7 +83,7 @@ def tile_program(segment: Segment, tiles: Sequence[AxisTile]) -> TileProgram:
             writer.add(segment.graph[name], steps)
     results = [writer.result(name, [tile.crops[i] for tile in tiles]) for i, name in enumerate(segment.outputs)]
     writer.graph.output(tuple(results))
-    writer.graph.eliminate_dead_code()
+    writer.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     return _finished(segment, writer.graph, {n: name for n, name in writer.origin.items() if n.users})
 
 

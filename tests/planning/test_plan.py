@@ -94,6 +94,16 @@ def test_a_little_less_than_the_estimate_is_asked_for_where_it_was_a_little_too_
     assert plan.prediction.time_ratio < 1.3
 
 
+@pytest.mark.parametrize("share", [1.5, 2.0])
+def test_a_large_result_is_counted_once(share):
+    """Without a backward it was counted twice: within 1.5 of the result tiles had one pixel, 221x the plain time."""
+    layers = [nn.Upsample(scale_factor=4.0), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)]
+    model, memory = nn.Sequential(nn.Conv2d(2, 16, 3, padding=1), *layers), int(share * 4 * 8 * 512**2)
+    plan = fxstream.plan(model, 128, channels=2, memory=memory, training=False)
+    assert 0.85 * memory < plan.prediction.bytes <= memory
+    assert plan.prediction.time_ratio < 1.15
+
+
 def test_graphs_of_tiles_are_kept_where_there_is_room_and_computed_once(monkeypatch):
     model = make_integer(nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()))
     image = integer_image(1, 2, 80, 80)

@@ -30,8 +30,6 @@ from fxstream.tiling.segment import make_segment
 
 __all__ = ["Kind", "MemoryRegion"]
 
-MOST_POSITIONS = 16
-"""Positions considered per region; their pairs are what planning time goes into."""
 MOST_SPANS_JOINED = 2
 """Spans of another size that may be one."""
 
@@ -52,13 +50,15 @@ class Kind:
 class _Around:
     """Bytes around a span: what it reads of its region and of images outside, what it makes that others read.
 
-    `gradients` are those of images whose gradient is asked for and of what is there before and after the span,
-    `weights` the gradients of its weights, `folded` the weights of its fusions.
+    `holds` is what it makes but results, which the search counts from its start. `gradients` are those of images
+    whose gradient is asked for and of what is there before and after the span, `weights` those of its weights,
+    `folded` the weights of its fusions.
     """
 
     inputs: float
     images: float
     made: float
+    holds: float
     gradients: float
     weights: float
     folded: float
@@ -81,7 +81,7 @@ class MemoryRegion:
         self._costs = costs = RegionCosts(context, nodes)
         self._kind = kind
         self._all_checkpoint = self._training and whole_segment(graph, "", nodes) is not None
-        considered = _ends_of(costs, near) if near else _considered(costs, request)
+        considered = _ends_of(costs, near) if near else costs.positions.considered(request)
         self.ends = sorted({*considered, len(nodes) - 1})
         self._most_starts = MOST_SPANS_JOINED if near else len(self.ends)
         live = costs.positions.live()
@@ -166,11 +166,12 @@ class MemoryRegion:
 
     def _around(self, start: int, end: int) -> _Around:
         inputs, outputs = self._live[start], self._live[end]
-        index, written = self._costs.index, self._context.written
+        made = [n for n in outputs if self._costs.index[n] > start and n not in self._context.written]
         return _Around(
             inputs=self._bytes(*inputs),
             images=self._bytes(*self._images_from_outside(start, end)),
-            made=self._bytes(*(name for name in outputs if index[name] > start and name not in written)),
+            made=self._bytes(*made),
+            holds=self._bytes(*(name for name in made if not self._graph.is_result(name))),
             gradients=self._image_gradients + self._bytes(*{*inputs, *outputs}),
             weights=self.weights(start, end),
             folded=self._costs.folded(start, end),
@@ -231,7 +232,7 @@ class MemoryRegion:
         others = around.gradients + around.images + fetched + around.weights + around.folded
         span = self._costs.streamed(start, end, is_whole=True)
         forward, backward = self._seconds_whole[start, end] = tuple(map(float, span.seconds(ones)))
-        holds = around.made + fetched + around.folded
+        holds = around.holds + fetched + around.folded
         yield Option(Span(nodes, ()), float(span.peak(ones)) + others, holds, 2 * forward + backward)
 
     def _tiled(self, start: int, end: int, around: _Around, span: SpanCosts) -> Iterator[Option]:
@@ -246,7 +247,7 @@ class MemoryRegion:
         if not self._training:
             yield from _options(nodes, grids, needs, torch.zeros_like(needs), tiles * forward + copies)
             return
-        holds = torch.full_like(needs, around.folded + (0.0 if self._context.offload else around.made))
+        holds = torch.full_like(needs, around.folded + (0.0 if self._context.offload else around.holds))
         seconds = tiles * (2 * forward + backward) + copies
         yield from _options(nodes, grids, needs, holds, seconds)
         if self._context.ranks > 1:  # on one alone, what is kept is better left dense
@@ -284,7 +285,7 @@ class MemoryRegion:
         others = (2 * boxes if offload else 0.0) + around.folded  # this tile's boxes and the next one's
         if not self._training:
             needs = span.peak_unrecorded(shares)
-            return (needs if offload else needs + around.inputs + around.made) + others
+            return (needs if offload else needs + around.inputs + around.holds) + others
         whole = self._image_gradients if offload else around.gradients
         return span.peak(shares) + boxes + others + whole + around.weights
 
@@ -318,15 +319,6 @@ def _worth_trying(options: Sequence[Option]) -> list[Option]:
             least = option.needs
             best.append(option)
     return best
-
-
-def _considered(costs: RegionCosts, request: Request) -> list[int]:
-    """The positions that the user asks for, otherwise those where few bytes are live."""
-    if isinstance(request.segments, tuple):
-        return costs.positions.after(request.segments)
-    if request.segments == 1:
-        return []
-    return list(costs.positions.candidates(MOST_POSITIONS + costs.positions.reductions))
 
 
 def _ends_of(costs: RegionCosts, spans: Sequence[Span]) -> set[int]:
