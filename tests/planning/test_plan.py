@@ -96,7 +96,7 @@ def test_a_little_less_than_the_estimate_is_asked_for_where_it_was_a_little_too_
 
 @pytest.mark.parametrize("share", [1.5, 2.0])
 def test_a_large_result_is_counted_once(share):
-    """Without a backward it was counted twice: within 1.5 of the result tiles had one pixel, 221x the plain time."""
+    """Without a backward it was counted twice: within 1.5 of it tiles had one pixel, 221x the plain time."""
     layers = [nn.Upsample(scale_factor=4.0), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)]
     model, memory = nn.Sequential(nn.Conv2d(2, 16, 3, padding=1), *layers), int(share * 4 * 8 * 512**2)
     plan = fxstream.plan(model, 128, channels=2, memory=memory, training=False)
