@@ -102,8 +102,8 @@ class TypedNode:
     `values` are its results, one unless `is_tuple`; none of shape arithmetic, whose `integer` is known. `macs` are
     its multiply-accumulates. `saves` is known of operators that yield tensors. `is_parameter` says that it is a
     tensor of the model, or made of such alone, `is_constant` that it reads no tensor of the model or the call, and
-    so has no gradient. In a segment, `reuses` says that it may take over the memory of its input, and `skips` that
-    no backward needs its result.
+    so has no gradient. In a segment, `reuses` says that it may take over the memory of its input, `skips` that no
+    backward needs its result, and `halves` that it is a convolution of volumes, which may be done in halves.
     """
 
     node: fx.Node
@@ -119,6 +119,7 @@ class TypedNode:
     is_constant: bool = False
     reuses: bool = False
     skips: bool = False
+    halves: bool = False
 
     @property
     def name(self) -> str:

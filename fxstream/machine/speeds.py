@@ -11,7 +11,7 @@ from fxstream.machine.calibration import LARGE, rates_of
 from fxstream.machine.device import free_bytes, is_accelerator, is_present
 from fxstream.machine.heap import REUSED, largest_reused, loaded_bytes, malloc_remaps
 
-__all__ = ["LARGE", "Machine"]
+__all__ = ["DEPTHWISE", "LARGE", "SLOW_VOLUME", "Machine"]
 
 CALIBRATION = 2**31
 """Bytes that have to be free for it to be measured."""
@@ -33,6 +33,10 @@ class Effort:
 
 DEPTHWISE = "depthwise convolution"
 """The kind of a convolution of each channel alone; other kinds are names of operators."""
+SLOW_VOLUME = "convolution of one small volume"
+"""The kind of those that torch has a slow kernel for on the CPU (`kernels.volumes`)."""
+CPU = {SLOW_VOLUME: Effort(share=0.2)}
+"""On a CPU with AVX-512: 8e9 to 1.9e10 multiply-accumulates per second of 6e10 to 7.5e10 (float32, torch 2.13)."""
 H200 = {
     "aten::add": Effort(1.0, 1.0),
     "aten::avg_pool2d": Effort(2.0, 4.0),
@@ -96,7 +100,8 @@ class Machine:
         threads = torch.get_num_threads()
         fresh = 1.25e9 * threads if malloc_remaps() else math.inf
         rates = 5e10 * threads, 1.25e10 * threads, 1e-5
-        return cls(*rates, fresh=fresh, reused=largest_reused(), loaded=loaded_bytes())
+        efforts = tuple(CPU.items())
+        return cls(*rates, fresh=fresh, reused=largest_reused(), loaded=loaded_bytes(), efforts=efforts)
 
     def rate(self, dtype: torch.dtype) -> float:
         """Multiply-accumulates per second with results of a type."""

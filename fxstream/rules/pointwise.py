@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from fxstream.geometry.receptive_field import BROADCAST, IDENTITY, AxisMap
-from fxstream.machine.affine import BATCH_NORM
+from fxstream.machine.kernels.affine import BATCH_NORM
 from fxstream.rules.access import Read, Value
 from fxstream.rules.patterns import Pointwise
 from fxstream.rules.reasons import NotTileable, Reason

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from fxstream.geometry.receptive_field import BROADCAST, IDENTITY
-from fxstream.machine.moments import combined_moments, mean_variance
+from fxstream.machine.kernels.moments import combined_moments, mean_variance
 from fxstream.machine.operators import overload, wide
 from fxstream.rules.access import Read, Value
 from fxstream.rules.patterns import Combine, Reduced

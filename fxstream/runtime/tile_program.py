@@ -21,6 +21,7 @@ from fxstream.graph.autograd_saves import in_place_variant
 from fxstream.graph.nodes import attributes_of, bind_to, call_with, trace_of
 from fxstream.graph.typed_graph import TypedGraph, TypedNode
 from fxstream.lowering.whole import Whole, result_of, runs_whole
+from fxstream.machine.kernels.volumes import VOLUME_CONVOLUTION
 from fxstream.rules import Border, Read, Table
 from fxstream.tiling.bounds import AxisStep, AxisTile, Crop, CropPad, lookups
 from fxstream.tiling.own_padding import own_padding
@@ -134,6 +135,8 @@ def _finished(segment: Segment, graph: fx.Graph, origin: Mapping[fx.Node, str]) 
         is_direct = isinstance(source, fx.Node) and origin.get(source) in typed.inputs and len(source.users) == 1
         if typed.reuses and is_direct:
             node.target = in_place_variant(node.target) or node.target
+        elif typed.halves and node.target is aten.conv3d.default:
+            node.target = VOLUME_CONVOLUTION
     graph.lint()
     attributes = attributes_of(graph, segment.graph.graph.owning_module)
     program = fx.GraphModule(attributes, graph, f"{segment.name}_tile")

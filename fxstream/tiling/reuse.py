@@ -7,6 +7,7 @@ NOTE [what is saved]
 2. A tile is recomputed for its backward only. A convolution whose result no backward needs (the last of
    a segment, or one that only additions follow) is then not computed: its place is taken by a function with the
    same backward and a result of zeros without memory.
+3. A convolution of a small volume is done in halves where torch has a slow kernel for it (`machine.kernels`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fxstream.machine.operators import untraced
 from fxstream.rules.windowed import CONVOLUTIONS, per_axis
 from fxstream.tiling.segment import Segment, with_nodes
 
-__all__ = ["reuse_memory", "skip_convolutions", "uncomputed_convolution"]
+__all__ = ["halve_volumes", "reuse_memory", "skip_convolutions", "uncomputed_convolution"]
 
 aten = torch.ops.aten
 G = TypeVar("G", Segment, TypedGraph)
@@ -57,6 +58,13 @@ def _saves(user: TypedNode, node: TypedNode) -> bool:
     """Whether the backward of a user needs a value, as it is or as something made of it on the way."""
     saves = user.saves
     return saves is None or user.inputs.index(node.name) in saves.inputs or saves.extra > 0
+
+
+def halve_volumes(segment: Segment) -> Segment:
+    """Rule 3: mark the convolutions of volumes."""
+    nodes = (segment.graph[name] for name in segment.nodes)
+    volumes = [node for node in nodes if node.node.target is aten.conv3d.default]
+    return with_nodes(segment, [replace(node, halves=True) for node in volumes])
 
 
 def uncomputed_convolution(

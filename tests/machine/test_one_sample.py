@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fxstream.machine.affine import BATCH_NORM
-from fxstream.machine.moments import normalise
+from fxstream.machine.kernels.affine import BATCH_NORM
+from fxstream.machine.kernels.moments import normalise
 
 SHAPE = (1, 4, 3, 5)
 LAYOUTS = {

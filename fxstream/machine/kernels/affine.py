@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fxstream.machine.one_sample import settled, with_settled_gradient
+from fxstream.machine.kernels.one_sample import settled, with_settled_gradient
 from fxstream.machine.operators import operator, overload, untraced
 
 __all__ = ["BATCH_NORM", "batch_norm"]

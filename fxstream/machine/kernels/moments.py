@@ -19,7 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fxstream.machine.device import HOST
-from fxstream.machine.one_sample import settled, with_settled_gradient
+from fxstream.machine.kernels.one_sample import settled, with_settled_gradient
 from fxstream.machine.operators import has_values, operator, untraced, wide
 
 __all__ = ["affine", "combined_moments", "mean_variance", "moments", "normalise", "update_statistics_"]

@@ -1,0 +1,1 @@
+"""Operators that torch has a slow kernel of, or none, by those that are fast."""
