@@ -1,4 +1,4 @@
-"""Which window operators pad by themselves on a tile, and which read a padded copy of their input."""
+"""Which window operators pad by themselves on a tile, which read a padded copy, and what halves are copied to."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from fxstream.geometry.receptive_field import IDENTITY
 from fxstream.graph.typed_graph import TypedNode
+from fxstream.machine.kernels.volumes import is_halved
 from fxstream.tiling.axis_tiles import AxisTiles
 from fxstream.tiling.bounds import AxisStep, Crop, CropPad
 from fxstream.tiling.segment import Segment
 
-__all__ = ["OwnPadding", "own_padding", "padded_copies"]
+__all__ = ["OwnPadding", "copies_of_halves", "own_padding", "padded_copies"]
 
 MOST_EXTRA = 1 / 8
 """An operator may compute this share of a tile's result in excess to save a padded copy of its input.
@@ -64,6 +67,29 @@ def padded_copies(segment: Segment, axes: Sequence[AxisTiles]) -> dict[str, floa
         if all(steps) and (pixels := _largest_copy(segment.graph[name], steps)):
             (read,) = reads  # its value may have tiled dims for this operator alone
             copies[name] = pixels * read.value.bytes / math.prod(read.extents)
+    return copies
+
+
+def copies_of_halves(segment: Segment, axes: Sequence[AxisTiles]) -> dict[str, tuple[float, float]]:
+    """Bytes that each convolution which is done in halves needs besides, in its forward and in its backward.
+
+    They are those of its result, and the larger of its result and its input, on the largest tile; without tiles of
+    the whole.
+    """
+    copies = {}
+    for index, name in enumerate(segment.nodes):
+        node = segment.graph[name]
+        if not node.halves or node.values[0].dtype != torch.float32:
+            continue
+        (read,), steps = node.pattern.reads, [tiles.steps(index) for tiles in axes]
+        image, result = list(read.value.shape), list(node.values[0].shape)
+        for dim, along in zip(read.dims, steps, strict=False):
+            image[dim] = max(step.reads[0].crop.length + _pads(step.reads[0]) for step in along)
+        for dim, along in zip(node.pattern.dims, steps, strict=False):
+            result[dim] = max(step.result.full for step in along)
+        if is_halved(image, segment.graph.value(node.inputs[1]).shape):
+            made = 4.0 * math.prod(result)
+            copies[name] = made, max(made, 4.0 * math.prod(image))
     return copies
 
 

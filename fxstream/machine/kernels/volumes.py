@@ -14,7 +14,7 @@ import torch
 
 from fxstream.machine.operators import operator, overload
 
-__all__ = ["VOLUME_CONVOLUTION", "convolved_in_halves", "is_in_halves", "is_slow"]
+__all__ = ["VOLUME_CONVOLUTION", "convolved_in_halves", "is_halved", "is_in_halves", "is_slow"]
 
 aten = torch.ops.aten
 FEW = 20480
@@ -55,8 +55,12 @@ def is_in_halves(image: torch.Tensor, weight: torch.Tensor) -> bool:
     if image.device.type != "cpu" or image.dtype != torch.float32 or image.ndim != 5 or image.shape[0] != 1:
         return False
     has_other = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    macs = weight.numel() * math.prod(image.shape[2:])
-    return macs >= LEAST_MACS and has_other and is_slow(image.shape, weight.shape)
+    return has_other and is_halved(image.shape, weight.shape)
+
+
+def is_halved(image: Sequence[int], weight: Sequence[int]) -> bool:
+    """The same by the shapes alone, on a CPU and in float32."""
+    return math.prod(weight) * math.prod(image[2:]) >= LEAST_MACS and is_slow(image, weight)
 
 
 def is_slow(image: Sequence[int], weight: Sequence[int]) -> bool:
@@ -73,15 +77,17 @@ def convolved_in_halves(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> torch.Tensor:
-    """The convolution of one volume as that of a batch of two: the upper and the lower half of its rows."""
-    (planes, rows, columns), step = padding, stride[1]
-    reach = dilation[1] * (weight.shape[ROWS] - 1) + 1
-    count = (image.shape[ROWS] + 2 * rows - reach) // step + 1
-    half = -(-count // 2)
-    read = (half - 1) * step + reach
-    padded = aten.constant_pad_nd.default(image, [0, 0, rows, rows]) if rows else image
-    halves = torch.cat([padded.narrow(ROWS, start, read) for start in (0, (count - half) * step)])
-    del padded
-    numbers = stride, (planes, 0, columns), dilation
-    upper, lower = aten.conv3d.default(halves, weight, bias, *numbers).chunk(2)
-    return torch.cat([upper, lower.narrow(ROWS, 2 * half - count, count - half)], ROWS)
+    """The convolution of one volume as that of a batch of two: the upper and the lower half of its rows.
+
+    Both halves are as large, and padded on both sides, so that rows at the cut are computed in excess.
+    """
+    kernel, step, pad, length = weight.shape[ROWS], stride[1], padding[1], image.shape[ROWS]
+    count = (length + 2 * pad - dilation[1] * (kernel - 1) - 1) // step + 1
+    upper = -(-count // 2)
+    first = count - upper - -(-pad // step)  # the row of the result that the lower half would begin with
+    if first < 1:
+        return torch.conv3d(image, weight, bias, stride, padding, dilation)
+    # [1, C, D, 2, W, rows] to a batch of two; a view
+    halves = image.unfold(ROWS, length - first * step, first * step).squeeze(0).permute(2, 0, 1, 4, 3)
+    above, below = aten.conv3d.default(halves, weight, bias, stride, padding, dilation).chunk(2)
+    return torch.cat([above.narrow(ROWS, 0, upper), below.narrow(ROWS, upper - first, count - upper)], ROWS)
