@@ -58,6 +58,11 @@ BENCHMARKS = {
     "bench_vit_s_reused": Benchmark(
         REUSED + TOKENS.format("'timm/vit_small_patch16_224(img_size=1024)'"), "--memory 80%"
     ),
+    "decoder": Benchmark(
+        REUSED + "python examples/benchmarks/decoder.py",
+        "--decode 64 --gradient 64 --latent-frames 2 --repeats 1 --share 0.5",
+        "diffusers",
+    ),
     "sizes": Benchmark("python examples/benchmarks/sizes.py", "--networks resnet50 --repeats 1"),
     "sizes_many": Benchmark(
         "python examples/benchmarks/sizes.py --many 50 --networks resnet50 densenet121 efficientnet unet convnext",

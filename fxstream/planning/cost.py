@@ -27,7 +27,7 @@ import torch
 
 from fxstream.graph.typed_graph import TypedGraph, TypedNode
 from fxstream.lowering.whole import result_of
-from fxstream.machine.kernels.volumes import is_slow
+from fxstream.machine.kernels.volumes import is_halved
 from fxstream.machine.speeds import DEPTHWISE, LARGE, SLOW_VOLUME, Machine
 from fxstream.planning.lifetimes import CONVOLUTIONS, Lifetimes
 
@@ -277,7 +277,7 @@ def _kind(graph: TypedGraph, name: str) -> str:
     if kind in CONVOLUTIONS:
         channels, weight = node.values[0].shape[1], graph.value(node.inputs[1]).shape
         is_plain = len(weight) == 5 and not node.halves and _dtype(node) == torch.float32
-        if is_plain and is_slow(graph.value(node.inputs[0]).shape, weight):
+        if is_plain and is_halved(graph.value(node.inputs[0]).shape, weight):
             return SLOW_VOLUME
         return DEPTHWISE if weight[1] == 1 and channels == weight[0] > 1 else kind
     return kind

@@ -14,7 +14,7 @@ import torch
 
 from fxstream.machine.operators import operator, overload
 
-__all__ = ["VOLUME_CONVOLUTION", "convolved_in_halves", "is_halved", "is_in_halves", "is_slow"]
+__all__ = ["VOLUME_CONVOLUTION", "convolved_in_halves", "is_halved", "is_in_halves"]
 
 aten = torch.ops.aten
 FEW = 20480
@@ -60,13 +60,9 @@ def is_in_halves(image: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def is_halved(image: Sequence[int], weight: Sequence[int]) -> bool:
     """The same by the shapes alone, on a CPU and in float32."""
-    return math.prod(weight) * math.prod(image[2:]) >= LEAST_MACS and is_slow(image, weight)
-
-
-def is_slow(image: Sequence[int], weight: Sequence[int]) -> bool:
-    """Whether torch has a slow kernel for one image and a weight of these shapes, ungrouped, on the CPU."""
-    is_small = image[0] == 1 and math.prod(image[: ROWS + 1]) <= FEW
-    return is_small and min(weight[ROWS:]) <= LARGE_KERNEL and max(weight[ROWS:]) > 1
+    is_slow = image[0] == 1 and math.prod(image[: ROWS + 1]) <= FEW
+    is_windowed = min(weight[ROWS:]) <= LARGE_KERNEL and max(weight[ROWS:]) > 1
+    return is_slow and is_windowed and math.prod(weight) * math.prod(image[2:]) >= LEAST_MACS
 
 
 def convolved_in_halves(
