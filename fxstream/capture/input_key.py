@@ -97,6 +97,11 @@ class FakeInputs:
                 else:
                     self.fixed.append((index[id(fake)], dim, fake.shape[dim]))
 
+    def call(self, model: nn.Module) -> None:
+        """Call the model with them, so that nothing is computed but shapes."""
+        with self._mode, torch.no_grad():
+            model(*self.args, **self.kwargs)
+
     def _fake(self, value: Any) -> Any:
         if type(value) not in (torch.Tensor, nn.Parameter, FakeTensor) or value.layout != torch.strided:
             return value

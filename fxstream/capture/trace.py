@@ -33,7 +33,8 @@ from fxstream.capture.constants import ModelValues, constants_folded
 from fxstream.capture.input_key import FakeInputs, SizeGuards, size_guards, source_name
 from fxstream.capture.refusals import explained, refuse
 from fxstream.capture.traced_graph import TracedGraph
-from fxstream.capture.tracing import nodes_limited, tracing, without_modes, without_watchers
+from fxstream.capture.tracing import after_first_call, nodes_limited, tracing, without_modes, without_watchers
+from fxstream.errors import GraphBreakError
 from fxstream.graph.captured import CUMULATIVE, Results
 from fxstream.graph.shapes import fake_tensor_log_silenced
 from fxstream.graph.user_code import is_library_file, names_in, names_in_calls
@@ -139,6 +140,16 @@ class Tracer:
         `GraphBreakError` where the model is not one graph, and `CaptureError` where it cannot run on such inputs,
         with the user's line.
         """
+        try:
+            return self._trace(model, args, kwargs, flat)
+        except GraphBreakError as error:
+            with after_first_call(model, FakeInputs(args, kwargs).call, str(error)) as has_changed:
+                if has_changed:
+                    return self._trace(model, args, kwargs, flat)
+            raise
+
+    def _trace(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], flat: bool) -> Trace:
+        """The same of a model that has been called before, if its first call does more than others."""
         with _tracing(model, args, kwargs, flat):
             may_read_sizes = self._with_symbols > 0 or _names_sizes(model)
             trace = self._traced_with_symbols(model, args, kwargs, flat) if may_read_sizes else None
