@@ -24,7 +24,7 @@ from fxstream.tools.zoo import define_missing_torchvision_schemas
 CHANNELS, LATENT_FRAMES, SCALE = 4, 9, 8
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--decode", type=int, default=512, help="pixels of a frame that is decoded")
+parser.add_argument("--decode", type=int, default=768, help="pixels of a frame that is decoded")
 parser.add_argument("--gradient", type=int, default=256, help="pixels of a frame whose gradient is computed")
 parser.add_argument("--share", type=float, default=0.25, help="of the plain peak")
 parser.add_argument("--latent-frames", type=int, default=LATENT_FRAMES, help="4 frames each, the first 1")

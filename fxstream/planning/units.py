@@ -173,7 +173,6 @@ class _Needs:
         for name, (made, moved) in copies_of_halves(plan.segment, plan.axes).items() if self._halves else ():
             i = self._cost.place[name]
             recorded[i] += made
-            unrecorded[i] += made
             recorded[turns - 1 - i] += moved
         return saved
 

@@ -71,7 +71,7 @@ def padded_copies(segment: Segment, axes: Sequence[AxisTiles]) -> dict[str, floa
 
 
 def copies_of_halves(segment: Segment, axes: Sequence[AxisTiles]) -> dict[str, tuple[float, float]]:
-    """Bytes that each convolution which is done in halves needs besides, in its forward and in its backward.
+    """Bytes that each convolution which is done in halves needs besides where it is recorded, and in its backward.
 
     They are those of its result, and the larger of its result and its input, on the largest tile; without tiles of
     the whole.

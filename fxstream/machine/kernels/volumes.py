@@ -3,6 +3,8 @@
 For one volume whose channels, planes and rows are few, torch (2.13) leaves oneDNN and takes a kernel that copies
 every window: several times slower, and with as many bytes as the kernel has elements for each of the result. Tiles
 are such volumes. So a tile is convolved as a batch of two: its halves along the rows, which overlap by the kernel.
+Where nothing is recorded, the kernel of oneDNN is called itself, with the same results bit by bit; recorded, torch
+would take the slow one for its backward.
 """
 
 from __future__ import annotations
@@ -42,6 +44,9 @@ def _volume_convolution(
 ) -> torch.Tensor:
     """The result of `aten::conv3d` for the same arguments, to rounding; image [N, C, D, H, W] or [C, D, H, W]."""
     if groups == 1 and is_in_halves(image, weight):
+        if not torch.is_grad_enabled() and type(image) is torch.Tensor:  # others are traced
+            whole: torch.Tensor = aten.mkldnn_convolution(image, weight, bias, padding, stride, dilation, 1)
+            return whole
         return convolved_in_halves(image, weight, bias, stride, padding, dilation)
     result: torch.Tensor = aten.conv3d.default(image, weight, bias, stride, padding, dilation, groups)
     return result
