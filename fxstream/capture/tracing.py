@@ -77,10 +77,12 @@ def after_first_call(model: nn.Module, call: Callable[[nn.Module], None], reason
     has ended for, is another. All is as it was if the block raises, if the call does, and if a module keeps a
     tensor.
     """
+    if UNSUPPORTED_BLOCK not in reason:
+        yield False
+        return
     before = [_State.of(module) for module in model.modules()]
     try:
-        is_tried = UNSUPPORTED_BLOCK in reason
-        has_changed = is_tried and _is_called(model, call) and not all(state.is_same for state in before)
+        has_changed = _is_called(model, call) and not all(state.is_same for state in before)
         if not has_changed:
             _restore(before)
         yield has_changed
