@@ -62,6 +62,8 @@ SHIFTS_OF_FRAMES = tuple(shift for frames, *pixels in SHIFTS for shift in ((fram
 """The same for three axes, each also with as many frames."""
 TIMES = (3, 2, 4)
 """What the shift of each axis is multiplied by for the third: not the same, or what is equal by chance stays."""
+MOST_VOXELS = 2**29
+"""Of a volume that is tried: what a model makes from its size alone, as masks of windows, is really computed."""
 LONGER = 3
 """A trace at another size that is so many times longer is not of the same graph, and ends there."""
 Retrace = Callable[[Sequence[Any], Sequence[int], int], tuple[TracedGraph, list[Any]]]
@@ -146,9 +148,12 @@ def _more(
     None if it is specialised to its size.
     """
     longer: list[Sequence[int]] = []
+    _, extents = _largest([values[i].shape for i in traced.indices(Kind.ARGUMENT)])
 
     def at(shift: Sequence[int], images: int) -> Captured | None:
-        if any(all(map(operator.ge, shift, less)) for less in longer):
+        voxels = math.prod(map(operator.add, extents, shift))
+        is_too_large = len(extents) > 2 and voxels > MOST_VOXELS
+        if is_too_large or any(all(map(operator.ge, shift, less)) for less in longer):
             return None
         try:
             with fake_tensor_log_silenced():
