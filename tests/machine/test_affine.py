@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fxstream.machine import affine
+from fxstream.machine.kernels import affine
 
 
 def per_channel(vector):

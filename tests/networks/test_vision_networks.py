@@ -203,7 +203,7 @@ CASES = {  # what makes it, shapes of its images, tiles
     "SwinIR": (packaged("spandrel/SwinIR"), ODD, (32, 47)),
     "HAT": (packaged("spandrel/HAT"), ODD, (48, 70)),
     "SwinUNETR 2-D": (packaged("monai/SwinUNETR 2-D"), [(1, 1, 96, 160), (2, 1, 160, 96)], (64, 80)),
-    "SwinUNETR 3-D": (packaged("monai/SwinUNETR 3-D"), [(1, 1, 64, 96, 64), (2, 1, 64, 64, 96)], (64, 56)),
+    "SwinUNETR 3-D": (packaged("monai/SwinUNETR 3-D"), [(1, 1, 64, 64, 32), (2, 1, 32, 64, 64)], (48, 56)),
     "SegFormer-B0": (packaged("smp/Segformer mit_b0"), [(1, 3, 160, 224), (2, 3, 224, 96)], (64, 96)),
     "MaxViT": (
         timm("maxvit_rmlp_pico_rw_256", img_size=(160, 224)),
