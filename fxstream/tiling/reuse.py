@@ -61,10 +61,14 @@ def _saves(user: TypedNode, node: TypedNode) -> bool:
 
 
 def halve_volumes(segment: Segment) -> Segment:
-    """Rule 3: mark the convolutions of volumes."""
-    nodes = (segment.graph[name] for name in segment.nodes)
-    volumes = [node for node in nodes if node.node.target is aten.conv3d.default]
+    """Rule 3: mark the local convolutions of volumes of float32; how small they are follows from the tile."""
+    volumes = [node for node in map(segment.graph.__getitem__, segment.nodes) if _is_of_volumes(node)]
     return with_nodes(segment, [replace(node, halves=True) for node in volumes])
+
+
+def _is_of_volumes(node: TypedNode) -> bool:
+    is_convolution = node.is_local and node.node.target is aten.conv3d.default
+    return is_convolution and node.values[0].dtype == torch.float32
 
 
 def uncomputed_convolution(

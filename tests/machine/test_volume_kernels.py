@@ -7,6 +7,7 @@ from torch import nn
 import fxstream
 from fxstream.machine.kernels import volumes
 from fxstream.machine.kernels.volumes import VOLUME_CONVOLUTION, convolved_in_halves, is_in_halves
+from fxstream.machine.meter import measure
 
 CASES = {  # kernel, stride, padding, dilation
     "same": ((3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1)),
@@ -70,6 +71,7 @@ def test_small_grouped_and_wide_ones_are_left_to_torch(monkeypatch):
     assert not is_in_halves(image, torch.randn(512, 8, 1, 1, 1))
     monkeypatch.setattr(volumes, "convolved_in_halves", lambda *_: pytest.fail("in halves"))
     grouped = torch.randn(512, 1, 3, 3, 3)
+    assert not is_in_halves(image, grouped)
     torch.testing.assert_close(
         VOLUME_CONVOLUTION(image, grouped, groups=8), torch.conv3d(image, grouped, groups=8)
     )
@@ -113,6 +115,33 @@ def test_a_program_with_one_is_compiled_as_a_whole():
     for is_recorded in (False, True):
         with torch.set_grad_enabled(is_recorded):
             torch.testing.assert_close(compiled(image, weight), torch.conv3d(image, weight), rtol=1e-4, atol=1e-4)
+
+
+class Gated(nn.Module):
+    """A map, gated by convolutions of what is left of it where all its voxels are averaged."""
+
+    def __init__(self):
+        super().__init__()
+        self.near, self.down, self.up = nn.Conv3d(16, 16, 3, padding=1), nn.Conv3d(16, 4, 1), nn.Conv3d(4, 16, 1)
+
+    def forward(self, x):
+        y = self.near(x).relu()
+        return x + y * self.up(self.down(y.mean((2, 3, 4), keepdim=True)).relu()).sigmoid()
+
+
+@pytest.mark.parametrize("share", [0.9, 0.7, 0.5])
+def test_convolutions_without_a_map_are_not_in_halves(share):
+    """Planning ended in an AssertionError where a span that runs whole had one."""
+    model = nn.Sequential(nn.Conv3d(1, 16, 3, padding=1), Gated(), Gated(), Gated(), nn.Conv3d(16, 2, 1))
+    image = torch.randn(1, 1, 24, 32, 24)
+    whole = measure(lambda: model(image).square().mean().backward())
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    module = fxstream.compile(model, memory=int(share * whole.peak_bytes), verify=False)
+    module(image).square().mean().backward()
+    assert not module.plan.is_trivial
+    for gradient, parameter in zip(expected, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_the_plan_expects_less_time_of_halves_than_of_the_slow_kernel():

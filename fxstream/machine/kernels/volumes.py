@@ -43,7 +43,7 @@ def _volume_convolution(
     groups: int = 1,
 ) -> torch.Tensor:
     """The result of `aten::conv3d` for the same arguments, to rounding; image [N, C, D, H, W] or [C, D, H, W]."""
-    if groups == 1 and is_in_halves(image, weight):
+    if is_in_halves(image, weight):
         if not torch.is_grad_enabled() and type(image) is torch.Tensor:  # others are traced
             whole: torch.Tensor = aten.mkldnn_convolution(image, weight, bias, padding, stride, dilation, 1)
             return whole
@@ -56,16 +56,18 @@ VOLUME_CONVOLUTION = overload("volume_convolution")
 
 
 def is_in_halves(image: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether an ungrouped convolution of this image is faster in halves, by its shapes, type and device."""
-    if image.device.type != "cpu" or image.dtype != torch.float32 or image.ndim != 5 or image.shape[0] != 1:
+    """Whether a convolution of this image is faster in halves, by its shapes, type and device."""
+    if image.device.type != "cpu" or image.dtype != torch.float32:
         return False
     has_other = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     return has_other and is_halved(image.shape, weight.shape)
 
 
 def is_halved(image: Sequence[int], weight: Sequence[int]) -> bool:
-    """The same by the shapes alone, on a CPU and in float32."""
-    is_slow = image[0] == 1 and math.prod(image[: ROWS + 1]) <= FEW
+    """The same by the shapes alone, on a CPU and in float32; torch has a fast kernel for groups."""
+    if len(image) != 5 or image[0] != 1 or image[1] != weight[1]:
+        return False
+    is_slow = math.prod(image[: ROWS + 1]) <= FEW
     is_windowed = min(weight[ROWS:]) <= LARGE_KERNEL and max(weight[ROWS:]) > 1
     return is_slow and is_windowed and math.prod(weight) * math.prod(image[2:]) >= LEAST_MACS
 
