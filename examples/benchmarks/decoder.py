@@ -8,7 +8,6 @@ Peaks are the bytes of all tensors. The first call captures, probes and plans, a
 """
 
 import argparse
-import time
 import warnings
 
 import torch
@@ -17,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 import fxstream
-from fxstream.machine.meter import PeakMemory
+from fxstream.machine.meter import measure
 from fxstream.machine.units import bytes_text
 from fxstream.tools.zoo import define_missing_torchvision_schemas
 
@@ -49,15 +48,6 @@ class Decoder(torch.nn.Module):
         return self.autoencoder.decode(latents).sample
 
 
-def seconds_and_peak(call):
-    """What a call takes, what its tensors need at once, and its result."""
-    with PeakMemory() as memory:
-        start = time.perf_counter()
-        result = call()
-        seconds = time.perf_counter() - start
-    return seconds, memory.peak, result
-
-
 def step(model, decoder, latents):
     """The frames of a decode; the gradients of the latents and of all weights."""
     if not latents.requires_grad:
@@ -84,14 +74,16 @@ decoder = Decoder()
 for what, pixels in (("decode", options.decode), ("gradient", options.gradient)):
     shape = (1, CHANNELS, options.latent_frames, pixels // SCALE, pixels // SCALE)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_(what == "gradient")
-    _, plain_peak, expected = seconds_and_peak(lambda x=latents: step(decoder, decoder, x))
-    module = fxstream.compile(decoder, memory=int(options.share * plain_peak))
-    first, _, result = seconds_and_peak(lambda m=module, x=latents: step(m, decoder, x))
-    plain, streamed = [], []
+    once = measure(lambda x=latents: step(decoder, decoder, x))
+    module = fxstream.compile(decoder, memory=int(options.share * once.peak_bytes))
+    first = measure(lambda m=module, x=latents: step(m, decoder, x))
+    error = (first.result - once.result).abs().max() / once.result.abs().max()
+    runs = [], []
     for _ in track(range(options.repeats), what, transient=True):
-        for model, rows in ((decoder, plain), (module, streamed)):
-            rows.append(seconds_and_peak(lambda m=model, x=latents: step(m, decoder, x))[:2])
-    (plain_seconds, plain_peak), (seconds, peak) = min(plain), min(streamed)
+        for model, of_model in zip((decoder, module), runs, strict=True):
+            run = measure(lambda m=model, x=latents: step(m, decoder, x))
+            of_model.append((run.seconds, run.peak_bytes))
+    (plain_seconds, plain_peak), (seconds, peak) = map(min, runs)
     table.add_row(
         f"{what} of {pixels} x {pixels}",
         f"{plain_seconds:.1f} s",
@@ -100,8 +92,8 @@ for what, pixels in (("decode", options.decode), ("gradient", options.gradient))
         f"{bytes_text(peak)}, {peak / plain_peak:.0%}",
         f"{seconds / plain_seconds:.2f}x",
         f"{module.plan.prediction.time_ratio:.2f}x",
-        f"{first:.0f} s",
-        f"{(result - expected).abs().max() / expected.abs().max():.0e}",
+        f"{first.seconds:.0f} s",
+        f"{error:.0e}",
     )
 console = Console(width=110)
 console.print(table)

@@ -84,6 +84,11 @@ class Machine:
         """The effort of a kind of operators."""
         return dict(self.efforts).get(kind, self.pointwise)
 
+    @property
+    def halves_volumes(self) -> bool:
+        """Whether small volumes are convolved in halves, because torch's kernel for one is slow."""
+        return SLOW_VOLUME in dict(self.efforts)
+
     @classmethod
     def of(cls, device: torch.device, is_shared: bool = False) -> Machine:
         """This accelerator, if it is there, as it was measured; otherwise a typical machine of its kind.

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fxstream.machine.speeds import SLOW_VOLUME
 from fxstream.planning.boundaries import Boundaries, Context, costs_of, laid_out
+from fxstream.planning.copies import copies_of_halves, padded_copies
 from fxstream.planning.cost import Costs, Part
-from fxstream.tiling.own_padding import copies_of_halves, padded_copies
 from fxstream.tiling.segment_plan import SegmentPlan
 
 __all__ = ["Unit", "units_of"]
@@ -170,16 +169,12 @@ class _Needs:
             recorded[i : turns - i if is_saved else i + 1] += size
             unrecorded[i] += size
             saved += size * is_saved
-        for name, (made, moved) in copies_of_halves(plan.segment, plan.axes).items() if self._halves else ():
+        halves = copies_of_halves(plan.segment, plan.axes) if self._context.machine.halves_volumes else {}
+        for name, (made, moved) in halves.items():
             i = self._cost.place[name]
             recorded[i] += made
             recorded[turns - 1 - i] += moved
         return saved
-
-    @property
-    def _halves(self) -> bool:
-        """Whether small volumes are convolved in halves on this machine."""
-        return SLOW_VOLUME in dict(self._context.machine.efforts)
 
     def _prefetched(self, plan: SegmentPlan) -> float:
         """Bytes of this tile's and the next one's boxes of what lies outside."""

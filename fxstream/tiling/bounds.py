@@ -48,6 +48,16 @@ class CropPad:
     before: int
     after: int
 
+    @property
+    def pads(self) -> int:
+        """Pixels that are padded on both sides together."""
+        return self.before + self.after
+
+    @property
+    def length(self) -> int:
+        """Pixels with the padding."""
+        return self.crop.length + self.pads
+
 
 @dataclass(frozen=True, slots=True)
 class AxisStep:
