@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from fxstream.capture.casts import AUTOCAST, write_casts
 from fxstream.capture.constants import numpy_entries_copied
-from fxstream.capture.functionalize import CHANGED_TO, MODEL_TENSOR, make_factories, make_functional
+from fxstream.capture.functional.functionalize import CHANGED_TO, MODEL_TENSOR, make_factories, make_functional
 from fxstream.capture.traced_graph import Kind, TracedGraph, checkpointed, hooked
 from fxstream.errors import CaptureError
 from fxstream.graph.captured import Captured

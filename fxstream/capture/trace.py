@@ -30,10 +30,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from fxstream.capture.constants import ModelValues, constants_folded
+from fxstream.capture.first_call import after_first_call
 from fxstream.capture.input_key import FakeInputs, SizeGuards, size_guards, source_name
 from fxstream.capture.refusals import explained, refuse
 from fxstream.capture.traced_graph import TracedGraph
-from fxstream.capture.tracing import after_first_call, nodes_limited, tracing, without_modes, without_watchers
+from fxstream.capture.tracing import nodes_limited, tracing, without_modes, without_watchers
 from fxstream.errors import GraphBreakError
 from fxstream.graph.captured import CUMULATIVE, Results
 from fxstream.graph.shapes import fake_tensor_log_silenced

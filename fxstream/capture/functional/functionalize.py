@@ -22,7 +22,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from fxstream.capture.views import UNDONE, Tree, tree_of
+from fxstream.capture.functional.views import UNDONE, Tree, tree_of
 from fxstream.graph.effects import (
     UNSTREAMED,
     WAS_IN_PLACE,
