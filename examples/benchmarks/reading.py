@@ -30,7 +30,7 @@ from torch import nn
 
 import fxstream
 from fxstream.machine.heap import heap_kept
-from fxstream.runtime.prefetch import Reader
+from fxstream.runtime.reading.prefetch import Reader
 from fxstream.runtime.schedule import TileTask
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -194,7 +194,7 @@ def blank():
     step()
     runs = []
     for _ in range(options.rounds):
-        with mock.patch("fxstream.runtime.box_readers.constant_values", return_value=None):
+        with mock.patch("fxstream.runtime.reading.box_readers.constant_values", return_value=None):
             runs.append([*step()])
         runs.append([*step()])
     assert all(torch.equal(one, two) for one, two in zip(runs[0][1], runs[1][1], strict=True))

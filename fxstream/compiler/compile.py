@@ -36,6 +36,7 @@ def compile(
     global_ops: str = "auto",
     verify: bool = True,
     compile_tiles: bool | Mapping[str, Any] = False,
+    cuda_graphs: bool = False,
     offload: bool = False,
     mesh: Any = None,
     progress: bool = False,
@@ -65,6 +66,9 @@ def compile(
     - `verify`: whether the probe measures the rules on the real operators, once per capture.
     - `compile_tiles`: whether tile programs go through `torch.compile`, or its options, as
       ``{"mode": "max-autotune"}``. The first step of a size then takes minutes, and the others less time.
+    - `cuda_graphs`: whether the tiles of a class, but for its first, are replayed as a CUDA graph, so that small
+      tiles cost little more per pixel than large ones. Their memory, and static copies of the weights, stay
+      allocated until the module is deleted; within a memory they are counted.
     - `offload`: whether boundaries between segments, and their gradients, may lie in host memory: always with a
       tile, within a memory where that is predicted to be faster.
     - `mesh`: one dimension of a DeviceMesh, or a process group, whose ranks share the tiles of each image. All
@@ -100,6 +104,7 @@ def compile(
         cut=cut,
         global_ops=global_ops,
         offload=offload,
+        cuda_graphs=cuda_graphs,
     )
     return StreamedModule(model, options)
 
@@ -143,21 +148,28 @@ def plan(
     inputs: Sequence[torch.Tensor | tuple[int, ...]] | None = None,
     training: bool = True,
     offload: bool = False,
+    cuda_graphs: bool = False,
     device: torch.device | str | None = None,
 ) -> Plan:
     """Plan how `compile` would stream the model for an image [batch, channels, *size], without running it.
 
     `size` is in pixels, one number for a square 2-D image or one per axis; a model of several inputs gets `inputs`
-    instead, as in `analyze`. `tile`, `memory`, `segments`, `cut`, `global_ops` and `offload` are those of
-    `compile`. `training` plans for a call with its backward, in the mode in which the model is: in training mode
-    with batch statistics. `device` is the device to plan for, by default the model's; it need not exist where the
-    memory is given in bytes.
+    instead, as in `analyze`. `tile`, `memory`, `segments`, `cut`, `global_ops`, `offload` and `cuda_graphs` are
+    those of `compile`. `training` plans for a call with its backward, in the mode in which the model is: in
+    training mode with batch statistics. `device` is the device to plan for, by default the model's; it need not
+    exist where the memory is given in bytes.
 
     The plan prints as a table of segments with predicted time and memory. Raises what `analyze` and the first call
     of a compiled module raise.
     """
     request = request_of(
-        tile=tile, memory=memory, segments=segments, cut=cut, global_ops=global_ops, offload=offload
+        tile=tile,
+        memory=memory,
+        segments=segments,
+        cut=cut,
+        global_ops=global_ops,
+        offload=offload,
+        cuda_graphs=cuda_graphs,
     )
     default = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     graph = analyze(model, size, channels=channels, batch=batch, inputs=inputs, global_ops=global_ops).graph

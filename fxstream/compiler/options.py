@@ -30,6 +30,7 @@ class RequestOptions(TypedDict, total=False):
     cut: str | None
     global_ops: str
     offload: bool
+    cuda_graphs: bool
 
 
 def request_of(**options: Unpack[RequestOptions]) -> Request:

@@ -225,6 +225,7 @@ class Pipeline:
             analysis, plan = self._planned(captured, values, outside, written)
         self.shared.warn_what_stops_the_stream(analysis, plan, self._tensors(values)[0].device)
         self.shared.warn_what_runs_whole(plan)
+        self.shared.warn_without_graphs(self._tensors(values)[0].device)
         reports: tuple[ProbeReport, ...] = ()
         streamed = None
         if not plan.is_trivial:
@@ -240,6 +241,7 @@ class Pipeline:
                     shared.ranks,
                     shared.watch,
                     captured.memo.at(analysis.graph),
+                    shared.replays,
                 )
         plan = replace(plan, prepared=stages.seconds)
         logger.info("%s", plan)

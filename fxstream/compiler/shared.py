@@ -16,10 +16,12 @@ from fxstream.compiler.prepared import Prepared
 from fxstream.errors import StreamingWarning
 from fxstream.machine.device import budget_of
 from fxstream.machine.progress import Bar
+from fxstream.machine.replay import can_replay
 from fxstream.planning.decision import Decision
 from fxstream.planning.plan import Plan
 from fxstream.rules import Reason
 from fxstream.runtime.ranks import Ranks
+from fxstream.runtime.replays.replays import Replays
 from fxstream.tiling.parts import streamable_share
 from fxstream.tiling.request import Request
 
@@ -60,8 +62,14 @@ class Shared:
         self.retained = Retained()
         self.ranks = None if options.mesh is None else Ranks(options.mesh)
         self.watch = Bar() if options.progress else None
+        self.replays = Replays() if options.request.cuda_graphs else None
         compiled = options.compile_tiles
         self.tile_compiler = None if compiled is False else TileCompiler({} if compiled is True else compiled)
+
+    @property
+    def replayed_bytes(self) -> int:
+        """What replays of tiles have between calls."""
+        return 0 if self.replays is None else self.replays.bytes
 
     def warn_once(self, topic: str, message: str) -> None:
         """A warning, the first time that something is to be said about a topic."""
@@ -85,6 +93,10 @@ class Shared:
         self.warn_once(
             "share", f"{plan.streamed_share:.0%} of the activations of {name} are streamed{first}{advice}"
         )
+
+    def warn_without_graphs(self, device: torch.device) -> None:
+        if self.replays is not None and not can_replay(device):
+            self.warn_once("graphs", f"cuda_graphs changes nothing on {device}, which has none")
 
     def warn_what_runs_whole(self, plan: Plan) -> None:
         if plan.untiled:

@@ -31,6 +31,8 @@ class Effort:
     share: float = 1.0
 
 
+REPLAYED = 2e-6
+"""Seconds between two kernels of a CUDA graph."""
 DEPTHWISE = "depthwise convolution"
 """The kind of a convolution of each channel alone; other kinds are names of operators."""
 SLOW_VOLUME = "convolution of one small volume"
@@ -65,6 +67,7 @@ class Machine:
     bytes per second between the device and host memory. `wide_macs` is the rate in 32 bits, that of all types
     where it is None. An operator on `LARGE` elements or more takes `beyond` times as long. `loaded` are bytes of a
     memory that are not for tensors. `efforts` are those of kinds of operators, others have that of `pointwise`.
+    Where tiles are replayed an operator of theirs takes `replayed` instead of `call`.
     """
 
     macs: float
@@ -79,6 +82,7 @@ class Machine:
     loaded: int = 0
     pointwise: Effort = Effort()
     efforts: tuple[tuple[str, Effort], ...] = ()
+    replayed: float | None = None
 
     def effort(self, kind: str) -> Effort:
         """The effort of a kind of operators."""
@@ -107,6 +111,15 @@ class Machine:
         rates = 5e10 * threads, 1.25e10 * threads, 1e-5
         efforts = tuple(CPU.items())
         return cls(*rates, fresh=fresh, reused=largest_reused(), loaded=loaded_bytes(), efforts=efforts)
+
+    @property
+    def call_of_tile(self) -> float:
+        """Seconds per operator of a tile."""
+        return self.call if self.replayed is None else self.replayed
+
+    def with_replays(self) -> Machine:
+        """The same machine with tiles that are replayed."""
+        return replace(self, replayed=REPLAYED)
 
     def rate(self, dtype: torch.dtype) -> float:
         """Multiply-accumulates per second with results of a type."""

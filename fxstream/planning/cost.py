@@ -115,17 +115,23 @@ class Costs:
         return self.part(releases=True)
 
     def seconds_each(
-        self, shares: torch.Tensor, start: int = 0, stop: int | None = None, fused: Sequence[int] = ()
+        self,
+        shares: torch.Tensor,
+        start: int = 0,
+        stop: int | None = None,
+        fused: Sequence[int] = (),
+        is_whole: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Predicted seconds of a forward and a backward of each operator from `start` up to `stop` (note 1).
 
         Those at the places `fused` are part of the call of another.
         """
+        call = self.machine.call if is_whole else self.machine.call_of_tile
         span, machine = slice(start, len(self.nodes) if stop is None else stop), self.machine
         of_span = shares[..., span]
         present = (of_span > 0).double()
         slow = of_span * torch.where(of_span * self.largest[span] >= LARGE, machine.beyond, 1.0)
-        work = slow * self.arithmetic[span] + present * (self._called(fused)[span] * machine.call)
+        work = slow * self.arithmetic[span] + present * (self._called(fused)[span] * call)
         if machine.fresh < math.inf:
             self._add_fresh(work, shares, span)
         read = present * (self.weights[span] / machine.bandwidth)
@@ -179,7 +185,7 @@ class Part:
     def __init__(
         self, costs: Costs, start: int, stop: int, is_whole: bool = False, releases: bool = False
     ) -> None:
-        self.costs, self.start, self.stop = costs, start, stop
+        self.costs, self.start, self.stop, self._is_whole = costs, start, stop, is_whole
         self._fused = [m for m, r in costs.wholes.items() if start <= m and r < stop] if is_whole else []
         self.turn = stop - start
         """The step between forward and backward."""
@@ -260,7 +266,7 @@ class Part:
 
     def seconds(self, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predicted seconds of one forward and of one backward of a tile with these shares (note 1)."""
-        forward, backward = self.costs.seconds_each(shares, self.start, self.stop, self._fused)
+        forward, backward = self.costs.seconds_each(shares, self.start, self.stop, self._fused, self._is_whole)
         return forward.sum(-1), backward.sum(-1)
 
 

@@ -9,7 +9,8 @@ and after them. Each unit has a step in forward and, with recording, one in back
 - saved: what autograd saves of the dense operators, and the graphs of kept tiles, of units up to this one;
 - the unit itself: one of its tiles, with what is prefetched, or its dense operators;
 - gradients of the weights of this and later units, twice for a streamed unit (one tile's, and their sum);
-- folded weights of this and earlier segments.
+- folded weights of this and earlier segments;
+- where tiles are replayed, the memory of replays, of the unit that needs most, and copies of all whole inputs.
 
 The peak is that of the step that needs most. Not counted: the image, the weights, what an optimiser holds.
 An image from outside of the device's memory counts where dense operators read it, for they read it whole.
@@ -44,6 +45,7 @@ class Step:
     unit: float
     weights: float
     folded: float = 0.0
+    replays: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -88,6 +90,7 @@ class Prediction:
             (f"a tile of {self.binding}" if self.binding else "dense operators", peak.unit),
             ("gradients of weights", peak.weights),
             ("folded weights", peak.folded),
+            ("replays of tiles", peak.replays),
         )
         listed = ", ".join(f"{what} {bytes_text(count)}" for what, count in parts if count)
         away = [f"  in host memory: boundaries {bytes_text(self.offloaded)}"] if self.offloaded else []
@@ -179,6 +182,9 @@ class Estimator:
             _recomputed_in_parts(context, unit, in_parts[unit.name]) if unit.name in in_parts else unit
             for unit in units_of(context, plans, self._offloaded)
         ]
+        self.replayed = max((unit.replayed for unit in self._units), default=0.0)
+        self.static = sum(unit.static for unit in self._units)
+        self._replays = 0.0 if context.is_part else self.replayed + self.static
 
     def __len__(self) -> int:
         """How many units there are."""
@@ -219,7 +225,8 @@ class Estimator:
         if unit.tiles > 1 or self._context.ranks > 1:
             seconds += self._context.collecting(made)
         here = saved + self._holds(unit, kept) if unit.tiles else saved
-        return unit.name, Step(unit.there_forward + made, 0.0, here, unit.forward, 0.0, folded), seconds
+        step = Step(unit.there_forward + made, 0.0, here, unit.forward, 0.0, folded, self._replays)
+        return unit.name, step, seconds
 
     def _backward(
         self, unit: Unit, earlier: float, folded: float, weights: float, kept: Mapping[str, int]
@@ -228,7 +235,8 @@ class Estimator:
         saved = context.tiles_per_rank(kept.get(unit.name, 0))
         recomputed = context.tiles_per_rank(max(1, unit.tiles)) - saved
         both = weights + unit.weights if unit.tiles else weights
-        step = Step(unit.there_backward, unit.gradients, earlier, unit.backward, both, folded)
+        around = unit.there_backward, unit.gradients
+        step = Step(*around, earlier, unit.backward, both, folded, self._replays)
         if unit.tiles > 1 or (unit.tiles and context.ranks > 1):
             yield unit.name, replace(step, unit=0.0), context.collecting(unit.read, unit.weights)
         if recomputed:
@@ -286,7 +294,9 @@ def _recomputed_in_parts(context: CostContext, unit: Unit, plan: SegmentPlan) ->
     passed = {i for i in range(len(parts)) if steps[i][0] in skipped}
     seconds = sum(spent for i, (*_, spent) in enumerate(steps) if i not in passed)
     peak = float(max(step.bytes for i, (_, step, _) in enumerate(steps) if i not in passed))
-    return replace(unit, backward=peak, backward_seconds=seconds - unit.forward_seconds)
+    backward_seconds = seconds - unit.forward_seconds
+    of_parts = replace(unit, replayed=parts.replayed, static=parts.static)
+    return replace(of_parts, backward=peak, backward_seconds=backward_seconds)
 
 
 def predict(context: CostContext, plans: Sequence[SegmentPlan]) -> Prediction:

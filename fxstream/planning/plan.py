@@ -22,6 +22,7 @@ from fxstream.errors import PlanError
 from fxstream.graph.autograd_saves import saves_of
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.machine.device import budget_of, is_accelerator
+from fxstream.machine.replay import can_replay
 from fxstream.machine.speeds import Machine
 from fxstream.planning.decision import DecidedSpan, Decision, Decisions
 from fxstream.planning.estimate import CostContext, Prediction, predict
@@ -122,6 +123,8 @@ def make_plan(
     if saved is not None:
         check_is_of(saved, graph)
     offload, machine = request.offload and is_accelerator(device), Machine.of(device, is_shared=ranks > 1)
+    if request.cuda_graphs and can_replay(device):
+        machine = machine.with_replays()
     of_structure = (memo or Memo()).at(graph)
     modes = (training, differentiated, outside, written, ranks, offload)
     context = CostContext(graph, machine, *modes, of_structure)

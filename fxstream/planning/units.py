@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fxstream.planning.boundaries import Boundaries, Context, costs_of, laid_out
 from fxstream.planning.copies import copies_of_halves, padded_copies
 from fxstream.planning.cost import Costs, Part
+from fxstream.tiling.segment import runs_operators_alone
 from fxstream.tiling.segment_plan import SegmentPlan
 
 __all__ = ["Unit", "units_of"]
@@ -26,7 +27,8 @@ class Unit:
     backward of a kept tile beyond what is saved. `there_forward`, `there_backward` and `gradients` are the
     boundaries and gradients of other units that exist meanwhile. `weights` are the gradients of all of its
     weights, `more_weights` of those that no later unit reads too: others are added to these. `folded` are the
-    weights of its fusions, which exist from its forward to its backward.
+    weights of its fusions, which exist from its forward to its backward. Where its tiles are replayed, `replayed`
+    are the bytes of replays and of static tensors, which all units share, `static` of copies of whole inputs.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Unit:
     weights: float
     more_weights: float
     folded: float
+    replayed: float = 0.0
+    static: float = 0.0
 
 
 def units_of(context: Context, plans: Sequence[SegmentPlan], offloaded: frozenset[str]) -> list[Unit]:
@@ -58,10 +62,12 @@ def units_of(context: Context, plans: Sequence[SegmentPlan], offloaded: frozense
     costs = costs_of(context, [nodes for nodes, _ in layout.units], of_units)
     boundaries = Boundaries(context.graph, layout)
     last = {name: k for k, cost in enumerate(costs) for name in cost.weight_bytes}
-    return [
-        _Needs(context, k, plan, cost, boundaries, offloaded).unit(last)
-        for k, (plan, cost) in enumerate(zip(of_units, costs, strict=True))
-    ]
+    units = []
+    for k, (plan, cost) in enumerate(zip(of_units, costs, strict=True)):
+        needs = _Needs(context, k, plan, cost, boundaries, offloaded)
+        unit = needs.unit(last)
+        units.append(unit if context.machine.replayed is None else needs.with_replays(unit))
+    return units
 
 
 class _Needs:
@@ -107,6 +113,18 @@ class _Needs:
             more_weights=float(sum(size for name, size in cost.weight_bytes.items() if last[name] == k)),
             folded=float(sum(fusion.bytes for fusion in plan.segment.fusions)) if plan is not None else 0.0,
         )
+
+    def with_replays(self, unit: Unit) -> Unit:
+        """The unit with what it needs for replays of its tiles, where these may have some."""
+        plan = self._plan
+        if plan is None or self._is_whole or not runs_operators_alone(plan.segment):
+            return unit
+        segment, graph = plan.segment, plan.segment.graph
+        maps = (name for name in segment.outputs if not graph.pattern(name).reduces)
+        boxes = sum(_box_bytes(plan, name) for name in (*(name for name, _ in segment.spatial), *maps))
+        gradients = unit.weights * self._context.training
+        static = float(sum(graph[name].bytes for name in segment.whole))
+        return replace(unit, replayed=max(unit.forward, unit.backward) + 2 * boxes + gradients, static=static)
 
     def _part(self) -> Part:
         """The operators of the unit, which run whole or on tiles."""

@@ -14,13 +14,17 @@ from fxstream.machine.heap import heap_kept
 from fxstream.machine.out_of_memory import OutOfMemory, catch_oom
 from fxstream.runtime.accumulate import Accumulator, Contribution
 from fxstream.runtime.equal_tiles import may_sum, summed
-from fxstream.runtime.prefetch import Image, Reader
-from fxstream.runtime.schedule import Stream, TileTask
+from fxstream.runtime.reading.prefetch import Image, Reader
+from fxstream.runtime.replays.replays import Groups, Sweep, Tensors
+from fxstream.runtime.schedule import TileTask
+from fxstream.runtime.stream import Stream
 from fxstream.runtime.tile_run import Inputs, OtherRows, Recorded, TileRun, combined, halved, retried, rows_of
 
 __all__ = ["Backward"]
 
 Gradients = Sequence[torch.Tensor | None]
+Flowing = list[tuple[int, torch.Tensor]]
+"""Gradients of results of a tile, by their index."""
 Group = list[TileRun]
 """Equal tiles, of which the first stands for all, or one tile."""
 
@@ -36,6 +40,7 @@ class Backward:
         is_single = len(stream.schedule.tasks) == 1 and stream.ranks is None
         reads = [] if stream.ranks is not None else [task.reads for task in stream.schedule.tasks]
         self._sums = Accumulator(self._inputs.spatial, self._inputs.whole, needs_grad, is_single, reads)
+        self._sweep = Sweep("", ())
         self._all_runs: list[TileRun] = []
         self._others: OtherRows = {}
         self._of_reductions: dict[int, torch.Tensor] = {}
@@ -77,6 +82,7 @@ class Backward:
         with (
             Reader(self._inputs.spatial, waiting, device, stream.title("backward")) as reader,
             heap_kept(device, total),
+            stream.sweep(self._inputs.whole, device) as self._sweep,
             stream.watched("backward") as report,
         ):
             while groups:
@@ -90,10 +96,12 @@ class Backward:
                 report(done, total, reader.note)
 
     def _degrade(self, groups: list[Group], reader: Reader, failure: OutOfMemory) -> int:
-        """Rule 9: give up kept graphs, part equal tiles, or put halves in the place of the last tile.
+        """Rule 9: give up replays, kept graphs, part equal tiles, or put halves in the place of the last tile.
 
         Returns how many tiles there are more.
         """
+        if self._sweep.give_up(failure.message):
+            return 0
         schedule = self._stream.schedule
         if any(group[0].recorded is not None for group in groups):
             for group in groups:
@@ -131,8 +139,9 @@ class Backward:
     def _half(self, task: TileTask, reductions: Sequence[int], reader: Reader) -> TileRun:
         if not any(task.positions[k] for k in reductions):
             return TileRun(task, {})
+        boxes, program = reader.read(task).placed(), self._stream.schedule.programs[task.program]
         with torch.no_grad():
-            results = self._inputs.run(self._stream, task, reader.read(task).placed())
+            results = self._inputs.run(program.run, self._inputs.tile(task, boxes))
         return TileRun(task, {k: tile for k in reductions if (tile := results[k]) is not None})
 
     def _pulled_back(self, group: Group, grads: Gradients, reader: Reader) -> list[Contribution]:
@@ -140,25 +149,43 @@ class Backward:
         flowing = self._flowing(group, grads)
         if not flowing:
             return []
-        task = group[0].task
-        recorded = group[0].recorded or self._recomputed(task, reader)
+        task, recorded = group[0].task, group[0].recorded
+        if recorded is None:
+            gradients = self._recomputed(task, reader, flowing)
+        else:
+            gradients = self._gradients(recorded, flowing)
+        boxes_read = (*task.reads, *(None for _ in self._inputs.whole))
+        pairs = enumerate(zip(boxes_read, gradients, strict=True))
+        return [(i, box, gradient) for i, (box, gradient) in pairs if gradient is not None]
+
+    def _recomputed(self, task: TileTask, reader: Reader, flowing: Flowing) -> Gradients:
+        """The gradients of the inputs of a tile that runs again."""
+        inputs, program = self._inputs, self._stream.schedule.programs[task.program]
+        boxes = reader.read(task).placed()
+        outputs = tuple(k for k, _ in flowing)
+        tile = {**inputs.tile(task, boxes), "gradient": [gradient for _, gradient in flowing]}
+
+        def gradients_of(whole: Tensors, tile: Groups) -> Gradients:
+            recorded, _ = inputs.with_whole(whole).recorded(program.run_again, tile, self._needs_grad)
+            return self._gradients(recorded, list(zip(outputs, tile["gradient"], strict=True)))
+
+        what = program, outputs, tuple(self._needs_grad), self._dtypes
+        return self._sweep.compute("backward", what, tile, gradients_of)
+
+    def _gradients(self, recorded: Recorded, flowing: Flowing) -> Gradients:
+        """The gradients of the inputs of a tile that ran with recording; None of those that have none."""
         pulled = [(edge, grad) for k, grad in flowing if (edge := self._edge(recorded, k, grad)) is not None]
         inputs = (*recorded.boxes, *recorded.whole)
         indices = [index for index, tensor in enumerate(inputs) if tensor.requires_grad]
-        if not pulled or not indices:
-            return []
-        edges, slices = zip(*pulled, strict=True)
-        gradients = torch.autograd.grad(edges, [inputs[i] for i in indices], slices, allow_unused=True)
-        boxes_read = (*task.reads, *(None for _ in recorded.whole))
-        return [(i, boxes_read[i], g) for i, g in zip(indices, gradients, strict=True) if g is not None]
+        gradients: list[torch.Tensor | None] = [None] * len(inputs)
+        if pulled and indices:
+            edges, slices = zip(*pulled, strict=True)
+            made = torch.autograd.grad(edges, [inputs[i] for i in indices], slices, allow_unused=True)
+            for index, gradient in zip(indices, made, strict=True):
+                gradients[index] = gradient
+        return gradients
 
-    def _recomputed(self, task: TileTask, reader: Reader) -> Recorded:
-        """A tile that ran again, without its results."""
-        program = self._stream.schedule.programs[task.program].run_again
-        recorded, _ = self._inputs.recorded(task, reader.read(task).placed(), self._needs_grad, program)
-        return recorded
-
-    def _flowing(self, group: Group, grads: Gradients) -> list[tuple[int, torch.Tensor]]:
+    def _flowing(self, group: Group, grads: Gradients) -> Flowing:
         """The gradients of what equal tiles yield, summed, by output, on the device that computes."""
         device, flowing = self._inputs.device, []
         for k, grad in enumerate(grads):

@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import operator
 from collections.abc import Hashable, Sequence
 
 import torch
 
 from fxstream.machine.operators import has_values
 from fxstream.rules.access import Lookup
-from fxstream.runtime.schedule import Stream, TileTask
+from fxstream.runtime.schedule import TileTask
+from fxstream.runtime.stream import Stream
+from fxstream.tiling.segment import runs_operators_alone
 
 __all__ = ["Constant", "constant_values", "may_sum", "summed", "tile_key"]
 
@@ -33,8 +34,6 @@ Constant = tuple[bytes, ...]
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 FEW = 8
 """Pixels along each axis that are compared before all are."""
-LINEAR = frozenset({"aten", "fxstream", "prims"})
-"""Namespaces of operators whose derivative is linear in the gradient of the result."""
 TABLES = 4096
 """So many tables of tiles are remembered by their values."""
 
@@ -79,12 +78,10 @@ def _table_digest(lookup: Lookup, device: torch.device) -> bytes:
 
 def may_sum(stream: Stream, needs_grad: Sequence[bool], dtypes: Sequence[torch.dtype]) -> bool:
     """Whether equal tiles may be pulled back as one (rules 2 and 3)."""
-    graph, segment = stream.plan.segment.graph, stream.plan.segment
-    targets = {graph[name].node.target for name in segment.nodes} - {operator.getitem}
     return (
         not any(needs_grad[: stream.spatial_count])
         and torch.float16 not in dtypes
-        and all(isinstance(one, torch._ops.OpOverload) and one.namespace in LINEAR for one in targets)
+        and runs_operators_alone(stream.plan.segment)
     )
 
 

@@ -14,16 +14,17 @@ from fxstream.machine.copies import to_device
 from fxstream.machine.heap import heap_kept
 from fxstream.machine.out_of_memory import OutOfMemory, catch_oom
 from fxstream.runtime.equal_tiles import tile_key
-from fxstream.runtime.prefetch import Image, Reader
 from fxstream.runtime.ranks import Ranks
-from fxstream.runtime.schedule import Stream, TileTask
+from fxstream.runtime.reading.prefetch import Image, Reader
+from fxstream.runtime.replays.replays import Groups, Results, Sweep, Tensors
+from fxstream.runtime.schedule import TileTask
+from fxstream.runtime.stream import Stream
 from fxstream.runtime.tile_run import Inputs, OtherRows, Recorded, TileRun, combined, halved, retried, rows_of
 
 __all__ = ["Forward"]
 
 logger = logging.getLogger("fxstream")
 HOST = torch.device("cpu")
-Results = Sequence[torch.Tensor | None]
 
 MOST_WRITTEN = 4
 """So many tiles that were written elsewhere are kept in host memory for tiles that are equal."""
@@ -46,6 +47,7 @@ class Forward:
         self._outputs: dict[int, torch.Tensor] = {}
         self._firsts: dict[Hashable, _First] = {}
         self._repeated = 0
+        self._sweep = Sweep("", ())
         self.runs: list[TileRun] = []
         self.others: OtherRows = {}
 
@@ -80,6 +82,7 @@ class Forward:
         with (
             Reader(self._inputs.spatial, tasks, device, stream.title("forward"), dims) as reader,
             heap_kept(device, len(tasks)),
+            stream.sweep(self._inputs.whole, device) as self._sweep,
             stream.watched("forward") as report,
         ):
             while done < len(tasks):
@@ -134,11 +137,16 @@ class Forward:
         return run
 
     def _computed(self, task: TileTask, boxes: list[torch.Tensor]) -> tuple[Results, Recorded | None]:
-        if not task.is_kept or self._needs_grad is None:
-            return self._inputs.run(self._stream, task, boxes), None
-        program = self._stream.schedule.programs[task.program].run
-        recorded, results = self._inputs.recorded(task, boxes, self._needs_grad, program)
-        return results, recorded
+        inputs, program = self._inputs, self._stream.schedule.programs[task.program]
+        tile = inputs.tile(task, boxes)
+        if task.is_kept and self._needs_grad is not None:
+            recorded, results = inputs.recorded(program.run, tile, self._needs_grad)
+            return results, recorded
+
+        def results_of(whole: Tensors, tile: Groups) -> Results:
+            return inputs.with_whole(whole).run(program.run, tile)
+
+        return self._sweep.compute("forward", program, tile, results_of), None
 
     def _kept_of(self, task: TileTask, results: Results) -> dict[int, torch.Tensor]:
         """Write what a tile yields of maps; its partial results of reductions."""
@@ -147,7 +155,7 @@ class Forward:
             if tile is None or owned is None:
                 continue
             if k in stream.combined:
-                partials[k] = tile.detach()
+                partials[k] = self._sweep.lasting(tile.detach())
             elif k in stream.sinks:
                 stream.sinks[k].write(Box.of(owned, stream.outputs[k].shape), tile)
             else:
@@ -181,7 +189,9 @@ class Forward:
         self._outputs[k][owned] = to_device(tile, self._outputs[k].device)
 
     def _degrade(self, tasks: list[TileTask], now: int, failure: OutOfMemory) -> None:
-        """Rule 9: give up kept graphs, or halve the tile that comes next."""
+        """Rule 9: give up replays, then kept graphs, or halve the tile that comes next."""
+        if self._sweep.give_up(failure.message):
+            return
         if self._needs_grad is not None and any(task.is_kept for task in tasks):
             tasks[:] = [replace(task, is_kept=False) for task in tasks]
             for run, task in zip(self.runs, tasks, strict=False):

@@ -18,7 +18,8 @@ from fxstream.io.sink import Sink
 from fxstream.lowering.whole import Whole, result_of, runs_whole
 from fxstream.planning.plan import Plan
 from fxstream.runtime.ranks import Ranks
-from fxstream.runtime.schedule import Stream, Watch, build_stream
+from fxstream.runtime.replays.replays import Replays
+from fxstream.runtime.stream import Stream, Watch, build_stream
 from fxstream.runtime.tile_loop import stream_map
 from fxstream.runtime.tile_program import Compiler, whole_in_segment
 from fxstream.tiling.fuse import folded_weights
@@ -59,16 +60,17 @@ def rewrite(
     ranks: Ranks | None = None,
     watch: Watch | None = None,
     memo: MemoOfStructure | None = None,
+    replays: Replays | None = None,
 ) -> fx.GraphModule:
     """The graph at one image size with its segments streamed; takes and returns what the captured one does.
 
     Dense operators take over their input's memory where that changes nothing (`TypedNode.reuses`). `compiler`
-    compiles tile programs; `ranks` share the tiles; `watch` is called for each. `memo` has
-    what was made at other sizes: the graph is the same there, where integers are, and only its segments differ.
+    compiles tile programs; `ranks` share the tiles; `watch` is called for each; they may have `replays`. `memo`
+    has what was made at other sizes: the graph is the same, where integers are, and only its segments differ.
     """
     labels = _labels(captured)
     options: dict[str, Any] = {"compiler": compiler, "ranks": ranks, "watch": watch}
-    options |= {"offloaded": plan.offloaded, "memo": memo}
+    options |= {"offloaded": plan.offloaded, "memo": memo, "replays": replays}
     modules = _streamed(plan.segments, labels, options)
     segments = [part.segment for part in plan.segments]
     sizes = _sizes(typed)

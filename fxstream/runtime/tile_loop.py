@@ -42,8 +42,8 @@ from fxstream.errors import StreamError
 from fxstream.machine.operators import untraced
 from fxstream.runtime.backward import Backward
 from fxstream.runtime.forward import Forward
-from fxstream.runtime.prefetch import Image
-from fxstream.runtime.schedule import Stream
+from fxstream.runtime.reading.prefetch import Image
+from fxstream.runtime.stream import Stream
 from fxstream.runtime.tile_run import Inputs
 
 __all__ = ["refuse_transforms", "stream_map"]

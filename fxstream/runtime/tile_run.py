@@ -13,13 +13,17 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fxstream.errors import StreamError, StreamingWarning
 from fxstream.machine.out_of_memory import OutOfMemory, catch_oom
-from fxstream.runtime.prefetch import Image
 from fxstream.runtime.ranks import Rows
-from fxstream.runtime.schedule import Stream, TileTask
+from fxstream.runtime.reading.prefetch import Image
+from fxstream.runtime.replays.replays import Groups, Results
+from fxstream.runtime.schedule import TileTask
+from fxstream.runtime.stream import Stream
 
 __all__ = ["Inputs", "OtherRows", "Recorded", "TileRun", "combined", "halved", "retried", "rows_of"]
 
 T = TypeVar("T")
+Run = Callable[..., Results]
+"""A tile's program."""
 OtherRows = dict[int, tuple[Rows, Rows]]
 """The partial results of the ranks before and after this one, by output."""
 
@@ -82,25 +86,21 @@ class Inputs:
         # A spatial input may lie in host memory; whole inputs lie where the model is.
         return cls(spatial, whole, (*whole, *spatial)[0].device)  # type: ignore[arg-type]
 
-    def run(
-        self, stream: Stream, task: TileTask, boxes: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor | None, ...]:
-        """The results of one tile, without recording."""
-        return stream.schedule.programs[task.program].run(*boxes, *self.whole, *self._tables(task))
+    def with_whole(self, whole: Sequence[torch.Tensor]) -> Inputs:
+        """Those of a tile that is given other whole inputs of the same values."""
+        return self if whole is self.whole else Inputs((), tuple(whole), self.device)
 
-    def recorded(
-        self,
-        task: TileTask,
-        boxes: Sequence[torch.Tensor],
-        needs_grad: Sequence[bool],
-        program: Callable[..., tuple[torch.Tensor | None, ...]],
-    ) -> tuple[Recorded, tuple[torch.Tensor | None, ...]]:
+    def run(self, program: Run, tile: Groups) -> Results:
+        """The results of one tile, without recording."""
+        return program(*tile["box"], *self.whole, *tile["table"])
+
+    def recorded(self, program: Run, tile: Groups, needs_grad: Sequence[bool]) -> tuple[Recorded, Results]:
         """One tile with recording, for gradients of the inputs that need one, and its results."""
         with torch.enable_grad():
-            tiles = [box.requires_grad_(needed) for box, needed in zip(boxes, needs_grad, strict=False)]
-            whole = self._leaves(tuple(needs_grad[len(tiles) :]))
-            results = program(*tiles, *whole, *self._tables(task))
-            return Recorded(tiles, whole, tuple(None if r is None else End.of(r) for r in results)), results
+            boxes = [box.requires_grad_(needed) for box, needed in zip(tile["box"], needs_grad, strict=False)]
+            whole = self._leaves(tuple(needs_grad[len(boxes) :]))
+            results = program(*boxes, *whole, *tile["table"])
+            return Recorded(boxes, whole, tuple(None if r is None else End.of(r) for r in results)), results
 
     def _leaves(self, needs_grad: tuple[bool, ...]) -> list[torch.Tensor]:
         """The whole inputs as leaves, which all tiles of a pass share: each has its own gradients."""
@@ -109,9 +109,10 @@ class Inputs:
             self.leaves[needs_grad] = [tensor.detach().requires_grad_(needed) for tensor, needed in pairs]
         return self.leaves[needs_grad]
 
-    def _tables(self, task: TileTask) -> list[torch.Tensor]:
-        """What one tile takes from tables."""
-        return [tensor for lookup in task.lookups for tensor in lookup.tensors(self.device)]
+    def tile(self, task: TileTask, boxes: Sequence[torch.Tensor]) -> Groups:
+        """What is of one tile: its boxes, and what it takes from tables."""
+        tables = [tensor for lookup in task.lookups for tensor in lookup.tensors(self.device)]
+        return {"box": boxes, "table": tables}
 
 
 def rows_of(runs: Sequence[TileRun], k: int) -> Rows:

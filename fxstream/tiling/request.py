@@ -29,7 +29,7 @@ class Request:
     one, or None for what the device has free. `segments` is how many segments each region gets (at most, within
     a memory), or the module paths that each end one, or None for the planner's choice. `global_ops` says whether
     reductions over space are streamed: "stream", "cut", or "auto" for the planner's choice. With `offload`
-    boundaries lie in host memory.
+    boundaries lie in host memory, with `cuda_graphs` tiles are replayed on a device that can.
     """
 
     tile: int | tuple[int, ...] | None = None
@@ -38,6 +38,7 @@ class Request:
     memory: float | None = None
     global_ops: str = "auto"
     offload: bool = False
+    cuda_graphs: bool = False
 
     def tile_along(self, axes: int, images: Sequence[Value]) -> tuple[int | None, ...]:
         """The bound along each of so many axes, in pixels of the model's input; None for no bound.

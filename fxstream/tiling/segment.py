@@ -8,6 +8,7 @@ same.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,10 +21,21 @@ from fxstream.graph.nodes import TRACED, attributes_of
 from fxstream.graph.typed_graph import TypedGraph, TypedNode
 from fxstream.lowering.whole import WHOLE
 
-__all__ = ["Fusion", "Segment", "gradient_sources", "isolated", "make_segment", "segment_of", "with_nodes"]
+__all__ = [
+    "Fusion",
+    "Segment",
+    "gradient_sources",
+    "isolated",
+    "make_segment",
+    "runs_operators_alone",
+    "segment_of",
+    "with_nodes",
+]
 
 CONSTANT = {"aten::detach", "aten::zeros_like", "aten::ones_like", "aten::full_like"}
 """Operators whose result has no gradient."""
+NAMESPACES = frozenset({"aten", "fxstream", "prims"})
+"""Those of torch and of this package."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +199,15 @@ def with_nodes(segment: Segment, changed: Sequence[TypedNode]) -> Segment:
     """The segment with some of its typed nodes replaced."""
     nodes = {**segment.graph.nodes, **{node.name: node for node in changed}}
     return replace(segment, graph=replace(segment.graph, nodes=nodes))
+
+
+def runs_operators_alone(segment: Segment) -> bool:
+    """Whether nothing in a segment is a function or an operator of the user.
+
+    Then gradients are linear in those of the results, and all work is the device's.
+    """
+    targets = {segment.graph[name].node.target for name in segment.nodes} - {operator.getitem}
+    return all(isinstance(one, torch._ops.OpOverload) and one.namespace in NAMESPACES for one in targets)
 
 
 def gradient_sources(segment: Segment) -> tuple[frozenset[int], ...]:

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from fxstream.compiler.compile import compile
-from fxstream.compiler.module import StreamedModule
+from fxstream.compiler.module import StreamedModule, inspect
 from fxstream.compiler.options import RequestOptions
 from fxstream.machine.device import synchronize
 from fxstream.machine.meter import measure, resident_bytes, resident_now
@@ -162,6 +162,8 @@ def _measured(workload: Workload, method: Method) -> dict[str, Any]:
     before = resident_now()
     step()
     peak, grown = measure(step, device).peak_bytes, resident_bytes() - before
+    if isinstance(module, StreamedModule):
+        peak += inspect(module).shared.replayed_bytes
     start = time.perf_counter()
     step()
     synchronize(device)

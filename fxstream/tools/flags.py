@@ -72,6 +72,7 @@ SEGMENTS: Group = (
     ),
 )
 OFFLOAD = switch("--offload", "boundaries in host memory, where that is faster")
+CUDA_GRAPHS = switch("--cuda-graphs", "tiles replayed as CUDA graphs, for small ones")
 PLANNED: Group = (
     *MODEL,
     TILE,
@@ -79,6 +80,7 @@ PLANNED: Group = (
     *SEGMENTS,
     flag("--device", "what to plan for: cpu, cuda, cuda:1 (cpu)", default="cpu"),
     OFFLOAD,
+    CUDA_GRAPHS,
     switch("--no-grad", "plan a call without gradients"),
 )
 PLAN: Group = PLANNED
@@ -104,6 +106,7 @@ BENCH: Group = (
     *SEGMENTS,
     flag("--device", "what to measure on: cpu, cuda, cuda:1 (cpu)", default="cpu"),
     OFFLOAD,
+    CUDA_GRAPHS,
     switch("--compile", "beside torch.compile, also told to save a half, a fifth, a twentieth; and the roofline"),
     flag("--rounds", "processes per method; medians are shown (3)", type=int, default=3),
     flag("--plot", "draw time over memory (needs matplotlib)", metavar="FILE"),

@@ -8,7 +8,7 @@ from counted import Counted
 from torch import nn
 
 import fxstream
-from fxstream.runtime import prefetch as reading
+from fxstream.runtime.reading import prefetch as reading
 
 
 class Normalising(nn.Module):

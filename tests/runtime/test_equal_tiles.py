@@ -125,7 +125,7 @@ def test_what_depends_on_the_position_is_not_shared(model, monkeypatch):
     torch.manual_seed(3)
     found = stepped(module, model, source(array))
     assert [blank for blank, _ in repeated(module)] == [0]
-    monkeypatch.setattr("fxstream.runtime.box_readers.constant_values", lambda box, dims: None)
+    monkeypatch.setattr("fxstream.runtime.reading.box_readers.constant_values", lambda box, dims: None)
     torch.manual_seed(3)
     assert_same(found, stepped(module, model, source(array)), 0.0)
 

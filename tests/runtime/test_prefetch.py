@@ -13,8 +13,8 @@ from counted import Chunked, Counted
 from torch import nn
 
 import fxstream
-from fxstream.runtime import prefetch
-from fxstream.runtime.prefetch import Reader
+from fxstream.runtime.reading import prefetch
+from fxstream.runtime.reading.prefetch import Reader
 from fxstream.runtime.schedule import TileTask
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from fxstream.geometry import receptive_field
 from fxstream.machine.meter import PeakMemory, measure
 from fxstream.planning import plan as planning
 from fxstream.runtime import backward, forward
-from fxstream.runtime import schedule as stream_module
+from fxstream.runtime import stream as stream_module
 from fxstream.tiling import bounds as demand
 from fxstream.tiling import reuse as economy
 

@@ -30,8 +30,8 @@ import torch
 from fxstream.geometry.box import Box
 from fxstream.io.source import Source
 from fxstream.machine.device import is_idle
-from fxstream.runtime.box_readers import Blocks, Copies, Dims, Stored, Views
 from fxstream.runtime.equal_tiles import Constant
+from fxstream.runtime.reading.box_readers import Blocks, Copies, Dims, Stored, Views
 from fxstream.runtime.schedule import TileTask
 
 __all__ = ["MOST_HELD", "Boxes", "Image", "Reader"]

@@ -1,0 +1,1 @@
+"""Tiles that a device does again in one launch: their static tensors, and the sweeps that use them."""
