@@ -1,6 +1,7 @@
 """What only a GPU shows: its kernels, images in host memory, allocations that really fail."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -206,3 +207,71 @@ def test_training_in_bfloat16(name, request_, channels_last):
             errors[key] = [relative_error(found[key].double(), wanted) for found in tensors[1:]]
     largest = max(theirs for theirs, _ in errors.values())
     assert all(mine <= 2 * theirs + 0.25 * largest for theirs, mine in errors.values()), errors
+
+
+def replayed(module):
+    """How many replays there are."""
+    (kept,) = fxstream.inspect(module).shared.replays._kept.values()
+    return len(kept.replays)
+
+
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("request_", [{"tile": 96}, {"tile": 96, "compile_tiles": True}, {"memory": 0.6}])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "groups"])
+def test_replayed_tiles(name, request_, channels_last):
+    """Two steps, of which the second replays all tiles but those that are kept; with other weights in between."""
+    model = training_network(name).double()
+    image = torch.randn(2, 3, 197, 235, dtype=torch.float64, device="cuda")
+    model, image = formats(model, image, channels_last)
+    image, plain = image.detach().requires_grad_(), copy.deepcopy(model)
+    if "memory" in request_:
+        request_ = {"memory": within(model, image, request_["memory"])}
+    module = fxstream.compile(model, cuda_graphs=True, **request_)
+    for _ in range(3):
+        assert_same(named_step(module, model, [image]), named_step(plain, plain, [image]), 1e-8)
+        with torch.no_grad():
+            for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+                mine.mul_(0.9), theirs.mul_(0.9)
+    assert replayed(module) > 0 or "memory" in request_
+
+
+def test_replays_under_autocast_and_without():
+    model = fxstream.freeze_batch_norm(training_network("resnet18"))
+    image = torch.randn(1, 3, 320, 288, device="cuda")
+    without, module = (fxstream.compile(model, tile=160, cuda_graphs=graphs) for graphs in (False, True))
+    for enabled in (True, False, True):
+        steps = []
+        for one in (without, module):
+            model.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
+                output = one(image)
+            output.float().square().sum().backward()
+            steps.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+        assert_same(*reversed(steps), 1e-2)
+    assert replayed(module) > 0
+
+
+def test_what_waits_for_the_device_is_not_replayed():
+    """Then the stream is the one before, tiles run operator by operator, and the device goes on."""
+    from fxstream.machine.replay import Replayer
+
+    replayer, stream = Replayer.of(torch.device("cuda", 0)), torch.cuda.current_stream()
+    number = torch.ones((), device="cuda")
+    with pytest.raises(RuntimeError):
+        replayer.replay_of(lambda: print(number.item()))
+    assert torch.cuda.current_stream() == stream
+    assert (number + 1).item() == 2
+
+
+def test_memory_of_replays_is_given_back():
+    model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 3, 3, padding=1)).cuda()
+    image = torch.randn(1, 3, 1200, 1200, device="cuda")
+    before = torch.cuda.memory_reserved()
+    module = fxstream.compile(model, tile=300, segments=1, cuda_graphs=True)
+    module(image).sum().backward()
+    assert fxstream.inspect(module).shared.replayed_bytes <= module.plan.prediction.peak.replays
+    del module
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + 2**25
