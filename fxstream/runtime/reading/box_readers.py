@@ -43,19 +43,17 @@ class Views:
         self._image = image
         self._dims = None if is_accelerator(image.device) else dims  # looking at values there takes a wait
 
-    def ask(self, box: Box) -> Future[Stored]:
+    def ask(self, read: Subscript) -> Stored:
         """A box, at once."""
-        part = self._image[_subscript(box)]
-        future: Future[Stored] = Future()
-        future.set_result(Stored(part, constant_values(part, self._dims)))
-        return future
+        part = self._image[read]
+        return Stored(part, constant_values(part, self._dims))
 
     start = ask
 
     def take(self) -> None:
         """Nothing is kept."""
 
-    def has_room(self, box: Box) -> bool:
+    def has_room(self, read: Subscript) -> bool:
         """There is nothing to read ahead."""
         return True
 
@@ -66,20 +64,20 @@ class Copies:
     def __init__(self, image: torch.Tensor, device: torch.device, pool: ThreadPoolExecutor, dims: Dims) -> None:
         self._image, self._device, self._pool, self._dims = image, device, pool, dims
 
-    def ask(self, box: Box) -> Future[Stored]:
+    def ask(self, read: Subscript) -> Future[Stored]:
         """A box, when the thread comes to it."""
-        return self._pool.submit(self._copied, box)
+        return self._pool.submit(self._copied, read)
 
     start = ask
 
-    def _copied(self, box: Box) -> Stored:
-        part = self._image[_subscript(box)]
+    def _copied(self, read: Subscript) -> Stored:
+        part = self._image[read]
         return Stored(staged(part, self._device), constant_values(part, self._dims))
 
     def take(self) -> None:
         """Nothing is kept."""
 
-    def has_room(self, box: Box) -> bool:
+    def has_room(self, read: Subscript) -> bool:
         """One tile is copied ahead, and no more."""
         return False
 
@@ -93,7 +91,7 @@ class Blocks:
     def __init__(
         self,
         source: Source,
-        boxes: Sequence[Box],
+        reads: Sequence[Subscript],
         most: int,
         readers: ThreadPoolExecutor,
         joiners: ThreadPoolExecutor,
@@ -102,7 +100,7 @@ class Blocks:
     ) -> None:
         self._source, self._most, self._device, self._dims = source, most, device, dims
         self._readers, self._joiners = readers, joiners
-        inner = [_inner(box) for box in boxes]
+        inner = [_inner(self._box(read)) for read in reads]
         self._grid = grid_of(source.chunk_edges, source.shape[1:], set(inner), self._pixel, most // 4)
         self._uses: dict[Place, deque[int]] = {}
         for order, box in enumerate(inner):
@@ -118,12 +116,13 @@ class Blocks:
         """Bytes of a pixel of one channel in all entries."""
         return self._source.stored.itemsize * self._source.shape[0]
 
-    def ask(self, box: Box) -> Future[Stored]:
+    def ask(self, read: Subscript) -> Future[Stored]:
         """A box that the pass has not planned for, from the source alone."""
-        return self._readers.submit(self._stored, box)
+        return self._readers.submit(self._read, read)
 
-    def start(self, box: Box) -> Future[Stored]:
+    def start(self, read: Subscript) -> Future[Stored]:
         """The next box of the pass."""
+        box = self._box(read)
         places, size = self._grid.meeting(_inner(box)), self._size(box)
         self._make_room(size, set(places))
         self._ahead.append(size)
@@ -134,11 +133,14 @@ class Blocks:
         """The first box that was started is no longer ahead."""
         self._ahead.popleft()
 
-    def has_room(self, box: Box) -> bool:
+    def has_room(self, read: Subscript) -> bool:
         """Whether the threads run out of work, and there is memory for one more box."""
         self._pending = [future for future in self._pending if not future.done()]
         idle = len(self._pending) < 2 * self._source.readers
-        return idle and self.kept_bytes + sum(self._ahead) + self._size(box) <= self._most
+        return idle and self.kept_bytes + sum(self._ahead) + self._size(self._box(read)) <= self._most
+
+    def _box(self, read: Subscript) -> Box:
+        return Box.of(read, self._source.shape)
 
     def _size(self, box: Box) -> int:
         """Bytes of a box, and of the blocks that it needs and that are not kept."""
@@ -191,7 +193,7 @@ class Blocks:
                 entries = slice(first, first + len(values))
                 first += len(values)
                 whole[(entries, *_inside(target, common))] = values[(slice(None), *_inside(block, common))]
-        return self._stored(box, whole)
+        return self._stored(whole)
 
     def _buffer(self, box: Box) -> torch.Tensor:
         """Memory for a box, its dims in the order of the array's: the device turns them."""
@@ -199,9 +201,10 @@ class Blocks:
         buffer = buffer_for(self._device, tuple(box.shape[dim] for dim in order), self._source.stored)
         return buffer.permute([order.index(dim) for dim in range(len(order))])
 
-    def _stored(self, box: Box, values: torch.Tensor | None = None) -> Stored:
-        if values is None:
-            values = staged(self._source.read(_subscript(box)), self._device)
+    def _read(self, read: Subscript) -> Stored:
+        return self._stored(staged(self._source.read(read), self._device))
+
+    def _stored(self, values: torch.Tensor) -> Stored:
         return Stored(values, constant_values(values, self._dims))
 
 
@@ -219,7 +222,3 @@ def _common(one: Box, other: Box) -> Box:
 def _inside(box: Box, part: Box) -> Subscript:
     """The subscript of a part in a tensor that holds the box."""
     return tuple(slice(p.start - b.start, p.stop - b.start) for p, b in zip(part, box, strict=True))
-
-
-def _subscript(box: Box) -> Subscript:
-    return tuple(slice(part.start, part.stop) for part in box)

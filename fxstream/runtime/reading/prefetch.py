@@ -27,12 +27,11 @@ from types import TracebackType
 
 import torch
 
-from fxstream.geometry.box import Box
 from fxstream.io.source import Source
 from fxstream.machine.device import is_idle
 from fxstream.runtime.equal_tiles import Constant
 from fxstream.runtime.reading.box_readers import Blocks, Copies, Dims, Stored, Views
-from fxstream.runtime.schedule import TileTask
+from fxstream.runtime.schedule import Subscript, TileTask
 
 __all__ = ["MOST_HELD", "Boxes", "Image", "Reader"]
 
@@ -84,9 +83,9 @@ class Reader:
         self._images, self._device, self._what = images, device, what
         self._dims = dims or [None] * len(images)
         self._pools: dict[tuple[str, int], ThreadPoolExecutor] = {}
-        self._places = [[Box.of(r, i.shape) for r, i in zip(t.reads, images, strict=True)] for t in tasks]
+        self._reads = [task.reads for task in tasks]
         self._parts = [self._part(k, image) for k, image in enumerate(images)]
-        self._ahead: deque[list[Future[Stored]]] = deque()
+        self._ahead: deque[list[Future[Stored] | Stored]] = deque()
         self._next, self._waited, self._began = 0, 0.0, time.perf_counter()
 
     def _part(self, k: int, image: Image) -> Blocks | Copies | Views:
@@ -94,7 +93,7 @@ class Reader:
         if isinstance(image, Source):
             most = MOST_HELD // sum(isinstance(one, Source) for one in self._images)
             pools = self._pool("read", image.readers), self._pool("join", image.readers)
-            return Blocks(image, [boxes[k] for boxes in self._places], most, *pools, self._device, dims)
+            return Blocks(image, [reads[k] for reads in self._reads], most, *pools, self._device, dims)
         if image.device == self._device:
             return Views(image, dims)
         return Copies(image, self._device, self._pool("read", 1), dims)
@@ -128,23 +127,22 @@ class Reader:
 
     def read(self, task: TileTask) -> Boxes:
         """What one tile reads of each image; goes on reading for those that follow."""
-        boxes = [Box.of(read, image.shape) for read, image in zip(task.reads, self._images, strict=True)]
-        futures = self._planned(boxes)
+        futures = self._planned(task.reads)
         if futures is None:
-            futures = [part.ask(box) for part, box in zip(self._parts, boxes, strict=True)]
+            futures = [part.ask(read) for part, read in zip(self._parts, task.reads, strict=True)]
         self._read_ahead()
         began = time.perf_counter()
-        results = [future.result() for future in futures]
-        if is_idle(self._device):
+        results = [future if isinstance(future, Stored) else future.result() for future in futures]
+        if self._pools and is_idle(self._device):
             self._waited += time.perf_counter() - began
         values = [result.constant for result in results]
         constant = None if None in values else tuple(value for value in values if value is not None)
         return Boxes(self._images, [result.box for result in results], self._device, constant)
 
-    def _planned(self, boxes: list[Box]) -> list[Future[Stored]] | None:
+    def _planned(self, reads: tuple[Subscript, ...]) -> list[Future[Stored] | Stored] | None:
         """What was asked for of the tile that comes next; tiles before it are left out (rule 4)."""
         try:
-            index = self._places.index(boxes, self._next)
+            index = self._reads.index(reads, self._next)
         except ValueError:
             return None
         futures = None
@@ -159,13 +157,13 @@ class Reader:
 
     def _start(self) -> None:
         """Begin to read for the first tile that is not yet begun."""
-        boxes = self._places[self._next + len(self._ahead)]
-        self._ahead.append([part.start(box) for part, box in zip(self._parts, boxes, strict=True)])
+        reads = self._reads[self._next + len(self._ahead)]
+        self._ahead.append([part.start(read) for part, read in zip(self._parts, reads, strict=True)])
 
     def _read_ahead(self) -> None:
         """Rule 3: begin to read for the tiles that follow."""
-        while (index := self._next + len(self._ahead)) < len(self._places):
-            pairs = zip(self._parts, self._places[index], strict=True)
-            if self._ahead and not all(part.has_room(box) for part, box in pairs):
+        while (index := self._next + len(self._ahead)) < len(self._reads):
+            pairs = zip(self._parts, self._reads[index], strict=True)
+            if self._ahead and not all(part.has_room(read) for part, read in pairs):
                 break
             self._start()
