@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fxstream.compiler.analysis import analyze
+from fxstream.compiler.compiled_tiles import replays_in_inductor
 from fxstream.compiler.module import StreamedModule
 from fxstream.compiler.options import RequestOptions, request_of
 from fxstream.compiler.shared import Options
@@ -81,7 +82,8 @@ def compile(
     - `progress`: whether a bar is shown on a terminal for each sweep over the tiles.
 
     Raises `InputError` for a tile that is not a positive integer or a tuple of them, for a memory that is not a
-    positive amount, for both at once, and for `offload` with a `mesh`. The first call raises `CaptureError`,
+    positive amount, for both at once, for `offload` with a `mesh`, and for `cuda_graphs` where Inductor makes them
+    too. The first call raises `CaptureError`,
     `PlanError` or `ProbeError`.
     """
     if not isinstance(model, nn.Module):
@@ -128,6 +130,11 @@ def options_of(
         )
     if not isinstance(compile_tiles, (bool, Mapping)):
         raise InputError(f"compile_tiles must be a bool, or options of torch.compile; found {compile_tiles!r}")
+    if options.get("cuda_graphs") and isinstance(compile_tiles, Mapping) and replays_in_inductor(compile_tiles):
+        raise InputError(
+            f"cuda_graphs and compile_tiles={dict(compile_tiles)} exclude each other: both make CUDA graphs of"
+            ' tiles. For both, give the mode "default" or "max-autotune-no-cudagraphs"'
+        )
     request = request_of(**options)
     if return_freed:
         heap.return_freed()

@@ -12,11 +12,13 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-__all__ = ["TileCompiler"]
+__all__ = ["TileCompiler", "replays_in_inductor"]
 
 logger = logging.getLogger("fxstream")
 Program = Callable[..., Any]
 
+GRAPHED = {"reduce-overhead", "max-autotune"}
+"""Modes of torch.compile."""
 MOST = 256
 """Compilations that are remembered."""
 
@@ -25,11 +27,13 @@ class TileCompiler:
     """Compiles tile programs, with these options of `torch.compile`, when they first run.
 
     Weights are inputs of a program. So the blocks of a stage are one program with other inputs: programs of equal
-    operators, given tensors of equal shapes, types and formats, share what was compiled.
+    operators, given tensors of equal shapes, types and formats, share what was compiled. Results are copied where
+    Inductor would overwrite them.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._options = dict(options)
+        self._overwrites = replays_in_inductor(options)
         self._structures: dict[Hashable, int] = {}
         self._compiled: OrderedDict[Hashable, Program] = OrderedDict()
         self._lock = threading.Lock()
@@ -52,13 +56,19 @@ class TileCompiler:
                 while len(self._compiled) > MOST:
                     self._compiled.popitem(last=False)
                 compiled = self._compiled[key]
-            return compiled(*tensors)
+            results = compiled(*tensors)
+            return results if not self._overwrites else tuple(None if r is None else r.clone() for r in results)
 
         return run
 
     def _made(self, program: fx.GraphModule) -> Program:
         """A program of its own to torch: each is compiled for one form of inputs."""
         return torch.compile(fx.GraphModule(program, program.graph), dynamic=False, **self._options)
+
+
+def replays_in_inductor(options: Mapping[str, Any]) -> bool:
+    """Whether Inductor, with these options, makes CUDA graphs, whose results the next call overwrites."""
+    return options.get("mode") in GRAPHED or bool((options.get("options") or {}).get("triton.cudagraphs"))
 
 
 def _structure(graph: fx.Graph) -> Hashable:
