@@ -160,6 +160,17 @@ def test_images_of_two_memory_formats_and_sizes(replayer):
     assert replayer.runs
 
 
+def test_calls_in_inference_mode(replayer):
+    """Static tensors that are made there serve a training step."""
+    model = network()
+    plain, module, image = copy.deepcopy(model), compiled(model), integer_image(1, 3, 49, 41)
+    for _ in range(2):
+        with torch.inference_mode():
+            assert torch.equal(module(image), plain(image))
+        assert_same(step(module, model, [image]), step(plain, plain, [image]), 0.0)
+    assert replayer.runs
+
+
 def test_a_result_is_not_written_again():
     """What a call returned, and its gradients, are not the static tensors of later calls."""
     module, image = compiled(network()), integer_image(1, 3, 49, 41)

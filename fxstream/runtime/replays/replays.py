@@ -43,7 +43,7 @@ Groups = Mapping[str, Tensors]
 Function = Callable[[Tensors, Groups], Results]
 """What a tile computes of the whole inputs and of tensors of its own."""
 
-Key = tuple[str, Hashable, Hashable, tuple[tuple[str, tuple[Form, ...]], ...]]
+Key = tuple[str, Hashable, int, tuple[tuple[str, tuple[Form, ...]], ...]]
 """The function, the state it ran in, the forms of its tensors."""
 
 MOST = 512
@@ -75,6 +75,8 @@ class _Kept:
     replays: OrderedDict[Hashable, _Replay] = field(default_factory=OrderedDict)
     whole: OrderedDict[Hashable, list[torch.Tensor]] = field(default_factory=OrderedDict)
     ran: OrderedDict[Hashable, tuple[Form | None, ...]] = field(default_factory=OrderedDict)
+    states: dict[Hashable, int] = field(default_factory=dict)
+    is_given_up: bool = False
 
     @property
     def bytes(self) -> int:
@@ -82,8 +84,9 @@ class _Kept:
         whole = sum(tensor.nbytes for tensors in self.whole.values() for tensor in tensors)
         return self.replayer.bytes + self.slots.bytes + whole
 
-    def clear(self) -> None:
+    def give_up(self) -> None:
         """Give all memory back."""
+        self.is_given_up = True
         self.slots.clear()
         for one in (self.replays, self.whole, self.ran):
             one.clear()
@@ -124,12 +127,11 @@ class Replays:
         try:
             for one, count in largest.items():
                 kept.slots.reserve(one, count)
-            sweep = Sweep(name, whole, kept, _state_of(device))
-            yield sweep
-            if sweep.is_given_up:
+            yield Sweep(name, whole, kept, _state_of(device))
+        finally:
+            if kept.is_given_up:
                 with self._lock:
                     self._kept[device] = None
-        finally:
             kept.lock.release()
 
 
@@ -138,9 +140,9 @@ class Sweep:
 
     def __init__(self, name: str, whole: Tensors, kept: _Kept | None = None, state: Hashable = None) -> None:
         self._name, self._whole, self._kept = name, whole, kept
-        self._state = None if kept is None else (state, tuple(map(form_of, whole)))
         self._filled: list[torch.Tensor] | None = None
-        self.is_given_up = False
+        if kept is not None:  # a number, for the forms of all weights take long to compare at every tile
+            self._state = kept.states.setdefault((state, tuple(map(form_of, whole))), len(kept.states))
 
     def compute(self, kind: str, what: Hashable, tile: Groups, function: Function) -> Results:
         """The results of a function of the whole inputs and a tile's tensors, which hold until the next call.
@@ -168,8 +170,8 @@ class Sweep:
         kept = self._kept
         if kept is None or not (kept.replays or kept.whole):
             return False
-        self._kept, self.is_given_up = None, True
-        kept.clear()
+        self._kept = None
+        kept.give_up()
         warnings.warn(
             f"`{self._name}`: tiles run operator by operator from now on, without CUDA graphs: {reason}",
             StreamingWarning,
@@ -200,6 +202,7 @@ class Sweep:
         self.give_up(reason)
         return None
 
+    @torch.inference_mode(False)
     def _static(self, kept: _Kept) -> list[torch.Tensor]:
         """The static tensors of the whole inputs."""
         if self._state not in kept.whole:

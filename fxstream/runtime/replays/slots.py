@@ -40,7 +40,10 @@ def _dense(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype)
 
 
 class Slots:
-    """Memory by name and type, of which tensors of several forms are views: each name has that of the largest."""
+    """Memory by name and type, of which tensors of several forms are views: each name has that of the largest.
+
+    It may be written in inference mode and without.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -51,6 +54,7 @@ class Slots:
         """Let a name have room for so many elements when it is first asked for."""
         self._least[name] = max(count, self._least.get(name, 0))
 
+    @torch.inference_mode(False)
     def get(self, name: Hashable, form: Form) -> torch.Tensor:
         """The tensor of a name in this form. It shares memory with those of other forms of the name."""
         count, key = math.prod(form.shape), (name, form.dtype)
