@@ -94,7 +94,10 @@ CASES = (
         "frozen",
         "resnet50",
         (1, 3, 4096, 4096),
-        (Way("compiled, 20%", 1.35, {"compile_tiles": True}, share=0.2),),
+        (
+            Way("compiled, 20%", 1.35, {"compile_tiles": True}, share=0.2),
+            Way("compiled, graphs, 20%", 1.35, {"compile_tiles": True, "cuda_graphs": True}, share=0.2),
+        ),
         frozen=True,
         compiled=True,
     ),
