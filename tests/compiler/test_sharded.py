@@ -141,7 +141,7 @@ def _process(rank, folder):
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def results():
     with tempfile.TemporaryDirectory() as folder:
         processes.spawn(_process, (folder,), nprocs=2)

@@ -25,7 +25,7 @@ def region_of(model, size, channels, batch=2):
 
 
 @given(local_graphs, st.tuples(st.integers(90, 110), st.integers(90, 110)))
-@settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=40, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_fields_demands_and_extents_agree_with_the_integers_and_the_operators(graph, size):
     torch.manual_seed(0)
     model = RandomGraph(graph)
@@ -145,8 +145,6 @@ IN_SUITE = {
     "resnet18",
     "densenet121",
     "convnext_tiny",
-    "googlenet",
-    "shufflenet_v2_x1_0",
     "squeezenet1_1",
 }
 

@@ -88,7 +88,7 @@ def test_a_class_token_among_patches(how, head, batch, tile):
     assert plan.streamed_share > 0.85, plan
 
 
-@pytest.mark.parametrize("share", [0.25, 0.5])
+@pytest.mark.parametrize("share", [0.25, pytest.param(0.5, marks=pytest.mark.campaign)])
 @pytest.mark.parametrize("head, more", [("class", 1), ("pooled", 3)])
 def test_within_a_memory(head, more, share):
     model, x = VisionTransformer(23 * 25, "fused", head, more).double(), image(1, 3, 92, 100)

@@ -80,7 +80,13 @@ class Windowed(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "batch, fused, size", [(1, False, (24, 36)), (1, True, (25, 31)), (2, True, (24, 36)), (2, False, (25, 31))]
+    "batch, fused, size",
+    [
+        (1, True, (25, 31)),
+        (2, False, (24, 36)),
+        pytest.param(1, False, (24, 36), marks=pytest.mark.campaign),
+        pytest.param(2, True, (24, 36), marks=pytest.mark.campaign),
+    ],
 )
 def test_attention_inside_windows(batch, fused, size):
     model = Windowed(Attention(3, fused=fused), Attention(2, fused=fused)).double()
@@ -88,7 +94,9 @@ def test_attention_inside_windows(batch, fused, size):
     assert plan.streamed_share > 0.99
 
 
-@pytest.mark.parametrize("fused, size", [(False, (24, 36)), (True, (25, 31))])
+@pytest.mark.parametrize(
+    "fused, size", [(True, (25, 31)), pytest.param(False, (24, 36), marks=pytest.mark.campaign)]
+)
 def test_shifted_windows_stream_around_the_shift(fused, size):
     model = Windowed(Attention(3, fused=fused), Attention(3, 1, fused)).double()
     plan = assert_streams(model, image(2, 3, *size), tile=16)
@@ -135,7 +143,7 @@ def test_windows_of_an_image_smaller_than_the_steps_of_a_capture(extents):
     assert captures(compiled) == 1
 
 
-@pytest.mark.parametrize("share", [0.4, 0.7])
+@pytest.mark.parametrize("share", [0.4, pytest.param(0.7, marks=pytest.mark.campaign)])
 def test_within_a_memory(share):
     """Blocks before and after a shift read the same map; neither runs whole with what is shifted in between."""
     model, x = Windowed(Attention(3), Attention(3, 1), Attention(3)).double(), image(1, 3, 48, 48)

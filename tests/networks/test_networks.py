@@ -35,8 +35,6 @@ NETWORKS = [*TORCHVISION, *(f"timm/{name}" for name in TIMM)]
 ONE_SEGMENT = {  # (tile along the long axis of a thin image, where the stream ends)
     "resnet18": (460, None),
     "resnet50": (460, None),
-    "densenet121": (300, "features.denseblock2"),
-    "vgg16_bn": (220, None),
     "mobilenet_v2": (500, None),
     "convnext_tiny": (300, "features.3"),
     "timm/resnet26d": (460, None),
@@ -105,9 +103,22 @@ def test_one_segment(name):
     assert_streams(build(name), image(1, 37, tile + 131), tile=(37, tile), segments=1, cut=cut, verify=False)
 
 
-@pytest.mark.parametrize("share", [0.25, 0.55])
-@pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v2", "timm/dpn68"])
+IN_SUITE = [("resnet18", 0.25), ("densenet121", 0.25), ("mobilenet_v2", 0.55), ("timm/dpn68", 0.55)]
+
+
+@pytest.mark.parametrize(("name", "share"), IN_SUITE)
 def test_within_a_memory(name, share):
+    compare_within(name, share)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("share", [0.25, 0.55])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_campaign_within_a_memory(name, share):
+    compare_within(name, share)
+
+
+def compare_within(name, share):
     model, picture = build(name), image(1, 161, 150)
     plain = step(model, model, [picture])
     module = fxstream.compile(model, memory=0.999, verify=False)

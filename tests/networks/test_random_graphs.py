@@ -233,7 +233,7 @@ def counted(run, examples, *strategies):
     print(counts)
 
 
-@settings(max_examples=150, **SETTINGS)
+@settings(max_examples=100, **SETTINGS)
 @given(graphs, pair(1, 18), st.integers(1, 14), st.sampled_from([1, 1, None]))
 def test_random_graphs(graph, size, tile, segments):
     quietly(run, graph, size, tile, segments)
@@ -258,7 +258,7 @@ def test_campaign_of_random_graphs_at_four_sizes():
     counted(run_at_sizes, 500, graphs, pair(4, 30), st.integers(2, 16), st.sampled_from([1, None]))
 
 
-@settings(max_examples=60, **SETTINGS)
+@settings(max_examples=35, **SETTINGS)
 @given(graphs, pair(8, 24), st.floats(0.05, 0.95))
 def test_random_graphs_within_a_memory(graph, size, share):
     quietly(run_within, graph, size, share)

@@ -410,7 +410,13 @@ def assert_trains(name, shape, **request):
     return module.plan
 
 
-@pytest.mark.parametrize("name", TRAINED)
+IN_CAMPAIGN = {"timm/convnextv2_atto", "timm/resnet26t"}
+"""Of the same make as others."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.campaign] * (name in IN_CAMPAIGN)) for name in TRAINED]
+)
 def test_networks_in_training_mode(name):
     shape, tile = TRAINED[name]
     # On images this small the vectors of squeeze and excitation are a few percent of all results.

@@ -207,7 +207,7 @@ NETWORKS = [
     "torchvision/densenet121",
     "torchvision/mobilenet_v2",
     "torchvision/vgg11",
-    "torchvision/shufflenet_v2_x1_0",
+    pytest.param("torchvision/shufflenet_v2_x1_0", marks=pytest.mark.campaign),
 ]
 
 

@@ -81,13 +81,13 @@ def run(bodies, count):
         return {body.__name__: [results[body.__name__] for results in found] for body in bodies}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def of_two():
     failing = (one_rank_fails, other_image, other_plan, other_size, no_plan_on_one_rank, draws_differently)
     return run((equal_to_one_process, shares_of_the_work, *failing), 2)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def of_four():
     return run(
         (equal_to_one_process, more_ranks_than_tiles, with_replicas, with_sharded_parameters, rows, rows_in_place),

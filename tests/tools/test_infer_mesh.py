@@ -136,7 +136,7 @@ def a_full_disk_on_one(rank, count, folder):
     fxstream.infer(compiled(count), image(), out=out, journal=f"{folder}/journal")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def of_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     made(folder)
