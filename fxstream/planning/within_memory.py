@@ -47,18 +47,18 @@ def fastest_within(context: CostContext, request: Request, memory: int, near: Se
     fits = plain.prediction.bytes <= memory and request.segments is None
     if fits and not _may_be_faster(context, plain.prediction):
         return plain
-    best, parts = None, parts_of(context, request)
+    best, parts, errors = None, parts_of(context, request), list[PlanError]()
     for search in _searches(context, parts, request, _kinds(context, request), near):
         try:
             ran = _searched_by(search, context, request, memory)
-        except PlanError as failure:
-            error = failure
+        except PlanError as error:
+            errors.append(error)
             continue
         best = min(best or ran, ran, key=lambda one: one.prediction.seconds)
         if ran is not best or best.prediction.seconds <= SLOW * plain.prediction.seconds:
             break
     if best is None:
-        raise error
+        raise min(errors, key=lambda error: error.least_bytes or math.inf)
     return plain if fits and best.prediction.seconds >= FASTER * plain.prediction.seconds else best
 
 

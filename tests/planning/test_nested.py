@@ -113,3 +113,30 @@ def test_parts_need_less_than_one_checkpoint_at_less_time_than_many_passes(monke
     flat = fxstream.plan(model, 256, memory=memory).prediction
     assert in_parts.bytes <= memory
     assert in_parts.seconds < 0.8 * flat.seconds
+
+
+class DenseBlock(nn.Module):
+    """Layers that each read all maps before them: forward alone needs far more than a recomputation in parts."""
+
+    def __init__(self, layers, width):
+        super().__init__()
+        self.first = nn.Conv2d(3, width, 3, padding=1)
+        self.layers = nn.ModuleList(nn.Conv2d(width * (i + 1), width, 3, padding=1) for i in range(layers))
+        self.last = nn.Conv2d(width * (layers + 1), 3, 2, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layers:
+            x = torch.cat([x, layer(x).relu()], 1)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("blocks, size", [(2, 256), (3, 200)])
+def test_the_least_that_works_is_the_least(blocks, size):
+    model = nn.Sequential(*(DenseBlock(4, 8) for _ in range(blocks)), nn.AdaptiveAvgPool2d(1)).train()
+    with pytest.raises(fxstream.PlanError) as error:
+        fxstream.plan(model, size, memory="1KiB")
+    least = error.value.least_bytes
+    assert fxstream.plan(model, size, memory=least).prediction.bytes <= least
+    with pytest.raises(fxstream.PlanError):
+        fxstream.plan(model, size, memory=least // 2)

@@ -94,7 +94,8 @@ class MemoryRegion:
         self._options: dict[tuple[int, int], list[list[Option]]] = {}
         self._wholes: dict[tuple[int, int], list[list[Option]]] = {}
         self._nested: dict[tuple[int, int], list[Option]] = {}
-        self._seconds_whole: dict[tuple[int, int], tuple[float, ...]] = {}
+        self._forwards: dict[tuple[int, int], tuple[float, float]] = {}
+        """Bytes and seconds of a forward of spans that run whole."""
         self._all_starts = [-1, *self.ends]
         self._seconds: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -159,10 +160,10 @@ class MemoryRegion:
         _, checkpoints = self._whole(start, end)
         for checkpoint in checkpoints:
             assert checkpoint.span is not None
-            forward, _ = self._seconds_whole[start, end]
+            needs, forward = self._forwards[start, end]
             for state in self._runs.states(start, end):
                 span = replace(checkpoint.span, parts=state.spans)
-                yield Option(span, state.peak, checkpoint.holds, forward + state.cost)
+                yield Option(span, max(needs, state.peak), checkpoint.holds, forward + state.cost)
 
     def _around(self, start: int, end: int) -> _Around:
         inputs, outputs = self._live[start], self._live[end]
@@ -231,7 +232,9 @@ class MemoryRegion:
         ones = torch.ones(len(self._costs.nodes), dtype=torch.float64)
         others = around.gradients + around.images + fetched + around.weights + around.folded
         span = self._costs.streamed(start, end, is_whole=True)
-        forward, backward = self._seconds_whole[start, end] = tuple(map(float, span.seconds(ones)))
+        forward, backward = map(float, span.seconds(ones))
+        unrecorded = float(span.peak_unrecorded(ones)) + around.images + fetched + around.folded
+        self._forwards[start, end] = unrecorded, forward
         holds = around.holds + fetched + around.folded
         yield Option(Span(nodes, ()), float(span.peak(ones)) + others, holds, 2 * forward + backward)
 
