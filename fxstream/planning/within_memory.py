@@ -27,6 +27,8 @@ FASTER = 0.8
 """Where the plain network fits too, a plan is chosen that is predicted to take less than this part of its time."""
 LESS = (0.0, 0.0, 0.02, 0.04, 0.08, 0.16, 0.32)
 """The part of the memory that the search is given less at least, each time that its estimate was too low."""
+MORE = (1.0, 1.02, 1.1, 1.25)
+"""Over the least that any plan needs by its estimate; of the plans within these that which really needs the least."""
 
 
 def parts_of(context: CostContext, request: Request) -> list[tuple[str, ...]]:
@@ -69,13 +71,17 @@ def _searched_by(search: Search, context: CostContext, request: Request, memory:
         return fitting
     smallest = search.smallest()
     assert smallest is not None, "everything may stay dense"
-    ran = _predicted(context, request, smallest)
+    states = [smallest, *filter(None, (search.fastest(more * smallest.peak) for more in MORE))]
+    ran, binding = min(
+        ((_predicted(context, request, state), state.binding) for state in states),
+        key=lambda pair: pair[0].prediction.bytes,
+    )
     if ran.prediction.bytes <= memory:
         return ran
     plain = predict(context, ())
     least = ran.prediction.bytes
     least = least if request.segments is not None else min(plain.bytes, least)
-    raise _too_little(context, memory, least, smallest.binding)
+    raise _too_little(context, memory, least, binding)
 
 
 def _kinds(context: CostContext, request: Request) -> list[Kind]:

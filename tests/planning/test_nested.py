@@ -13,6 +13,7 @@ from fxstream.machine import speeds
 from fxstream.machine.meter import measure
 from fxstream.planning.decision import Decision
 from fxstream.tools.check import step
+from fxstream.tools.zoo import build
 
 
 class Block(nn.Module):
@@ -140,3 +141,12 @@ def test_the_least_that_works_is_the_least(blocks, size):
     assert fxstream.plan(model, size, memory=least).prediction.bytes <= least
     with pytest.raises(fxstream.PlanError):
         fxstream.plan(model, size, memory=least // 2)
+
+
+def test_the_least_of_plans_that_are_estimated_alike():
+    """With statistics on the way many plans have the same estimate, and need other amounts of memory."""
+    model = build("torchvision/resnet18").train()
+    with pytest.raises(fxstream.PlanError) as error:
+        fxstream.plan(model, 256, memory="1KiB")
+    with pytest.raises(fxstream.PlanError):
+        fxstream.plan(model, 256, memory=int(0.9 * error.value.least_bytes))
