@@ -28,7 +28,7 @@ FASTER = 0.8
 LESS = (0.0, 0.0, 0.02, 0.04, 0.08, 0.16, 0.32)
 """The part of the memory that the search is given less at least, each time that its estimate was too low."""
 MORE = (1.0, 1.02, 1.1, 1.25)
-"""Over the least that any plan needs by its estimate; of the plans within these that which really needs the least."""
+"""Over the least that any plan needs by its estimate; of plans within these the one that needs least is taken."""
 
 
 def parts_of(context: CostContext, request: Request) -> list[tuple[str, ...]]:
