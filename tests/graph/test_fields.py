@@ -143,7 +143,6 @@ IN_SUITE = {
     "resnet50",
     "mobilenet v1",
     "resnet18",
-    "densenet121",
     "convnext_tiny",
     "squeezenet1_1",
 }

@@ -84,6 +84,7 @@ SIBLINGS = (
     "densenet161",
     "densenet169",
     "densenet201",
+    "vgg11",
     "vgg16_bn",
 )
 """Large networks of the same make as others, which the campaign has."""

@@ -246,7 +246,7 @@ def test_campaign_of_random_graphs_with_what_reads_far(repeat):
     counted(run, 1000, far_graphs, pair(1, 20), st.integers(1, 14), st.sampled_from([1, 1, None]))
 
 
-@settings(max_examples=40, **SETTINGS)
+@settings(max_examples=28, **SETTINGS)
 @given(graphs, pair(4, 18), st.integers(2, 14), st.sampled_from([1, None]))
 def test_random_graphs_at_four_sizes(graph, size, tile, segments):
     quietly(run_at_sizes, graph, size, tile, segments)
@@ -264,7 +264,7 @@ def test_random_graphs_within_a_memory(graph, size, share):
     quietly(run_within, graph, size, share)
 
 
-@settings(max_examples=25, **SETTINGS)
+@settings(max_examples=18, **SETTINGS)
 @given(smooth_graphs, pair(4, 24), st.floats(0.05, 0.95))
 def test_random_graphs_with_normalisations_within_a_memory(graph, size, share):
     quietly(run_within, graph, size, share)

@@ -410,7 +410,7 @@ def assert_trains(name, shape, **request):
     return module.plan
 
 
-IN_CAMPAIGN = {"timm/convnextv2_atto", "timm/resnet26t"}
+IN_CAMPAIGN = {"timm/convnextv2_atto", "timm/efficientnet_b0", "timm/resnet26t"}
 """Of the same make as others."""
 
 
