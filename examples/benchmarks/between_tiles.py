@@ -19,6 +19,7 @@ from rich.table import Table
 from table1 import table_one_network
 
 import fxstream
+from fxstream.machine.device import synchronize
 
 PACKAGE, TORCH = (str(Path(module.__file__).parent) for module in (fxstream, torch))
 BUILT_IN = "~"
@@ -48,14 +49,12 @@ def main() -> None:
     torch.set_num_threads(1)
     model = table_one_network().train().to(options.device)
     image = torch.randn(1, 3, options.size, options.size, device=options.device)
-    arguments = {"cuda_graphs": True} if options.cuda_graphs else {}
-    module = fxstream.compile(model, tile=options.tile, segments=1, verify=False, **arguments)
+    module = fxstream.compile(model, tile=options.tile, segments=1, verify=False, cuda_graphs=options.cuda_graphs)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         module(image).sum().backward()
-        if image.is_cuda:
-            torch.cuda.synchronize()
+        synchronize(image.device)
 
     for _ in range(5):
         step()

@@ -83,8 +83,7 @@ def compile(
 
     Raises `InputError` for a tile that is not a positive integer or a tuple of them, for a memory that is not a
     positive amount, for both at once, for `offload` with a `mesh`, and for `cuda_graphs` where Inductor makes them
-    too. The first call raises `CaptureError`,
-    `PlanError` or `ProbeError`.
+    too. The first call raises `CaptureError`, `PlanError` or `ProbeError`.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"compile needs an nn.Module, found {type(model).__name__}")

@@ -294,9 +294,13 @@ def _recomputed_in_parts(context: CostContext, unit: Unit, plan: SegmentPlan) ->
     passed = {i for i in range(len(parts)) if steps[i][0] in skipped}
     seconds = sum(spent for i, (*_, spent) in enumerate(steps) if i not in passed)
     peak = float(max(step.bytes for i, (_, step, _) in enumerate(steps) if i not in passed))
-    backward_seconds = seconds - unit.forward_seconds
-    of_parts = replace(unit, replayed=parts.replayed, static=parts.static)
-    return replace(of_parts, backward=peak, backward_seconds=backward_seconds)
+    return replace(
+        unit,
+        backward=peak,
+        backward_seconds=seconds - unit.forward_seconds,
+        replayed=parts.replayed,
+        static=parts.static,
+    )
 
 
 def predict(context: CostContext, plans: Sequence[SegmentPlan]) -> Prediction:

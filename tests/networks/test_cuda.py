@@ -11,6 +11,7 @@ from small_networks import CASES
 from torch import nn
 
 import fxstream
+from fxstream.machine.replay import Replayer
 from fxstream.tools import zoo
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -254,8 +255,6 @@ def test_replays_under_autocast_and_without():
 
 def test_what_waits_for_the_device_is_not_replayed():
     """Then the stream is the one before, tiles run operator by operator, and the device goes on."""
-    from fxstream.machine.replay import Replayer
-
     replayer, stream = Replayer.of(torch.device("cuda", 0)), torch.cuda.current_stream()
     number = torch.ones((), device="cuda")
     with pytest.raises(RuntimeError):
