@@ -113,7 +113,6 @@ def compile(
 def options_of(
     *,
     verify: bool = True,
-    compile_tiles: bool | Mapping[str, Any] = False,
     mesh: Any = None,
     progress: bool = False,
     return_freed: bool = False,
@@ -127,14 +126,12 @@ def options_of(
         raise InputError(
             f"plan must be the decision of a plan, compiled.plan.decision; found {type(plan).__name__}"
         )
-    if not isinstance(compile_tiles, (bool, Mapping)):
-        raise InputError(f"compile_tiles must be a bool, or options of torch.compile; found {compile_tiles!r}")
-    if options.get("cuda_graphs") and isinstance(compile_tiles, Mapping) and replays_in_inductor(compile_tiles):
+    request, compile_tiles = request_of(**options), options.get("compile_tiles", False)
+    if request.cuda_graphs and isinstance(compile_tiles, Mapping) and replays_in_inductor(compile_tiles):
         raise InputError(
             f"cuda_graphs and compile_tiles={dict(compile_tiles)} exclude each other: both make CUDA graphs of"
             ' tiles. For both, give the mode "default" or "max-autotune-no-cudagraphs"'
         )
-    request = request_of(**options)
     if return_freed:
         heap.return_freed()
     return Options(request, verify, compile_tiles, mesh, progress, plan)
@@ -155,15 +152,16 @@ def plan(
     training: bool = True,
     offload: bool = False,
     cuda_graphs: bool = False,
+    compile_tiles: bool | Mapping[str, Any] = False,
     device: torch.device | str | None = None,
 ) -> Plan:
     """Plan how `compile` would stream the model for an image [batch, channels, *size], without running it.
 
     `size` is in pixels, one number for a square 2-D image or one per axis; a model of several inputs gets `inputs`
-    instead, as in `analyze`. `tile`, `memory`, `segments`, `cut`, `global_ops`, `offload` and `cuda_graphs` are
-    those of `compile`. `training` plans for a call with its backward, in the mode in which the model is: in
-    training mode with batch statistics. `device` is the device to plan for, by default the model's; it need not
-    exist where the memory is given in bytes.
+    instead, as in `analyze`. `tile`, `memory`, `segments`, `cut`, `global_ops`, `offload`, `cuda_graphs` and
+    `compile_tiles` are those of `compile`. `training` plans for a call with its backward, in the mode in which
+    the model is: in training mode with batch statistics. `device` is the device to plan for, by default the
+    model's; it need not exist where the memory is given in bytes.
 
     The plan prints as a table of segments with predicted time and memory. Raises what `analyze` and the first call
     of a compiled module raise.
@@ -176,6 +174,7 @@ def plan(
         global_ops=global_ops,
         offload=offload,
         cuda_graphs=cuda_graphs,
+        compile_tiles=compile_tiles,
     )
     default = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     graph = analyze(model, size, channels=channels, batch=batch, inputs=inputs, global_ops=global_ops).graph

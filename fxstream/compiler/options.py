@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from fxstream.errors import InputError
@@ -31,6 +31,7 @@ class RequestOptions(TypedDict, total=False):
     global_ops: str
     offload: bool
     cuda_graphs: bool
+    compile_tiles: bool | Mapping[str, Any]
 
 
 def request_of(**options: Unpack[RequestOptions]) -> Request:
@@ -67,6 +68,12 @@ def _checked_segments(segments: object) -> int | tuple[str, ...] | None:
     raise InputError(f"segments must be a positive int or module names; found {segments!r}")
 
 
+def _checked_compilation(compile_tiles: object) -> bool:
+    if not isinstance(compile_tiles, (bool, Mapping)):
+        raise InputError(f"compile_tiles must be a bool, or options of torch.compile; found {compile_tiles!r}")
+    return compile_tiles is not False
+
+
 def _checked_memory(memory: object) -> float | None:
     return None if memory is None else parse_memory(memory)
 
@@ -75,5 +82,6 @@ CHECKS: dict[str, Callable[[object], Any]] = {
     "tile": _checked_tile,
     "segments": _checked_segments,
     "memory": _checked_memory,
+    "compile_tiles": _checked_compilation,
 }
 """What checks an option, and brings it into the form of a `Request`; those without a check are taken as given."""

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from fxstream.geometry.receptive_field import IDENTITY
 from fxstream.graph.typed_graph import TypedNode
 from fxstream.machine.kernels.volumes import is_halved
-from fxstream.tiling.axis_tiles import AxisTiles
-from fxstream.tiling.bounds import AxisStep
+from fxstream.tiling.axes.bounds import AxisStep
 from fxstream.tiling.own_padding import own_padding
 from fxstream.tiling.segment import Segment
+from fxstream.tiling.segment_plan import Tiles
 
 __all__ = ["copies_of_halves", "padded_copies"]
 
 
-def padded_copies(segment: Segment, axes: Sequence[AxisTiles]) -> dict[str, float]:
+def padded_copies(segment: Segment, axes: Sequence[Tiles]) -> dict[str, float]:
     """Bytes of the largest padded copy of its input that each operator reads on any tile; none are left out."""
     copies: dict[str, float] = {}
     for index, name in enumerate(segment.nodes) if axes else ():
@@ -45,7 +45,7 @@ def _largest_copy(node: TypedNode, steps: Sequence[Sequence[AxisStep]]) -> int:
     return largest
 
 
-def copies_of_halves(segment: Segment, axes: Sequence[AxisTiles]) -> dict[str, tuple[float, float]]:
+def copies_of_halves(segment: Segment, axes: Sequence[Tiles]) -> dict[str, tuple[float, float]]:
     """Bytes that each convolution which is done in halves needs besides where it is recorded, and in its backward.
 
     They are those of its result, and the larger of its result and its input, on the largest tile; without tiles of

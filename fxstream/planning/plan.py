@@ -223,7 +223,7 @@ def _near(
     made = list(decisions)
     parts = parts_of(context, request) if any(decision.spans for decision in made) else []
     for decision in made:
-        ran = made_to_fit(context, parts, decision, memory)
+        ran = made_to_fit(context, parts, decision, memory, request.compile_tiles)
         if ran is not None:
             yield ran, decision
     spans = decided_spans(parts, made[0]) if made else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -83,7 +84,10 @@ def _planned(
     elif span.tiles is None:
         yield from (plan_segment(segment, request, span.counts) for segment in made)
     elif [len(tile) for tile in span.tiles] == [segment.axes for segment in made]:
-        yield from (plan_lengths(segment, tile) for segment, tile in zip(made, span.tiles, strict=True))
+        yield from (
+            plan_lengths(segment, tile, request.compile_tiles)
+            for segment, tile in zip(made, span.tiles, strict=True)
+        )
     else:
         raise PlanError(f"the plan that was given has tiles of other sweeps for `{span.nodes[0]}` ..")
 
@@ -155,22 +159,25 @@ def _made(context: CostContext, graph: TypedGraph, span: Span, name: str) -> tup
 
 
 def made_to_fit(
-    context: CostContext, parts: Sequence[tuple[str, ...]], decision: Decision, memory: int
+    context: CostContext, parts: Sequence[tuple[str, ...]], decision: Decision, memory: int, uniform: bool
 ) -> Ran | None:
     """What a decision comes to at this size, in smaller tiles if it needs too much in its own."""
     smaller = (decision.with_smaller_tiles(factor) for factor in SMALLER if decision.spans)
-    each = (_ran(context, parts, one, memory) for one in (decision, *smaller))
+    tried = itertools.product((decision, *smaller), (True, False) if uniform else (False,))
+    each = (_ran(context, parts, one, memory, Request(None, compile_tiles=alike)) for one, alike in tried)
     return next((ran for ran in each if ran is not None), None)
 
 
-def _ran(context: CostContext, parts: Sequence[tuple[str, ...]], decision: Decision, memory: int) -> Ran | None:
+def _ran(
+    context: CostContext, parts: Sequence[tuple[str, ...]], decision: Decision, memory: int, request: Request
+) -> Ran | None:
     """What a decision comes to at the size of the graph; None where it does not fit."""
     context = replace(context, offload=context.offload and decision.offload)
     spans = decided_spans(parts, decision)
     if spans is None or any(one.tiles is None for one in decision.spans):
         return None
     try:
-        segments = segments_of(context, Request(None), spans)
+        segments = segments_of(context, request, spans)
     except PlanError:
         return None
     ran = kept_within(context, spans, segments, memory)

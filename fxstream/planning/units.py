@@ -157,8 +157,10 @@ class _Needs:
                 recorded[part.turn : 2 * part.turn - self._cost.place[name]] += size
         else:
             saved += self._add_copies(plan, recorded, unrecorded)
-            recorded, unrecorded = recorded + self._prefetched(plan), unrecorded + self._prefetched(plan)
-            recorded[part.turn :] += self._transfers(plan)[1]
+            boxes, gradients = self._uniform(plan)
+            saved, boxes = saved + boxes, boxes + self._prefetched(plan)
+            recorded, unrecorded = recorded + boxes, unrecorded + boxes
+            recorded[part.turn :] += self._transfers(plan)[1] + gradients
         return recorded, unrecorded, saved
 
     def _outer(self) -> dict[str, float]:
@@ -193,6 +195,13 @@ class _Needs:
             recorded[i] += made
             recorded[turns - 1 - i] += moved
         return saved
+
+    def _uniform(self, plan: SegmentPlan) -> tuple[float, float]:
+        """Bytes of copies of a uniform tile's boxes, and of gradients of results, of which it owns a part."""
+        if not plan.is_uniform:
+            return 0.0, 0.0
+        boxes = (_box_bytes(plan, name) for name, _ in plan.segment.spatial)
+        return sum(boxes), sum(_box_bytes(plan, name) for name in plan.segment.outputs)
 
     def _prefetched(self, plan: SegmentPlan) -> float:
         """Bytes of this tile's and the next one's boxes of what lies outside."""

@@ -66,14 +66,15 @@ def fastest_within(context: CostContext, request: Request, memory: int, near: Se
 
 def _searched_by(search: Search, context: CostContext, request: Request, memory: int) -> Ran:
     """The fastest plan of a search within the memory, or its smallest. Raises `PlanError` where none fits."""
-    fitting = _fitting(context, search, request, memory)
+    requests = [request, replace(request, compile_tiles=False)] if request.compile_tiles else [request]
+    fitting = next(filter(None, (_fitting(context, search, one, memory) for one in requests)), None)
     if fitting is not None:
         return fitting
     smallest = search.smallest()
     assert smallest is not None, "everything may stay dense"
     states = [smallest, *filter(None, (search.fastest(more * smallest.peak) for more in MORE))]
     ran, binding = min(
-        ((_predicted(context, request, state), state.binding) for state in states),
+        ((_predicted(context, requests[-1], state), state.binding) for state in states),
         key=lambda pair: pair[0].prediction.bytes,
     )
     if ran.prediction.bytes <= memory:

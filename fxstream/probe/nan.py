@@ -18,7 +18,7 @@ from fxstream.graph.typed_graph import TypedNode
 from fxstream.probe.findings import MIXES_IMAGES, Findings, UnprobedError
 from fxstream.probe.spread import mixes_images, nodes_with_nan, whole_box
 from fxstream.probe.strip import Strip
-from fxstream.tiling.bounds import BoundsPass
+from fxstream.tiling.axes.bounds import BoundsPass
 
 __all__ = ["poison_backward", "poison_forward"]
 

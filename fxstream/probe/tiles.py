@@ -17,7 +17,7 @@ from fxstream.probe.resized import extents_at, typed_at
 from fxstream.probe.subgraph import Subgraph, subgraph
 from fxstream.rules import Reduced, Value
 from fxstream.runtime.tile_program import tile_program
-from fxstream.tiling.bounds import AxisTile, BoundsPass, lookups
+from fxstream.tiling.axes.bounds import AxisTile, BoundsPass, lookups
 from fxstream.tiling.segment import Segment, make_segment
 
 __all__ = ["compare_reductions", "compare_values"]

@@ -115,9 +115,12 @@ class Read:
         """Pixels of the argument along each tiled dim."""
         return tuple(self.value.shape[d] for d in self.dims)
 
-    def needed(self, axis: int, out: Interval) -> Interval:
-        """The pixels that output pixels `out` read along an axis, those outside the image included."""
-        return self.border.needed(self.maps[axis].read(out), self.extents[axis])
+    def needed(self, axis: int, out: Interval, less: int = 0) -> Interval:
+        """The pixels that output pixels `out` read along an axis, those outside the image included.
+
+        With `less`, of an argument that has so many pixels less.
+        """
+        return self.border.needed(self.maps[axis].read(out), self.extents[axis] - less)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +151,13 @@ class Average:
     extent: int
     count_padding: bool
 
-    def counts(self, out: Interval) -> tuple[int, ...]:
-        """The divisor of each output pixel in `out`; their products over the axes are the divisors."""
-        low, high = (-self.padding, self.extent + self.padding) if self.count_padding else (0, self.extent)
+    def counts(self, out: Interval, less: int = 0) -> tuple[int, ...]:
+        """The divisor of each output pixel in `out`; their products over the axes are the divisors.
+
+        With `less`, of an image that has so many pixels less.
+        """
+        extent, padding = self.extent - less, self.padding if self.count_padding else 0
+        low, high = -padding, extent + padding
         starts = (o * self.stride - self.padding for o in range(out.start, out.stop))
         return tuple(min(start + self.kernel, high) - max(start, low) for start in starts)
 

@@ -115,8 +115,8 @@ class _Pattern:
         """The output pixels that the call yields for `box` when it is given `read` of its input."""
         return box
 
-    def counts(self, axis: int, box: Interval) -> tuple[int, ...] | None:
-        """The divisors of an average along an axis."""
+    def counts(self, axis: int, box: Interval, less: int = 0) -> tuple[int, ...] | None:
+        """The divisors of an average along an axis; with `less`, of an input that has so many pixels less."""
         return None
 
     def lookup(self, axis: int, box: Interval, read: Interval) -> Lookup | None:
@@ -210,9 +210,9 @@ class Averaged(Windowed):
         """Never: the divisors follow from the real pixels."""
         return False
 
-    def counts(self, axis: int, box: Interval) -> tuple[int, ...] | None:
+    def counts(self, axis: int, box: Interval, less: int = 0) -> tuple[int, ...] | None:
         """The divisors along an axis."""
-        return self.averages[axis].counts(box)
+        return self.averages[axis].counts(box, less)
 
     def emit(self, tile: TileWriter) -> fx.Node:
         """The operator; where windows have fewer pixels than the kernel, their sums over the counts."""

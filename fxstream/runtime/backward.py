@@ -195,7 +195,8 @@ class Backward:
                 of_tiles = [run.gradients[k] for run in group if run.gradients is not None]
             else:
                 of_tiles = [grad[owned] for run in group if (owned := run.task.outputs[k]) is not None]
-            flowing.append((k, summed([of_tile.to(device) for of_tile in of_tiles])))
+            total = summed([of_tile.to(device) for of_tile in of_tiles])
+            flowing.append((k, group[0].task.around(k, total)))
         return flowing
 
     def _groups(self, runs: Sequence[TileRun]) -> list[Group]:

@@ -1,10 +1,11 @@
 """Tiles that read the same constant of every input, as the blank of a slide: they are computed once.
 
 NOTE [what is shared, and why that is exact]
-1. Two tiles of one program (their class), whose boxes of all spatial inputs have the same bits, and which take the
-   same values from tables, get the same results: whole inputs are the same for all tiles of a call, and no tile
-   draws random numbers. Boxes are compared where they are constant along the tiled dims. Masks of dropout are made
-   of positions, which are a spatial input that is never constant.
+1. Two tiles of one program (their class) get the same results if the boxes of all spatial inputs have the same
+   bits, and they take the same values from tables and own the same part of what the program makes: whole inputs
+   are the same for all tiles of a call, and no tile draws random numbers. Boxes are compared where they are
+   constant along the tiled dims. Masks of dropout are made of positions, which are a spatial input that is never
+   constant.
 2. The product of a tile's Jacobian with the gradient of its outputs is linear in the latter. Tiles of equal inputs
    have one Jacobian for the whole inputs, so that these get their gradients by one product with the sum of the
    tiles' gradients. Spatial inputs do not, since each tile's goes to another place: where one asks for a gradient,
@@ -63,7 +64,7 @@ def tile_key(task: TileTask, constant: Constant | None, device: torch.device) ->
     """What tiles with the same results have in common (rule 1); None for a tile that reads no constant."""
     if constant is None:
         return None
-    return task.program, constant, tuple(_table_digest(lookup, device) for lookup in task.lookups)
+    return task.program, task.cuts, constant, tuple(_table_digest(lookup, device) for lookup in task.lookups)
 
 
 @functools.lru_cache(TABLES)

@@ -127,6 +127,7 @@ class Forward:
         first = None if key is None else self._firsts.get(key)
         if first is None:
             results, recorded = self._computed(task, boxes.placed())
+            results = task.owned(results)
         else:
             results, recorded = [self._result(first, k) for k in range(len(task.outputs))], None
         run = TileRun(task, self._kept_of(task, results), recorded, key=key)
@@ -205,7 +206,7 @@ class Forward:
 
 def _allocate(tile: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """An output of the type and memory format of its first tile."""
-    layout = torch.contiguous_format
+    layout, tile = torch.contiguous_format, torch.empty_like(tile, device="meta")  # dense, as a cut is not
     for channels_last in (torch.channels_last, torch.channels_last_3d):
         rank = 4 if channels_last is torch.channels_last else 5
         if tile.ndim == rank and not tile.is_contiguous() and tile.is_contiguous(memory_format=channels_last):

@@ -12,11 +12,13 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from fxstream.geometry.box import EMPTY, Box, Interval
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.rules.access import Lookup
 from fxstream.runtime.tile_program import Compiler, Program, TileProgram, constants_of, tile_program, whole_program
-from fxstream.tiling.bounds import AxisTile, BoundsPass, lookups
+from fxstream.tiling.axes.bounds import AxisTile, BoundsPass, lookups
 from fxstream.tiling.segment_plan import SegmentPlan
 from fxstream.tiling.templates import MemoOfStructure
 
@@ -27,13 +29,36 @@ LOCK = threading.RLock()
 """Of tiles and programs, which threads make that run one model at several sizes."""
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What a tile owns of a result of its program: along each dim how many pixels before and after it does not."""
+
+    dims: tuple[int, ...]
+    sides: tuple[tuple[int, int], ...]
+
+    def of(self, result: torch.Tensor) -> torch.Tensor:
+        """What the tile owns."""
+        for dim, (before, after) in zip(self.dims, self.sides, strict=True):
+            result = result.narrow(dim, before, result.shape[dim] - before - after)
+        return result
+
+    def padded(self, owned: torch.Tensor) -> torch.Tensor:
+        """What it owns, with zeros around."""
+        pads = [0] * (2 * (owned.ndim - min(self.dims)))
+        for dim, sides in zip(self.dims, self.sides, strict=True):
+            first = 2 * (owned.ndim - 1 - dim)
+            pads[first : first + 2] = sides
+        return torch.constant_pad_nd(owned, pads)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TileTask:
     """One tile to run: which program, what it reads of each spatial input, what it owns of each output.
 
     `positions` are the pixels that it owns of each output, or of what a reduction reduces. `lookups` are the parts
     of tables that the program takes after its other inputs. `tile` is the tile along each axis; () is everything.
-    `turn` is when it runs, where ranks write by turns.
+    `turn` is when it runs, where ranks write by turns. `cuts` are what the tile owns of the program's results,
+    where it does not own all of each.
     """
 
     program: int
@@ -44,6 +69,23 @@ class TileTask:
     lookups: tuple[Lookup, ...] = ()
     tile: tuple[AxisTile, ...] = ()
     turn: int = 0
+    cuts: tuple[Cut | None, ...] = ()
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether its boxes have the shape of all others, along some axis."""
+        return any(along.yields is not None for along in self.tile)
+
+    def owned(self, results: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """What the tile owns of the results of its program; views."""
+        cuts = self.cuts or (None,) * len(results)
+        pairs = zip(results, cuts, strict=True)
+        return [cut.of(result) if cut is not None and result is not None else result for result, cut in pairs]
+
+    def around(self, k: int, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of a result of its program from that of what the tile owns of it."""
+        cut = self.cuts[k] if self.cuts else None
+        return gradient if cut is None else cut.padded(gradient)
 
 
 class Programs:
@@ -150,7 +192,11 @@ class Schedule:
         outputs = tuple(_owned(graph, output, box) for box, output in zip(boxes, segment.outputs, strict=True))
         positions = tuple(math.prod(box.shape) for box in boxes)
         tables = tuple(lookups(segment, tile).values())
-        return TileTask(self._program(tile), reads, outputs, positions, is_kept, tables, tile)
+        cuts = tuple(
+            _cut(graph, output, [along.sides(k) for along in tile]) if outputs[k] is not None else None
+            for k, output in enumerate(segment.outputs)
+        )
+        return TileTask(self._program(tile), reads, outputs, positions, is_kept, tables, tile, cuts=cuts)
 
     def halves(self, task: TileTask) -> tuple[TileTask, ...]:
         """Two tasks that own half of its outputs each, along its longest axis; () of what has one pixel."""
@@ -192,6 +238,11 @@ class Schedule:
         if id(along) not in seen:
             seen[id(along)] = along, self._of_all_sizes.class_along(axis, along)
         return seen[id(along)][1]
+
+
+def _cut(graph: TypedGraph, output: str, sides: Sequence[tuple[int, int]]) -> Cut | None:
+    """What a tile owns of what its program makes of an output; None where it owns all."""
+    return Cut(graph.pattern(output).dims, tuple(sides)) if any(map(any, sides)) else None
 
 
 def _owned(graph: TypedGraph, output: str, box: Box) -> Subscript | None:

@@ -23,7 +23,7 @@ from fxstream.graph.typed_graph import TypedGraph, TypedNode
 from fxstream.lowering.whole import Whole, result_of, runs_whole
 from fxstream.machine.kernels.volumes import VOLUME_CONVOLUTION
 from fxstream.rules import Border, Read, Table
-from fxstream.tiling.bounds import AxisStep, AxisTile, Crop, CropPad, lookups
+from fxstream.tiling.axes.bounds import AxisStep, AxisTile, Crop, CropPad, lookups
 from fxstream.tiling.own_padding import own_padding
 from fxstream.tiling.reuse import uncomputed_convolution
 from fxstream.tiling.segment import Segment

@@ -12,6 +12,7 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fxstream.errors import StreamError, StreamingWarning
+from fxstream.machine.copies import dense
 from fxstream.machine.out_of_memory import OutOfMemory, catch_oom
 from fxstream.runtime.ranks import Rows
 from fxstream.runtime.reading.prefetch import Image
@@ -110,7 +111,11 @@ class Inputs:
         return self.leaves[needs_grad]
 
     def tile(self, task: TileTask, boxes: Sequence[torch.Tensor]) -> Groups:
-        """What is of one tile: its boxes, and what it takes from tables."""
+        """What is of one tile: its boxes, and what it takes from tables.
+
+        Uniform ones are without gaps, so that a compiled program serves images of all sizes.
+        """
+        boxes = list(map(dense, boxes)) if task.is_uniform else boxes
         tables = [tensor for lookup in task.lookups for tensor in lookup.tensors(self.device)]
         return {"box": boxes, "table": tables}
 

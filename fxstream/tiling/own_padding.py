@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fxstream.graph.typed_graph import TypedNode
-from fxstream.tiling.bounds import AxisStep, Crop
+from fxstream.tiling.axes.bounds import AxisStep, Crop
 
 __all__ = ["OwnPadding", "own_padding"]
 

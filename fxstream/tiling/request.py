@@ -29,7 +29,8 @@ class Request:
     one, or None for what the device has free. `segments` is how many segments each region gets (at most, within
     a memory), or the module paths that each end one, or None for the planner's choice. `global_ops` says whether
     reductions over space are streamed: "stream", "cut", or "auto" for the planner's choice. With `offload`
-    boundaries lie in host memory, with `cuda_graphs` tiles are replayed on a device that can.
+    boundaries lie in host memory, with `cuda_graphs` tiles are replayed on a device that can. Where programs are
+    compiled, tiles of a segment have boxes of one shape, and one program, if that costs little.
     """
 
     tile: int | tuple[int, ...] | None = None
@@ -39,6 +40,7 @@ class Request:
     global_ops: str = "auto"
     offload: bool = False
     cuda_graphs: bool = False
+    compile_tiles: bool = False
 
     def tile_along(self, axes: int, images: Sequence[Value]) -> tuple[int | None, ...]:
         """The bound along each of so many axes, in pixels of the model's input; None for no bound.

@@ -13,13 +13,20 @@ import torch
 from fxstream.errors import PlanError
 from fxstream.geometry.box import EMPTY
 from fxstream.graph.typed_graph import TypedGraph
-from fxstream.tiling.axis_tiles import AxisTiles
-from fxstream.tiling.bounds import AxisTile
-from fxstream.tiling.grid import Grid
+from fxstream.tiling.axes.axis_tiles import AxisTiles
+from fxstream.tiling.axes.bounds import AxisTile
+from fxstream.tiling.axes.grid import Grid
+from fxstream.tiling.axes.uniform_tiles import UniformTiles, may_be_uniform
 from fxstream.tiling.request import Request
 from fxstream.tiling.segment import Segment
 
 __all__ = ["SegmentPlan", "offloadable", "plan_lengths", "plan_segment", "plan_whole", "tile_arithmetic"]
+
+Tiles = AxisTiles | UniformTiles
+MOST_EXTRA = 1 / 8
+"""Tiles are uniform where that takes at most this share of arithmetic more."""
+MOST_TRIED = 4
+"""Uniform tiles within the user's tile may need more tiles: so many numbers are tried along an axis."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -32,7 +39,7 @@ class SegmentPlan:
     """
 
     segment: Segment
-    axes: tuple[AxisTiles, ...]
+    axes: tuple[Tiles, ...]
     arithmetic: int
     streamed_arithmetic: float
     overlap: float
@@ -48,7 +55,12 @@ class SegmentPlan:
     @property
     def lengths(self) -> tuple[int, ...]:
         """The pixels of the finest output that a tile has along each axis."""
-        return tuple(max(map(len, tiles[0].outputs)) for tiles in self.axes)
+        return tuple(tiles.length for tiles in self.axes)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether tiles have boxes of one shape."""
+        return any(isinstance(tiles, UniformTiles) for tiles in self.axes)
 
     @property
     def tile_count(self) -> int:
@@ -77,6 +89,7 @@ class SegmentPlan:
         main, others = self.segment.spatial[0][0], len(self.segment.spatial) - 1
         reads = f"{'x'.join(map(str, self.largest(main)))} of `{main}`"
         reads += f" and {others} more" if others else ""
+        grid += " uniform" if self.is_uniform else ""
         kept = f", {self.kept} of them kept" if self.kept else ""
         cost = f"overlap {self.overlap:.0%}, {self.overhead:.2f}x MACs"
         return f"{name}, {grid} tiles{kept}, largest read {reads}, {cost}"
@@ -90,10 +103,11 @@ def plan_whole(segment: Segment, parts: tuple[SegmentPlan, ...] = ()) -> Segment
     return SegmentPlan(segment, (), plain, plain, 0.0, parts=parts)
 
 
-def plan_lengths(segment: Segment, lengths: Sequence[int]) -> SegmentPlan:
+def plan_lengths(segment: Segment, lengths: Sequence[int], uniform: bool = False) -> SegmentPlan:
     """The tiles of one segment that have so many pixels of its finest output along each axis."""
     grids = [Grid(segment, Request(None), axis) for axis in range(segment.axes)]
-    return _planned(segment, [grid.tiles_of(min(n, grid.finest)) for grid, n in zip(grids, lengths, strict=True)])
+    plan = _planned(segment, [grid.tiles_of(min(n, grid.finest)) for grid, n in zip(grids, lengths, strict=True)])
+    return _uniform(plan, [[grid.uniform(n)] for grid, n in zip(grids, lengths, strict=True)]) if uniform else plan
 
 
 def plan_segment(segment: Segment, request: Request, counts: Sequence[int] | None = None) -> SegmentPlan:
@@ -102,15 +116,33 @@ def plan_segment(segment: Segment, request: Request, counts: Sequence[int] | Non
     Raises `PlanError` where no tile fits, naming the smallest that does and the node that needs it.
     """
     grids = [Grid(segment, request, axis) for axis in range(segment.axes)]
-    tiles = []
+    counted = []
     for grid, count in zip(grids, [grid.count() for grid in grids] if counts is None else counts, strict=True):
         if count is None:
             raise _too_small(segment, request, grid)
-        tiles.append(grid.tiles(count))
-    return _planned(segment, tiles)
+        counted.append((grid, count))
+    plan, most = _planned(segment, [grid.tiles(count) for grid, count in counted]), 1 if counts else MOST_TRIED
+    tried = ((grid, range(count, count + most)) for grid, count in counted)
+    every = [[grid.uniform(grid.uniform_length(n)) for n in numbers] for grid, numbers in tried]
+    return _uniform(plan, every) if request.compile_tiles else plan
 
 
-def _planned(segment: Segment, tiles: Sequence[AxisTiles]) -> SegmentPlan:
+def _uniform(plan: SegmentPlan, every: Sequence[Sequence[UniformTiles | None]]) -> SegmentPlan:
+    """The plan in uniform tiles, the first that are possible along each axis, where that costs little."""
+    if plan.tile_count == 1 or not may_be_uniform(plan.segment):
+        return plan
+    tiles: list[Tiles | None] = [
+        next(filter(None, along), None) if len(ordinary) > 1 else ordinary
+        for ordinary, along in zip(plan.axes, every, strict=True)
+    ]
+    possible = [along for along in tiles if along is not None]
+    if len(possible) < len(tiles):
+        return plan
+    uniform = _planned(plan.segment, possible)
+    return uniform if uniform.streamed_arithmetic <= (1 + MOST_EXTRA) * plan.streamed_arithmetic else plan
+
+
+def _planned(segment: Segment, tiles: Sequence[Tiles]) -> SegmentPlan:
     """The plan of these tiles, with what they compute and read."""
     nodes = [segment.graph[name] for name in segment.nodes]
     streamed = sum(node.arithmetic * _repeated(tiles, node.name, node.extents) for node in nodes)
@@ -146,7 +178,7 @@ def tile_arithmetic(plan: SegmentPlan) -> list[float]:
     return work.sum(-1).flatten().tolist()  # type: ignore[no-any-return]
 
 
-def _repeated(axes: Sequence[AxisTiles], name: str, extents: Sequence[int]) -> float:
+def _repeated(axes: Sequence[Tiles], name: str, extents: Sequence[int]) -> float:
     """How often the pixels of a node or input are held, on average over its pixels."""
     return math.prod(tiles.total(name) / extent for tiles, extent in zip(axes, extents, strict=True))
 

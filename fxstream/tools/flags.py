@@ -73,6 +73,7 @@ SEGMENTS: Group = (
 )
 OFFLOAD = switch("--offload", "boundaries in host memory, where that is faster")
 CUDA_GRAPHS = switch("--cuda-graphs", "tiles replayed as CUDA graphs, for small ones")
+COMPILE_TILES = switch("--compile-tiles", "tiles through torch.compile, of one shape where that costs little")
 PLANNED: Group = (
     *MODEL,
     TILE,
@@ -81,6 +82,7 @@ PLANNED: Group = (
     flag("--device", "what to plan for: cpu, cuda, cuda:1 (cpu)", default="cpu"),
     OFFLOAD,
     CUDA_GRAPHS,
+    COMPILE_TILES,
     switch("--no-grad", "plan a call without gradients"),
 )
 PLAN: Group = PLANNED
@@ -97,6 +99,7 @@ CHECK: Group = (
     TILE,
     MEMORY,
     *SEGMENTS,
+    COMPILE_TILES,
     switch("--native", "in the model's own type instead of float64"),
 )
 BENCH: Group = (
@@ -107,6 +110,7 @@ BENCH: Group = (
     flag("--device", "what to measure on: cpu, cuda, cuda:1 (cpu)", default="cpu"),
     OFFLOAD,
     CUDA_GRAPHS,
+    COMPILE_TILES,
     switch("--compile", "beside torch.compile, also told to save a half, a fifth, a twentieth; and the roofline"),
     flag("--rounds", "processes per method; medians are shown (3)", type=int, default=3),
     flag("--plot", "draw time over memory (needs matplotlib)", metavar="FILE"),

@@ -32,7 +32,7 @@ __all__ = [
 
 Input = tuple[tuple[int, ...], str]
 """Shape and type of an input; an empty type is that of the model."""
-OPTIONS = ("tile", "memory", "segments", "cut", "global_ops", "offload", "cuda_graphs")
+OPTIONS = ("tile", "memory", "segments", "cut", "global_ops", "offload", "cuda_graphs", "compile_tiles")
 """The flags that are options of `compile`."""
 SHAPE = re.compile(r"([0-9]+(?:[x,][0-9]+)*)(?::([a-z]+[0-9]*))?")
 

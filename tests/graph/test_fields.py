@@ -14,7 +14,7 @@ from fxstream.geometry.box import Interval
 from fxstream.graph.fields import demands, extent_chains, main_image, receptive_fields
 from fxstream.report.closed_form import IMAGE, extent_form
 from fxstream.rules import Tileability
-from fxstream.tiling.bounds import BoundsPass
+from fxstream.tiling.axes.bounds import BoundsPass
 from fxstream.tiling.segment import make_segment
 from fxstream.tools import zoo
 

@@ -8,7 +8,7 @@ from small_networks import Function, conv
 from torch import nn
 
 import fxstream
-from fxstream.tiling.grid import Grid
+from fxstream.tiling.axes.grid import Grid
 from fxstream.tiling.request import Request
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fxstream.tiling.grid import Grid
+from fxstream.tiling.axes.grid import Grid
 from fxstream.tiling.request import Request
 from fxstream.tiling.segment import Segment
 

@@ -26,7 +26,7 @@ from fxstream.planning.partition import FEW_SWEEPS
 from fxstream.planning.regions.grids import counts_up_to
 from fxstream.planning.regions.region_costs import RegionCosts
 from fxstream.planning.search import Option, Search, Span
-from fxstream.tiling.grid import Grid
+from fxstream.tiling.axes.grid import Grid
 from fxstream.tiling.request import Request, tile_bounds
 
 __all__ = ["TileRegion", "spans_within_tile"]

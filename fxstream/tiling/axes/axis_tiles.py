@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 from fxstream.geometry.box import Interval
-from fxstream.tiling.bounds import AxisStep, AxisTile, BoundsPass, Ratio
+from fxstream.tiling.axes.bounds import AxisStep, AxisTile, BoundsPass, Ratio
 
 __all__ = ["AxisTiles"]
 
@@ -32,6 +32,11 @@ class AxisTiles(Sequence[AxisTile]):
     ) -> None:
         self._walk, self._owned, self._count, self._repeats = walk, owned, count, repeats
         self._made: dict[int, AxisTile] = {}
+
+    @property
+    def length(self) -> int:
+        """The pixels of the finest output that a tile has."""
+        return max(map(len, self._owned(0)))
 
     def __len__(self) -> int:
         return self._count
@@ -78,7 +83,7 @@ class AxisTiles(Sequence[AxisTile]):
         return first, last + 1
 
     def _is_outer(self, i: int) -> bool:
-        return i == self._count - 1 or self._walk.measured(self._owned(i))[1]
+        return i in (0, self._count - 1) or self._walk.measured(self._owned(i))[1]
 
     @functools.cached_property
     def classes(self) -> tuple[tuple[int, float], ...]:

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from fxstream.geometry.box import Interval
-from fxstream.tiling.axis_tiles import AxisTiles
-from fxstream.tiling.bounds import BoundsPass, Ratio
+from fxstream.tiling.axes.axis_tiles import AxisTiles
+from fxstream.tiling.axes.bounds import BoundsPass, Ratio
+from fxstream.tiling.axes.uniform_tiles import Moves, UniformTiles
 from fxstream.tiling.request import Request, tile_bounds
 from fxstream.tiling.segment import Segment
 
@@ -53,7 +54,10 @@ class Grid:
 
     def owned(self, length: int, i: int) -> tuple[Interval, ...]:
         """The intervals that tile `i` owns, where each has `length` pixels of the finest output."""
-        start, stop = i * length, min((i + 1) * length, self.finest)
+        return self._between(i * length, min((i + 1) * length, self.finest))
+
+    def _between(self, start: int, stop: int) -> tuple[Interval, ...]:
+        """The pixels of each output that belong to these of the finest."""
         cuts = zip(self._extents, self._cuts, strict=True)
         return tuple(Interval(_cut(start, e, self.finest, r), _cut(stop, e, self.finest, r)) for e, r in cuts)
 
@@ -70,6 +74,54 @@ class Grid:
             return None
         repeats = math.lcm(*(den for _, den in ratios))
         return repeats // math.gcd(repeats, length), [(num * length, den) for num, den in ratios]
+
+    def uniform(self, length: int) -> UniformTiles | None:
+        """Tiles with boxes of one shape, of which those inside own `length` pixels of the finest output.
+
+        At borders, where they need no halo, they own more. None where there are none, or where they read too much.
+        """
+        moves = self._moves
+        if moves is None or self._period(length) is None:
+            return None
+        before, after = self._halo(length, moves)
+        count = -(-(self.finest - before - after) // length)
+        if count < 2:
+            return None
+        first = functools.partial(self._starting_late, length, before, count)
+        tiles = UniformTiles(AxisTiles(self._walk, first, count, self._period(length)), self._walk, moves, length)
+        fits = all(tiles.largest(name) <= bound for name, bound in self._bounds.items())
+        return tiles if fits and tiles.is_possible else None
+
+    def uniform_length(self, count: int) -> int:
+        """What so many such tiles own at least each."""
+        even = -(-self.finest // count)
+        halo = sum(self._halo(even, self._moves)) if self._moves is not None else 0
+        return max(1, -(-(self.finest - halo) // count))
+
+    @functools.cached_property
+    def _moves(self) -> Moves | None:
+        """How boxes move along with what tiles own; None where they do not all move by whole pixels."""
+        ratios = self._walk.ratios(self._cuts)
+        if ratios is None:
+            return None
+        whole = self._walk.tile(self._between(0, self.finest))
+        return Moves.of(whole, dict(zip(self._walk.names, ratios, strict=True)))
+
+    def _halo(self, length: int, moves: Moves) -> tuple[int, int]:
+        """Pixels of the finest output by which the boxes of tiles of this length begin earlier, and end later."""
+        tiles, halo = self.tiles_of(length), (0, 0)
+        for i in tiles.places:
+            rooms, stop = moves.room(tiles[i]), min((i + 1) * length, self.finest)
+            halo = (
+                max(halo[0], i * length - moves.unit * rooms[0]),
+                max(halo[1], self.finest - stop - moves.unit * rooms[1]),
+            )
+        return halo
+
+    def _starting_late(self, length: int, more: int, count: int, i: int) -> tuple[Interval, ...]:
+        """What tile `i` owns where the first owns more than `length`, and the last what is left."""
+        start, stop = i * length + more, (i + 1) * length + more
+        return self._between(start if i else 0, stop if i < count - 1 else self.finest)
 
     def is_like(self, other: Grid) -> bool:
         """Whether both axes have the same tiles."""

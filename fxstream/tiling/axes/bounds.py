@@ -74,16 +74,18 @@ class AxisStep:
 
 @dataclass(frozen=True, slots=True)
 class AxisTile:
-    """One tile along one axis.
+    """One tile along one axis, which owns `outputs`.
 
     `steps` and `crops` (of the outputs) depend only on lengths and relative positions, so that tiles with
-    equal ones run the same program; `boxes` are absolute.
+    equal ones run the same program; `boxes` are absolute. `yields` is what that program makes of each output,
+    where that is more than the tile owns.
     """
 
     outputs: tuple[Interval, ...]
     boxes: Mapping[str, Interval]
     steps: tuple[AxisStep | None, ...]
     crops: tuple[Crop, ...]
+    yields: tuple[Interval, ...] | None = None
 
     @property
     def program_key(self) -> tuple[object, ...]:
@@ -94,6 +96,13 @@ class AxisTile:
     def looks_up(self) -> bool:
         """Whether an operator takes something from a table, which differs from place to place."""
         return any(step is not None and step.lookup is not None for step in self.steps)
+
+    def sides(self, k: int) -> tuple[int, int]:
+        """The pixels before and after what it owns of an output that its program makes."""
+        if self.yields is None:
+            return 0, 0
+        made, owned = self.yields[k], self.outputs[k]
+        return owned.start - made.start, made.stop - owned.stop
 
     def at(self, outputs: tuple[Interval, ...], moved: Mapping[str, int]) -> AxisTile:
         """The tile that owns these intervals and runs the same program; boxes lie so much further on."""
@@ -222,23 +231,33 @@ class BoundsPass:
         )
         return AxisTile(outputs, boxes, steps, crops)
 
-    def step(self, i: int, boxes: Mapping[str, Interval]) -> AxisStep | None:
-        """How a node is evaluated from the boxes its producers hold; None where nothing needs it."""
+    def step(
+        self, i: int, boxes: Mapping[str, Interval], less: Mapping[str, int] = MappingProxyType({})
+    ) -> AxisStep | None:
+        """How a node is evaluated from the boxes its producers hold; None where nothing needs it.
+
+        With `less`, in an image in which each value has so many pixels less.
+        """
         pattern, box = self._patterns[i], boxes.get(self.names[i], EMPTY)
         if not len(box):
             return None
-        reads, produced, lookup = [], box, None
+        reads, counts, produced, lookup = [], None, box, None
         for read in pattern.reads:
-            full = boxes[read.value.name]
-            needed = full if pattern.is_item else read.needed(self.axis, box)
-            extent = read.extents[self.axis]
-            real = needed.clip(extent)
-            start = real.start - full.start if len(real) else 0
-            reads.append(CropPad(Crop(start, len(real), len(full)), *needed.outside(extent)))
+            missing = less.get(read.value.name, 0)
+            needed = boxes[read.value.name] if pattern.is_item else read.needed(self.axis, box, missing)
+            reads.append(_served(needed, boxes[read.value.name], read.extents[self.axis] - missing))
+            counts = pattern.counts(self.axis, box, missing)
             produced = pattern.produced(self.axis, needed, box)
             lookup = pattern.lookup(self.axis, box, needed)
         crop = Crop(box.start - produced.start, len(box), len(produced))
-        return AxisStep(tuple(reads), crop, pattern.counts(self.axis, box), lookup)
+        return AxisStep(tuple(reads), crop, counts, lookup)
+
+
+def _served(needed: Interval, box: Interval, extent: int) -> CropPad:
+    """How a read of `needed` pixels, of an image of `extent` pixels, is served where the producer holds `box`."""
+    real = needed.clip(extent)
+    start = real.start - box.start if len(real) else 0
+    return CropPad(Crop(start, len(real), len(box)), *needed.outside(extent))
 
 
 def _integers(index: Mapping[str, int], read: Read, axis: int) -> tuple[int, int, int, int, int, int, Border]:

@@ -1,0 +1,1 @@
+"""One segment along one axis: what tiles read, and the grids of tiles."""
