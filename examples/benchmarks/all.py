@@ -87,6 +87,7 @@ BENCHMARKS = {
     "growth": Benchmark("python examples/benchmarks/growth.py --repeats 2", "--sizes 1024"),
     "tiles": Benchmark('python examples/benchmarks/tiles.py --networks "Table I"', "--quick"),
     "between_tiles": Benchmark("python examples/benchmarks/between_tiles.py", "--steps 2"),
+    "compiled": Benchmark("python examples/benchmarks/compiled.py", None, "torchvision"),
     "table1": Benchmark("python examples/benchmarks/table1.py"),
     "batch_statistics": Benchmark(
         "python examples/benchmarks/batch_statistics.py --budgets 12GiB,8GiB,5GiB",

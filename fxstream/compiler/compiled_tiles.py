@@ -41,6 +41,11 @@ class TileCompiler:
     def __reduce__(self) -> tuple[type[TileCompiler], tuple[dict[str, Any]]]:
         return TileCompiler, (self._options,)
 
+    @property
+    def count(self) -> int:
+        """How many programs were compiled that are remembered."""
+        return len(self._compiled)
+
     def __call__(self, program: fx.GraphModule) -> Program:
         """The program, compiled for the tensors that it is given; a first run, which takes long, is announced."""
         with self._lock:  # a number, for a structure takes long to compare at every tile
