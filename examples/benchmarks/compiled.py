@@ -1,6 +1,6 @@
 """What compiled tiles cost at the first call of a size and after it, beside torch.compile on the plain network.
 
-Each way runs in a process of its own, with an empty cache of Inductor and one thread that compiles. The second size
+Each way runs in a process of its own, with an empty cache of Inductor and one thread that compiles. A second size
 comes when the first is compiled. Programs are those that were compiled, each with and without recording.
 """
 

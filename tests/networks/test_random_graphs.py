@@ -3,6 +3,7 @@
 Every graph that once failed is in `CORPUS`. The campaign (`-m campaign`) draws thousands.
 """
 
+import math
 import warnings
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from random_graphs import CHANNELS, RandomGraph, far_graphs, graphs, pair, smooth_graphs
 
 import fxstream
+from fxstream.tiling import segment_plan
 
 
 def plain_step(graph, size):
@@ -34,14 +36,14 @@ def tolerance(graph) -> float:
     return 1e-10 if "norm" in kinds else 1e-12 if kinds & {"avg_pool", "peak"} else 0.0
 
 
-def run(graph, size, tile, segments) -> bool:
+def run(graph, size, tile, segments, **options) -> bool:
     """Compare one case; False where the plain network itself cannot run or the case is trivial."""
     plain = plain_step(graph, size)
     if plain is None:
         return False
     model, image, wanted = plain
     for _ in range(6):
-        module = fxstream.compile(model, tile=tile, segments=segments)
+        module = fxstream.compile(model, tile=tile, segments=segments, **options)
         try:
             found = step(module, model, [image])
         except fxstream.PlanError as error:
@@ -52,6 +54,15 @@ def run(graph, size, tile, segments) -> bool:
         assert_same(found, wanted, tolerance(graph))
         return not module.plan.is_trivial
     return False
+
+
+def run_in_uniform_tiles(graph, size, tile, segments) -> bool:
+    """The same in tiles of one shape wherever they are possible, without compilation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segment_plan, "MOST_EXTRA", math.inf)
+        patch.setattr(segment_plan, "MOST_TRIED", 30)
+        patch.setattr(torch, "compile", lambda program, **options: program)
+        return run(graph, size, tile, segments, compile_tiles=True, verify=False)
 
 
 def run_at_sizes(graph, size, tile, segments):
@@ -244,6 +255,19 @@ def test_random_graphs(graph, size, tile, segments):
 def test_campaign_of_random_graphs_with_what_reads_far(repeat):
     """A thousand graphs of windows, rolls, flips, attention and the like."""
     counted(run, 1000, far_graphs, pair(1, 20), st.integers(1, 14), st.sampled_from([1, 1, None]))
+
+
+@settings(max_examples=28, **SETTINGS)
+@given(graphs, pair(8, 40), st.integers(3, 24), st.sampled_from([1, 2, None]))
+def test_random_graphs_in_uniform_tiles(graph, size, tile, segments):
+    quietly(run_in_uniform_tiles, graph, size, tile, segments)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("drawn", [graphs, smooth_graphs, far_graphs], ids=["all", "smooth", "far"])
+def test_campaign_of_random_graphs_in_uniform_tiles(drawn):
+    """Thousands of graphs."""
+    counted(run_in_uniform_tiles, 3000, drawn, pair(5, 40), st.integers(3, 24), st.sampled_from([1, 2, None]))
 
 
 @settings(max_examples=28, **SETTINGS)

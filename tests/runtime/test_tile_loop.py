@@ -15,8 +15,8 @@ from fxstream.machine.meter import PeakMemory, measure
 from fxstream.planning import plan as planning
 from fxstream.runtime import backward, forward
 from fxstream.runtime import stream as stream_module
-from fxstream.tiling import bounds as demand
 from fxstream.tiling import reuse as economy
+from fxstream.tiling.axes import bounds as demand
 
 
 def network() -> nn.Module:
