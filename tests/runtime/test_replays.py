@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import itertools
+import math
 import pickle
 import threading
 import warnings
@@ -20,6 +21,7 @@ import fxstream
 from fxstream.machine.replay import Replayer
 from fxstream.runtime.replays.slots import Form, Slots, form_of
 from fxstream.runtime.tile_run import Inputs
+from fxstream.tiling import segment_plan
 
 
 def indices_that_exist(self, name, form, get):
@@ -71,6 +73,21 @@ def test_calls_are_fewer_than_tiles(replayer):
     assert (replayer.made, replayer.runs) == (2 * 5, 2 * (tiles - 9))
     step(module, module, [image])
     assert (replayer.made, replayer.runs) == (2 * 9, 2 * (2 * tiles - 9))
+
+
+def test_tiles_of_one_shape(monkeypatch, replayer):
+    """One class in both passes, whatever a tile owns of it."""
+    monkeypatch.setattr(segment_plan, "MOST_EXTRA", math.inf)
+    monkeypatch.setattr(torch, "compile", lambda program, **options: program)
+    model = network()
+    plain, module, tiles = copy.deepcopy(model), compiled(model, tile=24, compile_tiles=True), 0
+    for size in (96, 96, 128):
+        image = integer_image(1, 3, size, size)
+        assert_same(step(module, model, [image]), step(plain, plain, [image]), 0.0)
+        (part,) = module.plan.segments
+        assert part.is_uniform
+        tiles += part.tile_count
+    assert (replayer.made, replayer.runs) == (2, 2 * (tiles - 1))
 
 
 def test_weights_that_change(replayer):
