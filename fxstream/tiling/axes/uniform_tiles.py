@@ -97,9 +97,8 @@ class UniformTiles(Sequence[AxisTile]):
 
     @property
     def is_possible(self) -> bool:
-        """Whether tiles of one shape are smaller than all of the image, and every operator can run on them."""
-        steps = [step for step in self._steps if step is not None]
-        return self._less > 0 and all(map(len, self._boxes.values())) and all(map(_can_pad, steps))
+        """Whether boxes are smaller than all of the image, and none is empty."""
+        return self._less > 0 and all(map(len, self._boxes.values()))
 
     def __len__(self) -> int:
         return len(self._tiles)
@@ -135,8 +134,3 @@ class UniformTiles(Sequence[AxisTile]):
     def steps(self, index: int) -> list[AxisStep]:
         """How a node, given by its index in the segment, is evaluated on each tile."""
         return [step for step in (self._steps[index],) if step is not None]
-
-
-def _can_pad(step: AxisStep) -> bool:
-    """Whether there are pixels to read, and enough to be mirrored."""
-    return all(read.crop.length > max(0, read.before, read.after) for read in step.reads)
