@@ -20,14 +20,14 @@ import fxstream
 from fxstream.machine.device import synchronize
 from fxstream.tools.zoo import build
 
-PLAIN, STREAMED = "torch.compile", "compiled tiles"
+PLAIN, STREAMED, DYNAMIC = WAYS = "torch.compile", "compiled tiles", "of any size"
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--network", default="torchvision/resnet50")
-parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 1088])
+parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 1008])
 parser.add_argument("--share", type=float, default=0.2, help="of the plain network's memory, for the tiles")
 parser.add_argument("--steps", type=int, default=3)
 parser.add_argument("--device", default="cpu")
-parser.add_argument("--way", choices=[PLAIN, STREAMED], help="this one, in this process")
+parser.add_argument("--way", choices=WAYS, help="this one, in this process")
 options = parser.parse_args()
 
 
@@ -37,9 +37,11 @@ def measure_way() -> None:
     torch.set_num_threads(1)
     model = fxstream.freeze_batch_norm(build(options.network)).to(options.device)
     module, compiled = torch.compile(model), None
-    if options.way == STREAMED:
+    if options.way != PLAIN:
         budget, _ = budget_of_share(model, options.sizes[0], options.share, options.device)
-        module = fxstream.compile(model, memory=budget, compile_tiles=True, verify=False)
+        module = fxstream.compile(
+            model, memory=budget, compile_tiles={"dynamic": options.way == DYNAMIC}, verify=False
+        )
         compiled = fxstream.inspect(module).shared.tile_compiler
     for size in options.sizes:
         image, seconds = torch.randn(1, 3, size, size, device=options.device), []
@@ -63,7 +65,7 @@ def measured(way: str) -> list[list[str]]:
 
 def main() -> None:
     table = Table("size", "way", "first call", "over", "a step", "over", "programs")
-    lines = {way: measured(way) for way in (PLAIN, STREAMED)}
+    lines = {way: measured(way) for way in WAYS}
     for i, size in enumerate(options.sizes):
         plain = [float(seconds) for seconds in lines[PLAIN][i][:2]]
         for way, of_sizes in lines.items():

@@ -66,7 +66,8 @@ def compile(
       planner's choice.
     - `verify`: whether the probe measures the rules on the real operators, once per capture.
     - `compile_tiles`: whether tile programs go through `torch.compile`, or its options, as
-      ``{"mode": "max-autotune"}``. The first step of a size then takes minutes, and the others less time.
+      ``{"mode": "max-autotune"}``. The first step of a size then takes minutes, and the others less time. With
+      ``{"dynamic": True}`` programs are made for tiles of any number of pixels.
     - `cuda_graphs`: whether the tiles of a class, but for its first, are replayed as a CUDA graph, so that small
       tiles cost little more per pixel than large ones. Their memory, and static copies of the weights, stay
       allocated until the module is deleted; within a memory they are counted.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections import OrderedDict
@@ -11,6 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.node import map_arg
+
+from fxstream.runtime.tile_program import TILED
+from fxstream.tiling.reuse import uncomputed_convolution
 
 __all__ = ["TileCompiler", "replays_in_inductor"]
 
@@ -27,13 +31,13 @@ class TileCompiler:
     """Compiles tile programs, with these options of `torch.compile`, when they first run.
 
     Weights are inputs of a program. So the blocks of a stage are one program with other inputs: programs of equal
-    operators, given tensors of equal shapes, types and formats, share what was compiled. Results are copied where
-    Inductor would overwrite them.
+    operators, given tensors of equal shapes, types and formats, share what was compiled. With the option `dynamic`
+    the pixels of a tile may be others. Results are copied where Inductor would overwrite them.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._options = dict(options)
-        self._overwrites = replays_in_inductor(options)
+        self._overwrites, self._is_dynamic = replays_in_inductor(options), bool(options.get("dynamic"))
         self._structures: dict[Hashable, int] = {}
         self._compiled: OrderedDict[Hashable, Program] = OrderedDict()
         self._lock = threading.Lock()
@@ -50,9 +54,12 @@ class TileCompiler:
         """The program, compiled for the tensors that it is given; a first run, which takes long, is announced."""
         with self._lock:  # a number, for a structure takes long to compare at every tile
             structure = self._structures.setdefault(_structure(program.graph), len(self._structures))
+        tiled = program.meta[TILED] if self._is_dynamic else ()
 
         def run(*tensors: torch.Tensor) -> Any:
-            key = structure, tuple(map(_form, tensors))
+            for tensor, dims in zip(tensors, tiled, strict=False):
+                torch._dynamo.maybe_mark_dynamic(tensor, dims)  # type: ignore[no-untyped-call]
+            key = structure, tuple(itertools.starmap(_form, itertools.zip_longest(tensors, tiled, fillvalue=())))
             with self._lock:
                 if key not in self._compiled:
                     logger.info("compilation of the program of a tile of %s", list(tensors[0].shape))
@@ -68,7 +75,8 @@ class TileCompiler:
 
     def _made(self, program: fx.GraphModule) -> Program:
         """A program of its own to torch: each is compiled for one form of inputs."""
-        return torch.compile(fx.GraphModule(program, program.graph), dynamic=False, **self._options)
+        torch.compiler.allow_in_graph(uncomputed_convolution)  # type: ignore[no-untyped-call]
+        return torch.compile(fx.GraphModule(program, program.graph), **self._options | {"dynamic": False})
 
 
 def replays_in_inductor(options: Mapping[str, Any]) -> bool:
@@ -86,6 +94,8 @@ def _structure(graph: fx.Graph) -> Hashable:
     return tuple(zip(targets, arguments, strict=True))
 
 
-def _form(tensor: torch.Tensor) -> Hashable:
-    """What a program is compiled for."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+def _form(tensor: torch.Tensor, tiled: tuple[int, ...]) -> Hashable:
+    """What a program is compiled for; any number of pixels along the dims that are `tiled`."""
+    shape = tuple(-1 if dim in tiled else size for dim, size in enumerate(tensor.shape))
+    strides = tensor.dim_order() if tiled else tensor.stride()
+    return shape, strides, tensor.dtype, tensor.device, tensor.requires_grad

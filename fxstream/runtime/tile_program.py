@@ -29,6 +29,7 @@ from fxstream.tiling.reuse import uncomputed_convolution
 from fxstream.tiling.segment import Segment
 
 __all__ = [
+    "TILED",
     "Compiler",
     "Program",
     "TileProgram",
@@ -42,6 +43,8 @@ aten = torch.ops.aten
 Program = Callable[..., tuple[torch.Tensor, ...]]
 Compiler = Callable[[Any], Program]
 """Makes a program of an `fx.GraphModule`."""
+TILED = "tiled"
+"""Key of the metadata of a program: the tiled dims of its first inputs, the boxes."""
 OF_PATTERNS = ("replaced", "target", "arguments", "index", "size", "kept")
 """What access patterns write into programs besides what a tile is."""
 
@@ -140,6 +143,7 @@ def _finished(segment: Segment, graph: fx.Graph, origin: Mapping[fx.Node, str]) 
     graph.lint()
     attributes = attributes_of(graph, segment.graph.graph.owning_module)
     program = fx.GraphModule(attributes, graph, f"{segment.name}_tile")
+    program.meta[TILED] = tuple(dims for _, dims in segment.spatial)
     skipped = {node.name for node, name in origin.items() if segment.graph[name].skips}
     if not skipped:
         return TileProgram(program, program)
@@ -148,7 +152,9 @@ def _finished(segment: Segment, graph: fx.Graph, origin: Mapping[fx.Node, str]) 
     for node in again.nodes:
         if node.name in skipped:
             node.target = uncomputed_convolution
-    return TileProgram(program, fx.GraphModule(attributes, again, f"{segment.name}_tile"))
+    recomputation = fx.GraphModule(attributes, again, f"{segment.name}_tile")
+    recomputation.meta |= program.meta
+    return TileProgram(program, recomputation)
 
 
 class _Writer:

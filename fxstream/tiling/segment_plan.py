@@ -104,10 +104,17 @@ def plan_whole(segment: Segment, parts: tuple[SegmentPlan, ...] = ()) -> Segment
 
 
 def plan_lengths(segment: Segment, lengths: Sequence[int], uniform: bool = False) -> SegmentPlan:
-    """The tiles of one segment that have so many pixels of its finest output along each axis."""
+    """The tiles of one segment that have so many pixels of its finest output along each axis.
+
+    Uniform ones may have less, where so many would read much that they do not need.
+    """
     grids = [Grid(segment, Request(None), axis) for axis in range(segment.axes)]
     plan = _planned(segment, [grid.tiles_of(min(n, grid.finest)) for grid, n in zip(grids, lengths, strict=True)])
-    return _uniform(plan, [[grid.uniform(n)] for grid, n in zip(grids, lengths, strict=True)]) if uniform else plan
+    if not uniform:
+        return plan
+    exact = [grid.uniform(n) for grid, n in zip(grids, lengths, strict=True)]
+    fewest = [grid.fewest_uniform(len(tiles)) for grid, tiles in zip(grids, plan.axes, strict=True)]
+    return _uniform(plan, (exact, fewest))
 
 
 def plan_segment(segment: Segment, request: Request, counts: Sequence[int] | None = None) -> SegmentPlan:
@@ -121,25 +128,26 @@ def plan_segment(segment: Segment, request: Request, counts: Sequence[int] | Non
         if count is None:
             raise _too_small(segment, request, grid)
         counted.append((grid, count))
-    plan, most = _planned(segment, [grid.tiles(count) for grid, count in counted]), 1 if counts else MOST_TRIED
-    tried = ((grid, range(count, count + most)) for grid, count in counted)
-    every = [[grid.uniform(grid.uniform_length(n)) for n in numbers] for grid, numbers in tried]
-    return _uniform(plan, every) if request.compile_tiles else plan
+    plan = _planned(segment, [grid.tiles(count) for grid, count in counted])
+    if not request.compile_tiles:
+        return plan
+    tried = 1 if counts is not None else MOST_TRIED
+    return _uniform(plan, ([grid.fewest_uniform(count, tried) for grid, count in counted],))
 
 
 def _uniform(plan: SegmentPlan, every: Sequence[Sequence[UniformTiles | None]]) -> SegmentPlan:
-    """The plan in uniform tiles, the first that are possible along each axis, where that costs little."""
+    """The plan in uniform tiles, the first of these along its axes that are possible and cost little more."""
     if plan.tile_count == 1 or not may_be_uniform(plan.segment):
         return plan
-    tiles: list[Tiles | None] = [
-        next(filter(None, along), None) if len(ordinary) > 1 else ordinary
-        for ordinary, along in zip(plan.axes, every, strict=True)
-    ]
-    possible = [along for along in tiles if along is not None]
-    if len(possible) < len(tiles):
-        return plan
-    uniform = _planned(plan.segment, possible)
-    return uniform if uniform.streamed_arithmetic <= (1 + MOST_EXTRA) * plan.streamed_arithmetic else plan
+    for along in every:
+        pairs = zip(along, plan.axes, strict=True)
+        tiles = [uniform if len(ordinary) > 1 else ordinary for uniform, ordinary in pairs]
+        possible = [one for one in tiles if one is not None]
+        if len(possible) == len(tiles):
+            made = _planned(plan.segment, possible)
+            if made.streamed_arithmetic <= (1 + MOST_EXTRA) * plan.streamed_arithmetic:
+                return made
+    return plan
 
 
 def _planned(segment: Segment, tiles: Sequence[Tiles]) -> SegmentPlan:

@@ -148,25 +148,56 @@ def test_border_tiles_own_more():
     assert max(part.largest("_0")) <= max(other.largest("_0"))
 
 
-def test_the_same_program_at_another_size():
-    """A decision has tiles of one size, and programs are of tiles."""
-    model, made = network(), []
-    decision = fxstream.Decision((DecidedSpan("conv2d", "conv2d_1", ((9, 9),)),))
+@pytest.fixture
+def made():
+    """The graphs that a stand-in of Inductor was given, and that stand-in."""
+    graphs = []
 
     def backend(graph, inputs):
-        made.append(graph)
+        graphs.append(graph)
         return graph
 
+    return graphs, backend
+
+
+def test_the_same_program_at_another_size(made):
+    """A decision has tiles of one size, and programs are of tiles."""
+    graphs, backend = made
+    decision = fxstream.Decision((DecidedSpan("conv2d", "conv2d_1", ((9, 9),)),))
     options = {"memory": "1GiB", "plan": decision, "compile_tiles": {"backend": backend}, "verify": False}
-    module, counts = fxstream.compile(model, **options), []
+    model, counts = network(), []
+    module = fxstream.compile(model, **options)
     for size in ((98, 101), (130, 141), (138, 117)):
         image = integer_image(1, 2, *size)
         assert_same(stepped(module, model, image), stepped(model, model, image), 0.0)
         (part,) = module.plan.segments
         assert part.is_uniform
-        counts.append((part.tile_count, len(made)))
+        counts.append((part.tile_count, len(graphs)))
     assert len({tiles for tiles, _ in counts}) == 3
     assert [programs for _, programs in counts] == [counts[0][1]] * 3
+
+
+@pytest.mark.parametrize("is_dynamic", [False, True])
+def test_programs_for_tiles_of_any_size(made, is_dynamic):
+    """With the option `dynamic` programs serve tiles of other shapes too."""
+    graphs, backend = made
+    model, options = (
+        make_integer(nn.Sequential(conv(2, 3, padding=1), nn.ReLU(), conv(3, 2))),
+        {"backend": backend},
+    )
+    module = fxstream.compile(
+        model, tile=24, segments=1, compile_tiles=options | {"dynamic": is_dynamic}, verify=False
+    )
+    boxes, counts = set(), []
+    for size in ((40, 61), (45, 53), (50, 71), (60, 66)):
+        image = integer_image(1, 2, *size)
+        assert_same(stepped(module, model, image), stepped(model, model, image), 0.0)
+        (part,) = module.plan.segments
+        assert part.is_uniform
+        boxes.add(part.largest("input_1"))
+        counts.append(len(graphs))
+    assert len(boxes) == 4, boxes
+    assert counts == ([2] * 4 if is_dynamic else [2, 4, 6, 8])
 
 
 @pytest.mark.parametrize(

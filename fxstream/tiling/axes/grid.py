@@ -92,11 +92,15 @@ class Grid:
         fits = all(tiles.largest(name) <= bound for name, bound in self._bounds.items())
         return tiles if fits and tiles.is_possible else None
 
-    def uniform_length(self, count: int) -> int:
-        """What so many such tiles own at least each."""
-        even = -(-self.finest // count)
-        halo = sum(self._halo(even, self._moves)) if self._moves is not None else 0
-        return max(1, -(-(self.finest - halo) // count))
+    def fewest_uniform(self, count: int, tried: int = 1) -> UniformTiles | None:
+        """The smallest such tiles, in a grid of `count`, or of the first of so many more that is possible."""
+        return next(filter(None, map(self._uniform_in, range(count, count + tried))), None)
+
+    def _uniform_in(self, count: int) -> UniformTiles | None:
+        if self._moves is None:
+            return None
+        halo = sum(self._halo(-(-self.finest // count), self._moves))
+        return self.uniform(max(1, -(-(self.finest - halo) // count)))
 
     @functools.cached_property
     def _moves(self) -> Moves | None:
