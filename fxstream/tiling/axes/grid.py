@@ -97,9 +97,10 @@ class Grid:
         return next(filter(None, map(self._uniform_in, range(count, count + tried))), None)
 
     def _uniform_in(self, count: int) -> UniformTiles | None:
-        if self._moves is None:
+        even = -(-self.finest // count)
+        if self._moves is None or self._period(even) is None:
             return None
-        halo = sum(self._halo(-(-self.finest // count), self._moves))
+        halo = sum(self._halo(even, self._moves))
         return self.uniform(max(1, -(-(self.finest - halo) // count)))
 
     @functools.cached_property

@@ -35,7 +35,7 @@ COPIES = {"alias", "clone", "contiguous", "detach", "to", "_to_copy", "type_as",
 LINEAR = {"add", "sub", "rsub", "neg", "mul", "sum", "mean", "linear", "matmul", "batch_norm"}
 BOUNDED = {"relu6", "hardtanh", "hardsigmoid", "sigmoid", "tanh", "sin", "cos", "clamp", "softmax", "threshold"}
 RECTIFIED = {"relu", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish"}
-CHOSEN = {"maximum", "minimum", "clamp_min", "clamp_max", "amax", "amin", "where", "abs", "square", "dropout"}
+CHOSEN = {"maximum", "minimum", "clamp_min", "clamp_max", "amax", "amin", "abs", "square", "dropout"}
 OTHERS = {"softplus", "log_softmax", "log_sigmoid", "layer_norm", "scaled_dot_product_attention"}
 OF_THIS_PACKAGE = {"fxstream::normalise", "fxstream::dropout"}
 FINITE = frozenset().union(COPIES, LINEAR, BOUNDED, RECTIFIED, CHOSEN, OTHERS, OF_THIS_PACKAGE)
@@ -117,11 +117,6 @@ class UniformTiles(Sequence[AxisTile]):
         yields = tuple(boxes[name] for name in self._outputs)
         crops = tuple(Crop(0, len(box), len(box)) for box in yields)
         return AxisTile(tile.outputs, boxes, self._steps, crops, yields)
-
-    @property
-    def places(self) -> Sequence[int]:
-        """Tiles among which there is one like each other."""
-        return range(1)
 
     def largest(self, name: str) -> int:
         """The interval that each tile holds of a node or spatial input."""
