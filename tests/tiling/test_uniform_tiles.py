@@ -128,6 +128,7 @@ def test_boxes_have_those_of_ordinary_tiles_in_them(name, size, tile):
     assert part.is_uniform
     for tiles in part.axes:
         walk = tiles._tiles._walk
+        assert [ordinary.boxes for ordinary in tiles._tiles] == [walk.boxes(one.outputs) for one in tiles]
         assert len(tiles) == len(list(tiles)) > 2
         for i, made in enumerate(tiles):
             assert made.outputs == tiles[i].outputs
