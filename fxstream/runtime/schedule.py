@@ -17,7 +17,15 @@ import torch
 from fxstream.geometry.box import EMPTY, Box, Interval
 from fxstream.graph.typed_graph import TypedGraph
 from fxstream.rules.access import Lookup
-from fxstream.runtime.tile_program import Compiler, Program, TileProgram, constants_of, tile_program, whole_program
+from fxstream.runtime.tile_program import (
+    Compiler,
+    Program,
+    TileProgram,
+    constants_of,
+    crop,
+    tile_program,
+    whole_program,
+)
 from fxstream.tiling.axes.bounds import AxisTile, BoundsPass, lookups
 from fxstream.tiling.segment_plan import SegmentPlan
 from fxstream.tiling.templates import MemoOfStructure
@@ -38,9 +46,8 @@ class Cut:
 
     def of(self, result: torch.Tensor) -> torch.Tensor:
         """What the tile owns."""
-        for dim, (before, after) in zip(self.dims, self.sides, strict=True):
-            result = result.narrow(dim, before, result.shape[dim] - before - after)
-        return result
+        sides = zip(self.dims, self.sides, strict=True)
+        return crop(result, *((dim, before, result.shape[dim] - before - after) for dim, (before, after) in sides))
 
     def padded(self, owned: torch.Tensor) -> torch.Tensor:
         """What it owns, with zeros around."""

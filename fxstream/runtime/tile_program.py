@@ -34,6 +34,7 @@ __all__ = [
     "Program",
     "TileProgram",
     "constants_of",
+    "crop",
     "tile_program",
     "whole_in_segment",
     "whole_program",

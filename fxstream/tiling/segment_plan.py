@@ -110,7 +110,7 @@ def plan_lengths(segment: Segment, lengths: Sequence[int], uniform: bool = False
     """
     grids = [Grid(segment, Request(None), axis) for axis in range(segment.axes)]
     plan = _planned(segment, [grid.tiles_of(min(n, grid.finest)) for grid, n in zip(grids, lengths, strict=True)])
-    if not uniform:
+    if not uniform or not _may_be_uniform(plan):
         return plan
     exact = [grid.uniform(n) for grid, n in zip(grids, lengths, strict=True)]
     fewest = [grid.fewest_uniform(len(tiles)) for grid, tiles in zip(grids, plan.axes, strict=True)]
@@ -129,16 +129,19 @@ def plan_segment(segment: Segment, request: Request, counts: Sequence[int] | Non
             raise _too_small(segment, request, grid)
         counted.append((grid, count))
     plan = _planned(segment, [grid.tiles(count) for grid, count in counted])
-    if not request.compile_tiles:
+    if not request.compile_tiles or not _may_be_uniform(plan):
         return plan
     tried = 1 if counts is not None else MOST_TRIED
     return _uniform(plan, ([grid.fewest_uniform(count, tried) for grid, count in counted],))
 
 
+def _may_be_uniform(plan: SegmentPlan) -> bool:
+    """Whether there are several tiles, which may compute pixels that they do not need."""
+    return plan.tile_count > 1 and may_be_uniform(plan.segment)
+
+
 def _uniform(plan: SegmentPlan, every: Sequence[Sequence[UniformTiles | None]]) -> SegmentPlan:
     """The plan in uniform tiles, the first of these along its axes that are possible and cost little more."""
-    if plan.tile_count == 1 or not may_be_uniform(plan.segment):
-        return plan
     for along in every:
         pairs = zip(along, plan.axes, strict=True)
         tiles = [uniform if len(ordinary) > 1 else ordinary for uniform, ordinary in pairs]

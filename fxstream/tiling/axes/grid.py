@@ -68,12 +68,16 @@ class Grid:
 
     def _period(self, length: int) -> tuple[int, list[Ratio]] | None:
         """After how many tiles, away from borders, boxes repeat, and how far each moves per tile, if ever."""
-        ratios = self._walk.ratios(self._cuts)
-        owns_nothing = any(num * length < den for num, den in self._cuts)
+        ratios, owns_nothing = self._ratios, any(num * length < den for num, den in self._cuts)
         if ratios is None or owns_nothing:
             return None
         repeats = math.lcm(*(den for _, den in ratios))
         return repeats // math.gcd(repeats, length), [(num * length, den) for num, den in ratios]
+
+    @functools.cached_property
+    def _ratios(self) -> list[Ratio] | None:
+        """How many pixels each node's box moves by per pixel of the finest output."""
+        return self._walk.ratios(self._cuts)
 
     def uniform(self, length: int) -> UniformTiles | None:
         """Tiles with boxes of one shape, of which those inside own `length` pixels of the finest output.
@@ -87,8 +91,8 @@ class Grid:
         count = -(-(self.finest - before - after) // length)
         if count < 2:
             return None
-        first = functools.partial(self._starting_late, length, before, count)
-        tiles = UniformTiles(AxisTiles(self._walk, first, count, self._period(length)), self._walk, moves, length)
+        owned = functools.partial(self._starting_late, length, before, count)
+        tiles = UniformTiles(AxisTiles(self._walk, owned, count, self._period(length)), self._walk, moves, length)
         fits = all(tiles.largest(name) <= bound for name, bound in self._bounds.items())
         return tiles if fits and tiles.is_possible else None
 
@@ -106,11 +110,10 @@ class Grid:
     @functools.cached_property
     def _moves(self) -> Moves | None:
         """How boxes move along with what tiles own; None where they do not all move by whole pixels."""
-        ratios = self._walk.ratios(self._cuts)
-        if ratios is None:
+        if self._ratios is None:
             return None
         whole = self._walk.tile(self._between(0, self.finest))
-        return Moves.of(whole, dict(zip(self._walk.names, ratios, strict=True)))
+        return Moves.of(whole, dict(zip(self._walk.names, self._ratios, strict=True)))
 
     def _halo(self, length: int, moves: Moves) -> tuple[int, int]:
         """Pixels of the finest output by which the boxes of tiles of this length begin earlier, and end later."""
